@@ -1,0 +1,38 @@
+"""HiRE for JAX: decode with fewer weight bytes, by a compiler pass, without edits to the model.
+
+    import hire_xform as hx
+
+    step = hx.sparsify(decode_step)
+    logits, cache = step(params, cache, token)
+
+Method: HiRE, arXiv 2402.09360.
+"""
+
+from hire_xform.api import Sparsified, sparsify
+from hire_xform.config import Config, Ffn, Rule, Vocab
+from hire_xform.errors import HireWarning, PackedMismatchError, TracedWeightsError
+from hire_xform.lowering import LowRank, Quantized
+from hire_xform.passes.pack import Packed
+from hire_xform.passes.plan import Plan, Refusal, Site
+from hire_xform.stages import Traced
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Config",
+    "Ffn",
+    "HireWarning",
+    "LowRank",
+    "Packed",
+    "PackedMismatchError",
+    "Plan",
+    "Quantized",
+    "Refusal",
+    "Rule",
+    "Site",
+    "Sparsified",
+    "Traced",
+    "TracedWeightsError",
+    "Vocab",
+    "sparsify",
+]

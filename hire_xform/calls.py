@@ -1,0 +1,254 @@
+"""Takes a call apart: which leaves are weights, which are data, which are static; and puts it together again."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import numpy as np
+
+from hire_xform.passes.pack import Packed, PackLayout
+from hire_xform.passes.provenance import Root
+
+Tree = Any
+
+# What jax.jit traces; any other leaf (a function, a string, a dtype) is static.
+ARRAY_TYPES = (jax.Array, np.ndarray, np.generic, bool, int, float, complex, jax.ShapeDtypeStruct)
+
+
+class Static:
+    """Wraps a static argument, so that flattening a call takes it for one opaque leaf."""
+
+    __slots__ = ("value",)
+
+    def __init__(self, value: Any):
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        """Equal when the values are."""
+        return isinstance(other, Static) and self.value == other.value
+
+    def __hash__(self) -> int:
+        """The value's hash."""
+        return hash(self.value)
+
+
+@dataclass(frozen=True)
+class Abstract:
+    """A call reduced to what tracing depends on, weights plain: hashable.
+
+    Attributes:
+      treedef: structure of ``(args, kwargs)``.
+      statics: (position, value) of the leaves that are not arrays.
+      avals: abstract values of the array leaves, in order.
+      roots: for each array leaf, the root it is as a weight, or None.
+    """
+
+    treedef: Any
+    statics: tuple[tuple[int, Any], ...]
+    avals: tuple[Any, ...]
+    roots: tuple[Root | None, ...] = field(compare=False)
+
+    def rebuild(self, leaves: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The call's arguments again, with these for the array leaves."""
+        return self.treedef.unflatten(merge(self.statics, leaves))
+
+
+def merge(statics: Sequence[tuple[int, Any]], arrays: Iterable[Any]) -> list[Any]:
+    """All leaves in order, from the static ones and the arrays between them."""
+    merged: list[Any] = []
+    rest = iter(arrays)
+    for position, value in statics:
+        while len(merged) < position:
+            merged.append(next(rest))
+        merged.append(value)
+    merged.extend(rest)
+    return merged
+
+
+def unwrap_statics(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[list[Any], dict[str, Any]]:
+    """Arguments with static ones taken out of their wrappers."""
+
+    def bare(value: Any) -> Any:
+        return value.value if isinstance(value, Static) else value
+
+    return [bare(a) for a in args], {k: bare(v) for k, v in kwargs.items()}
+
+
+@dataclass(frozen=True)
+class Signature:
+    """Which arguments of a function are weights, static and donated; by position and by name.
+
+    Raises:
+      ValueError, TypeError: the numbers or names do not fit the function or each other.
+    """
+
+    fun: Callable
+    weights: tuple[int, ...]
+    static: frozenset[int | str]
+    donated: frozenset[int | str]
+    names: tuple[str, ...]
+
+    @classmethod
+    def of(cls, fun: Callable, weights: Any, options: Mapping[str, Any]) -> Signature:
+        """Reads ``weights_argnums`` and jit's static and donate options against the function's own signature."""
+        try:
+            parameters = list(inspect.signature(fun).parameters.values())
+        except (TypeError, ValueError):
+            parameters = []
+        positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        names = tuple(p.name for p in parameters if p.kind in positional)
+        open_ended = not parameters or any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in parameters)
+        limit = None if open_ended else len(names)
+        numbers = _argnums("weights_argnums", weights, limit)
+        static = _both(options, "static", names, parameters, limit)
+        donated = _both(options, "donate", names, parameters, limit)
+        for number in numbers:
+            if number in static:
+                raise ValueError(
+                    f"sparsify: argument {number} is in weights_argnums and in static_argnums; weights are arrays"
+                )
+            if number in donated:
+                raise ValueError(
+                    f"sparsify: argument {number} is in weights_argnums and in donate_argnums; weights are remembered "
+                    "between calls and can't be donated"
+                )
+        return cls(fun, numbers, static, donated, names)
+
+    def holds(self, marked: frozenset[int | str], key: int | str) -> bool:
+        """True when an argument, given by position or name, is among the marked ones."""
+        if key in marked:
+            return True
+        if isinstance(key, int):
+            return key < len(self.names) and self.names[key] in marked
+        return key in self.names and self.names.index(key) in marked
+
+    def weight_number(self, key: int | str) -> int | None:
+        """The position of a weights argument given by position or name; None for any other argument."""
+        number = self.names.index(key) if isinstance(key, str) and key in self.names else key
+        return number if isinstance(number, int) and number in self.weights else None
+
+    def wrap_statics(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The call with static arguments wrapped."""
+        if not self.static:
+            return args, kwargs
+        return (
+            tuple(_wrap(a) if self.holds(self.static, i) else a for i, a in enumerate(args)),
+            {k: _wrap(v) if self.holds(self.static, k) else v for k, v in kwargs.items()},
+        )
+
+
+def _wrap(value: Any) -> Static:
+    try:
+        hash(value)
+    except TypeError:
+        raise ValueError(
+            f"sparsify: a static argument must be hashable, as for jax.jit; got {type(value).__name__}"
+        ) from None
+    return Static(value)
+
+
+def _argnums(name: str, value: Any, limit: int | None) -> tuple[int, ...]:
+    numbers = (value,) if isinstance(value, int) and not isinstance(value, bool) else value
+    if not isinstance(numbers, (tuple, list)) or not all(
+        isinstance(n, int) and not isinstance(n, bool) for n in numbers
+    ):
+        raise TypeError(f"sparsify: {name}={value!r}; expected an integer or a tuple of integers")
+    for number in numbers:
+        # The default, 0, is no promise that there is an argument: arrays closed over are weights too.
+        if number < 0 or (limit is not None and number >= max(limit, 1)):
+            count = "arguments" if limit is None else f"the function's {limit} positional arguments"
+            raise ValueError(f"sparsify: {name}={value!r}; expected positions from 0 among {count}")
+    return tuple(numbers)
+
+
+def _both(
+    options: Mapping[str, Any], kind: str, names: Sequence[str], parameters: Sequence[Any], limit: int | None
+) -> frozenset[int | str]:
+    numbers = options.get(f"{kind}_argnums")
+    texts = options.get(f"{kind}_argnames")
+    found: set[int | str] = set(_argnums(f"{kind}_argnums", numbers, limit) if numbers is not None else ())
+    if texts is not None:
+        texts = (texts,) if isinstance(texts, str) else tuple(texts)
+        known = {p.name for p in parameters}
+        variadic = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters) or not parameters
+        for text in texts:
+            if not isinstance(text, str) or (text not in known and not variadic):
+                raise ValueError(f"sparsify: {kind}_argnames has {text!r}; expected names among {sorted(known)}")
+            found.add(names.index(text) if text in names else text)
+    return frozenset(found)
+
+
+def argument_of(path: Sequence[Any]) -> int | str:
+    """The position or name of the argument that a leaf of ``(args, kwargs)`` belongs to."""
+    return path[1].idx if path[0].idx == 0 else path[1].key
+
+
+def expand_packed(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The call with the plain weights' shapes where a ``Packed`` stands."""
+
+    def plain(value: Any) -> Any:
+        if not isinstance(value, Packed):
+            return value
+        layout: PackLayout = value.layout
+        return layout.treedef.unflatten(merge(layout.static, layout.avals))
+
+    return tuple(plain(a) for a in args), {k: plain(v) for k, v in kwargs.items()}
+
+
+def is_array(leaf: Any) -> bool:
+    """True for a leaf that jax.jit would trace."""
+    return isinstance(leaf, ARRAY_TYPES) or hasattr(leaf, "__jax_array__") or isinstance(leaf, jax.core.ShapedArray)
+
+
+def aval_of(leaf: Any) -> Any:
+    """The abstract value of an array leaf."""
+    if isinstance(leaf, jax.core.ShapedArray):
+        return leaf
+    return jax.typeof(leaf) if not isinstance(leaf, jax.ShapeDtypeStruct) else _aval_of_struct(leaf)
+
+
+def _aval_of_struct(leaf: jax.ShapeDtypeStruct) -> Any:
+    return jax.core.ShapedArray(leaf.shape, leaf.dtype, weak_type=getattr(leaf, "weak_type", False))
+
+
+def abstract_call(signature: Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Abstract:
+    """Reduces a call (static arguments wrapped) to what tracing depends on.
+
+    Raises:
+      TypeError: a leaf is neither an array nor hashable.
+    """
+    args, kwargs = expand_packed(args, kwargs)
+    found, treedef = jax.tree_util.tree_flatten_with_path((args, kwargs))
+    statics: list[tuple[int, Any]] = []
+    avals: list[Any] = []
+    roots: list[Root | None] = []
+    counts: dict[int, int] = {}
+    for position, (path, leaf) in enumerate(found):
+        key = argument_of(path)
+        if not is_array(leaf):
+            check_static(leaf, path)
+            statics.append((position, leaf))
+            continue
+        avals.append(aval_of(leaf))
+        number = signature.weight_number(key)
+        if number is None:
+            roots.append(None)
+            continue
+        roots.append(Root(f"arg{number}", counts.get(number, 0)))
+        counts[number] = counts.get(number, 0) + 1
+    return Abstract(treedef, tuple(statics), tuple(avals), tuple(roots))
+
+
+def check_static(leaf: Any, path: Sequence[Any]) -> None:
+    """Raises TypeError for a leaf that can be neither traced nor compared."""
+    try:
+        hash(leaf)
+    except TypeError:
+        where = jax.tree_util.keystr(tuple(path[1:]))
+        raise TypeError(
+            f"sparsify: the leaf at argument {where} is a {type(leaf).__name__}; expected an array, or a hashable value"
+        ) from None

@@ -1,0 +1,99 @@
+"""Settings: what to rewrite, how, and where to make exceptions."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+from hire_xform.passes.settings import Choice, Ffn, Vocab, refuse
+
+__all__ = ["Config", "Ffn", "Rule", "Vocab"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """An exception for the sites whose path matches.
+
+    ``*`` stands for any text and ``?`` for any one character; all else, brackets too, stands for itself. Later rules
+    win over earlier ones.
+
+    Raises:
+      ValueError: a value is of the wrong kind; the message names it.
+    """
+
+    # Pattern for a site's path, such as "scan[0]/*"; "*" matches every site.
+    path_glob: str = field(kw_only=False)
+    # Leave the sites dense.
+    skip: bool = False
+    # Rewrite them even where the cost model would leave them dense. Checks of meaning still hold.
+    force: bool = False
+    # Settings for vocabulary projections here; None keeps those of the Config or of an earlier rule.
+    vocab: Vocab | None = None
+    # Settings for feed-forward blocks here; None keeps those of the Config or of an earlier rule.
+    ffn: Ffn | None = None
+
+    def __post_init__(self) -> None:
+        """Checks every field."""
+        if not isinstance(self.path_glob, str) or not self.path_glob:
+            refuse("Rule", "path_glob", self.path_glob, 'a non-empty pattern such as "*" or "scan[0]/*"')
+        for name in ("skip", "force"):
+            if not isinstance(getattr(self, name), bool):
+                refuse("Rule", name, getattr(self, name), "True or False")
+        if self.skip and self.force:
+            refuse("Rule", "force", self.force, "not to be combined with skip=True")
+        _check_settings("Rule", self.vocab, self.ffn)
+
+    def matches(self, path: str) -> bool:
+        """True when the rule applies to a site at ``path``."""
+        pattern = "".join(".*" if c == "*" else "." if c == "?" else re.escape(c) for c in self.path_glob)
+        return re.fullmatch(pattern, path) is not None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """What to rewrite and how.
+
+    Raises:
+      ValueError: a value is of the wrong kind; the message names it.
+    """
+
+    # Settings of vocabulary projections; None leaves them all dense.
+    vocab: Vocab | None = Vocab()
+    # Settings of feed-forward blocks; None leaves them all dense.
+    ffn: Ffn | None = Ffn()
+    # Exceptions by path; later rules win.
+    rules: tuple[Rule, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Checks every field."""
+        _check_settings("Config", self.vocab, self.ffn)
+        if isinstance(self.rules, Rule) or not isinstance(self.rules, (tuple, list)):
+            refuse("Config", "rules", self.rules, "a tuple of hx.Rule")
+        for rule in self.rules:
+            if not isinstance(rule, Rule):
+                refuse("Config", "rules", rule, "hx.Rule entries")
+        object.__setattr__(self, "rules", tuple(self.rules))
+
+    def choose(self, kind: str, path: str) -> Choice:
+        """The settings of a site of a kind ("ffn" or "vocab") at a path."""
+        settings: Any = getattr(self, kind)
+        reason = f"{kind}=None in the Config leaves it dense"
+        force = False
+        for rule in self.rules:
+            if not rule.matches(path):
+                continue
+            if rule.skip:
+                settings, force, reason = None, False, f"Rule({rule.path_glob!r}, skip=True) leaves it dense"
+                continue
+            own = getattr(rule, kind)
+            settings = own if own is not None else (settings if settings is not None else getattr(self, kind))
+            force = force or rule.force
+        return Choice(settings=settings, force=force, reason=reason)
+
+
+def _check_settings(owner: str, vocab: Any, ffn: Any) -> None:
+    if vocab is not None and not isinstance(vocab, Vocab):
+        refuse(owner, "vocab", vocab, "hx.Vocab(...) or None")
+    if ffn is not None and not isinstance(ffn, Ffn):
+        refuse(owner, "ffn", ffn, "hx.Ffn(...) or None")

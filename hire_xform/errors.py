@@ -1,0 +1,13 @@
+"""Warnings and errors a user may meet."""
+
+
+class HireWarning(UserWarning):
+    """Something works, and its result is right, but not as fast as it could be."""
+
+
+class TracedWeightsError(TypeError):
+    """Plain weights arrived as tracers: packing them inside the trace would read every weight at every call."""
+
+
+class PackedMismatchError(ValueError):
+    """A ``Packed`` does not hold what this call reads, or was made for another argument."""

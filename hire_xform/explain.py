@@ -1,0 +1,96 @@
+"""A plan as text for people: what is rewritten, what stays dense, and why."""
+
+from __future__ import annotations
+
+from hire_xform.passes.plan import Plan, Refusal, Site
+from hire_xform.passes.settings import Ffn, Vocab
+
+
+def size(count: float) -> str:
+    """Bytes for people: ``1.2 MB``."""
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} GB"
+
+
+def explain(plan: Plan) -> str:
+    """The plan as text, a site or a group of like refusals to a paragraph."""
+    lines: list[str] = []
+    if plan.sites:
+        share = plan.sparse_bytes / plan.dense_bytes
+        count = f"{len(plan.sites)} site" + ("s" if len(plan.sites) > 1 else "")
+        lines.append(
+            f"{count} rewritten for {plan.platform}: {size(plan.dense_bytes)} of weights read dense, "
+            f"{size(plan.sparse_bytes)} sparse ({share:.0%})"
+        )
+        for sites in _grouped(plan.sites, _site_key):
+            lines += _site(sites)
+    else:
+        lines.append(f"No site is rewritten for {plan.platform}: the function runs as jax.jit would run it.")
+    if plan.refusals:
+        count = f"{len(plan.refusals)} product" + ("s stay" if len(plan.refusals) > 1 else " stays")
+        lines.append("")
+        lines.append(f"{count} dense ({size(plan.refused_bytes)} read):")
+        for refusals in _grouped(plan.refusals, lambda r: (r.reason, r.source, r.kind)):
+            lines += _refusal(refusals)
+    return "\n".join(lines)
+
+
+def describe(settings: Vocab | Ffn) -> str:
+    """Settings in a few words."""
+    if isinstance(settings, Vocab):
+        return f"{settings.predictor}, fill={settings.fill!r}"
+    group = f", groups of {settings.group_size}" if settings.group_size > 1 else ""
+    return f"{settings.predictor}{group}"
+
+
+def _site_key(site: Site) -> tuple:
+    same = (site.kind, site.source, site.tokens, site.dense_bytes, site.sparse_bytes, site.settings, site.inputs)
+    return (*same, site.units, site.computed, site.activation, site.forced)
+
+
+def _grouped(items: tuple, key) -> list[list]:  # type: ignore[no-untyped-def]
+    groups: dict = {}
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
+    return list(groups.values())
+
+
+def _paths(items: list) -> str:
+    first = items[0].path
+    if len(items) == 1:
+        return first
+    return f"{first} .. {items[-1].path} ({len(items)} alike)"
+
+
+def _site(sites: list[Site]) -> list[str]:
+    site = sites[0]
+    dense, sparse = (sum(getattr(s, f"{kind}_bytes") for s in sites) for kind in ("dense", "sparse"))
+    what = "logits" if site.kind == "vocab" else "hidden units"
+    for_whom = f"{site.tokens} token" + ("s" if site.tokens > 1 else "")
+    shared = ", one set shared by all" if site.shared and site.tokens > 1 else ""
+    lines = [
+        f"  {site.kind:5s}  {_paths(sites)}",
+        f"         {site.source}",
+        f"         {size(dense)} -> {size(sparse)} ({sparse / dense:.0%}); {for_whom}: {site.computed:,} of {site.units:,} "
+        f"{what} exact{shared}",
+        f"         {describe(site.settings)}" + (f"; activation: {site.activation}" if site.activation else ""),
+        f"         weights: {', '.join(site.weights)}" + (" and alike" if len(sites) > 1 else ""),
+    ]
+    if site.forced:
+        lines.append("         forced by a rule, whatever the cost model says")
+    return lines
+
+
+def _refusal(refusals: list[Refusal]) -> list[str]:
+    refusal = refusals[0]
+    read = sum(r.dense_bytes for r in refusals)
+    names = ", ".join(refusal.weights)
+    names = f" {names}" + (" and alike" if len(refusals) > 1 else "") if names else ""
+    return [
+        f"  {refusal.kind or 'dense':5s}  {_paths(refusals)}  {size(read)}{names}",
+        f"         {refusal.source}",
+        f"         {refusal.reason}",
+    ]

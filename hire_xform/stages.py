@@ -1,0 +1,334 @@
+"""A traced call: what was found, what will be done, and the rewritten program. Named after ``jax.stages``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import jax
+
+from hire_xform import explain as _explain
+from hire_xform.calls import Abstract, Signature, is_array, merge, unwrap_statics
+from hire_xform.config import Config
+from hire_xform.errors import PackedMismatchError
+from hire_xform.packing import pack_keys
+from hire_xform.passes.detect import Detection, detect
+from hire_xform.passes.pack import Holding, Packed, PackLayout, decide_holding, pack_shapes, unpack_rows
+from hire_xform.passes.plan import Need, PackKey, Plan, make_plan
+from hire_xform.passes.provenance import Provenance, Root
+from hire_xform.passes.rewrite import Rewriter
+from hire_xform.passes.treatment import treatments
+from hire_xform.passes.walk import Graph, walk
+
+
+@dataclass(eq=False)
+class Supply:
+    """Where the rewritten program gets its weights from: plain leaves, packed forms, or both.
+
+    Attributes:
+      leaf: the plain leaf of a root, or None.
+      form: the packed form of a key, or None.
+      restore: the leaf of a root made from its packed rows, or None.
+    """
+
+    leaf: Callable[[Root], Any]
+    form: Callable[[PackKey], Any]
+    restore: Callable[[Root], Any]
+
+
+class Traced:
+    """A function traced for arguments of given shapes. ``step.trace(...)`` makes one; it computes nothing.
+
+    Attributes:
+      plan: ``plan.sites`` and ``plan.refusals``, and ``plan.to_json()``.
+      jaxpr: the original program.
+    """
+
+    def __init__(self, signature: Signature, config: Config, call: Abstract, platform: str, options: dict[str, Any]):
+        """Traces, detects and plans; see ``Sparsified.trace``."""
+        self._signature, self._call, self._options = signature, call, options
+        shapes: list[Any] = []
+
+        def flat(*leaves: Any) -> list[Any]:
+            args, kwargs = call.rebuild(leaves)
+            args, kwargs = unwrap_statics(args, kwargs)
+            out, tree = jax.tree.flatten(signature.fun(*args, **kwargs))
+            shapes.append(tree)
+            return out
+
+        self.jaxpr = jax.make_jaxpr(flat)(*[_struct(a) for a in call.avals])
+        self.out_tree = shapes[0]
+        self._graph: Graph = walk(self.jaxpr)
+        self._provenance = Provenance(self._graph, call.roots)
+        self._detection: Detection = detect(self._graph, self._provenance)
+        self.plan: Plan = make_plan(self._detection, config.choose, platform, self._name_of)
+        self._rewriters: dict[Any, Rewriter] = {}
+
+    @cached_property
+    def _names(self) -> dict[Root, str]:
+        args, kwargs = self._call.rebuild(range(len(self._call.avals)))
+        paths = jax.tree_util.tree_flatten_with_path((args, kwargs))[0]
+        static = {position for position, _ in self._call.statics}
+        arrays = [path for i, (path, _) in enumerate(paths) if i not in static]
+        found: dict[Root, str] = {}
+        for root, path in zip(self._call.roots, arrays, strict=True):
+            if root is not None:
+                number = int(root.kind[3:])
+                names = self._signature.names
+                argument = names[number] if number < len(names) else f"argument {number}"
+                found[root] = argument + jax.tree_util.keystr(tuple(path[2:]))
+        return found
+
+    def _name_of(self, root: Root) -> str:
+        if root.kind == "const":
+            const = self._provenance.consts[root.index]
+            return f"closed-over {const.dtype}{list(const.shape)}"
+        return self._names[root]
+
+    def explain(self) -> str:
+        """Each site and each refusal as text: path, source line, kind, bytes before and after, reasons."""
+        return _explain.explain(self.plan)
+
+    @cached_property
+    def sparse_jaxpr(self) -> Any:
+        """The rewritten program, over the leaves of the call with ``Packed`` weights."""
+        args, kwargs = self._packed_call()
+        return jax.make_jaxpr(self._run)(*args, **kwargs)
+
+    def lower(self, lowering_platforms: Sequence[str] | None = None) -> jax.stages.Lowered:
+        """Lowers the rewritten program, with ``Packed`` in the place of the weights; as ``jax.stages.Traced.lower``.
+
+        Args:
+          lowering_platforms: platforms to lower for, such as ``("tpu",)``; None is the default backend's.
+        """
+        args, kwargs = self._packed_call()
+        traced = jax.jit(self._run, **self._options).trace(*args, **kwargs)
+        return traced.lower(lowering_platforms=tuple(lowering_platforms) if lowering_platforms else None)
+
+    def pack(self, *weights: Any, progress: bool | None = None) -> Any:
+        """Compresses weights once.
+
+        Args:
+          *weights: the weights arguments, in the order of ``weights_argnums``, of the shapes that were traced.
+          progress: show a progress bar; None shows one on a terminal when there is much to pack.
+
+        Returns:
+          A ``Packed``, which stands where the weights stood; a tuple of them for several weights arguments.
+
+        Raises:
+          TypeError, ValueError: the weights are not those that were traced; the message names the first difference.
+        """
+        numbers = self._signature.weights
+        if len(weights) != len(numbers):
+            raise TypeError(
+                f"pack: got {len(weights)} arguments; expected {len(numbers)}, one for each of weights_argnums"
+            )
+        made = []
+        for number, weight in zip(numbers, weights, strict=True):
+            layout, holding = self._layout(number), self._holdings.get(f"arg{number}", Holding((), (), ()))
+            arrays = check_weights(number, weight, layout)
+            forms = pack_keys(holding.keys, lambda root, a=arrays: a[root.index], progress)  # type: ignore[misc]
+            made.append(Packed([arrays[i] for i in holding.kept], [forms[k] for k in holding.keys], layout))
+        return made[0] if len(made) == 1 else tuple(made)
+
+    # What follows serves `Sparsified`.
+
+    @cached_property
+    def _holdings(self) -> dict[str, Holding]:
+        return decide_holding(self._graph, self._detection, self.plan, self._call.roots)
+
+    def needed_keys(self) -> list[PackKey]:
+        """Packed forms the plan reads, rows that are plain leaves left out."""
+        keys = dict.fromkeys(n.key for d in self.plan.decisions for n in d.needs)
+        return [k for k in keys if not (k.form == "rows" and k.recipe.is_leaf)]
+
+    def const(self, root: Root) -> Any:
+        """A closed-over array."""
+        return self._provenance.consts[root.index]
+
+    def aval(self, root: Root) -> Any:
+        """The abstract value of a weight."""
+        return self.const(root) if root.kind == "const" else self._call.avals[self._call.roots.index(root)]
+
+    def name(self, root: Root) -> str:
+        """The name of a weight, for messages."""
+        return self._name_of(root)
+
+    def evaluate(self, leaves: Sequence[Any], supply: Supply) -> Any:
+        """Runs the rewritten program on tracers; returns the function's result.
+
+        Args:
+          leaves: one for each array leaf of the call; None for weights, which ``supply`` gives.
+          supply: the weights.
+        """
+
+        def has_leaf(root: Root) -> bool:
+            return root.kind == "const" or supply.leaf(root) is not None
+
+        todo = treatments(self._detection, self.plan, has_leaf, lambda key: supply.form(key) is not None)
+        signature = tuple((node.path, id(type(t))) for node, t in todo.items())
+        if signature not in self._rewriters:
+            self._rewriters[signature] = Rewriter(self._graph, todo)
+        rewriter = self._rewriters[signature]
+        operands = []
+        for leaf, root, needed in zip(leaves, self._call.roots, rewriter.needed_inputs(), strict=True):
+            if root is not None:
+                leaf = supply.leaf(root)
+                if leaf is None and needed:
+                    leaf = supply.restore(root)
+                    if leaf is None:
+                        raise PackedMismatchError(
+                            f"the Packed weights do not hold {self.name(root)}, which this call reads whole; pack with a "
+                            "trace of a call that reads it, or pass the plain weights"
+                        )
+            operands.append(leaf)
+
+        def form(need: Need) -> Any:
+            found = supply.form(need.key)
+            if found is not None:
+                return found
+            root = need.key.recipe.root
+            return self.const(root) if root.kind == "const" else supply.leaf(root)
+
+        return jax.tree.unflatten(self.out_tree, rewriter.evaluate(operands, form))
+
+    def _layout(self, number: int) -> PackLayout:
+        argument = self._argument(self._call.rebuild(range(len(self._call.avals))), number)
+        leaves, treedef = jax.tree.flatten(argument)
+        mine = [root for root in self._call.roots if root is not None and root.kind == f"arg{number}"]
+        first = self._call.roots.index(mine[0]) if mine else 0
+        avals = self._call.avals[first : first + len(mine)]
+        # Array leaves were rebuilt as their numbers; no integer is ever static.
+        static = tuple((i, v) for i, v in enumerate(leaves) if not isinstance(v, int))
+        holding = self._holdings.get(f"arg{number}", Holding((), (), ()))
+        return PackLayout(number, treedef, avals, static, holding.kept, holding.keys, holding.restored)
+
+    def _argument(self, call: tuple[Any, Any], number: int) -> Any:
+        args, kwargs = call
+        if number < len(args):
+            return args[number]
+        names = self._signature.names
+        name = names[number] if number < len(names) else None
+        if name in kwargs:
+            return kwargs[name]
+        raise TypeError(f"weights_argnums has {number}, but the traced call has no such argument")
+
+    def _packed_call(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The call's arguments as shapes, with abstract ``Packed`` weights."""
+        args, kwargs = self._call.rebuild([_struct(a) for a in self._call.avals])
+        args = list(args)
+        for number in self._signature.weights:
+            if f"arg{number}" not in self._holdings:
+                continue
+            layout, holding = self._layout(number), self._holdings[f"arg{number}"]
+            kept = [_struct(layout.avals[i]) for i in holding.kept]
+            forms = [pack_shapes(k, layout.avals[k.recipe.root.index]) for k in holding.keys]
+            packed = Packed(kept, forms, layout)
+            if number < len(args):
+                args[number] = packed
+            else:
+                kwargs[self._signature.names[number]] = packed
+        args, kwargs = unwrap_statics(args, kwargs)
+        return tuple(args), kwargs
+
+    def _run(self, *args: Any, **kwargs: Any) -> Any:
+        """The rewritten program on a call with ``Packed`` weights; inlines into whatever traces it."""
+        args, kwargs = self._signature.wrap_statics(args, kwargs)
+        packed = {p.layout.argnum: p for p in [*args, *kwargs.values()] if isinstance(p, Packed)}
+        leaves = call_leaves(args, kwargs)
+        return self.evaluate(leaves, self.supply(packed, {}, {}))
+
+    def supply(self, packed: dict[int, Packed], plain: dict[Root, Any], forms: dict[PackKey, Any]) -> Supply:
+        """The weights of one call.
+
+        Args:
+          packed: ``Packed`` arguments by position.
+          plain: plain weight leaves.
+          forms: packed forms made outside: of plain leaves, and of closed-over arrays where known.
+        """
+
+        def of(root: Root) -> Packed | None:
+            return None if root.kind == "const" else packed.get(int(root.kind[3:]))
+
+        def leaf(root: Root) -> Any:
+            held = of(root)
+            return plain.get(root) if held is None else held.leaf(root.index)
+
+        def form(key: PackKey) -> Any:
+            held = of(key.recipe.root)
+            if held is not None:
+                return held.form(key)
+            if key not in forms and key.recipe.root.kind == "const" and key in self._const_keys:
+                forms.update(pack_keys(self._const_keys, self.const, False))
+            return forms.get(key)
+
+        def restore(root: Root) -> Any:
+            held = of(root)
+            if held is None:
+                return None
+            number = dict(held.layout.restored).get(root.index)
+            if number is None:
+                return None
+            key = held.layout.keys[number]
+            return unpack_rows(key.recipe, held.layout.avals[root.index].shape, held.form(key))
+
+        return Supply(leaf, form, restore)
+
+    @cached_property
+    def _const_keys(self) -> list[PackKey]:
+        return [k for k in self.needed_keys() if k.recipe.root.kind == "const"]
+
+
+def call_leaves(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    """The array leaves of a call, None for each leaf that a ``Packed`` stands for."""
+
+    def expand(value: Any) -> Any:
+        if not isinstance(value, Packed):
+            return value
+        layout = value.layout
+        return layout.treedef.unflatten(merge(layout.static, [_ABSENT] * len(layout.avals)))
+
+    expanded = (tuple(expand(a) for a in args), {k: expand(v) for k, v in kwargs.items()})
+    leaves = jax.tree.leaves(expanded)
+    return [None if leaf is _ABSENT else leaf for leaf in leaves if leaf is _ABSENT or is_array(leaf)]
+
+
+class _Absent:
+    pass
+
+
+_ABSENT = _Absent()
+
+
+def check_weights(number: int, weight: Any, layout: PackLayout) -> list[Any]:
+    """The array leaves of a weights argument, checked against what was traced.
+
+    Raises:
+      TypeError, ValueError: structure, shape or dtype differ.
+    """
+    if isinstance(weight, Packed):
+        raise TypeError(f"pack: argument {number} is already Packed; expected the plain weights")
+    leaves, treedef = jax.tree_util.tree_flatten(weight)
+    if treedef != layout.treedef:
+        raise ValueError(
+            f"pack: argument {number} has another structure than the weights that were traced; got {treedef}, expected "
+            f"{layout.treedef}"
+        )
+    paths = [path for path, _ in jax.tree_util.tree_flatten_with_path(weight)[0]]
+    arrays = [(p, leaf) for p, leaf in zip(paths, leaves, strict=True) if is_array(leaf)]
+    for (path, leaf), aval in zip(arrays, layout.avals, strict=True):
+        got = jax.typeof(leaf) if not isinstance(leaf, jax.ShapeDtypeStruct) else leaf
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            raise TypeError(f"pack: weights{jax.tree_util.keystr(path)} is a ShapeDtypeStruct; expected an array")
+        if tuple(got.shape) != tuple(aval.shape) or got.dtype != aval.dtype:
+            raise ValueError(
+                f"pack: weights{jax.tree_util.keystr(path)} is {got.dtype}{list(got.shape)}; expected "
+                f"{aval.dtype}{list(aval.shape)} as traced"
+            )
+    return [leaf for _, leaf in arrays]
+
+
+def _struct(aval: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=getattr(aval, "weak_type", False))

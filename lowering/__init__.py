@@ -1,0 +1,43 @@
+"""What is spliced into a program: predictors, selection, exact products of chosen rows, and the two subgraphs of them.
+
+Nothing here knows the program it is spliced into. Everything is portable JAX: traceable, differentiable in the
+activations, and usable under ``vmap``, ``scan``, ``jit`` and ``jax.export``.
+"""
+
+from hire_xform.lowering.da_top_k import da_top_k, da_top_k_p
+from hire_xform.lowering.predictors import (
+    LowRank,
+    Packed,
+    PredictorSpec,
+    Quantized,
+    pack_predictor,
+    packed_shapes,
+    predict_scores,
+    predictor_bytes,
+)
+from hire_xform.lowering.rows import combine_rows, select_rows_dot
+from hire_xform.lowering.selection import Selection, choose, select
+from hire_xform.lowering.subgraph import UpProduct, ffn, ffn_bytes, vocab_bytes, vocab_logits
+
+__all__ = [
+    "LowRank",
+    "Packed",
+    "PredictorSpec",
+    "Quantized",
+    "Selection",
+    "UpProduct",
+    "choose",
+    "combine_rows",
+    "da_top_k",
+    "da_top_k_p",
+    "ffn",
+    "ffn_bytes",
+    "pack_predictor",
+    "packed_shapes",
+    "predict_scores",
+    "predictor_bytes",
+    "select",
+    "select_rows_dot",
+    "vocab_bytes",
+    "vocab_logits",
+]

@@ -1,0 +1,271 @@
+"""Compressed copies of a matrix that say, cheaply, which of its rows give the largest products.
+
+A predictor is a *spec* (what to keep: :class:`Quantized`, :class:`LowRank`) and a dictionary of arrays made from the
+matrix once (:func:`pack_predictor`). :func:`predict_scores` reads only that dictionary:
+
+    spec = Quantized(8)
+    packed = pack_predictor(rows, spec)                  # rows [n, d]
+    scores = predict_scores(x, packed, spec, n)          # x [T, d] -> f32 [T, n], close to x @ rows.T
+
+Rows that hold a NaN or an infinity get NaN scores for themselves and leave the others' scores alone, so a selection
+that takes NaN as the largest (``da_top_k`` does) always computes such rows exactly.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from hire_xform.lowering.blocks import fold_row_blocks, map_row_blocks
+from hire_xform.lowering.products import skinny_dot
+from jax import lax
+
+__all__ = [
+    "LowRank",
+    "Packed",
+    "PredictorSpec",
+    "Quantized",
+    "pack_predictor",
+    "packed_shapes",
+    "predict_scores",
+    "predictor_bytes",
+]
+
+# The arrays of one packed predictor, by name; see `packed_shapes`.
+Packed = Mapping[str, jax.Array]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantized:
+    """Every entry in 8 or 4 bits, symmetric, with one f32 scale per row (HiRE-Q of arXiv 2402.09360 is 4 bits)."""
+
+    # Bits of an entry: 8 or 4. Two 4-bit entries share a byte.
+    bits: int = field(kw_only=False)
+
+    def __post_init__(self) -> None:
+        """Refuses a value out of range."""
+        if isinstance(self.bits, bool) or self.bits not in (4, 8):
+            raise ValueError(f"Quantized: bits={self.bits!r} is not supported; expected 8 or 4")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LowRank:
+    """The best rank-r approximation, kept as two factors (HiRE-LR of arXiv 2402.09360)."""
+
+    # Directions kept: an int >= 1, or a float in (0, 1] for that fraction of the columns (rounded up).
+    rank: int | float = field(kw_only=False)
+    # None keeps the tall factor in the matrix's own dtype (f32, or bf16); 8 quantises it as `Quantized(8)` does.
+    bits: int | None = None
+
+    def __post_init__(self) -> None:
+        """Refuses a value out of range."""
+        rank = self.rank
+        if isinstance(rank, bool) or not isinstance(rank, (int, float)):
+            raise ValueError(f"LowRank: rank={rank!r} is not a number; expected an int >= 1 or a float in (0, 1]")
+        if isinstance(rank, int) and rank < 1:
+            raise ValueError(f"LowRank: rank={rank!r} is too small; expected an int >= 1 or a float in (0, 1]")
+        if isinstance(rank, float) and not 0.0 < rank <= 1.0:
+            raise ValueError(
+                f"LowRank: rank={rank!r} is not a fraction of the columns; expected an int >= 1 or a float in (0, 1]"
+            )
+        if isinstance(self.bits, bool) or self.bits not in (None, 8):
+            raise ValueError(f"LowRank: bits={self.bits!r} is not supported; expected None or 8")
+
+    def rank_for(self, n: int, d: int) -> int:
+        """The number of directions kept of an ``[n, d]`` matrix, never more than its full rank."""
+        rank = math.ceil(self.rank * d - 1e-9) if isinstance(self.rank, float) else self.rank
+        return max(1, min(rank, n, d))
+
+
+PredictorSpec = Quantized | LowRank
+
+
+def factor_dtype(dtype: jax.typing.DTypeLike) -> jnp.dtype:
+    """The dtype a low-rank factor of a matrix of ``dtype`` is kept in: f32, or bf16 for 16-bit matrices."""
+    return jnp.dtype(jnp.bfloat16) if jnp.dtype(dtype).itemsize == 2 else jnp.dtype(jnp.float32)
+
+
+def packed_shapes(
+    n: int, d: int, spec: PredictorSpec, dtype: jax.typing.DTypeLike = jnp.float32
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Names, shapes and dtypes of what :func:`pack_predictor` makes of an ``[n, d]`` matrix of ``dtype``."""
+    struct = jax.ShapeDtypeStruct
+    match spec:
+        case Quantized(bits=8):
+            return {"q": struct((n, d), jnp.int8), "scale": struct((n,), jnp.float32)}
+        case Quantized(bits=4):
+            return {"q": struct((n, (d + 1) // 2), jnp.uint8), "scale": struct((n,), jnp.float32)}
+        case LowRank(bits=None):
+            r = spec.rank_for(n, d)
+            return {"a": struct((n, r), factor_dtype(dtype)), "basis": struct((d, r), jnp.float32)}
+        case LowRank():
+            r = spec.rank_for(n, d)
+            return {
+                "q": struct((n, r), jnp.int8),
+                "scale": struct((n,), jnp.float32),
+                "basis": struct((d, r), jnp.float32),
+            }
+    raise TypeError(f"predictor {spec!r} is unknown; expected Quantized(...) or LowRank(...)")
+
+
+def predictor_bytes(n: int, d: int, spec: PredictorSpec, dtype: jax.typing.DTypeLike = jnp.float32) -> int:
+    """Bytes one call of :func:`predict_scores` reads of the packed predictor of an ``[n, d]`` matrix of ``dtype``."""
+    return sum(s.size * s.dtype.itemsize for s in packed_shapes(n, d, spec, dtype).values())
+
+
+def _quantize(values: jax.Array, levels: int) -> tuple[jax.Array, jax.Array]:
+    """Symmetric quantisation along the last axis.
+
+    Returns:
+      Integers of ``values``' shape as int8 in ``[-levels, levels]`` and f32 scales without the last axis. A scale is
+      NaN where the slice holds a NaN or an infinity, and 0 where it is all zero; the integers are 0 there.
+    """
+    values = values.astype(jnp.float32)
+    peak = jnp.max(jnp.abs(values), axis=-1)
+    # A NaN poisons the maximum and an infinity fails the test, so either makes its own scale NaN and no other.
+    scale = jnp.where(jnp.isfinite(peak), peak / levels, jnp.nan)
+    usable = scale > 0.0
+    q = jnp.clip(jnp.round(values / jnp.where(usable, scale, 1.0)[..., None]), -levels, levels)
+    q = jnp.where(usable[..., None], q, 0.0)
+    return q.astype(jnp.int8), scale
+
+
+def _pack_nibbles(q: jax.Array) -> jax.Array:
+    """``int8 [..., d]`` in [-7, 7] to ``uint8 [..., ceil(d/2)]``: the first half in the low nibble, the rest high."""
+    half = (q.shape[-1] + 1) // 2
+    low, high = q[..., :half], q[..., half:]
+    high = jnp.pad(high, [(0, 0)] * (q.ndim - 1) + [(0, half - high.shape[-1])])
+    return ((low & 0xF) | ((high & 0xF) << 4)).astype(jnp.uint8)
+
+
+def _unpack_nibbles(packed: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The two int8 halves that :func:`_pack_nibbles` joined; the second may end in one column of padding."""
+    signed = lax.bitcast_convert_type(packed, jnp.int8)
+    low = lax.shift_right_arithmetic(lax.shift_left(signed, jnp.int8(4)), jnp.int8(4))
+    high = lax.shift_right_arithmetic(signed, jnp.int8(4))
+    return low, high
+
+
+# Rows that packing looks at together, so that its temporaries stay small beside the matrix.
+_PACK_BLOCK = 4096
+# Bytes of 4-bit entries that are unpacked together: enough to use all cores, little enough to stay in cache.
+_NIBBLE_BLOCK_BYTES = 4 * 2**20
+
+
+def pack_predictor(rows: jax.Array, spec: PredictorSpec) -> dict[str, jax.Array]:
+    """Makes the predictor of a matrix: read everything once, keep little.
+
+    Args:
+      rows: ``[n, d]``, floating; its rows are what a product is predicted for. `jax.vmap` packs a stack of them.
+      spec: what to keep.
+
+    Returns:
+      Arrays as in :func:`packed_shapes`.
+
+    Raises:
+      ValueError: ``rows`` is not a floating matrix with at least one row and column.
+    """
+    if rows.ndim != 2 or 0 in rows.shape or not jnp.issubdtype(rows.dtype, jnp.floating):
+        raise ValueError(
+            f"pack_predictor: rows of shape {rows.shape} and dtype {rows.dtype}; expected a non-empty floating [n, d]"
+        )
+    match spec:
+        case Quantized(bits=8):
+            q, scale = _quantize(rows, 127)
+            return {"q": q, "scale": scale}
+        case Quantized(bits=4):
+            q, scale = _quantize(rows, 7)
+            return {"q": _pack_nibbles(q), "scale": scale}
+        case LowRank():
+            return _pack_low_rank(rows, spec)
+    raise TypeError(f"predictor {spec!r} is unknown; expected Quantized(...) or LowRank(...)")
+
+
+def _pack_low_rank(rows: jax.Array, spec: LowRank) -> dict[str, jax.Array]:
+    """Eckart-Young through the Gram matrix: rows @ Q Q^T with Q its top eigenvectors, so only d x d is decomposed."""
+    n, d = rows.shape
+    r = spec.rank_for(n, d)
+
+    def gram(block: jax.Array) -> jax.Array:
+        finite = jnp.all(jnp.isfinite(block), axis=1, keepdims=True)
+        block = jnp.where(finite, block, 0).astype(jnp.float32)
+        return jnp.matmul(block.T, block, precision=lax.Precision.HIGHEST)
+
+    values, vectors = jnp.linalg.eigh(fold_row_blocks(gram, _PACK_BLOCK, rows))
+    basis = vectors[:, d - r :]
+    if spec.bits == 8:
+        # Directions of equal size lose least to one scale per row, so each direction's size moves into the basis.
+        size = jnp.sqrt(jnp.maximum(values[d - r :] / n, 0.0))
+        size = jnp.where(size > 1e-6 * size[-1], size, 1.0)
+    else:
+        size = jnp.ones((r,), jnp.float32)
+
+    def factor(block: jax.Array) -> tuple[jax.Array, ...]:
+        finite = jnp.all(jnp.isfinite(block), axis=1, keepdims=True)
+        block = jnp.where(finite, block, 0).astype(jnp.float32)
+        a = jnp.matmul(block, basis / size, precision=lax.Precision.HIGHEST)
+        a = jnp.where(finite, a, jnp.nan)
+        return _quantize(a, 127) if spec.bits == 8 else (a.astype(factor_dtype(rows.dtype)),)
+
+    parts = map_row_blocks(factor, _PACK_BLOCK, rows)
+    if spec.bits == 8:
+        return {"q": parts[0], "scale": parts[1], "basis": basis * size}
+    return {"a": parts[0], "basis": basis}
+
+
+def predict_scores(x: jax.Array, packed: Packed, spec: PredictorSpec, n: int) -> jax.Array:
+    """The predicted ``x @ rows.T``, from the packed predictor alone.
+
+    Activations are quantised per token where the predictor is (symmetric, 8 bits). The derivative with respect to
+    ``x`` is that of the product with the decompressed rows, since rounding has none.
+
+    Args:
+      x: ``[T, d]``, floating.
+      packed: from :func:`pack_predictor` with the same ``spec``.
+      spec: what was kept.
+      n: rows of the matrix.
+
+    Returns:
+      f32 ``[T, n]``. NaN for rows that held a NaN or an infinity, and for every row of a token that holds one.
+    """
+    match spec:
+        case Quantized():
+            return _quantized_scores(x, packed["q"], packed["scale"], spec.bits)
+        case LowRank():
+            z = jnp.matmul(x.astype(jnp.float32), packed["basis"], preferred_element_type=jnp.float32)
+            if spec.bits == 8:
+                return _quantized_scores(z, packed["q"], packed["scale"], 8)
+            return skinny_dot(z.astype(packed["a"].dtype), packed["a"]).astype(jnp.float32)
+    raise TypeError(f"predictor {spec!r} is unknown; expected Quantized(...) or LowRank(...)")
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(3,))
+def _quantized_scores(x: jax.Array, q: jax.Array, scale: jax.Array, bits: int) -> jax.Array:
+    """Integer products of quantised tokens and quantised rows, then both scales."""
+    tokens, token_scale = _quantize(x, 127)
+    if bits == 8:
+        raw = skinny_dot(tokens, q)
+    else:
+        half = q.shape[1]
+        first, second = tokens[:, :half], tokens[:, half:]
+        second = jnp.pad(second, ((0, 0), (0, half - second.shape[1])))
+
+        def block_dot(block: jax.Array) -> jax.Array:
+            low, high = _unpack_nibbles(block)
+            return (skinny_dot(first, low) + skinny_dot(second, high)).T
+
+        raw = map_row_blocks(block_dot, max(1, _NIBBLE_BLOCK_BYTES // (2 * half)), q).T
+    return raw.astype(jnp.float32) * token_scale[:, None] * scale[None, :]
+
+
+@_quantized_scores.defjvp
+def _quantized_scores_jvp(bits: int, primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
+    """Straight through the rounding of ``x``; the packed arrays have no derivative."""
+    x, q, scale = primals
+    dx = tangents[0].astype(jnp.float32)
+    if bits == 4:
+        q = jnp.concatenate(_unpack_nibbles(q), axis=1)[:, : x.shape[1]]
+    product = skinny_dot(dx, q.astype(jnp.float32)) * scale[None, :]
+    return _quantized_scores(x, *primals[1:], bits), product

@@ -1,0 +1,231 @@
+"""Predict, select, compute: what stands in a program where a dense vocabulary projection or feed-forward block stood.
+
+Both forms score every row with the compressed predictor, choose rows by score, and compute those rows exactly. At full
+width (every row chosen) the result is that of the dense product, up to the order of sums.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from hire_xform.lowering.predictors import Packed, PredictorSpec, predict_scores, predictor_bytes
+from hire_xform.lowering.products import skinny_dot
+from hire_xform.lowering.rows import combine_rows, select_rows_dot
+from hire_xform.lowering.selection import choose, select
+
+__all__ = ["UpProduct", "ffn", "ffn_bytes", "vocab_bytes", "vocab_logits"]
+
+# A pointwise region of a feed-forward block on some of its hidden units: `region(hiddens, gather)`; see `ffn`.
+Gather = Callable[[jax.Array], jax.Array]
+Region = Callable[[list[jax.Array], Gather], jax.Array]
+
+
+def vocab_logits(
+    x: jax.Array,
+    rows: jax.Array,
+    packed: Packed,
+    spec: PredictorSpec,
+    *,
+    candidates: int,
+    vocab: int | None = None,
+    first_row: jax.Array | int = 0,
+    fill: Literal["predicted", "-inf"] = "predicted",
+    out_dtype: jax.typing.DTypeLike,
+    shards: int = 1,
+) -> jax.Array:
+    """``x @ rows.T`` with exact logits for the candidates only.
+
+    Args:
+      x: ``[T, d]``.
+      rows: ``[V, d]``, or a taller matrix that holds these rows somewhere.
+      packed: the predictor of the ``V`` rows.
+      spec: its spec.
+      candidates: rows each token may have computed exactly, ``1 <= candidates <= V``; see ``choose`` for how several
+        tokens share them.
+      vocab: ``V``; None takes all of ``rows``.
+      first_row: where the ``V`` rows begin in ``rows``; one of several stacked matrices is read in place this way.
+      fill: what stands for the rest: ``"predicted"`` scores or ``"-inf"``.
+      out_dtype: dtype of the logits.
+      shards: equal blocks of rows that each give their share of the candidates.
+
+    Returns:
+      ``[T, V]`` of ``out_dtype``.
+
+    Raises:
+      ValueError: ``candidates``, ``shards`` or ``fill`` does not fit.
+    """
+    if fill not in ("predicted", "-inf"):
+        raise ValueError(f"vocab_logits: fill={fill!r}; expected 'predicted' or '-inf'")
+    tokens, vocab = x.shape[0], rows.shape[0] if vocab is None else vocab
+    selection = choose(tokens, vocab, candidates, shards)
+    with jax.named_scope("predict"):
+        scores = predict_scores(x, packed, spec, vocab)
+    with jax.named_scope("select"):
+        index = select(jax.lax.stop_gradient(scores), selection, shards)
+    with jax.named_scope("compute"):
+        exact = select_rows_dot(
+            x, rows, index + first_row, preferred_element_type=jnp.promote_types(out_dtype, jnp.float32)
+        )
+        rest = scores if fill == "predicted" else jnp.full(scores.shape, -jnp.inf, exact.dtype)
+        at = (slice(None), index) if index.ndim == 1 else (jnp.arange(tokens)[:, None], index)
+        out = rest.astype(exact.dtype).at[at].set(exact, unique_indices=True, mode="promise_in_bounds")
+        return out.astype(out_dtype)
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpProduct:
+    """One product into the hidden units, ``x @ rows.T``."""
+
+    # [T, d]: the tokens.
+    x: jax.Array
+    # [m, d]: a row for each hidden unit; or a taller matrix that holds these rows from `first_row` on.
+    rows: jax.Array
+    # Where the m rows begin in `rows`, a multiple of the group size.
+    first_row: jax.Array | int = 0
+    # Its predictor, or None: then the product is computed exactly at full width, reading all of `rows`.
+    packed: Packed | None
+    # The predictor's spec; None exactly where `packed` is.
+    spec: PredictorSpec | None
+    # dtype of the dense product's result, which the region expects.
+    dtype: jax.typing.DTypeLike
+
+
+def ffn(
+    ups: Sequence[UpProduct],
+    region: Region,
+    down: jax.Array,
+    *,
+    units: int | None = None,
+    first_row: jax.Array | int = 0,
+    down_norms: jax.Array,
+    active: int,
+    group_size: int = 1,
+    out_dtype: jax.typing.DTypeLike,
+    shards: int = 1,
+) -> jax.Array:
+    """A feed-forward block, ``region(ups) @ down``, with only the chosen hidden units computed.
+
+    Units are scored by the size of what they would add: |predicted activation| times the norm of their down row. A
+    group's score is the sum of squares of its units'.
+
+    Args:
+      ups: the products into the hidden units, in the order the region takes them.
+      region: what the model does to the hidden units, pointwise along them: ``region(hiddens, gather)`` takes one
+        ``[T, K]`` array for each of ``ups`` and returns ``[T, K]``. ``gather`` brings anything else the region holds
+        that varies along the units to the same ``K`` units: ``[m]`` becomes ``[K]`` or ``[T, K]``, ``[T, m]`` or
+        ``[1, m]`` becomes ``[T, K]`` (or ``[1, K]``). It is called twice: at full width (K = m) on predicted values,
+        where ``gather`` is the identity, and on the chosen units.
+      down: ``[m, d_out]``, or a taller matrix that holds these rows from ``first_row`` on.
+      units: ``m``; None takes all of ``down``.
+      first_row: where the ``m`` rows begin in ``down``, a multiple of ``group_size``.
+      down_norms: f32 ``[m]``, the norm of each row of ``down``.
+      active: how many *groups* each token may have computed, ``1 <= active <= m / group_size``.
+      group_size: neighbouring units chosen together, a divisor of ``m``.
+      out_dtype: dtype of the result.
+      shards: equal blocks of groups that each give their share.
+
+    Returns:
+      ``[T, d_out]`` of ``out_dtype``.
+
+    Raises:
+      ValueError: a size does not fit.
+    """
+    if not ups:
+        raise ValueError("ffn: no product into the hidden units; expected at least one")
+    m = down.shape[0] if units is None else units
+    if group_size < 1 or m % group_size:
+        raise ValueError(f"ffn: group_size={group_size} does not divide the {m} hidden units")
+    tokens, n_groups = ups[0].x.shape[0], m // group_size
+    selection = choose(tokens, n_groups, active, shards)
+    with jax.named_scope("predict"):
+        predicted = [_full_width(up, m) for up in ups]
+        activation = region(list(predicted), lambda values: values)
+        scores = jnp.square(activation.astype(jnp.float32) * down_norms)
+        scores = scores.reshape(tokens, n_groups, group_size).sum(axis=-1)
+    with jax.named_scope("select"):
+        index = select(jax.lax.stop_gradient(scores), selection, shards)
+        chosen = (index[..., None] * group_size + jnp.arange(group_size, dtype=index.dtype)).reshape(
+            *index.shape[:-1], -1
+        )
+
+    def gather(values: jax.Array) -> jax.Array:
+        if chosen.ndim == 1 or values.ndim == 1:
+            return values.at[..., chosen].get(mode="promise_in_bounds")
+        values = jnp.broadcast_to(values, (tokens, m))
+        return jnp.take_along_axis(values, chosen, axis=1, mode="promise_in_bounds")
+
+    def groups_from(row: jax.Array | int) -> jax.Array:
+        return index if isinstance(row, int) and row == 0 else index + row // group_size
+
+    with jax.named_scope("compute"):
+        hiddens = [
+            gather(whole)
+            if up.packed is None
+            else select_rows_dot(
+                up.x, up.rows, groups_from(up.first_row), group_size=group_size, preferred_element_type=up.dtype
+            )
+            for up, whole in zip(ups, predicted, strict=True)
+        ]
+        activation = region(hiddens, gather)
+        return combine_rows(
+            activation, down, groups_from(first_row), group_size=group_size, preferred_element_type=out_dtype
+        )
+
+
+def _full_width(up: UpProduct, m: int) -> jax.Array:
+    """The predicted product of all hidden units (the exact one where there is no predictor), in the dense dtype."""
+    if up.packed is None or up.spec is None:
+        common = jnp.result_type(up.x, up.rows)
+        return skinny_dot(up.x.astype(common), up.rows.astype(common)).astype(up.dtype)
+    return predict_scores(up.x, up.packed, up.spec, m).astype(up.dtype)
+
+
+def vocab_bytes(
+    tokens: int,
+    vocab: int,
+    d: int,
+    dtype: jax.typing.DTypeLike,
+    spec: PredictorSpec,
+    *,
+    candidates: int,
+    shards: int = 1,
+) -> int:
+    """Weight bytes one call of :func:`vocab_logits` reads: the predictor and the candidates' rows."""
+    chosen = choose(tokens, vocab, candidates, shards).rows_read(tokens)
+    return predictor_bytes(vocab, d, spec, dtype) + chosen * d * jnp.dtype(dtype).itemsize
+
+
+def ffn_bytes(
+    tokens: int,
+    m: int,
+    ups: Sequence[tuple[int, jax.typing.DTypeLike, PredictorSpec | None]],
+    d_out: int,
+    down_dtype: jax.typing.DTypeLike,
+    *,
+    active: int,
+    group_size: int = 1,
+    shards: int = 1,
+) -> int:
+    """Weight bytes one call of :func:`ffn` reads: predictors, chosen up and down rows, and the down norms.
+
+    Args:
+      tokens: ``T``.
+      m: hidden units.
+      ups: ``(d, dtype, spec)`` of each product into them; a ``spec`` of None is read whole.
+      d_out: columns of the down matrix.
+      down_dtype: its dtype.
+      active: groups each token may have computed.
+      group_size: units in a group.
+      shards: as in :func:`ffn`.
+
+    Returns:
+      Bytes.
+    """
+    units = choose(tokens, m // group_size, active, shards).rows_read(tokens) * group_size
+    total = 4 * m + units * d_out * jnp.dtype(down_dtype).itemsize
+    for d, dtype, spec in ups:
+        row = d * jnp.dtype(dtype).itemsize
+        total += m * row if spec is None else predictor_bytes(m, d, spec, dtype) + units * row
+    return total

@@ -1,0 +1,247 @@
+"""The only module that names something of JAX that differs between versions.
+
+Each entry says which versions it serves. ``self_test`` runs every entry once on small programs; the test suite calls
+it on every supported JAX. Nothing outside this file may depend on the JAX version or touch a private module, and no
+entry here needs a private module either.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend import core as jex_core
+from jax.extend import source_info_util
+from jax.extend.core import primitives as prims
+
+Eqn = jex_core.JaxprEqn
+Var = jex_core.Var
+Literal = jex_core.Literal
+Jaxpr = jex_core.Jaxpr
+ClosedJaxpr = jex_core.ClosedJaxpr
+Atom = Var | Literal
+
+
+def close(jaxpr: Any, consts: Sequence[Any] = ()) -> tuple[Any, tuple[Any, ...]]:
+    """Splits a jaxpr of any kind into (open jaxpr, constants).
+
+    Up to 0.10 a ``ClosedJaxpr`` wraps a ``Jaxpr``; from 0.11 both names are one class that carries its constants.
+    ``remat2`` and ``shard_map`` carry an open jaxpr on every version.
+    """
+    inner = getattr(jaxpr, "jaxpr", jaxpr)
+    found = tuple(getattr(jaxpr, "consts", ()) or ())
+    if not found and inner.constvars:
+        found = tuple(consts)
+    return inner, found
+
+
+def is_jaxpr(value: Any) -> bool:
+    """True for a ``Jaxpr`` or a ``ClosedJaxpr`` (two classes up to 0.10, one from 0.11)."""
+    return isinstance(value, (Jaxpr, ClosedJaxpr))
+
+
+def sub_jaxprs(eqn: Eqn) -> list[tuple[str, Any]]:
+    """All jaxprs in an equation's parameters, as (parameter name, jaxpr); tuples of jaxprs are flattened."""
+    found: list[tuple[str, Any]] = []
+    for name, value in eqn.params.items():
+        if is_jaxpr(value):
+            found.append((name, value))
+        elif isinstance(value, (tuple, list)):
+            found.extend((f"{name}[{i}]", v) for i, v in enumerate(value) if is_jaxpr(v))
+    return found
+
+
+# Equations whose one sub-jaxpr is simply applied to their operands.
+CALL_PRIMITIVES: dict[Any, str] = {
+    prims.jit_p: "jit",  # named "pjit" before 0.7: match the object, never the name
+    prims.closed_call_p: "call",
+    prims.call_p: "call",
+    prims.remat_p: "remat",
+    prims.custom_jvp_call_p: "custom",
+    prims.custom_vjp_call_p: "custom",
+}
+
+
+def call_jaxpr(eqn: Eqn) -> Any:
+    """The jaxpr that a call-like equation applies: the only parameter that is a jaxpr, on every version."""
+    found = [value for value in eqn.params.values() if is_jaxpr(value)]
+    if len(found) != 1:
+        raise AssertionError(f"{eqn.primitive} was expected to hold one jaxpr, holds {len(found)}")
+    return found[0]
+
+
+@dataclass(frozen=True)
+class ScanParts:
+    """A scan equation taken apart; counts are numbers of operands."""
+
+    jaxpr: Any
+    num_consts: int
+    num_carry: int
+    length: int
+    reverse: bool
+    unroll: int
+
+
+def scan_parts(eqn: Eqn) -> ScanParts:
+    """Reads a scan's parameters: ``num_consts``/``num_carry`` up to 0.10, ``ft_in`` (a tree of three) from 0.11."""
+    params = eqn.params
+    if "num_consts" in params:
+        num_consts, num_carry = params["num_consts"], params["num_carry"]
+    else:
+        consts, carry, xs = params["ft_in"].unpack()
+        num_consts, num_carry = len(consts), len(carry)
+        if num_consts + num_carry + len(xs) != len(eqn.invars):
+            raise AssertionError("scan: ft_in does not add up to the operands")
+    return ScanParts(
+        jaxpr=params["jaxpr"],
+        num_consts=num_consts,
+        num_carry=num_carry,
+        length=params["length"],
+        reverse=params["reverse"],
+        unroll=params["unroll"],
+    )
+
+
+@dataclass(frozen=True)
+class WhileParts:
+    """A while equation taken apart."""
+
+    cond_jaxpr: Any
+    body_jaxpr: Any
+    cond_nconsts: int
+    body_nconsts: int
+
+
+def while_parts(eqn: Eqn) -> WhileParts:
+    """Reads a while's parameters (the same on 0.10 to 0.12)."""
+    p = eqn.params
+    return WhileParts(p["cond_jaxpr"], p["body_jaxpr"], p["cond_nconsts"], p["body_nconsts"])
+
+
+def is_unspecified(sharding: Any) -> bool:
+    """True for jit's "no sharding was given" marker, whose class is not public on any version."""
+    return sharding is None or type(sharding).__name__ in ("UnspecifiedValue", "AUTO")
+
+
+def jit_shardings(eqn: Eqn) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """The shardings that a nested jit states, with ``None`` where it states none."""
+
+    def stated(values: Any) -> tuple[Any, ...]:
+        return tuple(None if is_unspecified(s) else s for s in values)
+
+    return stated(eqn.params["in_shardings"]), stated(eqn.params["out_shardings"])
+
+
+def jit_is_inlined(eqn: Eqn) -> bool:
+    """True when a nested jit asks to be inlined: a bool up to 0.11, an enum whose truth differs from 0.12."""
+    inline = eqn.params.get("inline", False)
+    return inline is True or getattr(inline, "value", None) == "always"
+
+
+def _optimization_barrier_p() -> Any:
+    """No public object exists for ``optimization_barrier_p``: read it off a traced call (all versions)."""
+    return jax.make_jaxpr(jax.lax.optimization_barrier)(0.0).eqns[0].primitive
+
+
+def _split_p() -> Any:
+    """No public object exists for ``split_p`` (lax.split, since 0.4.36): read it off a traced call."""
+    return jax.make_jaxpr(lambda x: jax.lax.split(x, (1, 1)))(jnp.zeros(2)).eqns[0].primitive
+
+
+def _traced_primitives() -> tuple[Any, Any]:
+    return _optimization_barrier_p(), _split_p()
+
+
+OPTIMIZATION_BARRIER, SPLIT = _traced_primitives()
+
+
+def public_primitive(name: str) -> Any | None:
+    """A primitive by its public name, or None on a version that does not have it."""
+    return getattr(prims, name, None)
+
+
+@contextlib.contextmanager
+def equation_context(eqn: Eqn, scope: str | None = None) -> Iterator[None]:
+    """Makes what is bound inside carry the equation's name stack, user traceback and context (compute_on and such).
+
+    ``eqn.ctx.manager`` is there on 0.10 to 0.12 and is looked up defensively.
+    """
+    stack = source_info_util.current_name_stack() + eqn.source_info.name_stack
+    manager = getattr(getattr(eqn, "ctx", None), "manager", None)
+    with contextlib.ExitStack() as entered:
+        entered.enter_context(source_info_util.user_context(eqn.source_info.traceback, name_stack=stack))
+        if manager is not None:
+            entered.enter_context(manager)
+        if scope is not None:
+            entered.enter_context(jax.named_scope(scope))
+        yield
+
+
+def bind(eqn: Eqn, operands: Sequence[Any], params: dict[str, Any] | None = None) -> list[Any]:
+    """Applies an equation's primitive to new operands and returns the list of its results.
+
+    From 0.10 ``get_bind_params`` returns one dict (before, a pair with the sub-functions apart).
+    """
+    bind_params = eqn.primitive.get_bind_params(eqn.params if params is None else params)
+    out = eqn.primitive.bind(*operands, **bind_params)
+    return list(out) if eqn.primitive.multiple_results else [out]
+
+
+def source_line(eqn: Eqn) -> str:
+    """The user's ``file:line (function)`` that an equation came from; "unknown" when JAX kept no traceback."""
+    text = source_info_util.summarize(eqn.source_info)
+    return text or "unknown"
+
+
+def is_tracer(value: Any) -> bool:
+    """True for a value that an outer transformation is tracing."""
+    return isinstance(value, jax.core.Tracer)
+
+
+def self_test() -> list[str]:
+    """Runs every entry on a small program and returns the names of the entries that were checked.
+
+    Raises:
+      AssertionError: an entry no longer matches the installed JAX; the message names it.
+    """
+    checked: list[str] = []
+
+    def check(name: str, ok: bool) -> None:
+        if not ok:
+            raise AssertionError(f"compat entry {name!r} does not hold on JAX {jax.__version__}")
+        checked.append(name)
+
+    weight = jnp.ones((3, 3))
+    closed = jax.make_jaxpr(jax.jit(lambda x: x @ weight))(weight)
+    outer, consts = close(closed)
+    inner, inner_consts = close(call_jaxpr(outer.eqns[0]))
+    literal = any(isinstance(a, Literal) and a.val is weight for e in inner.eqns for a in e.invars)
+    check("close", any(c is weight for c in (*consts, *inner_consts)) or literal)
+    check("call_jaxpr", outer.eqns[0].primitive is prims.jit_p)
+    check("jit_shardings", all(s is None for side in jit_shardings(outer.eqns[0]) for s in side))
+    check("jit_is_inlined", not jit_is_inlined(outer.eqns[0]))
+
+    scanned = jax.make_jaxpr(lambda w, x: jax.lax.scan(lambda c, v: (c @ v @ weight, c), x, w))(
+        jnp.ones((4, 3, 3)), weight
+    )
+    parts = scan_parts(scanned.eqns[-1])
+    in_count = parts.num_consts + parts.num_carry + 1
+    check("scan_parts", (parts.num_carry, parts.length, in_count) == (1, 4, len(scanned.eqns[-1].invars)))
+    looped = jax.make_jaxpr(lambda x: jax.lax.while_loop(lambda s: s.sum() < 1, lambda s: s + x, x))(weight)
+    loop = while_parts(looped.eqns[-1])
+    check("while_parts", (loop.cond_nconsts, loop.body_nconsts) == (0, 1))
+    checkpointed = jax.make_jaxpr(jax.checkpoint(jnp.sin))(weight)
+    check("remat", checkpointed.eqns[0].primitive in CALL_PRIMITIVES)
+    relu = jax.make_jaxpr(jax.nn.relu)(weight)
+    check("custom_jvp", CALL_PRIMITIVES.get(relu.eqns[0].primitive) == "custom")
+    check("optimization_barrier", str(OPTIMIZATION_BARRIER) == "optimization_barrier")
+    check("split", str(SPLIT) == "split")
+    added = jax.make_jaxpr(lambda x: x + 1)(1.0).eqns[0]
+    with equation_context(added, "self_test"):
+        check("bind", float(bind(added, [1.0, 2.0])[0]) == 3.0)
+    check("source_line", isinstance(source_line(added), str))
+    return checked

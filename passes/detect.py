@@ -1,0 +1,234 @@
+"""Finds dense feed-forward blocks and vocabulary projections, and says of every other weight product why it is neither.
+
+Detection is structural and knows no sizes, settings or platforms: what is done with a match is the planner's affair.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from hire_xform.passes import compat
+from hire_xform.passes.follow import Fate, follow
+from hire_xform.passes.layout import Layout, row_major, whole
+from hire_xform.passes.products import Product, find_products, matrix, normal_form
+from hire_xform.passes.provenance import Provenance, Recipe, Reshape, Slice, Transpose
+from hire_xform.passes.region import Region, Up, trace_region
+from hire_xform.passes.walk import Graph, Node, Value
+
+# A vocabulary is at least this many times as wide as the activation that is projected to it.
+WIDE = 2
+
+
+@dataclass(frozen=True, eq=False)
+class VocabMatch:
+    """A vocabulary projection: ``product`` maps ``[T, d]`` to ``[T, V]``."""
+
+    product: Product
+
+    @property
+    def node(self) -> Node:
+        """The equation whose result is replaced."""
+        return self.product.node
+
+    @property
+    def products(self) -> list[Product]:
+        """All its products."""
+        return [self.product]
+
+
+@dataclass(frozen=True, eq=False)
+class FfnMatch:
+    """A feed-forward block: products into ``units`` hidden units, a pointwise region, a product that contracts them.
+
+    Attributes:
+      down: the contracting product.
+      hidden: its activation operand.
+      layout: layout of ``hidden``.
+      region: what lies between.
+      tokens: T.
+      units: m.
+    """
+
+    down: Product
+    hidden: Value
+    layout: Layout
+    region: Region
+    tokens: int
+    units: int
+
+    @property
+    def node(self) -> Node:
+        """The equation whose result is replaced."""
+        return self.down.node
+
+    @property
+    def products(self) -> list[Product]:
+        """All its products, each once."""
+        return list(dict.fromkeys([*(up.product for up in self.region.ups), self.down]))
+
+    def down_rows(self) -> Recipe:
+        """The contracting weight as ``[m, d_out]``."""
+        order = sorted(range(len(self.down.x_contract)), key=lambda i: self.down.x_contract[i])
+        return self.down.rows_contracted(tuple(order))
+
+
+def up_rows(up: Up) -> Recipe:
+    """The weight of a product into the hidden units as ``[m, d]``, units in canonical order, cut to those used."""
+    product = up.product
+    dims = [up.layout[d] for d in product.out_w_dims]
+    atoms = [a for d in dims for a in d.atoms]
+    order = sorted(range(len(atoms)), key=lambda i: -atoms[i].stride)
+    if all(d.full for d in dims) and order == list(range(len(atoms))):
+        return product.rows_free()
+    recipe, shape = product.origin.recipe, product.weight.shape
+    start, limit, strides = [0] * len(shape), list(shape), [1] * len(shape)
+    for axis, dim in zip(product.w_free, dims, strict=True):
+        start[axis], limit[axis] = dim.start, dim.start + dim.step * (dim.size - 1) + 1
+        strides[axis] = dim.step
+    recipe = recipe.then(Slice(tuple(start), tuple(limit), tuple(strides)))
+    sizes = [a.size for a in atoms]
+    contracted = [shape[d] for d in product.w_contract]
+    recipe = recipe.then(
+        Transpose((*product.w_free, *product.w_contract)),
+        Reshape((*sizes, *contracted)),
+        Transpose((*order, *range(len(sizes), len(sizes) + len(contracted)))),
+        Reshape((math.prod(sizes), math.prod(contracted))),
+    )
+    return normal_form(recipe)
+
+
+def vocab_rows(match: VocabMatch) -> Recipe:
+    """The weight of a vocabulary projection as ``[V, d]``."""
+    product = match.product
+    return matrix(product.origin.recipe, product.weight.shape, product.w_free, product.w_contract)
+
+
+@dataclass(frozen=True)
+class Rejection:
+    """A weight product that is no match, and why."""
+
+    node: Node
+    product: Product | None
+    reason: str
+
+
+@dataclass(frozen=True)
+class Detection:
+    """All that was found in a graph, in program order."""
+
+    matches: list[VocabMatch | FfnMatch]
+    rejections: list[Rejection]
+    products: list[Product]
+
+
+def detect(graph: Graph, provenance: Provenance) -> Detection:
+    """Finds all matches; every weight product is in exactly one match or one rejection."""
+    products, loose = find_products(graph, provenance)
+    by_node = {p.node: p for p in products}
+    order = {node: i for i, node in enumerate(n for scope in graph.scopes for n in scope.nodes)}
+    taken: set[Product] = set()
+    matches: list[VocabMatch | FfnMatch] = []
+    reasons: dict[Product, str] = {}
+    for product in products:
+        found = _ffn(product, by_node, taken)
+        if isinstance(found, FfnMatch):
+            matches.append(found)
+            taken.update(found.products)
+        elif found is not None:
+            reasons.setdefault(product, found)
+    for product in products:
+        if product in taken:
+            continue
+        fate = follow(product)
+        reason = _not_vocabulary(product, fate)
+        if reason is None:
+            matches.append(VocabMatch(product))
+            taken.add(product)
+        elif product not in reasons or fate.first("contracted", "multiplied") is not None:
+            # What follows a product says more than what leads to it: an attention projection is named as one.
+            reasons[product] = reason
+    rejections = [Rejection(p.node, p, reasons[p]) for p in products if p not in taken]
+    rejections += [Rejection(item.node, None, item.reason) for item in loose]
+    rejections.sort(key=lambda r: order[r.node])
+    matches.sort(key=lambda m: order[m.node])
+    return Detection(matches, rejections, products)
+
+
+def _ffn(down: Product, by_node: dict[Node, Product], taken: set[Product]) -> FfnMatch | str | None:
+    """The block that ends in ``down``; a reason when there is nearly one; None when nothing points to one."""
+    if down in taken or not down.width or not down.contracted or not down.tokens:
+        return None
+    hidden = down.x
+    if down.batched:
+        return (
+            "its weight has a batch dimension (experts or stacked layers): one product for each, which is not followed"
+        )
+    layout: list = [None] * len(hidden.shape)
+    for dims, space in ((down.x_free, "t"), (sorted(down.x_contract), "h")):
+        sizes = [hidden.shape[d] for d in dims]
+        for d, atom in zip(dims, row_major(space, sizes), strict=True):
+            layout[d] = whole([atom], hidden.shape[d])
+    region = trace_region(hidden, tuple(layout), by_node)
+    if region is None:
+        return None
+    leak = _leak(region, hidden, down)
+    if leak is not None:
+        return leak
+    blocked = next((up.product for up in region.ups if up.product in taken), None)
+    if blocked is not None:
+        return f"the product it follows, {blocked.path}, already belongs to another block"
+    return FfnMatch(down, hidden, tuple(layout), region, down.tokens, region.units)
+
+
+def _leak(region: Region, hidden: Value, down: Product) -> str | None:
+    """Why the hidden units can't be left out: something besides the block reads them."""
+    for value in sorted(region.inner, key=lambda v: v.node.path if v.node else ""):
+        for node in value.consumers:
+            if node not in region.nodes and node is not down.node:
+                return (
+                    f"what it contracts is also read by {node.primitive} at {compat.source_line(node.eqn)}"
+                    if value is hidden
+                    else f"an activation on the way to it is also read by {node.primitive} at "
+                    f"{compat.source_line(node.eqn)}"
+                )
+        if value.is_output:
+            return "what it contracts is also returned, so every unit of it is needed"
+    return None
+
+
+def _not_vocabulary(product: Product, fate: Fate) -> str | None:
+    """Why a product outside any block is no vocabulary projection; None when it is one."""
+    if product.batched:
+        return (
+            "its weight has a batch dimension (experts or stacked layers): one product for each, which is not followed"
+        )
+    if not product.width or not product.contracted or not product.tokens:
+        return "it is empty"
+    event = fate.first("contracted", "multiplied")
+    if event is not None and event[1] is not None:
+        how = "contracted by" if event[0] == "contracted" else "an operand of"
+        mixing = fate.first("reduced", "mixed")
+        if mixing is not None and mixing[1] is not None:
+            node = mixing[1]
+            return (
+                f"its output axis is mixed by {node.primitive} at {compat.source_line(node.eqn)} and then {how} another "
+                "product"
+            )
+        if fate.first("returned") is not None:
+            return "its output is returned as well as contracted, so every unit of it is needed"
+        return f"its output is {how} another product at {compat.source_line(event[1].eqn)}, not pointwise and not a weight's"
+    mixed = fate.first("mixed", "opaque")
+    if mixed is not None and mixed[1] is not None:
+        node = mixed[1]
+        return f"its output axis goes into {node.primitive} at {compat.source_line(node.eqn)}, which is not followed"
+    if not fate.intact:
+        return "its output axis is split or merged, as attention heads are"
+    if product.width < WIDE * product.contracted:
+        return (
+            f"its output is {product.width} wide for {product.contracted} inputs: too narrow for a vocabulary, and "
+            "not part of a feed-forward block"
+        )
+    if not fate.events:
+        return "its output is not used"
+    return None

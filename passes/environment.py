@@ -1,0 +1,79 @@
+"""Runtime values while the rewritten program is evaluated: an environment, and views of packed arrays."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from hire_xform.passes.plan import Need
+from hire_xform.passes.walk import Operand, Value
+from jax import lax
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class PackedView:
+    """A packed form and the stack indices known so far.
+
+    Attributes:
+      arrays: an array, or a predictor's dictionary of arrays, each led by the stack axes.
+      index: one scalar for each resolved stack axis, outermost first.
+    """
+
+    arrays: Any
+    index: tuple[Any, ...] = ()
+
+    def at(self, index: Any) -> PackedView:
+        """The view with one more stack axis resolved."""
+        return dataclasses.replace(self, index=(*self.index, index))
+
+    def whole(self) -> Any:
+        """The packed form of the one matrix."""
+
+        def take(array: Any) -> Any:
+            for i in self.index:
+                array = lax.dynamic_index_in_dim(array, i, 0, keepdims=False)
+            return array
+
+        return jax.tree.map(take, self.arrays)
+
+    def rows(self) -> tuple[Any, Any]:
+        """The whole stack's rows as one matrix, and the number of this matrix's first row in it.
+
+        Reading some rows of one layer through this copies nothing, where slicing the layer out first would copy all.
+        """
+        stack = self.arrays.shape[: len(self.index)]
+        if not stack:
+            return self.arrays, 0
+        number: Any = 0
+        for size, i in zip(stack, self.index, strict=True):
+            # Out of range, a dynamic slice clamps; so does this.
+            number = number * size + jnp.clip(i, 0, size - 1).astype(jnp.int32)
+        rows, columns = self.arrays.shape[len(stack) :]
+        return self.arrays.reshape(math.prod(stack) * rows, columns), number * rows
+
+
+Env = dict[Value, Any]
+Views = dict[Need, PackedView]
+
+
+def read(env: Env, operand: Operand, missing_ok: bool = False) -> Any:
+    """The runtime value of an operand; None (or an error) when it is not there.
+
+    Raises:
+      AssertionError: it is not there and ``missing_ok`` is False: liveness and evaluation disagree, a defect here.
+    """
+    if not isinstance(operand, Value):
+        return operand.val
+    if operand.const is not None:
+        return operand.const
+    if missing_ok:
+        return env.get(operand)
+    if operand not in env:
+        where = operand.node.path if operand.node is not None else "an input"
+        raise AssertionError(f"the rewritten program reads {where}, which was dropped; please report this program")
+    return env[operand]

@@ -1,0 +1,158 @@
+"""Follows a product's output axis forwards: what becomes of it decides whether it is a vocabulary, and names why not."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any
+
+from hire_xform.passes import compat
+from hire_xform.passes.pointwise import is_pointwise
+from hire_xform.passes.products import Product
+from hire_xform.passes.walk import Node, Value
+from jax.extend.core import primitives as prims
+
+MAX_STEPS = 256
+
+_REDUCTIONS = dict.fromkeys((prims.reduce_sum_p, prims.reduce_max_p, prims.reduce_min_p, prims.reduce_prod_p, prims.reduce_and_p, prims.reduce_or_p, prims.argmax_p, prims.argmin_p), "axes")
+_CUMULATIVE = {prims.cumsum_p, prims.cummax_p, prims.cummin_p, prims.cumprod_p, prims.cumlogsumexp_p}
+_STORES = {prims.dynamic_update_slice_p, prims.scatter_p}
+
+
+@dataclass
+class Fate:
+    """What becomes of an axis, as events in breadth-first order.
+
+    Attributes:
+      events: (kind, equation or None). Kinds: "returned", "reduced", "gathered", "stored", "looped" keep a vocabulary
+        one; "contracted", "multiplied", "mixed", "opaque" do not.
+      intact: False when the axis was split or merged with another on the way.
+    """
+
+    events: list[tuple[str, Node | None]] = field(default_factory=list)
+    intact: bool = True
+
+    def first(self, *kinds: str) -> tuple[str, Node | None] | None:
+        """The first event of one of these kinds."""
+        return next((e for e in self.events if e[0] in kinds), None)
+
+
+def follow(product: Product) -> Fate:
+    """Follows the output axis of a product through the program, up to ``MAX_STEPS`` equations."""
+    fate = Fate()
+    start = frozenset(product.out_w_dims)
+    queue: deque[tuple[Value, frozenset[int]]] = deque([(product.out, start)])
+    seen: set[Value] = {product.out}
+    steps = 0
+    while queue:
+        value, dims = queue.popleft()
+        if value.is_output:
+            fate.events.append(("returned", None))
+        for node in value.consumers:
+            steps += 1
+            if steps > MAX_STEPS:
+                fate.events.append(("opaque", node))
+                return fate
+            for result, result_dims in _step(node, value, dims, fate):
+                if result not in seen:
+                    seen.add(result)
+                    queue.append((result, result_dims))
+    return fate
+
+
+def _step(node: Node, value: Value, dims: frozenset[int], fate: Fate) -> list[tuple[Value, frozenset[int]]]:
+    """Results that still hold the axis, and where; anything else becomes an event."""
+    p = node.primitive
+    if is_pointwise(node):
+        return [(r, dims) for r in node.outputs if r.shape == value.shape]
+    if p in _REDUCTIONS:
+        axes = set(node.params["axes"])
+        if axes & dims:
+            fate.events.append(("reduced", node))
+            return []
+        return [(node.outputs[0], _without(dims, axes))]
+    if p is prims.dot_general_p:
+        return _through_product(node, value, dims, fate)
+    moved = _moved(node, value, dims, fate)
+    if moved is not None:
+        return moved
+    if p in (prims.top_k_p, prims.approx_top_k_p, prims.sort_p):
+        fate.events.append(("reduced", node))
+    elif p in _CUMULATIVE:
+        if node.params["axis"] not in dims:
+            return [(node.outputs[0], dims)]
+        fate.events.append(("mixed", node))
+    elif p is prims.gather_p:
+        fate.events.append(("gathered", node))
+    elif p in _STORES:
+        fate.events.append(("stored", node))
+    elif node.children:
+        return _into_scopes(node, value, dims, fate)
+    else:
+        fate.events.append(("opaque", node))
+    return []
+
+
+def _without(dims: frozenset[int], removed: set[int]) -> frozenset[int]:
+    return frozenset(d - sum(r < d for r in removed) for d in dims)
+
+
+def _moved(node: Node, value: Value, dims: frozenset[int], fate: Fate) -> list[tuple[Value, frozenset[int]]] | None:
+    p, params = node.primitive, node.params
+    if p is prims.transpose_p:
+        return [(node.outputs[0], frozenset(i for i, d in enumerate(params["permutation"]) if d in dims))]
+    if p is prims.broadcast_in_dim_p and len(node.inputs) == 1:
+        return [(node.outputs[0], frozenset(params["broadcast_dimensions"][d] for d in dims))]
+    if p is prims.slice_p or p is compat.SPLIT:
+        if any(r.shape[d] != value.shape[d] for r in node.outputs for d in dims) and p is compat.SPLIT:
+            fate.intact = False
+        return [(r, dims) for r in node.outputs]
+    if p in (prims.reshape_p, prims.squeeze_p):
+        found = _reshaped(value.shape, node.outputs[0].shape, dims)
+        if [value.shape[d] for d in sorted(dims)] != [node.outputs[0].shape[d] for d in sorted(found)]:
+            fate.intact = False
+        return [(node.outputs[0], found)]
+    if p is prims.concatenate_p:
+        fate.intact = fate.intact and params["dimension"] not in dims
+        return [(node.outputs[0], dims)]
+    return None
+
+
+def _reshaped(before: tuple[int, ...], after: tuple[int, ...], dims: frozenset[int]) -> frozenset[int]:
+    """Dimensions after a reshape that hold any part of the given dimensions before it."""
+    found: set[int] = set()
+    i = j = 0
+    while i < len(before) and j < len(after):
+        left, right = [i], [j]
+        while math.prod(before[k] for k in left) != math.prod(after[k] for k in right):
+            if math.prod(before[k] for k in left) < math.prod(after[k] for k in right):
+                left.append(left[-1] + 1)
+            else:
+                right.append(right[-1] + 1)
+        if dims & set(left):
+            found |= set(right)
+        i, j = left[-1] + 1, right[-1] + 1
+    return frozenset(found)
+
+
+def _through_product(node: Node, value: Value, dims: frozenset[int], fate: Fate) -> list[tuple[Value, frozenset[int]]]:
+    (lc, rc), (lb, rb) = node.params["dimension_numbers"]
+    for contract, batch, operand in ((lc, lb, node.inputs[0]), (rc, rb, node.inputs[1])):
+        if operand is value:
+            kind = "contracted" if dims & set(contract) else "multiplied" if dims & set(batch) else None
+            fate.events.append((kind or "multiplied", node))
+    return []
+
+
+def _into_scopes(node: Node, value: Value, dims: frozenset[int], fate: Fate) -> list[tuple[Value, frozenset[int]]]:
+    found: list[tuple[Any, frozenset[int]]] = []
+    fate.events.append(("looped", node))
+    for child in node.children:
+        for inside in child.inputs:
+            if inside.outer is value:
+                if inside.scanned:
+                    fate.events.append(("mixed", node))
+                else:
+                    found.append((inside, dims))
+    return found

@@ -1,0 +1,127 @@
+"""Which equations and values the rewritten program still needs.
+
+A rewritten site no longer reads its weights, so they, and whatever only fed them, drop out: of the program, of the
+operands of loops, and of what a ``Packed`` has to hold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from hire_xform.passes import compat
+from hire_xform.passes.detect import VocabMatch
+from hire_xform.passes.plan import Decision
+from hire_xform.passes.provenance import IndexSlice
+from hire_xform.passes.treatment import Treatment
+from hire_xform.passes.walk import Graph, Node, Operand, Scope, Value
+from jax.extend.core import primitives as prims
+
+
+class Liveness:
+    """Live equations and values of a graph under a set of treatments.
+
+    Attributes:
+      nodes: equations to be evaluated.
+      values: values that are read.
+      changed: scopes in which something is treated, at any depth.
+    """
+
+    def __init__(self, graph: Graph, treatments: dict[Node, Treatment]):
+        self._treatments = treatments
+        self.nodes: set[Node] = set()
+        self.values: set[Value] = set()
+        self.changed: set[Scope] = set()
+        for node in treatments:
+            self.changed.update(node.scope.chain())
+        self._scope(graph.top)
+
+    def _scope(self, scope: Scope) -> list[Operand]:
+        """Marks a scope backwards from its outputs; returns what it needs of the scopes around it, by index."""
+        outward: list[Operand] = []
+        carry = carried_inputs(scope.node) if scope.kind in ("scan", "while") and scope.node is not None else []
+        unchanging = [value.outer is not None for value in carry] + [False] * (len(scope.outputs) - len(carry))
+        self._need(o for o, same in zip(scope.outputs, unchanging, strict=True) if not same)
+        for node in reversed(scope.nodes):
+            # Loops are marked whether or not their results are read: their bodies may have effects.
+            if node.eqn.effects or any(v in self.values for v in node.outputs):
+                self.nodes.add(node)
+                for operand, home in self._operands(node):
+                    if home is None or home is scope:
+                        self._need([operand])
+                    else:
+                        outward.append(operand)
+        return outward
+
+    def _need(self, operands: Iterable[Operand]) -> None:
+        self.values.update(o for o in operands if isinstance(o, Value))
+
+    def _operands(self, node: Node) -> Iterable[tuple[Operand, Scope | None]]:
+        treatment = self._treatments.get(node)
+        if treatment is not None:
+            if isinstance(treatment, Decision):
+                yield from ((o, None) for o in decision_operands(treatment))
+            else:
+                yield treatment.product.x, None
+            for need in treatment.needs:
+                for ref in need.refs:
+                    if isinstance(ref, IndexSlice):
+                        yield ref.index, ref.node.scope
+            return
+        inner: list[Operand] = []
+        for child in node.children:
+            inner += self._scope(child)
+        # An index that a treatment further in hangs on lives here or further out.
+        for operand in inner:
+            if isinstance(operand, Value):
+                yield operand, operand.scope
+        if not node.children or not any(child in self.changed for child in node.children):
+            yield from ((o, None) for o in node.inputs)
+            return
+        yield from ((o, None) for o in self._loop_operands(node))
+
+    def _loop_operands(self, node: Node) -> Iterable[Operand]:
+        """Operands of a re-emitted loop or branch: those whose value inside is live, and what carries state."""
+        child = node.children[0]
+        if node.primitive is prims.cond_p:
+            yield node.inputs[0]
+            for i, operand in enumerate(node.inputs[1:]):
+                if any(c.inputs[i] in self.values for c in node.children):
+                    yield operand
+            return
+        lead, tested = 0, set()
+        if node.primitive is prims.while_p:
+            loop = compat.while_parts(node.eqn)
+            lead = loop.cond_nconsts
+            yield from node.inputs[:lead]
+            tested = {child.inputs[loop.body_nconsts + i] for i in state_read(loop)}
+        results = dict(zip(carried_inputs(node), node.outputs, strict=False))
+        for value, operand in zip(child.inputs, node.inputs[lead:], strict=True):
+            changing = value.outer is None
+            if changing or value in self.values or value in tested or results.get(value) in self.values:
+                yield operand
+
+
+def carried_inputs(node: Node) -> list[Value]:
+    """The values inside a scan or while that are its carry, in order."""
+    if node.primitive is prims.scan_p:
+        scan = compat.scan_parts(node.eqn)
+        return node.inner.inputs[scan.num_consts : scan.num_consts + scan.num_carry]
+    return node.inner.inputs[compat.while_parts(node.eqn).body_nconsts :]
+
+
+def state_read(loop: compat.WhileParts) -> set[int]:
+    """Which entries of its state a while's condition reads."""
+    jaxpr, _ = compat.close(loop.cond_jaxpr)
+    used = {v for eqn in jaxpr.eqns for v in eqn.invars if not isinstance(v, compat.Literal)}
+    used.update(v for v in jaxpr.outvars if not isinstance(v, compat.Literal))
+    return {i for i, var in enumerate(jaxpr.invars[loop.cond_nconsts :]) if var in used}
+
+
+def decision_operands(decision: Decision) -> list[Operand]:
+    """What a rewritten site reads at run time besides packed arrays."""
+    match = decision.match
+    if isinstance(match, VocabMatch):
+        return [match.product.x]
+    found: list[Operand] = [up.product.x for up in match.region.ups]
+    found += [side.value for side in match.region.sides]
+    return found

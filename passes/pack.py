@@ -1,0 +1,210 @@
+"""Compresses weights once: the packed forms that sites read, and ``Packed``, which stands where the weights stood."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from hire_xform.passes.detect import Detection
+from hire_xform.passes.plan import PackKey, Plan
+from hire_xform.passes.products import rounding_free
+from hire_xform.passes.provenance import Recipe, Reshape, Root, Stack, Step, Transpose
+from hire_xform.passes.rewrite import Rewriter
+from hire_xform.passes.treatment import treatments
+from hire_xform.passes.walk import Graph
+
+from hire_xform import lowering
+
+
+def pack_array(key: PackKey, leaf: Any) -> Any:
+    """One packed form: ``[*stack, n, d]`` rows, f32 ``[*stack, n]`` norms, or a predictor's dictionary of arrays."""
+    return _packer(key.recipe.steps, key.form)(leaf)
+
+
+@functools.lru_cache(maxsize=256)
+def _packer(steps: tuple[Step, ...], form: Any) -> Callable[[Any], Any]:
+    recipe = Recipe(Root("", 0), steps)
+    return jax.jit(lambda leaf: recipe.apply(leaf, functools.partial(_finish, form)))
+
+
+def _finish(form: Any, rows: Any) -> Any:
+    if form == "rows":
+        return rows
+    if form == "norms":
+        return jnp.sqrt(jnp.sum(jnp.square(rows.astype(jnp.float32)), axis=-1))
+    return lowering.pack_predictor(rows, form)
+
+
+def pack_shapes(key: PackKey, leaf: Any) -> Any:
+    """Shapes and dtypes of ``pack_array``'s result; computes nothing."""
+    return jax.eval_shape(_packer(key.recipe.steps, key.form), jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))
+
+
+def unpack_rows(recipe: Recipe, leaf_shape: Sequence[int], rows: Any) -> Any:
+    """The leaf again, from its packed rows; for recipes that are ``rounding_free``."""
+    return _undo(recipe.steps, tuple(leaf_shape), rows)
+
+
+def _undo(steps: Sequence[Step], shape: tuple[int, ...], rows: Any) -> Any:
+    if not steps:
+        return rows
+    step, rest = steps[0], steps[1:]
+    if isinstance(step, Stack):
+        return jax.vmap(lambda r: _undo(rest, shape[1:], r))(rows)
+    if isinstance(step, Transpose):
+        before = _undo(rest, tuple(shape[p] for p in step.perm), rows)
+        return jnp.transpose(before, np.argsort(step.perm))
+    if isinstance(step, Reshape):
+        return _undo(rest, step.shape, rows).reshape(shape)
+    raise AssertionError(f"{step} can't be undone")
+
+
+@dataclass(frozen=True, eq=False)
+class PackLayout:
+    """What a ``Packed`` holds, and what stood in its place. Static: two layouts are the same when all fields are.
+
+    Attributes:
+      argnum: the argument it stands for.
+      treedef: structure of the original argument.
+      avals: abstract values of the original array leaves, in order.
+      static: the other leaves: (position, value).
+      kept: which array leaves it still holds.
+      keys: the packed forms it holds.
+      restored: leaves that are made from packed rows when read dense: (leaf, number of the key).
+    """
+
+    argnum: int
+    treedef: Any
+    avals: tuple[Any, ...]
+    static: tuple[tuple[int, Any], ...]
+    kept: tuple[int, ...]
+    keys: tuple[PackKey, ...]
+    restored: tuple[tuple[int, int], ...]
+    _hash: int = field(default=0, repr=False)
+
+    def __post_init__(self) -> None:
+        """Hashes once: a layout is part of every call's tree structure."""
+        object.__setattr__(self, "_hash", hash((self.argnum, self.treedef, self.kept, self.keys)))
+
+    def _fields(self) -> tuple[Any, ...]:
+        return self.argnum, self.treedef, self.avals, self.static, self.kept, self.keys, self.restored
+
+    def __eq__(self, other: object) -> bool:
+        """Equal when everything it describes is."""
+        return self is other or (isinstance(other, PackLayout) and self._fields() == other._fields())
+
+    def __hash__(self) -> int:
+        """The hash made at construction."""
+        return self._hash
+
+
+@jax.tree_util.register_pytree_with_keys_class
+class Packed:
+    """Weights in the layout decoding wants: stands where the plain weights stood, which may then be dropped.
+
+    A pytree of arrays: pass it through ``jit``, shard it, save its leaves. It holds each matrix once.
+    """
+
+    def __init__(self, kept: Sequence[Any], forms: Sequence[Any], layout: PackLayout):
+        """Not for direct use: ``step.trace(...).pack(weights)`` makes one."""
+        self._kept = list(kept)
+        self._forms = list(forms)
+        self._layout = layout
+
+    @property
+    def layout(self) -> PackLayout:
+        """What it holds."""
+        return self._layout
+
+    def leaf(self, index: int) -> Any:
+        """Original array leaf ``index`` if it is held as it was; else None."""
+        return self._kept[self._layout.kept.index(index)] if index in self._layout.kept else None
+
+    def form(self, key: PackKey) -> Any:
+        """The packed form of a key; None if it is not held."""
+        return self._forms[self._layout.keys.index(key)] if key in self._layout.keys else None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays it holds."""
+        return sum(
+            int(np.prod(x.shape)) * np.dtype(x.dtype).itemsize for x in jax.tree.leaves((self._kept, self._forms))
+        )
+
+    def __repr__(self) -> str:
+        """A one-line summary."""
+        held = f"{len(self._kept)} plain leaves, {len(self._forms)} packed forms"
+        return f"Packed({held}, {self.nbytes / 1e6:.1f} MB)"
+
+    def tree_flatten_with_keys(self) -> tuple[Any, PackLayout]:
+        """Children with keys, and the layout."""
+        key = jax.tree_util.DictKey
+        return ((key("kept"), self._kept), (key("forms"), self._forms)), self._layout
+
+    def tree_flatten(self) -> tuple[Any, PackLayout]:
+        """Children and the layout."""
+        return (self._kept, self._forms), self._layout
+
+    @classmethod
+    def tree_unflatten(cls, layout: PackLayout, children: Any) -> Packed:
+        """Inverse of flattening."""
+        packed = object.__new__(cls)
+        packed._kept, packed._forms = children
+        packed._layout = layout
+        return packed
+
+
+@dataclass(frozen=True)
+class Holding:
+    """What to hold of one argument's leaves: see ``PackLayout``; numbers are leaves of that argument."""
+
+    kept: tuple[int, ...]
+    keys: tuple[PackKey, ...]
+    restored: tuple[tuple[int, int], ...]
+
+
+def decide_holding(graph: Graph, detection: Detection, plan: Plan, roots: Sequence[Root | None]) -> dict[str, Holding]:
+    """Which leaves and packed forms the rewritten program reads, for each weights argument.
+
+    Args:
+      graph: the program.
+      detection: what was found in it.
+      plan: what is rewritten.
+      roots: for each of the program's operands, the root it is as a weight, or None.
+    """
+    keys = dict.fromkeys(n.key for d in plan.decisions for n in d.needs)
+    rows = [k for k in keys if k.form == "rows"]
+    as_it_is = {k.recipe.root for k in rows if k.recipe.is_leaf}
+    laid_out = {k.recipe.root for k in rows if not k.recipe.is_leaf} - as_it_is
+    found = treatments(detection, plan, lambda root: root not in laid_out, lambda key: key in keys)
+    needed = Rewriter(graph, found).needed_inputs()
+    holdings: dict[str, Holding] = {}
+    for kind in dict.fromkeys(r.kind for r in roots if r is not None):
+        mine = [k for k in keys if k.recipe.root.kind == kind and not (k.form == "rows" and k.recipe.is_leaf)]
+        kept: list[int] = []
+        restored: list[tuple[int, int]] = []
+        for root, read in zip(roots, needed, strict=True):
+            if root is None or root.kind != kind:
+                continue
+            back = next((i for i, k in enumerate(mine) if k.form == "rows" and _gives_back(k, root)), None)
+            if root in as_it_is or (read and back is None):
+                kept.append(root.index)
+            elif back is not None:
+                restored.append((root.index, back))
+        holdings[kind] = Holding(tuple(kept), tuple(mine), tuple(restored))
+    return holdings
+
+
+def _gives_back(key: PackKey, root: Root) -> bool:
+    return key.recipe.root == root and rounding_free(key.recipe)
+
+
+def packing_bytes(keys: Iterable[PackKey], leaf_of: Callable[[Root], Any]) -> int:
+    """Bytes read while packing, for progress."""
+    return sum(math.prod(leaf_of(k.recipe.root).shape) * np.dtype(leaf_of(k.recipe.root).dtype).itemsize for k in keys)

@@ -1,0 +1,304 @@
+"""Decides by bytes which matches are rewritten, and says why the others stay dense."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+from hire_xform.lowering import Selection, choose, ffn_bytes, vocab_bytes
+from hire_xform.passes import compat
+from hire_xform.passes.detect import Detection, FfnMatch, VocabMatch, up_rows, vocab_rows
+from hire_xform.passes.provenance import Origin, Recipe, Ref, Root
+from hire_xform.passes.settings import Choice, Ffn, Vocab
+from hire_xform.passes.walk import Node
+
+# A row read out of order costs this many times what it costs in a streamed product. Measured by
+# `benchmarks/kernels.py` on a CPU; accelerators read rows of a kilobyte or more about as fast as anything else.
+ROW_COST = {"cpu": 1.5}
+# What predicting and selecting costs besides reading, as the bytes a dense product would read in that time.
+FIXED_BYTES = {"cpu": 1 << 20, "gpu": 4 << 20, "tpu": 4 << 20}
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place that is rewritten.
+
+    Attributes:
+      kind: "ffn" or "vocab".
+      path: the equation whose result is replaced, such as ``scan[0]/dot_general[3]``.
+      source: the user's ``file:line (function)``.
+      tokens: rows of the activation, T.
+      dense_bytes: weight bytes the dense form reads per call; inside a scan, over all its iterations.
+      sparse_bytes: weight bytes the rewritten form reads per call.
+      settings: the ``Vocab`` or ``Ffn`` that was used.
+      weights: names of the weights, in the order of the products.
+      inputs: columns of the (first) weight, d.
+      units: rows to choose from: the vocabulary V or the hidden width m.
+      computed: rows computed exactly per call: for one shared set its size, else the sum over tokens.
+      shared: True when all tokens share one set of rows.
+      activation: the pointwise operations between the products of an FFN.
+      forced: True when a rule overrode the cost model.
+    """
+
+    kind: str
+    path: str
+    source: str
+    tokens: int
+    dense_bytes: int
+    sparse_bytes: int
+    settings: Vocab | Ffn
+    weights: tuple[str, ...]
+    inputs: int
+    units: int
+    computed: int
+    shared: bool
+    activation: str = ""
+    forced: bool = False
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A weight product that stays dense, and why.
+
+    Attributes:
+      path: the equation's path.
+      source: the user's ``file:line (function)``.
+      reason: one sentence.
+      kind: "ffn" or "vocab" when it is one; "" when it is neither.
+      dense_bytes: weight bytes read per call.
+      weights: names of its weights.
+    """
+
+    path: str
+    source: str
+    reason: str
+    kind: str = ""
+    dense_bytes: int = 0
+    weights: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class PackKey:
+    """One packed form of one weight: its ``"rows"``, the ``"norms"`` of its rows, or a predictor spec's arrays."""
+
+    recipe: Recipe
+    form: Any
+
+
+@dataclass(frozen=True, eq=False)
+class Need:
+    """A packed form as one site reads it: the key, and what resolves its stack axes at run time."""
+
+    key: PackKey
+    refs: tuple[Ref, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Decision:
+    """A match that is rewritten, with all it takes.
+
+    Attributes:
+      match: the match.
+      site: its public description.
+      settings: its settings.
+      count: rows (vocabulary) or groups (FFN) each token may have.
+      needs: packed forms. Vocabulary: rows, predictor. FFN: rows and predictor of each product into the units, then
+        rows and norms of the contracting one.
+    """
+
+    match: VocabMatch | FfnMatch
+    site: Site
+    settings: Vocab | Ffn
+    count: int
+    needs: tuple[Need, ...]
+
+    @property
+    def node(self) -> Node:
+        """The equation whose result is replaced."""
+        return self.match.node
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is rewritten (``sites``) and what is not (``refusals``), each in program order."""
+
+    sites: tuple[Site, ...]
+    refusals: tuple[Refusal, ...]
+    platform: str
+    decisions: tuple[Decision, ...] = field(default=(), repr=False, compare=False)
+
+    @property
+    def dense_bytes(self) -> int:
+        """Weight bytes of all sites, dense."""
+        return sum(s.dense_bytes for s in self.sites)
+
+    @property
+    def sparse_bytes(self) -> int:
+        """Weight bytes of all sites, rewritten."""
+        return sum(s.sparse_bytes for s in self.sites)
+
+    @property
+    def refused_bytes(self) -> int:
+        """Weight bytes of all products that stay dense."""
+        return sum(r.dense_bytes for r in self.refusals)
+
+    def to_json(self, indent: int | None = 2) -> str:
+        """The plan as JSON: ``{"platform", "sites": [...], "refusals": [...]}``."""
+        sites = []
+        for site in self.sites:
+            entry = {k: v for k, v in asdict(site).items() if k != "settings"}
+            entry["settings"] = {**asdict(site.settings), "predictor": repr(site.settings.predictor)}
+            sites.append(entry)
+        found = {"platform": self.platform, "sites": sites, "refusals": [asdict(r) for r in self.refusals]}
+        return json.dumps(found, indent=indent)
+
+
+def make_plan(
+    detection: Detection,
+    choose_settings: Callable[[str, str], Choice],
+    platform: str,
+    name_of: Callable[[Root], str],
+) -> Plan:
+    """Turns matches into decisions or refusals.
+
+    Args:
+      detection: what was found.
+      choose_settings: for a kind ("ffn", "vocab") and a path, the user's settings.
+      platform: where it will run: "cpu", "gpu" or "tpu".
+      name_of: the name of a weight, for reports.
+    """
+    decisions: list[Decision] = []
+    refusals: list[tuple[Node, Refusal]] = []
+    for match in detection.matches:
+        kind = "vocab" if isinstance(match, VocabMatch) else "ffn"
+        choice = choose_settings(kind, match.node.path)
+        names = tuple(name_of(p.origin.recipe.root) for p in match.products)
+        dense = sum(p.nbytes for p in match.products) * match.node.scope.iterations
+        found = _decide(match, kind, choice, platform, names, dense)
+        if isinstance(found, Decision):
+            decisions.append(found)
+            continue
+        for product, name in zip(match.products, names, strict=True):
+            size = product.nbytes * product.node.scope.iterations
+            source = compat.source_line(product.node.eqn)
+            refusals.append((product.node, Refusal(product.path, source, found, kind, size, (name,))))
+    for rejection in detection.rejections:
+        node, product = rejection.node, rejection.product
+        size = product.nbytes * node.scope.iterations if product is not None else 0
+        weights = (name_of(product.origin.recipe.root),) if product is not None else ()
+        source = compat.source_line(node.eqn)
+        refusals.append((node, Refusal(node.path, source, rejection.reason, "", size, weights)))
+    order = {p.node: i for i, p in enumerate(detection.products)}
+    refusals.sort(key=lambda pair: order.get(pair[0], len(order)))
+    return Plan(tuple(d.site for d in decisions), tuple(r for _, r in refusals), platform, tuple(decisions))
+
+
+def _decide(
+    match: VocabMatch | FfnMatch, kind: str, choice: Choice, platform: str, names: tuple[str, ...], dense: int
+) -> Decision | str:
+    """A decision, or the reason to stay dense. Checks of meaning come first; the cost model is last."""
+    settings = choice.settings
+    if settings is None:
+        return choice.reason
+    dtypes = {np.dtype(p.weight.aval.dtype).name for p in match.products}
+    if not dtypes <= {"float32", "bfloat16", "float16", "float64"}:
+        return f"its weights are {', '.join(sorted(dtypes))}; only floating-point weights are predicted"
+    if isinstance(match, VocabMatch):
+        assert isinstance(settings, Vocab)
+        product = match.product
+        tokens, units, inputs = product.tokens, product.width, product.contracted
+        count, computed_each, activation = min(settings.candidates, units), 1, ""
+    else:
+        assert isinstance(settings, Ffn)
+        tokens, units, inputs = match.tokens, match.units, match.region.ups[0].product.contracted
+        activation = match.region.activation
+        if settings.activations == "zeroing" and not match.region.zeroing:
+            return (
+                f"its activation ({activation}) does not leave exact zeros, so units left out would change the result; "
+                'allow it with activations="any"'
+            )
+        if units % settings.group_size:
+            return f"group_size={settings.group_size} does not divide its {units} hidden units"
+        computed_each = settings.group_size
+        groups = units // settings.group_size
+        count = max(1, math.ceil(settings.active * groups - 1e-9))
+    if tokens > settings.max_tokens:
+        return f"{tokens} tokens in one call, more than max_tokens={settings.max_tokens}; a prefill runs dense"
+    selection = choose(tokens, units // computed_each, count)
+    computed = selection.rows_read(tokens) * computed_each
+    iterations = match.node.scope.iterations
+    predicted, exact = _sparse_bytes(match, settings, count, tokens, computed)
+    sparse = (predicted + exact) * iterations
+    cost = (predicted + exact * ROW_COST.get(platform, 1.0) + FIXED_BYTES.get(platform, 1 << 20)) * iterations
+    if cost >= dense and not choice.force:
+        return (
+            f"it reads {dense:,} bytes dense and {sparse:,} sparse, which would not be faster on {platform}; a Rule with "
+            "force=True overrides this"
+        )
+    site = Site(
+        kind=kind,
+        path=match.node.path,
+        source=compat.source_line(match.node.eqn),
+        tokens=tokens,
+        dense_bytes=dense,
+        sparse_bytes=sparse,
+        settings=settings,
+        weights=names,
+        inputs=inputs,
+        units=units,
+        computed=computed,
+        shared=selection.mode == "shared",
+        activation=activation,
+        forced=choice.force,
+    )
+    return Decision(match, site, settings, count, _needs(match, settings))
+
+
+def _sparse_bytes(
+    match: VocabMatch | FfnMatch, settings: Vocab | Ffn, count: int, tokens: int, computed: int
+) -> tuple[int, int]:
+    """Bytes per execution: of the predictor (and norms), and of the rows computed exactly."""
+    spec = settings.predictor
+    if isinstance(match, VocabMatch):
+        product = match.product
+        dtype = product.weight.aval.dtype
+        total = vocab_bytes(tokens, product.width, product.contracted, dtype, spec, candidates=count)
+        exact = computed * product.contracted * np.dtype(dtype).itemsize
+        return total - exact, exact
+    assert isinstance(settings, Ffn)
+    ups = [(up.product.contracted, up.product.weight.aval.dtype, spec) for up in match.region.ups]
+    down = match.down
+    total = ffn_bytes(
+        tokens, match.units, ups, down.width, down.weight.aval.dtype, active=count, group_size=settings.group_size
+    )
+    rows = sum(d * np.dtype(dtype).itemsize for d, dtype, _ in ups)
+    rows += down.width * np.dtype(down.weight.aval.dtype).itemsize
+    return total - computed * rows, computed * rows
+
+
+def _needs(match: VocabMatch | FfnMatch, settings: Vocab | Ffn) -> tuple[Need, ...]:
+    def need(recipe: Recipe, form: Any, origin: Origin) -> Need:
+        return Need(PackKey(recipe, form), origin.refs)
+
+    spec = settings.predictor
+    if isinstance(match, VocabMatch):
+        origin = match.product.origin
+        return need(vocab_rows(match), "rows", origin), need(vocab_rows(match), spec, origin)
+    found: list[Need] = []
+    for up in match.region.ups:
+        origin = up.product.origin
+        found += [need(up_rows(up), "rows", origin), need(up_rows(up), spec, origin)]
+    origin = match.down.origin
+    found += [need(match.down_rows(), "rows", origin), need(match.down_rows(), "norms", origin)]
+    return tuple(found)
+
+
+def selection_of(decision: Decision) -> Selection:
+    """The selection a decision compiles to."""
+    site = decision.site
+    group = decision.settings.group_size if isinstance(decision.settings, Ffn) else 1
+    return choose(site.tokens, site.units // group, decision.count)

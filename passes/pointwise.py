@@ -1,0 +1,94 @@
+"""Which equations act on each element alone, and which activations leave exact zeros."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from hire_xform.passes import compat
+from hire_xform.passes.compat import Literal
+from hire_xform.passes.walk import Node, Operand
+from jax.extend.core import primitives as prims
+
+# Every operand is a scalar or has the result's shape, and each result element depends on the operands' element there.
+_POINTWISE_NAMES = (
+    "abs add add_jaxvals acos acosh and asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt ceil clamp "
+    "convert_element_type copy cos cosh digamma div eq erf erf_inv erfc exp exp2 expm1 floor ge gt integer_pow "
+    "is_finite le lgamma log log1p logistic lt max min mul name ne neg nextafter not or pow real reduce_precision rem "
+    "round rsqrt select_n sharding_constraint shift_left shift_right_arithmetic shift_right_logical sign sin sinh sqrt "
+    "square stop_gradient sub tan tanh xor"
+)
+POINTWISE = frozenset(
+    p for p in (compat.public_primitive(f"{name}_p") for name in _POINTWISE_NAMES.split()) if p is not None
+)
+
+# Layout and placement hints that the replay of a region on fewer units must leave out: they name whole shapes.
+HINTS = frozenset({prims.sharding_constraint_p})
+
+
+def is_pointwise(node: Node) -> bool:
+    """True for an equation that acts on each element alone and has no effect."""
+    return (node.primitive in POINTWISE or node.primitive is compat.OPTIMIZATION_BARRIER) and not node.eqn.effects
+
+
+def literal_number(operand: Operand) -> float | None:
+    """The value of a scalar literal; None for anything else."""
+    if not isinstance(operand, Literal):
+        return None
+    try:
+        return float(np.asarray(operand.val))
+    except (TypeError, ValueError):
+        return None
+
+
+def leaves_zeros(
+    node: Node, operand_zero: list[bool], operand_value: list[float | None], operand_hidden: list[bool]
+) -> bool:
+    """True when the result is exactly zero for a whole range of inputs, as a ReLU's is.
+
+    Args:
+      node: a pointwise equation.
+      operand_zero: for each operand, whether it has that property.
+      operand_value: for each operand, its value when it is one known number everywhere.
+      operand_hidden: for each operand, whether it depends on the hidden units.
+    """
+    p = node.primitive
+    zero_at = [z or v == 0.0 for z, v in zip(operand_zero, operand_value, strict=True)]
+    if p is prims.max_p:
+        # max(u, 0); with max(zeros, negative) the zeros pass.
+        return any(v == 0.0 for v in operand_value) or (
+            any(operand_zero) and any(v is not None and v <= 0.0 for v in operand_value)
+        )
+    if p is prims.min_p:
+        return any(operand_zero) and any(v is not None and v >= 0.0 for v in operand_value)
+    if p is prims.clamp_p:
+        return operand_value[0] == 0.0 or operand_zero[1]
+    if p is prims.mul_p:
+        return any(operand_zero)
+    if p is prims.div_p:
+        return operand_zero[0]
+    if p is prims.integer_pow_p:
+        return operand_zero[0] and node.params["y"] > 0
+    if p is prims.pow_p:
+        exponent = operand_value[1]
+        return operand_zero[0] and exponent is not None and exponent > 0 and not math.isnan(exponent)
+    if p is prims.select_n_p:
+        # where(u > 0, u, 0): the choice must hang on the units. Zeros inside a branch may be those not chosen (ELU).
+        literal_zero = operand_hidden[0] and any(v == 0.0 for v in operand_value[1:])
+        return literal_zero or (all(zero_at[1:]) and any(operand_zero[1:]))
+    if p in _ZERO_TO_ZERO:
+        return operand_zero[0]
+    if p in (prims.add_p, prims.sub_p):
+        return all(zero_at) and any(operand_zero)
+    return False
+
+
+_ZERO_TO_ZERO: frozenset[Any] = frozenset(
+    p
+    for p in (
+        compat.public_primitive(f"{name}_p")
+        for name in ["abs", "cbrt", "ceil", "convert_element_type", "copy", "erf", "expm1", "floor", "log1p", "name", "neg", "real", "reduce_precision", "round", "sharding_constraint", "sign", "sin", "sinh", "sqrt", "square", "stop_gradient", "tan", "tanh", "asin", "asinh", "atan"]
+    )
+    if p is not None
+)

@@ -1,0 +1,216 @@
+"""Products of data with a weight: every ``dot_general`` with exactly one weight operand, in one normal form."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from hire_xform.passes import compat
+from hire_xform.passes.provenance import Convert, Origin, Provenance, Recipe, Reshape, Slice, Transpose
+from hire_xform.passes.walk import Graph, Node, Operand, Value
+from jax.extend.core import primitives as prims
+
+
+@dataclass(frozen=True, eq=False)
+class Product:
+    """``x . W`` with the weight on either side.
+
+    Attributes:
+      node: the equation.
+      x: the activation operand.
+      weight: the weight operand.
+      origin: where the weight comes from.
+      weight_left: True when the weight is the left operand, so that its free dimensions lead the result's.
+      x_contract, w_contract: contracted dimensions of the two operands, paired in order.
+      x_free, w_free: the other dimensions, in order.
+      batched: True when the weight has batch dimensions.
+    """
+
+    node: Node
+    x: Value
+    weight: Value
+    origin: Origin
+    weight_left: bool
+    x_contract: tuple[int, ...]
+    w_contract: tuple[int, ...]
+    x_free: tuple[int, ...]
+    w_free: tuple[int, ...]
+    batched: bool
+
+    @property
+    def path(self) -> str:
+        """The equation's path."""
+        return self.node.path
+
+    @property
+    def out(self) -> Value:
+        """The result."""
+        return self.node.outputs[0]
+
+    @property
+    def tokens(self) -> int:
+        """Rows of the activation: the product of its free dimensions."""
+        return math.prod(self.x.shape[d] for d in self.x_free)
+
+    @property
+    def contracted(self) -> int:
+        """Length of the contraction."""
+        return math.prod(self.weight.shape[d] for d in self.w_contract)
+
+    @property
+    def width(self) -> int:
+        """Outputs per token: the product of the weight's free dimensions."""
+        return math.prod(self.weight.shape[d] for d in self.w_free)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weight operand, read once per execution."""
+        return math.prod(self.weight.shape) * np.dtype(self.weight.aval.dtype).itemsize
+
+    @property
+    def out_x_dims(self) -> tuple[int, ...]:
+        """Dimensions of the result that come from the activation."""
+        lead = len(self.w_free) if self.weight_left else 0
+        return tuple(range(lead, lead + len(self.x_free)))
+
+    @property
+    def out_w_dims(self) -> tuple[int, ...]:
+        """Dimensions of the result that come from the weight."""
+        lead = 0 if self.weight_left else len(self.x_free)
+        return tuple(range(lead, lead + len(self.w_free)))
+
+    def rows_free(self) -> Recipe:
+        """The weight as ``[width, contracted]``: a row for each output."""
+        return matrix(self.origin.recipe, self.weight.shape, self.w_free, self.w_contract)
+
+    def rows_contracted(self, order: tuple[int, ...] | None = None) -> Recipe:
+        """The weight as ``[contracted, width]``: a row for each input, pairs of contracted dimensions in ``order``."""
+        lead = self.w_contract if order is None else tuple(self.w_contract[i] for i in order)
+        return matrix(self.origin.recipe, self.weight.shape, lead, self.w_free)
+
+
+def matrix(recipe: Recipe, shape: tuple[int, ...], lead: tuple[int, ...], rest: tuple[int, ...]) -> Recipe:
+    """A recipe for the weight transposed to (lead, rest) and flattened to a matrix; steps that do nothing left out."""
+    perm = (*lead, *rest)
+    target = (math.prod(shape[d] for d in lead), math.prod(shape[d] for d in rest))
+    if perm != tuple(range(len(shape))):
+        recipe = recipe.then(Transpose(perm))
+    if tuple(shape[d] for d in perm) != target:
+        recipe = recipe.then(Reshape(target))
+    return normal_form(recipe)
+
+
+def normal_form(recipe: Recipe) -> Recipe:
+    """The same recipe with neighbouring steps fused and identities dropped, so that equal weights compare equal."""
+    steps: list[Any] = []
+    for step in recipe.steps:
+        last = steps[-1] if steps else None
+        if isinstance(step, Transpose) and isinstance(last, Transpose):
+            steps.pop()
+            step = Transpose(tuple(last.perm[p] for p in step.perm))
+        elif isinstance(step, Reshape) and isinstance(last, Reshape):
+            steps.pop()
+        if isinstance(step, Transpose) and step.perm == tuple(range(len(step.perm))):
+            continue
+        steps.append(step)
+    return Recipe(recipe.root, tuple(steps))
+
+
+def rounding_free(recipe: Recipe) -> bool:
+    """True when the leaf can be had back from what the recipe makes: nothing is cut away and nothing rounded."""
+    return not any(isinstance(s, (Slice, Convert)) for s in recipe.steps)
+
+
+@dataclass(frozen=True)
+class Loose:
+    """A large product that looks like one with a weight but has none in normal form, and why."""
+
+    node: Node
+    reason: str
+
+
+def find_products(graph: Graph, provenance: Provenance) -> tuple[list[Product], list[Loose]]:
+    """All weight products of the graph in program order, and look-alikes with the reason they are none."""
+    products: list[Product] = []
+    loose: list[Loose] = []
+    for scope in graph.scopes:
+        for node in scope.nodes:
+            if node.primitive is prims.dot_general_p:
+                found = _classify(node, provenance)
+                if isinstance(found, Product):
+                    products.append(found)
+                elif found is not None:
+                    loose.append(found)
+            elif not node.children:
+                loose.extend(_unentered(node, provenance))
+    return products, loose
+
+
+def _classify(node: Node, provenance: Provenance) -> Product | Loose | None:
+    left, right = node.inputs
+    origins = (_matrix_origin(left, provenance), _matrix_origin(right, provenance))
+    if origins[0] is not None and origins[1] is not None:
+        # A closed-over array outranks an argument: `sparsify(lambda x: x @ w)` marks x, its first argument, as weights.
+        kinds = [o.recipe.root.kind for o in origins if o is not None]
+        if kinds[0] == kinds[1]:
+            return Loose(node, "both operands are weights; it does not depend on the data")
+        weight_left = kinds[0] == "const"
+    elif origins[0] is None and origins[1] is None:
+        return _derived_weight(node, provenance)
+    else:
+        weight_left = origins[0] is not None
+    (lc, rc), (lb, rb) = node.params["dimension_numbers"]
+    weight, x = (left, right) if weight_left else (right, left)
+    wc, xc, wb, xb = (lc, rc, lb, rb) if weight_left else (rc, lc, rb, lb)
+    origin = origins[0] if weight_left else origins[1]
+    assert isinstance(weight, Value) and origin is not None
+    if not isinstance(x, Value):
+        return None
+    w_free = tuple(d for d in range(len(weight.shape)) if d not in wc and d not in wb)
+    x_free = tuple(d for d in range(len(x.shape)) if d not in xc and d not in xb)
+    return Product(
+        node=node,
+        x=x,
+        weight=weight,
+        origin=origin,
+        weight_left=weight_left,
+        x_contract=tuple(xc),
+        w_contract=tuple(wc),
+        x_free=x_free,
+        w_free=w_free,
+        batched=bool(wb),
+    )
+
+
+def _matrix_origin(operand: Operand, provenance: Provenance) -> Origin | None:
+    if not isinstance(operand, Value) or len(operand.shape) < 2:
+        return None
+    return provenance.origin(operand)
+
+
+def _derived_weight(node: Node, provenance: Provenance) -> Loose | None:
+    for operand in node.inputs:
+        how = provenance.derived(operand)
+        if how is not None and isinstance(operand, Value) and len(operand.shape) >= 2:
+            return Loose(node, f"its weight is computed inside the program, by {how}")
+    return None
+
+
+def _unentered(node: Node, provenance: Provenance) -> list[Loose]:
+    """Equations with sub-jaxprs that are not entered, when a matrix of weights goes in."""
+    subs = compat.sub_jaxprs(node.eqn)
+    if not subs or not any(_has_products(jaxpr) for _, jaxpr in subs):
+        return []
+    if not any(_matrix_origin(operand, provenance) is not None for operand in node.inputs):
+        return []
+    return [Loose(node, f"{node.primitive} is not entered; what is inside is left as it is")]
+
+
+def _has_products(jaxpr: Any) -> bool:
+    inner, _ = compat.close(jaxpr)
+    return any(
+        eqn.primitive is prims.dot_general_p or any(_has_products(sub) for _, sub in compat.sub_jaxprs(eqn))
+        for eqn in inner.eqns
+    )

@@ -1,0 +1,268 @@
+"""The pointwise region between the products of a feed-forward block: found backwards, replayed on chosen units.
+
+Starting from the activation that a weight product contracts, the hidden axis is followed backwards through pointwise
+and moving equations to the weight products that make it. What is met on the way becomes a small expression over
+canonical ``[T, K]`` arrays, which the rewriter evaluates twice: on all units with predicted products, and on the chosen
+units with exact ones.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax.numpy as jnp
+from hire_xform.passes import compat
+from hire_xform.passes.layout import Layout, UnsupportedLayoutError, moves_only, operand_layout, spaces
+from hire_xform.passes.pointwise import HINTS, is_pointwise, leaves_zeros, literal_number
+from hire_xform.passes.products import Product
+from hire_xform.passes.walk import Node, Operand, Value
+from jax.extend.core import primitives as prims
+
+# A block's region has some ten to thirty equations; past this many the walk has wandered into something else.
+MAX_EQUATIONS = 96
+
+
+@dataclass(frozen=True, eq=False)
+class Up:
+    """A weight product whose outputs, restricted to ``layout``, are the hidden units."""
+
+    product: Product
+    layout: Layout
+
+
+@dataclass(frozen=True, eq=False)
+class Side:
+    """A value that does not depend on the hidden units: a bias, a scale, a mask."""
+
+    value: Value
+    layout: Layout
+
+
+@dataclass(frozen=True, eq=False)
+class Number:
+    """A scalar literal."""
+
+    operand: Any
+
+
+@dataclass(frozen=True, eq=False)
+class Apply:
+    """A pointwise equation on earlier expressions, given by their numbers."""
+
+    node: Node
+    operands: tuple[int, ...]
+
+
+@dataclass(eq=False)
+class Region:
+    """The region as a list of expressions, operands before their users.
+
+    Attributes:
+      units: number of hidden units.
+      exprs: the expressions.
+      root: the number of the expression that is the activation.
+      inner: values inside the region that depend on its products, all equations that make them included.
+      nodes: the equations of the region.
+      zeroing: True when non-selected units of it are exactly zero over a range (ReLU and its kin).
+    """
+
+    units: int
+    exprs: list[Up | Side | Number | Apply] = field(default_factory=list)
+    root: int = 0
+    inner: set[Value] = field(default_factory=set)
+    nodes: set[Node] = field(default_factory=set)
+    zeroing: bool = False
+
+    @property
+    def ups(self) -> list[Up]:
+        """The products into the hidden units, in the order of their expressions."""
+        return [e for e in self.exprs if isinstance(e, Up)]
+
+    @property
+    def sides(self) -> list[Side]:
+        """Values that come from outside."""
+        return [e for e in self.exprs if isinstance(e, Side)]
+
+    @property
+    def activation(self) -> str:
+        """The pointwise operations, for reports: ``max``, ``logistic, mul``."""
+        skip = (prims.convert_element_type_p, prims.name_p, prims.copy_p)
+        names = [str(e.node.primitive) for e in self.exprs if isinstance(e, Apply) and e.node.primitive not in skip]
+        return ", ".join(dict.fromkeys(names)) or "none"
+
+
+def trace_region(hidden: Value, layout: Layout, products: dict[Node, Product]) -> Region | None:
+    """The region that makes ``hidden``; None when no weight product is reached.
+
+    Args:
+      hidden: the activation that a product contracts.
+      layout: its layout, token and hidden digits for each dimension.
+      products: all weight products, by their equation.
+    """
+    builder = _Builder(products, _units(layout))
+    try:
+        root = builder.expand(hidden, layout)
+    except (UnsupportedLayoutError, _RegionTooLargeError):
+        return None
+    region = builder.region
+    if not region.ups:
+        return None
+    region.root = root
+    region.zeroing = builder.zero[root]
+    return region
+
+
+class _RegionTooLargeError(Exception):
+    pass
+
+
+class _Builder:
+    def __init__(self, products: dict[Node, Product], units: int):
+        self.products = products
+        self.region = Region(units)
+        self.memo: dict[tuple[Any, Layout], int] = {}
+        self.depends: list[bool] = []
+        self.zero: list[bool] = []
+        self.number: list[float | None] = []
+        self.visited = 0
+
+    def add(self, expr: Any, depends: bool, zero: bool = False, number: float | None = None) -> int:
+        self.region.exprs.append(expr)
+        self.depends.append(depends)
+        self.zero.append(zero)
+        self.number.append(number)
+        return len(self.region.exprs) - 1
+
+    def expand(self, operand: Operand, layout: Layout) -> int:
+        """The number of the expression for ``operand`` as ``layout`` restricts it."""
+        if not isinstance(operand, Value):
+            return self.add(Number(operand), False, number=literal_number(operand))
+        key = (operand, layout)
+        if key not in self.memo:
+            self.memo[key] = self._expand(operand, layout)
+        return self.memo[key]
+
+    def _expand(self, value: Value, layout: Layout) -> int:
+        self.visited += 1
+        if self.visited > MAX_EQUATIONS:
+            raise _RegionTooLargeError
+        node = value.node
+        if node is None or value.const is not None or "h" not in spaces(layout):
+            return self.side(value, layout)
+        product = self.products.get(node)
+        if product is not None:
+            return self.up(product, layout)
+        if moves_only(node):
+            operand = node.inputs[0]
+            if not isinstance(operand, Value):
+                return self.side(value, layout, literal_number(operand))
+            found = self.expand(operand, operand_layout(node, node.outputs.index(value), layout))
+            return self.through(node, value, found)
+        if node.primitive is compat.OPTIMIZATION_BARRIER:
+            found = self.expand(node.inputs[node.outputs.index(value)], layout)
+            return self.through(node, value, found)
+        if not is_pointwise(node):
+            return self.side(value, layout)
+        mark = len(self.region.exprs)
+        operands = tuple(self.expand(o, layout if _shaped(o) else ()) for o in node.inputs)
+        depends = [self.depends[o] for o in operands]
+        if not any(depends):
+            # Nothing below hangs on the products: the value itself is what comes from outside.
+            self.forget(mark)
+            return self.side(value, layout)
+        self.region.nodes.add(node)
+        self.region.inner.add(value)
+        if node.primitive in HINTS or node.primitive is prims.name_p:
+            return operands[0]
+        zero = leaves_zeros(node, [self.zero[o] for o in operands], [self.number[o] for o in operands], depends)
+        return self.add(Apply(node, operands), True, zero)
+
+    def through(self, node: Node, value: Value, found: int) -> int:
+        if self.depends[found]:
+            self.region.nodes.add(node)
+            self.region.inner.add(value)
+        return found
+
+    def up(self, product: Product, layout: Layout) -> int:
+        x_dims = [layout[d] for d in product.out_x_dims]
+        w_dims = [layout[d] for d in product.out_w_dims]
+        if any(a.space != "t" for d in x_dims for a in d.atoms) or any(a.space != "h" for d in w_dims for a in d.atoms):
+            return self.side(product.out, layout)
+        if not all(d.full for d in x_dims) or product.batched or _units(layout) != self.region.units:
+            return self.side(product.out, layout)
+        self.region.nodes.add(product.node)
+        self.region.inner.add(product.out)
+        return self.add(Up(product, layout), True)
+
+    def side(self, value: Value, layout: Layout, number: float | None = None) -> int:
+        return self.add(Side(value, layout), False, number=number)
+
+    def forget(self, mark: int) -> None:
+        """Drops the expressions added since ``mark``; nothing refers to them."""
+        for things in (self.region.exprs, self.depends, self.zero, self.number):
+            del things[mark:]  # type: ignore[attr-defined]
+        self.memo = {key: number for key, number in self.memo.items() if number < mark}
+
+
+def _shaped(operand: Operand) -> bool:
+    return isinstance(operand, Value) and len(operand.shape) > 0
+
+
+def replay(
+    region: Region,
+    hiddens: list[Any],
+    sides: list[Any],
+    gather: Callable[[Any], Any],
+    relu: Callable[[Any], Any],
+) -> Any:
+    """Evaluates the region on some of the hidden units.
+
+    Args:
+      region: the region.
+      hiddens: ``[T, K]`` for each of ``region.ups``.
+      sides: for each of ``region.sides`` its canonical array: ``[T or 1, m or 1]``, or a scalar.
+      gather: brings ``[T or 1, m]`` to the same K units.
+      relu: stands for ``max(u, 0)``, so that its derivative at zero is the activation's.
+
+    Returns:
+      ``[T, K]``.
+    """
+    shape = hiddens[0].shape
+    values: list[Any] = []
+    ups, others = iter(hiddens), iter(sides)
+    for expr in region.exprs:
+        if isinstance(expr, Up):
+            values.append(next(ups))
+        elif isinstance(expr, Side):
+            side = next(others)
+            if jnp.ndim(side) == 2 and side.shape[1] == region.units:
+                side = gather(side)
+            values.append(jnp.broadcast_to(side, shape) if jnp.ndim(side) else side)
+        elif isinstance(expr, Number):
+            values.append(expr.operand.val)
+        else:
+            operands = [values[o] for o in expr.operands]
+            with compat.equation_context(expr.node.eqn):
+                if _is_relu(expr, region):
+                    values.append(relu(operands[0]))
+                else:
+                    values.append(compat.bind(expr.node.eqn, operands)[0])
+    return values[region.root]
+
+
+def _is_relu(expr: Apply, region: Region) -> bool:
+    second = region.exprs[expr.operands[-1]]
+    return (
+        expr.node.primitive is prims.max_p
+        and expr.node.frame.kind in ("jit", "custom")
+        and isinstance(second, Number)
+        and literal_number(second.operand) == 0.0
+        and any(frame.kind == "custom" for frame in expr.node.frame.ancestors())
+    )
+
+
+def _units(layout: Layout) -> int:
+    return math.prod(a.size for dim in layout for a in dim.atoms if a.space == "h")

@@ -1,0 +1,275 @@
+"""Evaluates the program under a trace, equation by equation, with the subgraphs where the sites were.
+
+A call or loop with a treated equation inside is emitted again through public JAX, with packed arrays as further
+operands; one without is bound unchanged. Calls of one jitted function stay calls of one function: its rewritten form is
+made once and used for every call that is treated alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import numpy as np
+from hire_xform.passes import compat, control
+from hire_xform.passes.environment import Env, PackedView, Views, read
+from hire_xform.passes.liveness import Liveness
+from hire_xform.passes.plan import Decision, Need
+from hire_xform.passes.provenance import IndexSlice
+from hire_xform.passes.splice import dense_rows, splice
+from hire_xform.passes.treatment import Treatment
+from hire_xform.passes.walk import Frame, Graph, Node, Operand, Scope, Value
+
+
+@dataclass(eq=False)
+class Rewriter:
+    """One rewriting of a graph.
+
+    Args:
+      graph: the program.
+      treated: what to do where.
+    """
+
+    graph: Graph
+    treated: dict[Node, Treatment]
+    live: Liveness = field(init=False)
+    _calls: dict[Any, Callable] = field(init=False, default_factory=dict)
+    _needs: dict[Any, list[Need]] = field(init=False, default_factory=dict)
+    _alive: dict[Frame, bool] = field(init=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Marks what is live, and calls whose boundary a site spans."""
+        self.live = Liveness(self.graph, self.treated)
+        for treatment in self.treated.values():
+            _open_frames(treatment)
+
+    def needed_inputs(self) -> list[bool]:
+        """Which operands of the program are still read."""
+        return [value in self.live.values for value in self.graph.top.inputs]
+
+    def evaluate(self, operands: Sequence[Any], packed: Callable[[Need], Any]) -> list[Any]:
+        """Runs the rewritten program.
+
+        Args:
+          operands: the program's operands; those no longer read may be None.
+          packed: the packed arrays a need's key stands for.
+        """
+        top = self.graph.top
+        env = {v: o for v, o in zip(top.inputs, operands, strict=True) if o is not None}
+        views = {need: PackedView(packed(need)) for need in self._scope_needs(top)}
+        self._frame(top.root, env, views)
+        return [read(env, o) for o in top.outputs]
+
+    def run_scope(self, scope: Scope, env: Env, views: Views) -> list[Any]:
+        """Runs a scope's body with its live inputs in ``env``; None for outputs that are not there."""
+        self._frame(scope.root, env, views)
+        return [read(env, o, missing_ok=True) for o in scope.outputs]
+
+    def views_for(self, node: Node, scope: Scope, env: Env, views: Views) -> Views:
+        """The views that treatments inside a loop's body need, with indices known here applied."""
+        return {need: self._resolve(need, node.frame, env, views) for need in self._scope_needs(scope)}
+
+    def _frame(self, frame: Frame, env: Env, views: Views) -> None:
+        for item in frame.items:
+            if isinstance(item, Frame):
+                self._call(item, env, views)
+            elif item in self.live.nodes:
+                self._node(item, env, views)
+
+    def _node(self, node: Node, env: Env, views: Views) -> None:
+        treatment = self.treated.get(node)
+        if treatment is not None:
+            seen = [self._resolve(need, node.frame, env, views) for need in treatment.needs]
+            with compat.equation_context(node.eqn, f"hire/{node.path}"):
+                if isinstance(treatment, Decision):
+                    result = splice(treatment, lambda o: read(env, o), seen)
+                else:
+                    result = dense_rows(treatment, lambda o: read(env, o), seen[0])
+            env[node.outputs[0]] = result
+            return
+        with compat.equation_context(node.eqn):
+            if any(child in self.live.changed for child in node.children):
+                results = control.EMIT[node.primitive](self, node, env, views)
+            else:
+                results = compat.bind(node.eqn, [read(env, o) for o in node.inputs])
+        env.update((v, r) for v, r in zip(node.outputs, results, strict=True) if r is not None)
+
+    def _call(self, frame: Frame, env: Env, views: Views) -> None:
+        if not self._is_alive(frame):
+            return
+        needs = self._frame_needs(frame)
+        operands = [read(env, o, missing_ok=True) for o in frame.inputs]
+        if not needs and not any(o is None for o in operands):
+            with compat.equation_context(frame.eqn):
+                results = compat.bind(frame.eqn, operands)
+        elif frame.inline or frame.kind == "call" or (frame.kind == "jit" and compat.jit_is_inlined(frame.eqn)):
+            with compat.equation_context(frame.eqn):
+                self._frame(frame, env, views)
+            return
+        else:
+            seen = [self._resolve(need, frame, env, views) for need in needs]
+            with compat.equation_context(frame.eqn):
+                results = self._emit_call(frame, operands, needs, seen)
+        for output, result in zip(frame.outputs, results, strict=True):
+            if isinstance(output, Value) and result is not None:
+                env[output] = result
+
+    def _emit_call(self, frame: Frame, operands: list[Any], needs: list[Need], seen: list[PackedView]) -> list[Any]:
+        def body(operands: list[Any], seen: list[PackedView]) -> list[Any]:
+            env = {v: o for v, o in zip(frame.inputs, operands, strict=True) if isinstance(v, Value) and o is not None}
+            self._frame(frame, env, dict(zip(needs, seen, strict=True)))
+            return [read(env, o, missing_ok=True) if self._wanted(o) else None for o in frame.outputs]
+
+        passed = [o if isinstance(v, Value) else None for v, o in zip(frame.inputs, operands, strict=True)]
+        if frame.kind == "remat":
+            params = frame.eqn.params
+            kept = jax.checkpoint(body, prevent_cse=params["prevent_cse"], policy=params["policy"])
+            return kept(passed, seen)
+        if frame.kind == "custom":
+            return _with_own_derivative(frame, body, operands, passed, seen)
+        key = self._call_key(frame, passed, needs, seen)
+        if key not in self._calls:
+            body.__name__ = body.__qualname__ = frame.eqn.params.get("name") or "call"
+            self._calls[key] = jax.jit(_constrained(frame, body))
+        return self._calls[key](passed, seen)
+
+    def _call_key(self, frame: Frame, passed: list[Any], needs: list[Need], seen: list[PackedView]) -> Any:
+        """Two calls with one key may share one rewritten function."""
+        first: dict[Any, int] = {}
+        pattern = []
+        for i, operand in enumerate(frame.inputs):
+            if isinstance(operand, Value):
+                # Which operands are one and the same value is baked into the layout of the body.
+                pattern.append((first.setdefault(operand, i), passed[i] is None))
+            else:
+                number = np.asarray(operand.val)
+                pattern.append((str(number.dtype), number.tobytes()))
+        wanted = tuple(self._wanted(o) for o in frame.outputs)
+        inside = tuple(
+            (treatment.node.path[len(frame.path) :], _signature(treatment))
+            for treatment in self._frame_treatments(frame)
+        )
+        resolved = tuple(
+            (len(need.refs), len(view.index), str(need.key.form)) for need, view in zip(needs, seen, strict=True)
+        )
+        return id(frame.jaxpr), tuple(pattern), wanted, inside, resolved
+
+    def _wanted(self, operand: Operand) -> bool:
+        return isinstance(operand, Value) and operand in self.live.values
+
+    def _resolve(self, need: Need, frame: Frame, env: Env, views: Views) -> PackedView:
+        """Applies the stack indices that are known in this frame to a view."""
+        view = views[need]
+        while len(view.index) < len(need.refs):
+            ref = need.refs[len(view.index)]
+            if not isinstance(ref, IndexSlice) or ref.node.scope is not frame.scope:
+                break
+            index = read(env, ref.index, missing_ok=True)
+            if index is None:
+                break
+            view = view.at(index)
+        return view
+
+    def _is_alive(self, frame: Frame) -> bool:
+        if frame not in self._alive:
+            self._alive[frame] = any(
+                self._is_alive(i) if isinstance(i, Frame) else i in self.live.nodes for i in frame.items
+            )
+        return self._alive[frame]
+
+    def _frame_treatments(self, frame: Frame) -> list[Treatment]:
+        found: list[Treatment] = []
+        for item in frame.items:
+            if isinstance(item, Frame):
+                found += self._frame_treatments(item)
+            elif item in self.live.nodes:
+                if item in self.treated:
+                    found.append(self.treated[item])
+                for child in item.children:
+                    found += self._frame_treatments(child.root)
+        return found
+
+    def _frame_needs(self, frame: Frame) -> list[Need]:
+        if frame not in self._needs:
+            self._needs[frame] = [n for t in self._frame_treatments(frame) for n in t.needs]
+        return self._needs[frame]
+
+    def _scope_needs(self, scope: Scope) -> list[Need]:
+        return self._frame_needs(scope.root)
+
+
+def _signature(treatment: Treatment) -> Any:
+    if isinstance(treatment, Decision):
+        return treatment.settings, treatment.count, treatment.site.tokens
+    return "dense", treatment.contracted_first
+
+
+def _open_frames(treatment: Treatment) -> None:
+    """Marks the calls that can't stay calls: the site's equations stand on both sides of their boundary."""
+    nodes = [treatment.node]
+    if isinstance(treatment, Decision):
+        nodes += [p.node for p in treatment.match.products]
+        nodes += list(getattr(getattr(treatment.match, "region", None), "nodes", ()))
+    for need in treatment.needs:
+        for ref in need.refs:
+            if isinstance(ref, IndexSlice):
+                user = treatment.node
+                while user.scope is not ref.node.scope and user.scope.node is not None:
+                    user = user.scope.node
+                _join([ref.node], user.frame)
+    _join(nodes, treatment.node.frame)
+
+
+def _join(nodes: Sequence[Node], frame: Frame) -> None:
+    """Inlines calls so that all nodes stand in one frame with ``frame`` or around it."""
+    around = frame.ancestors()
+    shared = [f for f in around if all(f in n.frame.ancestors() for n in nodes)]
+    for node in nodes:
+        for call in node.frame.ancestors():
+            if call is shared[0]:
+                break
+            call.inline = True
+    if len(nodes) > 1:
+        for call in around[: around.index(shared[0])]:
+            call.inline = True
+
+
+def _constrained(frame: Frame, body: Callable) -> Callable:
+    """The body with the shardings its jit stated, as constraints."""
+    given, returned = compat.jit_shardings(frame.eqn)
+    if not any(s is not None for s in (*given, *returned)):
+        return body
+
+    def constrained(operands: list[Any], seen: list[PackedView]) -> list[Any]:
+        operands = [_constrain(o, s) for o, s in zip(operands, given, strict=True)]
+        return [_constrain(r, s) for r, s in zip(body(operands, seen), returned, strict=True)]
+
+    constrained.__name__ = constrained.__qualname__ = body.__name__
+    return constrained
+
+
+def _constrain(value: Any, sharding: Any) -> Any:
+    if value is None or sharding is None:
+        return value
+    return jax.lax.with_sharding_constraint(value, sharding)
+
+
+def _with_own_derivative(
+    frame: Frame, body: Callable, operands: list[Any], passed: list[Any], seen: list[PackedView]
+) -> list[Any]:
+    """A custom-derivative call whose value is the rewritten body's and whose derivative is still its own rule.
+
+    The rule may read the weights, which are then made from their packed rows: only if something differentiates.
+    """
+    if any(o is None for o in operands):
+        return body(passed, seen)
+    wrapped = jax.custom_jvp(lambda *flat: body(list(flat), seen))
+
+    @wrapped.defjvp
+    def _jvp(primals: Any, tangents: Any) -> Any:
+        out, out_dot = jax.jvp(lambda *flat: compat.bind(frame.eqn, list(flat)), primals, tangents)
+        return out, out_dot
+
+    return wrapped(*operands)

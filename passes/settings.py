@@ -1,0 +1,107 @@
+"""What a user may choose for a vocabulary projection and for a feed-forward block."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from hire_xform.lowering import LowRank, PredictorSpec, Quantized
+
+
+def refuse(owner: str, field: str, value: Any, expected: str) -> None:
+    """Raises the one kind of error a wrong setting gets.
+
+    Raises:
+      ValueError: always; names the field, what came and what was expected.
+    """
+    raise ValueError(f"{owner}({field}={value!r}): expected {expected}")
+
+
+def _check_count(owner: str, field: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        refuse(owner, field, value, "an integer of at least 1")
+
+
+def _check_common(owner: str, predictor: Any, certify: Any, max_tokens: Any) -> None:
+    if not isinstance(predictor, (Quantized, LowRank)):
+        refuse(owner, "predictor", predictor, "hx.Quantized(bits) or hx.LowRank(rank, bits)")
+    if certify is not False:
+        refuse(owner, "certify", certify, "False; certified selection is not in this version")
+    _check_count(owner, "max_tokens", max_tokens)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Vocab:
+    """Settings of a vocabulary projection.
+
+    ``Vocab(candidates=V)`` computes every logit exactly.
+
+    Raises:
+      ValueError: a value is out of range; the message names it.
+    """
+
+    # Rows of the vocabulary computed exactly for each token; more than there are means all of them.
+    candidates: int = 256
+    # How the other rows are scored, and the candidates found.
+    predictor: PredictorSpec = Quantized(bits=8)
+    # What stands for the other logits: the predictor's scores (the softmax normaliser stays right), or -inf.
+    fill: str = "predicted"
+    # Prove for every input that the arg max is the dense one. Not in this version.
+    certify: bool = False
+    # Calls with more tokens than this (prefill) run dense.
+    max_tokens: int = 8
+
+    def __post_init__(self) -> None:
+        """Checks every field."""
+        _check_count("Vocab", "candidates", self.candidates)
+        if self.fill not in ("predicted", "-inf"):
+            refuse("Vocab", "fill", self.fill, "'predicted' or '-inf'")
+        _check_common("Vocab", self.predictor, self.certify, self.max_tokens)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ffn:
+    """Settings of a feed-forward block.
+
+    ``Ffn(active=1.0)`` computes every hidden unit exactly.
+
+    Raises:
+      ValueError: a value is out of range; the message names it.
+    """
+
+    # Share of the hidden units (or of their groups) computed for each token: a fraction, 0 < active <= 1.
+    active: float = 0.25
+    # Neighbouring units chosen together and read as one slab. Above 1 only for models trained or calibrated for it.
+    group_size: int = 1
+    # How the units are scored.
+    predictor: PredictorSpec = Quantized(bits=8)
+    # Prove for every input that units left out are zero. Not in this version.
+    certify: bool = False
+    # "zeroing": only blocks whose units not chosen are exactly zero over a range (ReLU and its kin). "any": all.
+    activations: str = "zeroing"
+    # Calls with more tokens than this (prefill) run dense.
+    max_tokens: int = 8
+
+    def __post_init__(self) -> None:
+        """Checks every field."""
+        number = isinstance(self.active, (int, float)) and not isinstance(self.active, bool)
+        if not number or not math.isfinite(self.active) or not 0 < self.active <= 1:
+            refuse("Ffn", "active", self.active, "a fraction, 0 < active <= 1")
+        _check_count("Ffn", "group_size", self.group_size)
+        if self.activations not in ("zeroing", "any"):
+            refuse("Ffn", "activations", self.activations, "'zeroing' or 'any'")
+        _check_common("Ffn", self.predictor, self.certify, self.max_tokens)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """What the user's settings say of one site.
+
+    ``settings`` is None when the site is to be left alone, and ``reason`` says by what; ``force`` overrides the cost
+    model, never a check of meaning.
+    """
+
+    settings: Vocab | Ffn | None
+    force: bool = False
+    reason: str = ""

@@ -1,0 +1,146 @@
+"""Puts the predict-then-compute subgraphs of ``hire_xform.lowering`` where a site stood, shapes and dtypes kept."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from hire_xform.passes.detect import FfnMatch, VocabMatch
+from hire_xform.passes.environment import PackedView
+from hire_xform.passes.layout import Layout, row_major, to_canonical, whole
+from hire_xform.passes.plan import Decision
+from hire_xform.passes.products import Product
+from hire_xform.passes.region import replay
+from hire_xform.passes.settings import Ffn, Vocab
+from hire_xform.passes.treatment import DenseRows
+from hire_xform.passes.walk import Operand
+from jax import lax
+
+from hire_xform import lowering
+
+Read = Callable[[Operand], Any]
+
+
+def splice(decision: Decision, read: Read, views: Sequence[PackedView]) -> Any:
+    """The value of a rewritten site.
+
+    Args:
+      decision: the site.
+      read: runtime values of the program.
+      views: its packed forms, in the order of ``decision.needs``.
+    """
+    if isinstance(decision.match, VocabMatch):
+        return _vocab(decision, decision.match, read, views)
+    return _ffn(decision, decision.match, read, views)
+
+
+def _vocab(decision: Decision, match: VocabMatch, read: Read, views: Sequence[PackedView]) -> Any:
+    product, settings = match.product, decision.settings
+    assert isinstance(settings, Vocab)
+    rows, first = views[0].rows()
+    logits = lowering.vocab_logits(
+        flat_activation(product, read(product.x)),
+        rows,
+        views[1].whole(),
+        settings.predictor,
+        candidates=decision.count,
+        vocab=product.width,
+        first_row=first,
+        fill=settings.fill,  # type: ignore[arg-type]
+        out_dtype=product.out.aval.dtype,
+    )
+    return result_shape(product, logits)
+
+
+def _ffn(decision: Decision, match: FfnMatch, read: Read, views: Sequence[PackedView]) -> Any:
+    settings = decision.settings
+    assert isinstance(settings, Ffn)
+    region, tokens = match.region, match.tokens
+    ups = []
+    for i, up in enumerate(region.ups):
+        rows, first = views[2 * i].rows()
+        ups.append(
+            lowering.UpProduct(
+                x=canonical_activation(up.product, read(up.product.x), up.layout, tokens),
+                rows=rows,
+                first_row=first,
+                packed=views[2 * i + 1].whole(),
+                spec=settings.predictor,
+                dtype=up.product.out.aval.dtype,
+            )
+        )
+    sides = [_side(read(side.value), side.layout, tokens, match.units) for side in region.sides]
+    down, down_first = views[-2].rows()
+    result = lowering.ffn(
+        ups,
+        lambda hiddens, gather: replay(region, hiddens, sides, gather, jax.nn.relu),
+        down,
+        units=match.units,
+        first_row=down_first,
+        down_norms=views[-1].whole(),
+        active=decision.count,
+        group_size=settings.group_size,
+        out_dtype=match.down.out.aval.dtype,
+    )
+    return result_shape(match.down, result)
+
+
+def _side(value: Any, layout: Layout, tokens: int, units: int) -> Any:
+    return value if jnp.ndim(value) == 0 else to_canonical(value, layout, tokens, units)
+
+
+def flat_activation(product: Product, x: Any) -> Any:
+    """A product's activation as ``[T, d]``, columns in the order of the weight's contracted dimensions."""
+    perm = (*product.x_free, *product.x_contract)
+    return jnp.transpose(x, perm).reshape(product.tokens, product.contracted)
+
+
+def canonical_activation(product: Product, x: Any, layout: Layout, tokens: int) -> Any:
+    """A product's activation as ``[T, d]``, tokens in the order of the block's contracting product.
+
+    Args:
+      product: a product into the hidden units.
+      x: its activation.
+      layout: layout of the product's result.
+      tokens: T of the block.
+    """
+    dims: list[Any] = [None] * len(product.x.shape)
+    for d, out in zip(product.x_free, product.out_x_dims, strict=True):
+        dims[d] = layout[out]
+    sizes = [product.x.shape[d] for d in product.x_contract]
+    for d, atom in zip(product.x_contract, row_major("h", sizes), strict=True):
+        dims[d] = whole([atom], product.x.shape[d])
+    canonical = to_canonical(x, tuple(dims), tokens, product.contracted)
+    return jnp.broadcast_to(canonical, (tokens, product.contracted))
+
+
+def result_shape(product: Product, flat: Any) -> Any:
+    """``[T, width]`` as the product's result: its token and weight dimensions, in their order."""
+    x_shape = [product.x.shape[d] for d in product.x_free]
+    w_shape = [product.weight.shape[d] for d in product.w_free]
+    shaped = flat.reshape(*x_shape, *w_shape)
+    if product.weight_left:
+        lead = range(len(x_shape), len(x_shape) + len(w_shape))
+        shaped = jnp.transpose(shaped, (*lead, *range(len(x_shape))))
+    return shaped
+
+
+def dense_rows(treatment: DenseRows, read: Read, view: PackedView) -> Any:
+    """A dense product from packed rows."""
+    product = treatment.product
+    x = flat_activation(product, read(product.x))
+    rows = view.whole()
+    contract = ((1,), (0,)) if treatment.contracted_first else ((1,), (1,))
+    params = product.node.params
+    flat = lax.dot_general(
+        x,
+        rows,
+        (contract, ((), ())),
+        precision=params["precision"],
+        preferred_element_type=params["preferred_element_type"],
+    )
+    assert math.prod(flat.shape) == product.tokens * product.width
+    return result_shape(product, flat)

@@ -1,0 +1,64 @@
+"""What is done at an equation: a decision of the plan, or a dense product that reads a packed layout."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from hire_xform.passes.detect import Detection
+from hire_xform.passes.plan import Decision, Need, PackKey, Plan
+from hire_xform.passes.products import Product, normal_form
+from hire_xform.passes.provenance import Root
+from hire_xform.passes.walk import Node
+
+
+@dataclass(frozen=True, eq=False)
+class DenseRows:
+    """A dense product whose weight leaf is not there, computed from its packed rows.
+
+    Attributes:
+      product: the product.
+      needs: the one packed form it reads.
+      contracted_first: True when the rows are ``[contracted, width]``, False for ``[width, contracted]``.
+    """
+
+    product: Product
+    needs: tuple[Need, ...]
+    contracted_first: bool
+
+    @property
+    def node(self) -> Node:
+        """The equation whose result is replaced."""
+        return self.product.node
+
+
+Treatment = Decision | DenseRows
+
+
+def treatments(
+    detection: Detection,
+    plan: Plan,
+    has_leaf: Callable[[Root], bool],
+    has_key: Callable[[PackKey], bool],
+) -> dict[Node, Treatment]:
+    """What to do at each equation, given which leaves and packed forms will be there at run time.
+
+    A decision whose packed forms are not all there is left out: its products are then dense. Dense products whose leaf
+    is not there read packed rows instead, where some fit.
+    """
+
+    def there(need: Need) -> bool:
+        key = need.key
+        return has_key(key) or (key.form == "rows" and key.recipe.is_leaf and has_leaf(key.recipe.root))
+
+    found: dict[Node, Treatment] = {d.node: d for d in plan.decisions if all(there(n) for n in d.needs)}
+    treated = {p for t in found.values() if isinstance(t, Decision) for p in t.match.products}
+    for product in detection.products:
+        if product in treated or has_leaf(product.origin.recipe.root) or product.batched:
+            continue
+        for contracted_first, recipe in ((False, product.rows_free()), (True, product.rows_contracted())):
+            key = PackKey(normal_form(recipe), "rows")
+            if has_key(key):
+                found[product.node] = DenseRows(product, (Need(key, product.origin.refs),), contracted_first)
+                break
+    return found
