@@ -7,8 +7,7 @@ entry here needs a private module either.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -164,21 +163,39 @@ def public_primitive(name: str) -> Any | None:
     return getattr(prims, name, None)
 
 
-@contextlib.contextmanager
-def equation_context(eqn: Eqn, scope: str | None = None) -> Iterator[None]:
+class equation_context:  # noqa: N801 - used as a context manager function
     """Makes what is bound inside carry the equation's name stack, user traceback and context (compute_on and such).
 
-    ``eqn.ctx.manager`` is there on 0.10 to 0.12 and is looked up defensively.
+    ``eqn.ctx.manager`` is there on 0.10 to 0.12 and is looked up defensively. A class, not a generator: it is entered
+    once for every equation of the program.
     """
-    stack = source_info_util.current_name_stack() + eqn.source_info.name_stack
-    manager = getattr(getattr(eqn, "ctx", None), "manager", None)
-    with contextlib.ExitStack() as entered:
-        entered.enter_context(source_info_util.user_context(eqn.source_info.traceback, name_stack=stack))
+
+    __slots__ = ("_entered",)
+
+    def __init__(self, eqn: Eqn, scope: str | None = None):
+        """Prepares the contexts of ``eqn``, and a further named scope."""
+        stack = source_info_util.current_name_stack() + eqn.source_info.name_stack
+        self._entered = [source_info_util.user_context(eqn.source_info.traceback, name_stack=stack)]
+        manager = getattr(getattr(eqn, "ctx", None), "manager", None)
         if manager is not None:
-            entered.enter_context(manager)
+            self._entered.append(manager)
         if scope is not None:
-            entered.enter_context(jax.named_scope(scope))
-        yield
+            self._entered.append(jax.named_scope(scope))
+
+    def __enter__(self) -> None:
+        """Enters them, outermost first."""
+        for i, context in enumerate(self._entered):
+            try:
+                context.__enter__()
+            except BaseException:
+                del self._entered[i:]
+                self.__exit__(None, None, None)
+                raise
+
+    def __exit__(self, *error: Any) -> None:
+        """Leaves them, innermost first."""
+        for context in reversed(self._entered):
+            context.__exit__(*error)
 
 
 def bind(eqn: Eqn, operands: Sequence[Any], params: dict[str, Any] | None = None) -> list[Any]:

@@ -169,7 +169,7 @@ def _ffn(down: Product, by_node: dict[Node, Product], taken: set[Product]) -> Ff
         sizes = [hidden.shape[d] for d in dims]
         for d, atom in zip(dims, row_major(space, sizes), strict=True):
             layout[d] = whole([atom], hidden.shape[d])
-    region = trace_region(hidden, tuple(layout), by_node)
+    region = trace_region(down, tuple(layout), by_node)
     if region is None:
         return None
     leak = _leak(region, hidden, down)

@@ -69,11 +69,12 @@ def read(env: Env, operand: Operand, missing_ok: bool = False) -> Any:
     """
     if not isinstance(operand, Value):
         return operand.val
+    # The environment first: inside a call that others share, a closed-over array is that call's operand.
+    if operand in env:
+        return env[operand]
     if operand.const is not None:
         return operand.const
     if missing_ok:
-        return env.get(operand)
-    if operand not in env:
-        where = operand.node.path if operand.node is not None else "an input"
-        raise AssertionError(f"the rewritten program reads {where}, which was dropped; please report this program")
-    return env[operand]
+        return None
+    where = operand.node.path if operand.node is not None else "an input"
+    raise AssertionError(f"the rewritten program reads {where}, which was dropped; please report this program")

@@ -43,7 +43,12 @@ def _finish(form: Any, rows: Any) -> Any:
 
 def pack_shapes(key: PackKey, leaf: Any) -> Any:
     """Shapes and dtypes of ``pack_array``'s result; computes nothing."""
-    return jax.eval_shape(_packer(key.recipe.steps, key.form), jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))
+    return _pack_shapes(key.recipe.steps, key.form, tuple(leaf.shape), np.dtype(leaf.dtype))
+
+
+@functools.lru_cache(maxsize=256)
+def _pack_shapes(steps: tuple[Step, ...], form: Any, shape: tuple[int, ...], dtype: Any) -> Any:
+    return jax.eval_shape(_packer(steps, form), jax.ShapeDtypeStruct(shape, dtype))
 
 
 def unpack_rows(recipe: Recipe, leaf_shape: Sequence[int], rows: Any) -> Any:
@@ -87,10 +92,16 @@ class PackLayout:
     keys: tuple[PackKey, ...]
     restored: tuple[tuple[int, int], ...]
     _hash: int = field(default=0, repr=False)
+    _numbers: dict[PackKey, int] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         """Hashes once: a layout is part of every call's tree structure."""
         object.__setattr__(self, "_hash", hash((self.argnum, self.treedef, self.kept, self.keys)))
+        object.__setattr__(self, "_numbers", {key: i for i, key in enumerate(self.keys)})
+
+    def number_of(self, key: PackKey) -> int | None:
+        """Where a key stands in ``keys``."""
+        return self._numbers.get(key)
 
     def _fields(self) -> tuple[Any, ...]:
         return self.argnum, self.treedef, self.avals, self.static, self.kept, self.keys, self.restored
@@ -128,7 +139,8 @@ class Packed:
 
     def form(self, key: PackKey) -> Any:
         """The packed form of a key; None if it is not held."""
-        return self._forms[self._layout.keys.index(key)] if key in self._layout.keys else None
+        number = self._layout.number_of(key)
+        return self._forms[number] if number is not None else None
 
     @property
     def nbytes(self) -> int:

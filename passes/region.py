@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from hire_xform.passes import compat
 from hire_xform.passes.layout import Layout, UnsupportedLayoutError, moves_only, operand_layout, spaces
 from hire_xform.passes.pointwise import HINTS, is_pointwise, leaves_zeros, literal_number
@@ -86,6 +87,19 @@ class Region:
         """Values that come from outside."""
         return [e for e in self.exprs if isinstance(e, Side)]
 
+    def signature(self) -> Any:
+        """Equal for two regions that compute the same function; hashable."""
+        found: list[Any] = []
+        for e in self.exprs:
+            if isinstance(e, Number):
+                number = np.asarray(e.operand.val)
+                found.append((str(number.dtype), number.tobytes()))
+            elif isinstance(e, Apply):
+                found.append((e.node.primitive, _hashable(e.node.params), e.operands, _is_relu(e, self)))
+            else:
+                found.append(type(e))
+        return tuple(found), self.root
+
     @property
     def activation(self) -> str:
         """The pointwise operations, for reports: ``max``, ``logistic, mul``."""
@@ -94,17 +108,17 @@ class Region:
         return ", ".join(dict.fromkeys(names)) or "none"
 
 
-def trace_region(hidden: Value, layout: Layout, products: dict[Node, Product]) -> Region | None:
-    """The region that makes ``hidden``; None when no weight product is reached.
+def trace_region(down: Product, layout: Layout, products: dict[Node, Product]) -> Region | None:
+    """The region that makes the activation of ``down``; None when no weight product is reached.
 
     Args:
-      hidden: the activation that a product contracts.
-      layout: its layout, token and hidden digits for each dimension.
+      down: the product that contracts the hidden axis.
+      layout: layout of its activation, token and hidden digits for each dimension.
       products: all weight products, by their equation.
     """
-    builder = _Builder(products, _units(layout))
+    builder = _Builder(products, _units(layout), down)
     try:
-        root = builder.expand(hidden, layout)
+        root = builder.expand(down.x, layout)
     except (UnsupportedLayoutError, _RegionTooLargeError):
         return None
     region = builder.region
@@ -120,8 +134,9 @@ class _RegionTooLargeError(Exception):
 
 
 class _Builder:
-    def __init__(self, products: dict[Node, Product], units: int):
+    def __init__(self, products: dict[Node, Product], units: int, down: Product):
         self.products = products
+        self.down = down
         self.region = Region(units)
         self.memo: dict[tuple[Any, Layout], int] = {}
         self.depends: list[bool] = []
@@ -150,7 +165,7 @@ class _Builder:
         if self.visited > MAX_EQUATIONS:
             raise _RegionTooLargeError
         node = value.node
-        if node is None or value.const is not None or "h" not in spaces(layout):
+        if node is None or value.const is not None or "h" not in spaces(layout) or self.outlives(value):
             return self.side(value, layout)
         product = self.products.get(node)
         if product is not None:
@@ -180,6 +195,12 @@ class _Builder:
         zero = leaves_zeros(node, [self.zero[o] for o in operands], [self.number[o] for o in operands], depends)
         return self.add(Apply(node, operands), True, zero)
 
+    def outlives(self, value: Value) -> bool:
+        """True for a value read after the block, as the residual stream is: no region holds it."""
+        if value is self.down.x:
+            return False
+        return value.is_output or any(node.order > self.down.node.order for node in value.consumers)
+
     def through(self, node: Node, value: Value, found: int) -> int:
         if self.depends[found]:
             self.region.nodes.add(node)
@@ -205,6 +226,16 @@ class _Builder:
         for things in (self.region.exprs, self.depends, self.zero, self.number):
             del things[mark:]  # type: ignore[attr-defined]
         self.memo = {key: number for key, number in self.memo.items() if number < mark}
+
+
+def _hashable(params: dict[str, Any]) -> Any:
+    """An equation's parameters as a key; only identical ones compare equal where they can't be hashed."""
+    items = tuple(sorted(params.items(), key=lambda item: item[0]))
+    try:
+        hash(items)
+    except TypeError:
+        return id(params)
+    return items
 
 
 def _shaped(operand: Operand) -> bool:

@@ -18,7 +18,7 @@ from hire_xform.passes.environment import Env, PackedView, Views, read
 from hire_xform.passes.liveness import Liveness
 from hire_xform.passes.plan import Decision, Need
 from hire_xform.passes.provenance import IndexSlice
-from hire_xform.passes.splice import dense_rows, splice
+from hire_xform.passes.splice import dense_rows, site_function, site_operands, site_signature
 from hire_xform.passes.treatment import Treatment
 from hire_xform.passes.walk import Frame, Graph, Node, Operand, Scope, Value
 
@@ -84,7 +84,7 @@ class Rewriter:
             seen = [self._resolve(need, node.frame, env, views) for need in treatment.needs]
             with compat.equation_context(node.eqn, f"hire/{node.path}"):
                 if isinstance(treatment, Decision):
-                    result = splice(treatment, lambda o: read(env, o), seen)
+                    result = self._site(treatment, env, seen)
                 else:
                     result = dense_rows(treatment, lambda o: read(env, o), seen[0])
             env[node.outputs[0]] = result
@@ -95,6 +95,15 @@ class Rewriter:
             else:
                 results = compat.bind(node.eqn, [read(env, o) for o in node.inputs])
         env.update((v, r) for v, r in zip(node.outputs, results, strict=True) if r is not None)
+
+    def _site(self, decision: Decision, env: Env, seen: list[PackedView]) -> Any:
+        """A site's value. Sites that are rewritten alike call one function: it is traced and lowered once."""
+        key = site_signature(decision)
+        if key not in self._calls:
+            function = site_function(decision)
+            function.__name__ = function.__qualname__ = f"hire_{decision.site.kind}"
+            self._calls[key] = jax.jit(function)
+        return self._calls[key](site_operands(decision, lambda o: read(env, o)), seen)
 
     def _call(self, frame: Frame, env: Env, views: Views) -> None:
         if not self._is_alive(frame):

@@ -24,25 +24,45 @@ from hire_xform import lowering
 Read = Callable[[Operand], Any]
 
 
-def splice(decision: Decision, read: Read, views: Sequence[PackedView]) -> Any:
-    """The value of a rewritten site.
-
-    Args:
-      decision: the site.
-      read: runtime values of the program.
-      views: its packed forms, in the order of ``decision.needs``.
-    """
-    if isinstance(decision.match, VocabMatch):
-        return _vocab(decision, decision.match, read, views)
-    return _ffn(decision, decision.match, read, views)
+def site_operands(decision: Decision, read: Read) -> list[Any]:
+    """The runtime values, besides packed arrays, that a rewritten site reads: activations, then side inputs."""
+    match = decision.match
+    if isinstance(match, VocabMatch):
+        return [read(match.product.x)]
+    return [read(up.product.x) for up in match.region.ups] + [read(side.value) for side in match.region.sides]
 
 
-def _vocab(decision: Decision, match: VocabMatch, read: Read, views: Sequence[PackedView]) -> Any:
+def site_signature(decision: Decision) -> Any:
+    """Equal for two sites that are rewritten to the same function of their operands and packed arrays; hashable."""
+    match = decision.match
+    settings = (decision.settings, decision.count, decision.site.tokens)
+    if isinstance(match, VocabMatch):
+        return "vocab", settings, _product_signature(match.product)
+    ups = tuple((_product_signature(up.product), up.layout) for up in match.region.ups)
+    sides = tuple((side.value.shape, str(side.value.aval.dtype), side.layout) for side in match.region.sides)
+    return "ffn", settings, match.units, ups, sides, match.region.signature(), _product_signature(match.down)
+
+
+def _product_signature(product: Product) -> Any:
+    dtypes = tuple(str(v.aval.dtype) for v in (product.x, product.weight, product.out))
+    dims = (product.x_contract, product.w_contract, product.x_free, product.w_free, product.weight_left)
+    return product.x.shape, product.weight.shape, dtypes, dims
+
+
+def site_function(decision: Decision) -> Callable[[list[Any], list[PackedView]], Any]:
+    """The rewritten site as a function of ``site_operands`` and its packed forms, in the order of ``needs``."""
+    match = decision.match
+    if isinstance(match, VocabMatch):
+        return lambda operands, views: _vocab(decision, match, operands, views)
+    return lambda operands, views: _ffn(decision, match, operands, views)
+
+
+def _vocab(decision: Decision, match: VocabMatch, operands: Sequence[Any], views: Sequence[PackedView]) -> Any:
     product, settings = match.product, decision.settings
     assert isinstance(settings, Vocab)
     rows, first = views[0].rows()
     logits = lowering.vocab_logits(
-        flat_activation(product, read(product.x)),
+        flat_activation(product, operands[0]),
         rows,
         views[1].whole(),
         settings.predictor,
@@ -55,16 +75,16 @@ def _vocab(decision: Decision, match: VocabMatch, read: Read, views: Sequence[Pa
     return result_shape(product, logits)
 
 
-def _ffn(decision: Decision, match: FfnMatch, read: Read, views: Sequence[PackedView]) -> Any:
+def _ffn(decision: Decision, match: FfnMatch, operands: Sequence[Any], views: Sequence[PackedView]) -> Any:
     settings = decision.settings
     assert isinstance(settings, Ffn)
     region, tokens = match.region, match.tokens
     ups = []
-    for i, up in enumerate(region.ups):
+    for i, (up, x) in enumerate(zip(region.ups, operands, strict=False)):
         rows, first = views[2 * i].rows()
         ups.append(
             lowering.UpProduct(
-                x=canonical_activation(up.product, read(up.product.x), up.layout, tokens),
+                x=canonical_activation(up.product, x, up.layout, tokens),
                 rows=rows,
                 first_row=first,
                 packed=views[2 * i + 1].whole(),
@@ -72,7 +92,8 @@ def _ffn(decision: Decision, match: FfnMatch, read: Read, views: Sequence[Packed
                 dtype=up.product.out.aval.dtype,
             )
         )
-    sides = [_side(read(side.value), side.layout, tokens, match.units) for side in region.sides]
+    values = operands[len(ups) :]
+    sides = [_side(v, side.layout, tokens, match.units) for v, side in zip(values, region.sides, strict=True)]
     down, down_first = views[-2].rows()
     result = lowering.ffn(
         ups,

@@ -84,12 +84,13 @@ class Frame:
 
 @dataclass(eq=False)
 class Node:
-    """One equation that is not a call, with its operands and results as values."""
+    """One equation that is not a call, with its operands and results as values; ``order`` is its place in its scope."""
 
     eqn: Any
     frame: Frame
     path: str
     inputs: list[Operand]
+    order: int
     outputs: list[Value] = field(default_factory=list)
     children: list[Scope] = field(default_factory=list)
 
@@ -223,7 +224,7 @@ def _fill(frame: Frame, consts: Sequence[Any], scopes: list[Scope]) -> None:
             _fill(called, inner_consts, scopes)
             env.update(zip(eqn.outvars, called.outputs, strict=True))
             continue
-        node = Node(eqn, frame, path, operands)
+        node = Node(eqn, frame, path, operands, len(scope.nodes))
         frame.items.append(node)
         scope.nodes.append(node)
         node.outputs = [Value(v.aval, scope, node=node) for v in eqn.outvars]
