@@ -85,7 +85,7 @@ def head_table(vocab: int, d: int, candidates: int, copies: int, repeats: int) -
     best = min((median_ms(fun, calls, repeats), name) for name, fun in dense.items())
     # The other storage, [d, V]: one copy at a time beside the first.
     turned = [(x, w) for x, w in zip(xs, [jnp.asarray(rows[0].T), jnp.asarray(rows[1 % copies].T)], strict=False)]
-    best = min(best, (median_ms(lambda x, w: jnp.argmax(x @ w, axis=-1), turned, repeats * 2), "dense, x @ W [d, V]"))
+    best = min(best, (median_ms(lambda x, w: jnp.argmax(x @ w, axis=-1), turned, repeats * 2), "dense, x @ W (d x V)"))
     del turned
     table = _table(f"head {vocab} x {d}, f32, one token, to the token id; {candidates} candidates")
     _add(table, best[1], vocab * d * 4, best[0], best[0])
@@ -111,8 +111,8 @@ def ffn_table(d: int, m: int, layers: int, repeats: int) -> Table:
     norms = [jnp.linalg.norm(down, axis=1) for down in downs]
     xs = [_normal(2000 + seed, (1, d), 1.0) for seed in range(4)]
     dense = {
-        "dense, up [m, d], down [m, d]": lambda x, a, b: jax.nn.relu(x @ a.T) @ b,
-        "dense, up [d, m], down [m, d]": lambda x, a, b: jax.nn.relu(x @ a) @ b,
+        "dense, up m x d, down m x d": lambda x, a, b: jax.nn.relu(x @ a.T) @ b,
+        "dense, up d x m, down m x d": lambda x, a, b: jax.nn.relu(x @ a) @ b,
     }
 
     def dense_stack(block: Callable[..., jax.Array]) -> Callable[..., jax.Array]:

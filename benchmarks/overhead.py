@@ -112,7 +112,12 @@ def transform_time(console: Console, repeats: int = 3) -> None:
         counts = [low.as_text().count("func.func") for low in (dense, sparse)]
         best = min(dense_times), min(sparse_times)
         table.add_row(
-            str(layers), f"{best[0]:.2f} s", f"{best[1]:.2f} s", f"{best[1] / best[0]:.2f}", str(counts[0]), str(counts[1])
+            str(layers),
+            f"{best[0]:.2f} s",
+            f"{best[1]:.2f} s",
+            f"{best[1] / best[0]:.2f}",
+            str(counts[0]),
+            str(counts[1]),
         )
     console.print(table)
 

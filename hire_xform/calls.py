@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from hire_xform.passes.pack import Packed, PackLayout
+from hire_xform.passes.pack import Packed, PackedToken
 from hire_xform.passes.provenance import Root
 
 Tree = Any
@@ -191,9 +191,9 @@ def expand_packed(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[
     """The call with the plain weights' shapes where a ``Packed`` stands."""
 
     def plain(value: Any) -> Any:
-        if not isinstance(value, Packed):
+        if not isinstance(value, (Packed, PackedToken)):
             return value
-        layout: PackLayout = value.layout
+        layout = value.layout
         return layout.treedef.unflatten(merge(layout.static, layout.avals))
 
     return tuple(plain(a) for a in args), {k: plain(v) for k, v in kwargs.items()}

@@ -144,6 +144,16 @@ class Traced:
         keys = dict.fromkeys(n.key for d in self.plan.decisions for n in d.needs)
         return [k for k in keys if not (k.form == "rows" and k.recipe.is_leaf)]
 
+    @cached_property
+    def plain_roots(self) -> frozenset[Root]:
+        """Weights that a call with plain weights reads as they are, packed forms being there."""
+        keys = set(self.needed_keys())
+        todo = treatments(self._detection, self.plan, lambda root: True, lambda key: key in keys)
+        needed = Rewriter(self._graph, todo).needed_inputs()
+        found = {root for root, read in zip(self._call.roots, needed, strict=True) if root is not None and read}
+        found |= {n.key.recipe.root for d in self.plan.decisions for n in d.needs if n.key not in keys}
+        return frozenset(found)
+
     def const(self, root: Root) -> Any:
         """A closed-over array."""
         return self._provenance.consts[root.index]

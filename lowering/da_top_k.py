@@ -38,20 +38,27 @@ def da_top_k(scores: jax.Array, k: int, shards: int = 1) -> tuple[jax.Array, jax
       ValueError: ``k`` or ``shards`` does not fit ``n``, or ``scores`` is a scalar.
       TypeError: ``scores`` is complex or boolean.
     """
-    values, indices = da_top_k_p.bind(jnp.asarray(scores), k=int(k), shards=int(shards))
+    scores = jnp.asarray(scores)
+    # Here too, since an eager call runs the implementation without the abstract rule.
+    _check(scores.shape, scores.dtype, k, shards)
+    values, indices = da_top_k_p.bind(scores, k=int(k), shards=int(shards))
     return values, indices
 
 
-def _abstract(scores: ShapedArray, *, k: int, shards: int) -> tuple[ShapedArray, ShapedArray]:
-    if not (jnp.issubdtype(scores.dtype, jnp.floating) or jnp.issubdtype(scores.dtype, jnp.integer)):
-        raise TypeError(f"da_top_k: scores of dtype {scores.dtype} have no order; expected floating or integer scores")
-    if scores.ndim == 0:
+def _check(shape: tuple[int, ...], dtype: jax.typing.DTypeLike, k: int, shards: int) -> None:
+    if not (jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)):
+        raise TypeError(f"da_top_k: scores of dtype {dtype} have no order; expected floating or integer scores")
+    if not shape:
         raise ValueError("da_top_k: scores is a scalar; expected an array of one axis or more")
-    n = scores.shape[-1]
+    n = shape[-1]
     if not 1 <= k <= n:
         raise ValueError(f"da_top_k: k={k} does not fit the last axis; expected 1 <= k <= {n}")
     if shards < 1 or n % shards:
         raise ValueError(f"da_top_k: shards={shards} does not divide the last axis; expected a divisor of {n}")
+
+
+def _abstract(scores: ShapedArray, *, k: int, shards: int) -> tuple[ShapedArray, ShapedArray]:
+    _check(scores.shape, scores.dtype, k, shards)
     shape = (*scores.shape[:-1], shards * -(-k // shards))
     # `update` keeps the operand's sharding: along the last axis each device's share stays with it.
     return scores.update(shape=shape), scores.update(shape=shape, dtype=jnp.dtype(jnp.int32), weak_type=False)

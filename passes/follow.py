@@ -15,7 +15,19 @@ from jax.extend.core import primitives as prims
 
 MAX_STEPS = 256
 
-_REDUCTIONS = dict.fromkeys((prims.reduce_sum_p, prims.reduce_max_p, prims.reduce_min_p, prims.reduce_prod_p, prims.reduce_and_p, prims.reduce_or_p, prims.argmax_p, prims.argmin_p), "axes")
+_REDUCTIONS = dict.fromkeys(
+    (
+        prims.reduce_sum_p,
+        prims.reduce_max_p,
+        prims.reduce_min_p,
+        prims.reduce_prod_p,
+        prims.reduce_and_p,
+        prims.reduce_or_p,
+        prims.argmax_p,
+        prims.argmin_p,
+    ),
+    "axes",
+)
 _CUMULATIVE = {prims.cumsum_p, prims.cummax_p, prims.cummin_p, prims.cumprod_p, prims.cumlogsumexp_p}
 _STORES = {prims.dynamic_update_slice_p, prims.scatter_p}
 

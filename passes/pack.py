@@ -115,6 +115,24 @@ class PackLayout:
         return self._hash
 
 
+class PackedToken:
+    """Stands for a ``Packed`` in a flattened call: one static leaf that is equal where the layouts are."""
+
+    __slots__ = ("layout",)
+
+    def __init__(self, layout: PackLayout):
+        """For a layout."""
+        self.layout = layout
+
+    def __eq__(self, other: object) -> bool:
+        """Equal when the layouts are."""
+        return isinstance(other, PackedToken) and self.layout == other.layout
+
+    def __hash__(self) -> int:
+        """The layout's hash."""
+        return hash(self.layout)
+
+
 @jax.tree_util.register_pytree_with_keys_class
 class Packed:
     """Weights in the layout decoding wants: stands where the plain weights stood, which may then be dropped.
@@ -127,6 +145,14 @@ class Packed:
         self._kept = list(kept)
         self._forms = list(forms)
         self._layout = layout
+        self._leaves: list[Any] | None = None
+
+    @property
+    def leaves(self) -> list[Any]:
+        """All its arrays, as ``jax.tree.leaves`` gives them; made once, since a ``Packed`` never changes."""
+        if self._leaves is None:
+            self._leaves = jax.tree.leaves((self._kept, self._forms))
+        return self._leaves
 
     @property
     def layout(self) -> PackLayout:
@@ -169,6 +195,7 @@ class Packed:
         packed = object.__new__(cls)
         packed._kept, packed._forms = children
         packed._layout = layout
+        packed._leaves = None
         return packed
 
 

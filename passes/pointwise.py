@@ -88,7 +88,34 @@ _ZERO_TO_ZERO: frozenset[Any] = frozenset(
     p
     for p in (
         compat.public_primitive(f"{name}_p")
-        for name in ["abs", "cbrt", "ceil", "convert_element_type", "copy", "erf", "expm1", "floor", "log1p", "name", "neg", "real", "reduce_precision", "round", "sharding_constraint", "sign", "sin", "sinh", "sqrt", "square", "stop_gradient", "tan", "tanh", "asin", "asinh", "atan"]
+        for name in [
+            "abs",
+            "cbrt",
+            "ceil",
+            "convert_element_type",
+            "copy",
+            "erf",
+            "expm1",
+            "floor",
+            "log1p",
+            "name",
+            "neg",
+            "real",
+            "reduce_precision",
+            "round",
+            "sharding_constraint",
+            "sign",
+            "sin",
+            "sinh",
+            "sqrt",
+            "square",
+            "stop_gradient",
+            "tan",
+            "tanh",
+            "asin",
+            "asinh",
+            "atan",
+        ]
     )
     if p is not None
 )

@@ -1,3 +1,5 @@
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,10 +19,18 @@ def choices(tokens, groups, size, per_token):
     return picks if per_token else picks[0]
 
 
-@pytest.mark.parametrize("small_blocks", [False, True])
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("per_token", [False, True])
-@pytest.mark.parametrize(("tokens", "group", "size"), [(1, 1, 1), (1, 4, 11), (3, 1, 44), (8, 2, 7), (17, 1, 5)])
+@pytest.mark.parametrize(
+    ("tokens", "group", "size", "dtype", "small_blocks"),
+    [
+        (1, 1, 1, jnp.float32, True),
+        (1, 4, 11, jnp.bfloat16, False),
+        (3, 1, 44, jnp.float32, False),
+        (3, 1, 44, jnp.bfloat16, True),
+        (8, 2, 7, jnp.float32, True),
+        (17, 1, 5, jnp.bfloat16, False),
+    ],
+)
 def test_products_of_chosen_rows(tokens, group, size, per_token, dtype, small_blocks, normal, monkeypatch):
     if small_blocks:
         monkeypatch.setattr("hire_xform.lowering.rows._WHOLE_BYTES", 0)
@@ -28,15 +38,16 @@ def test_products_of_chosen_rows(tokens, group, size, per_token, dtype, small_bl
     rows, x = normal((44, 9), dtype), normal((tokens, 9), dtype, 1)
     index = choices(tokens, 44 // group, size, per_token)
     wide = np.asarray(rows, np.float32)[units(index, group)]
-    got = select_rows_dot(x, rows, index, group_size=group, preferred_element_type=jnp.float32)
+    options = {"group_size": group, "preferred_element_type": jnp.float32}
+    got = jax.jit(partial(select_rows_dot, **options))(x, rows, index)
     equation = "td,tkd->tk" if per_token else "td,kd->tk"
     np.testing.assert_allclose(got, np.einsum(equation, np.asarray(x, np.float32), wide), atol=1e-4)
     h = normal((tokens, size * group), dtype, 2)
-    back = combine_rows(h, rows, index, group_size=group, preferred_element_type=jnp.float32)
+    back = jax.jit(partial(combine_rows, **options))(h, rows, index)
     equation = "tk,tkd->td" if per_token else "tk,kd->td"
     np.testing.assert_allclose(back, np.einsum(equation, np.asarray(h, np.float32), wide), atol=1e-3)
-    assert select_rows_dot(x, rows, index, group_size=group).dtype == dtype
-    assert combine_rows(h, rows, index, group_size=group).dtype == dtype
+    assert jax.eval_shape(partial(select_rows_dot, group_size=group), x, rows, index).dtype == dtype
+    assert jax.eval_shape(partial(combine_rows, group_size=group), h, rows, index).dtype == dtype
 
 
 def test_dtypes_are_promoted_and_f32_sums_are_kept(normal):

@@ -1,0 +1,200 @@
+"""The command line: ``hire-xform dump``, ``explain`` and ``demo``. Flags of absl and of JAX work beside its own."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import os
+import re
+import stat
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jax
+from absl import app, flags
+from absl.flags import argparse_flags
+
+from hire_xform.api import Sparsified, sparsify
+from hire_xform.config import Config, Rule
+from hire_xform.dump import FORMATS, SHOWS, dump
+from hire_xform.loading import LoadError, blame, load_function, load_inputs
+from hire_xform.stages import Traced
+
+_EVERYWHERE = Rule("*", force=True)
+
+
+class CommandError(Exception):
+    """Something the user can put right; the message is one line, and the exit code 2."""
+
+
+class _Parser(argparse_flags.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command line; returns its exit code.
+
+    Args:
+      argv: the arguments after the program's name; None takes those of the process.
+    """
+    # JAX's own settings as flags, --jax_platforms and so on.
+    if "jax_platforms" not in flags.FLAGS:
+        jax.config.config_with_absl()
+    line = ["hire-xform", *(sys.argv[1:] if argv is None else argv)]
+    try:
+        app.run(_run, argv=line, flags_parser=_parse)
+    except SystemExit as ended:
+        return ended.code if isinstance(ended.code, int) else 0 if ended.code is None else 1
+    return 0
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    parser = _Parser(prog="hire-xform", description=_DESCRIPTION, allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    command: Any
+    for name, text in (("dump", _DUMP_HELP), ("explain", _EXPLAIN_HELP)):
+        command = commands.add_parser(name, help=text, description=text, epilog=_TARGETS, allow_abbrev=False)
+        command.add_argument("target", help="the function")
+        command.add_argument("--inputs", required=True, metavar="TARGET", help="a function that returns its arguments")
+        command.add_argument(
+            "--weights-argnums", type=_numbers, metavar="N[,N...]", help="positions of the weights arguments (0)"
+        )
+        command.add_argument(
+            "--force", action="store_true", help="rewrite sites that the cost model would leave dense, as at toy sizes"
+        )
+        if name == "dump":
+            command.add_argument(
+                "--show", choices=SHOWS, default="diff", help="which program (diff: both, and what changed)"
+            )
+            command.add_argument("--format", choices=FORMATS, default="text", help="text, JSON, or one HTML page")
+        command.add_argument("-o", "--output", metavar="FILE", help="write there instead of to standard output")
+    command = commands.add_parser("demo", help=_DEMO_HELP, description=_DEMO_HELP, allow_abbrev=False)
+    command.add_argument("--tokens", type=_positive, default=300, help="tokens to decode (300)")
+    command.add_argument("--positions", type=_positive, default=1536, help="held-out positions to compare on (1536)")
+    command.add_argument("--half", choices=("both", "first", "second"), default="both", help="which half to run (both)")
+    return parser.parse_args(argv[1:])
+
+
+_DESCRIPTION = "HiRE for JAX: decode with fewer weight bytes, by a compiler pass, without edits to the model."
+_DUMP_HELP = "show the program of a function before and after, and what became of each site"
+_EXPLAIN_HELP = "say what is rewritten in a function, what stays dense, and why"
+_DEMO_HELP = "decode with the bundled model, dense and sparse, then time a layer stack of a billion parameters"
+_TARGETS = (
+    "A TARGET is package.module:name or path/to/file.py:name; modules in the current folder can be imported. --inputs "
+    "names a function of no arguments that returns the tuple of arguments, arrays or jax.ShapeDtypeStructs, or the tuple."
+)
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    if not re.fullmatch(r"\d+(,\d+)*", text):
+        raise argparse.ArgumentTypeError(f"{text!r}; expected positions such as 0 or 0,2")
+    return tuple(int(part) for part in text.split(","))
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}; expected an integer of at least 1")
+    return int(text)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    try:
+        if arguments.command == "demo":
+            from hire_xform import demo
+
+            demo.run(tokens=arguments.tokens, positions=arguments.positions, half=arguments.half)
+            return 0
+        traced = _trace(arguments)
+        if arguments.command == "dump":
+            text = dump(traced, name=arguments.target, show=arguments.show, format=arguments.format)
+        else:
+            text = traced.explain() + "\n"
+        _write(text, arguments.output)
+    except (CommandError, LoadError) as error:
+        print(f"hire-xform {arguments.command}: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _trace(arguments: argparse.Namespace) -> Traced:
+    """The function, traced for the inputs."""
+    fun = load_function(arguments.target)
+    inputs = load_inputs(arguments.inputs)
+    step = _sparsified(fun, arguments)
+    try:
+        return step.trace(*inputs)
+    except (Exception, SystemExit) as error:
+        raise CommandError(f"tracing {arguments.target!r} raised {blame(error, fun)}") from error
+
+
+def _sparsified(fun: Any, arguments: argparse.Namespace) -> Sparsified:
+    if isinstance(fun, Sparsified):
+        if arguments.weights_argnums is not None:
+            raise CommandError(
+                f"{arguments.target!r} is sparsified already, with its own weights_argnums; leave the option out"
+            )
+        if not arguments.force:
+            return fun
+        # First, so that the function's own rules still win.
+        config = dataclasses.replace(fun._config, rules=(_EVERYWHERE, *fun._config.rules))
+        return sparsify(fun._signature.fun, config=config, weights_argnums=fun._signature.weights, **fun._kept_options)
+    config = Config(rules=(_EVERYWHERE,) if arguments.force else ())
+    weights = (0,) if arguments.weights_argnums is None else arguments.weights_argnums
+    try:
+        return sparsify(fun, config=config, weights_argnums=weights)
+    except (TypeError, ValueError) as error:
+        raise CommandError(str(error)) from error
+
+
+def _write(text: str, output: str | None) -> None:
+    """Writes to a file in one move, so that a failure leaves what was there; or to standard output."""
+    if output is None or output == "-":
+        try:
+            sys.stdout.write(text)
+            sys.stdout.flush()
+        except BrokenPipeError:
+            # The reader has seen enough. What is left in the buffer goes nowhere, without a complaint at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return
+    path = Path(os.path.realpath(output))
+    try:
+        if path.exists() and not path.is_file() and not path.is_dir():
+            path.write_text(text, encoding="utf-8")  # a device or a pipe
+            return
+        if path.is_dir():
+            raise IsADirectoryError(21, "Is a directory")
+        _replace(path, text)
+    except OSError as error:
+        raise CommandError(f"can't write {output!r}: {error.strerror or error}") from error
+
+
+def _replace(path: Path, text: str) -> None:
+    if path.exists():
+        mode = stat.S_IMODE(path.stat().st_mode)
+        if not os.access(path, os.W_OK):
+            raise PermissionError(13, "Permission denied")
+    else:
+        mask = os.umask(0)
+        os.umask(mask)
+        mode = 0o666 & ~mask
+    number, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial")
+    try:
+        with open(number, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.chmod(partial, mode)
+        os.replace(partial, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(partial)
+        raise
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,189 @@
+"""Calls of one shape of arguments: what jit traces, and the fast way through Python to it."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import jax
+
+from hire_xform.calls import Abstract, abstract_call, argument_of, aval_of, is_array, unwrap_statics
+from hire_xform.errors import TracedWeightsError
+from hire_xform.passes import compat
+from hire_xform.passes.pack import Packed, PackedToken
+from hire_xform.passes.provenance import Root
+
+if TYPE_CHECKING:
+    from hire_xform.api import Sparsified
+
+
+class _NeedsPackingError(Exception):
+    """Raised while jit traces for new shapes whose plan reads packed forms that were not passed."""
+
+
+class Entry:
+    """Calls of one tree structure, leaf types and static values.
+
+    A call is taken apart into plain weights, the leaves of ``Packed`` weights, donated data and other data, and passed
+    on to one jitted function.
+    """
+
+    def __init__(self, owner: Sparsified, args: tuple[Any, ...], kwargs: dict[str, Any], packed: list[Packed]):
+        """Sorts the leaves of a first call; ``packed`` are its Packed arguments, of which args hold the tokens."""
+        self._owner = owner
+        signature = owner.signature
+        self._layouts = [p.layout for p in packed]
+        self._packed_trees = [jax.tree.structure(p) for p in packed]
+        covered = {layout.argnum for layout in self._layouts}
+        self._roots = abstract_call(signature, args, kwargs).roots
+        self._weights: list[int] = []
+        self._weight_roots: list[Root] = []
+        self._rest: list[int] = []
+        self._donated: list[int] = []
+        self._any_traced = False
+        self._hashed = False
+        found, self._treedef = jax.tree_util.tree_flatten_with_path((args, kwargs))
+        self._statics = {i: leaf for i, (_, leaf) in enumerate(found) if not is_array(leaf)}
+        # Roots of this call's own leaves: those that a Packed stands for have none here.
+        roots = iter([r for r in self._roots if r is None or int(r.kind[3:]) not in covered])
+        for position, (path, leaf) in enumerate(found):
+            if position in self._statics:
+                continue
+            root = next(roots)
+            if root is not None:
+                self._weights.append(position)
+                self._weight_roots.append(root)
+                self._any_traced |= compat.is_tracer(leaf)
+                self._hashed |= not isinstance(leaf, jax.Array)
+            elif signature.holds(signature.donated, argument_of(path)):
+                self._donated.append(position)
+            else:
+                self._rest.append(position)
+        donate = (4,) if self._donated else ()
+        self._jitted = jax.jit(_named(self._body, signature.fun), donate_argnums=donate, **owner.options)
+        self._ids: tuple[int, ...] | None = None
+        self._watch: list[Any] = []
+        self._forms: dict[str, Any] = {}
+        self._weight_avals: list[Any] = []
+        # Plain weights that the traced programs read; the others are not passed on, which costs time at every call.
+        self._passed: set[Root] = set()
+        self._passed_positions: list[int] = []
+
+    def run(self, leaves: list[Any], packed: list[Packed]) -> Any:
+        """One call; ``leaves`` are all leaves of it, in order, and ``packed`` its Packed arguments."""
+        weights = [leaves[i] for i in self._weights]
+        if self._hashed or self._ids is None or tuple(map(id, weights)) != self._ids:
+            self._prepare(leaves, weights)
+        held = [p.leaves for p in packed]
+        rest = [leaves[i] for i in self._rest]
+        donated = [leaves[i] for i in self._donated]
+        try:
+            return self._jitted([leaves[i] for i in self._passed_positions], self._forms, held, rest, donated)
+        except _NeedsPackingError:
+            self._prepare(leaves, weights)
+            return self._jitted([leaves[i] for i in self._passed_positions], self._forms, held, rest, donated)
+
+    def _prepare(self, leaves: list[Any], weights: list[Any]) -> None:
+        """Packs what the plan for these shapes reads and remembers whose weights they are."""
+        traced = self._owner.traced(self._abstract(leaves))
+        self._weight_avals = [aval_of(w) for w in weights]
+        plain = dict(zip(self._weight_roots, weights, strict=True))
+        keys = [k for k in traced.needed_keys() if k.recipe.root.kind == "const" or k.recipe.root in plain]
+        for key in keys:
+            if compat.is_tracer(plain.get(key.recipe.root)):
+                raise TracedWeightsError(
+                    f"{self._owner!r} was called under a trace with plain weights: {traced.name(key.recipe.root)} is a "
+                    "tracer, and packing it inside the trace would read every weight at every call. Pack once outside, "
+                    "packed = step.trace(...).pack(weights), and pass that in its place"
+                )
+        memory = self._owner.memory
+        for key, form in memory.forms(keys, plain, traced).items():
+            self._forms[memory.number(key)] = form
+        self._passed |= traced.plain_roots if traced.plan.sites or self._layouts else set(self._weight_roots)
+        self._passed_positions = [
+            i for i, r in zip(self._weights, self._weight_roots, strict=True) if r in self._passed
+        ]
+        lasting = not self._hashed and not self._any_traced
+        self._watch = [weakref.ref(w, self._forget) for w in weights] if lasting else []
+        self._ids = tuple(map(id, weights)) if lasting else None
+
+    def _forget(self, _: Any) -> None:
+        """A weight died: its identity may be used again by another array."""
+        self._ids = None
+
+    def _rebuild(self, leaves: list[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        merged = [self._statics.get(i, leaf) for i, leaf in enumerate(leaves)]
+        return self._treedef.unflatten(merged)
+
+    def _abstract(self, leaves: list[Any]) -> Abstract:
+        """The abstract plain call for this call's leaves."""
+        avals = [None if i in self._statics else aval_of(leaf) for i, leaf in enumerate(leaves)]
+        return abstract_call(self._owner.signature, *self._rebuild(avals))
+
+    def _body(
+        self, weights: list[Any], forms: dict[str, Any], packed: list[Any], rest: list[Any], donated: list[Any]
+    ) -> Any:
+        """What jit traces: finds the plan for the shapes it is given, and evaluates the rewritten program."""
+        leaves: list[Any] = [None] * (len(self._weights) + len(rest) + len(donated) + len(self._statics))
+        for position, aval in zip(self._weights, self._weight_avals, strict=True):
+            leaves[position] = aval
+        groups = ((self._passed_positions, weights), (self._rest, rest), (self._donated, donated))
+        for positions, values in groups:
+            for position, value in zip(positions, values, strict=True):
+                leaves[position] = value
+        traced = self._owner.traced(self._abstract(leaves))
+        here = dict(zip(self._weights, self._weight_roots, strict=True))
+        plain = {here[i]: w for i, w in zip(self._passed_positions, weights, strict=True)}
+        if not (set(here.values()) if not traced.plan.sites else traced.plain_roots & set(here.values())) <= set(plain):
+            raise _NeedsPackingError
+        if not traced.plan.sites and not packed:
+            args, kwargs = unwrap_statics(*self._rebuild(leaves))
+            return self._owner.signature.fun(*args, **kwargs)
+        held = {
+            layout.argnum: tree.unflatten(arrays)
+            for layout, tree, arrays in zip(self._layouts, self._packed_trees, packed, strict=True)
+        }
+        memory = self._owner.memory
+        given = {memory.key(number): form for number, form in forms.items()}
+        for key in traced.needed_keys():
+            root = key.recipe.root
+            if (root.kind == "const" or root in here.values()) and key not in given:
+                raise _NeedsPackingError
+        data = iter([leaves[i] for i in sorted(self._rest + self._donated)])
+        operands = [None if root is not None else next(data) for root in self._roots]
+        return traced.evaluate(operands, traced.supply(held, plain, given))
+
+
+def take_packed(
+    owner: Sparsified, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any], list[Packed]]:
+    """The call with a token in the place of each Packed argument, and those arguments.
+
+    Raises:
+      TypeError: a Packed stands where no weights belong, or was made for another argument.
+    """
+    packed: list[Packed] = []
+
+    def taken(key: int | str, value: Any) -> Any:
+        if not isinstance(value, Packed):
+            return value
+        number = owner.signature.weight_number(key)
+        if number is None:
+            raise TypeError(f"argument {key!r} is Packed, but it is not in weights_argnums={owner.signature.weights}")
+        if number != value.layout.argnum:
+            raise TypeError(f"argument {key!r} is Packed weights of argument {value.layout.argnum}")
+        packed.append(value)
+        return PackedToken(value.layout)
+
+    new_args = tuple([taken(i, a) for i, a in enumerate(args)])
+    new_kwargs = {k: taken(k, v) for k, v in kwargs.items()}
+    return new_args, new_kwargs, packed
+
+
+def _named(body: Callable, fun: Callable) -> Callable:
+    def call(*args: Any) -> Any:
+        return body(*args)
+
+    call.__name__ = call.__qualname__ = getattr(fun, "__name__", "sparsified")
+    return call

@@ -1,0 +1,157 @@
+"""Finds what a command line names: ``package.module:name`` or ``path/to/file.py:name``; says what is wrong in a line."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.util
+import inspect
+import os
+import sys
+import traceback
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import jax
+
+# Frames in these folders are never where a user's mistake is.
+_NOT_THE_USERS = (
+    os.path.dirname(os.path.abspath(__file__)),
+    os.path.dirname(os.path.abspath(jax.__file__)),
+    os.path.dirname(os.path.abspath(inspect.__file__)),
+)
+_INSTALLED = ("site-packages", "dist-packages", "<frozen ")
+# A message longer than this is cut; JAX's can be a page.
+_LONGEST_MESSAGE = 300
+
+
+class LoadError(Exception):
+    """What was named can't be used; the message is one line."""
+
+
+def load(target: str) -> Any:
+    """The object that a target names.
+
+    Args:
+      target: ``package.module:name`` or ``path/to/file.py:name``; a name may be dotted.
+
+    Raises:
+      LoadError: there is no such thing, or importing it fails.
+    """
+    where, colon, name = target.rpartition(":")
+    if not colon or not where or not name:
+        raise LoadError(f"{target!r} has no colon; expected package.module:name or path/to/file.py:name")
+    is_file = where.endswith(".py") or os.sep in where or "/" in where
+    found: Any = _load_file(where) if is_file else _load_module(where)
+    for part in name.split("."):
+        if not hasattr(found, part):
+            near = difflib.get_close_matches(part, [n for n in dir(found) if not n.startswith("__")], n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise LoadError(f"{target!r}: {_described(found, where)} has no {part!r}{hint}")
+        found = getattr(found, part)
+    return found
+
+
+def load_function(target: str) -> Any:
+    """A function; otherwise as ``load``."""
+    found = load(target)
+    if not callable(found):
+        raise LoadError(f"{target!r} is a {type(found).__name__}; expected a function")
+    return found
+
+
+def load_inputs(target: str) -> tuple[Any, ...]:
+    """The tuple of arguments that a target names, or that the function it names returns."""
+    found = load(target)
+    what = f"{target!r}"
+    if callable(found) and not isinstance(found, tuple):
+        what += " returned"
+        try:
+            found = found()
+        except (Exception, SystemExit) as error:
+            raise LoadError(f"{target!r} was called without arguments and raised {blame(error, found)}") from error
+    else:
+        what += " is"
+    if not isinstance(found, tuple):
+        hint = "; write (x,) for a single argument" if hasattr(found, "shape") else ""
+        raise LoadError(f"{what} a {type(found).__name__}; expected the tuple of arguments{hint}")
+    return found
+
+
+def _load_module(name: str) -> ModuleType:
+    _importable(os.getcwd())
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is not None and (name == error.name or name.startswith(error.name + ".")):
+            raise LoadError(f"there is no module {error.name!r}, here or installed") from None
+        raise LoadError(f"importing {name!r} raised {blame(error)}") from error
+    except (Exception, SystemExit) as error:
+        raise LoadError(f"importing {name!r} raised {blame(error)}") from error
+
+
+def _load_file(where: str) -> ModuleType:
+    path = Path(where).resolve()
+    if not path.is_file():
+        raise LoadError(f"there is no file {where!r}")
+    for module in list(sys.modules.values()):
+        # A file named twice, for the function and for its inputs, is one module.
+        if getattr(module, "__file__", None) == str(path):
+            return module
+    _importable(os.getcwd())
+    _importable(str(path.parent))
+    name = path.stem if path.stem.isidentifier() and path.stem not in sys.modules else f"_file_{abs(hash(path)):x}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise LoadError(f"{where!r} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
+        del sys.modules[name]
+        raise LoadError(f"importing {where!r} raised {blame(error)}") from error
+    return module
+
+
+def _importable(folder: str) -> None:
+    if folder not in sys.path and "" not in sys.path:
+        sys.path.insert(0, folder)
+
+
+def _described(found: Any, where: str) -> str:
+    return f"module {where!r}" if isinstance(found, ModuleType) else f"{getattr(found, '__qualname__', type(found))!s}"
+
+
+def blame(error: BaseException, fun: Any = None) -> str:
+    """An exception in a line: its type, the first line of its message, and where the user's code raised it.
+
+    Args:
+      error: the exception.
+      fun: whose definition to name when no frame is the user's, as when it is called with the wrong arguments.
+    """
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if isinstance(error, SyntaxError):
+        lines, place = [error.msg], f"{error.filename}:{error.lineno}"
+    else:
+        place = _users_frame(error) or _definition(fun)
+    message = lines[0][:_LONGEST_MESSAGE] if lines else ""
+    return type(error).__name__ + (f": {message}" if message else "") + (f" ({place})" if place else "")
+
+
+def _users_frame(error: BaseException) -> str:
+    """``file:line in function`` of the innermost frame that is neither JAX's, nor the standard library's, nor ours."""
+    frames = traceback.extract_tb(error.__traceback__)
+    for frame in reversed(frames):
+        file = os.path.abspath(frame.filename) if not frame.filename.startswith("<") else frame.filename
+        ours = any(file.startswith(folder + os.sep) for folder in _NOT_THE_USERS)
+        if not ours and not any(part in file for part in _INSTALLED) and os.path.exists(file):
+            return f"{file}:{frame.lineno} in {frame.name}"
+    return ""
+
+
+def _definition(fun: Any) -> str:
+    fun = inspect.unwrap(fun) if fun is not None else None
+    code = getattr(fun, "__code__", None)
+    return f"{code.co_filename}:{code.co_firstlineno}" if code is not None else ""
