@@ -110,8 +110,8 @@ def by_rows(function: Callable) -> Callable:
     return turned
 
 
-# The peer: every product of FFN and head in 8 bits, activations too. The fastest form XLA has for it on a CPU (two rows,
-# the weight on the left); weight-only forms are slower than f32 there.
+# The peer: every product of FFN and head in 8 bits, activations too. The fastest form XLA has for it on a CPU (two
+# rows, the weight on the left); weight-only forms are slower than f32 there.
 def quantized(w: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Rows of a matrix in 8 bits, and their scales."""
     scale = jnp.max(jnp.abs(w), axis=1) / 127.0
@@ -203,7 +203,7 @@ def variants(quick: bool) -> list[tuple[str, hx.Config]]:
         ("ours, int8, 6.25 % of units", config(0.0625)),
         ("ours, low rank d/4, 6.25 % of units", config(0.0625, hx.LowRank(0.25))),
     ]
-    return found if not quick else found
+    return found[:2] if quick else found
 
 
 def table_for(console: Console, title: str, rows: list[Row], base: Row) -> None:
@@ -277,8 +277,8 @@ def run(console: Console, quick: bool = True, layers: int = 16, repeats: int = 1
         table_for(console, f"{title}, one token, f32", rows, rows[0])
         results[title] = rows
     console.print(
-        "Random weights: this shows what reading fewer bytes is worth, not what it costs in quality. 25 % of the units is "
-        "the default for models never trained for sparsity; 6.25 % is for models trained or calibrated for it."
+        "Random weights: this shows what reading fewer bytes is worth, not what it costs in quality. 25 % of the "
+        "units is the default for models never trained for sparsity; 6.25 % is for models trained or calibrated for it."
     )
     return results
 

@@ -15,6 +15,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from rich.console import Console
+from rich.table import Table
+
 from hire_xform.lowering import (
     LowRank,
     PredictorSpec,
@@ -26,8 +29,6 @@ from hire_xform.lowering import (
     vocab_bytes,
     vocab_logits,
 )
-from rich.console import Console
-from rich.table import Table
 
 
 def median_ms(fun: Callable[..., Any], calls: Sequence[tuple[Any, ...]], repeats: int) -> float:

@@ -34,7 +34,7 @@ class Entry:
         self._owner = owner
         signature = owner.signature
         self._layouts = [p.layout for p in packed]
-        self._packed_trees = [jax.tree.structure(p) for p in packed]
+        self._packed_trees: list[Any] = [jax.tree.structure(p) for p in packed]
         covered = {layout.argnum for layout in self._layouts}
         self._roots = abstract_call(signature, args, kwargs).roots
         self._weights: list[int] = []
@@ -43,7 +43,8 @@ class Entry:
         self._donated: list[int] = []
         self._any_traced = False
         self._hashed = False
-        found, self._treedef = jax.tree_util.tree_flatten_with_path((args, kwargs))
+        found, treedef = jax.tree_util.tree_flatten_with_path((args, kwargs))
+        self._treedef: Any = treedef
         self._statics = {i: leaf for i, (_, leaf) in enumerate(found) if not is_array(leaf)}
         # Roots of this call's own leaves: those that a Packed stands for have none here.
         roots = iter([r for r in self._roots if r is None or int(r.kind[3:]) not in covered])

@@ -74,8 +74,8 @@ def _site(sites: list[Site]) -> list[str]:
     lines = [
         f"  {site.kind:5s}  {_paths(sites)}",
         f"         {site.source}",
-        f"         {size(dense)} -> {size(sparse)} ({sparse / dense:.0%}); {for_whom}: {site.computed:,} of {site.units:,} "
-        f"{what} exact{shared}",
+        f"         {size(dense)} -> {size(sparse)} ({sparse / dense:.0%}); {for_whom}: "
+        f"{site.computed:,} of {site.units:,} {what} exact{shared}",
         f"         {describe(site.settings)}" + (f"; activation: {site.activation}" if site.activation else ""),
         f"         weights: {', '.join(site.weights)}" + (" and alike" if len(sites) > 1 else ""),
     ]

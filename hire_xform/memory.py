@@ -67,9 +67,9 @@ class PackMemory:
         if often and not self._told:
             self._told = True
             warnings.warn(
-                f"{traced.name(often[0].recipe.root)} was packed {self._times[often[0]]} times because it was another array "
-                "each time; packing reads all of it. The result is right. Pass the same array again, or pack once with "
-                "step.trace(...).pack(weights)",
+                f"{traced.name(often[0].recipe.root)} was packed {self._times[often[0]]} times because it was another "
+                "array each time; packing reads all of it. The result is right. Pass the same array again, or pack once "
+                "with step.trace(...).pack(weights)",
                 HireWarning,
                 stacklevel=4,
             )
@@ -81,7 +81,7 @@ def _mark(leaf: Any) -> Any:
     if isinstance(leaf, jax.Array) and not compat.is_tracer(leaf):
         return weakref.ref(leaf)
     array = np.ascontiguousarray(leaf)
-    data = array.view(np.uint8).reshape(-1)
+    data = memoryview(array.view(np.uint8).reshape(-1))  # type: ignore[arg-type]
     return array.shape, str(array.dtype), zlib.crc32(data), zlib.adler32(data), len(data)
 
 

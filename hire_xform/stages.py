@@ -52,8 +52,7 @@ class Traced:
         shapes: list[Any] = []
 
         def flat(*leaves: Any) -> list[Any]:
-            args, kwargs = call.rebuild(leaves)
-            args, kwargs = unwrap_statics(args, kwargs)
+            args, kwargs = unwrap_statics(*call.rebuild(leaves))
             out, tree = jax.tree.flatten(signature.fun(*args, **kwargs))
             shapes.append(tree)
             return out
@@ -190,8 +189,8 @@ class Traced:
                     leaf = supply.restore(root)
                     if leaf is None:
                         raise PackedMismatchError(
-                            f"the Packed weights do not hold {self.name(root)}, which this call reads whole; pack with a "
-                            "trace of a call that reads it, or pass the plain weights"
+                            f"the Packed weights do not hold {self.name(root)}, which this call reads whole; pack with "
+                            "a trace of a call that reads it, or pass the plain weights"
                         )
             operands.append(leaf)
 
@@ -227,8 +226,8 @@ class Traced:
 
     def _packed_call(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The call's arguments as shapes, with abstract ``Packed`` weights."""
-        args, kwargs = self._call.rebuild([_struct(a) for a in self._call.avals])
-        args = list(args)
+        plain, kwargs = self._call.rebuild([_struct(a) for a in self._call.avals])
+        args = list(plain)
         for number in self._signature.weights:
             if f"arg{number}" not in self._holdings:
                 continue
@@ -240,8 +239,8 @@ class Traced:
                 args[number] = packed
             else:
                 kwargs[self._signature.names[number]] = packed
-        args, kwargs = unwrap_statics(args, kwargs)
-        return tuple(args), kwargs
+        bare, kwargs = unwrap_statics(args, kwargs)
+        return tuple(bare), kwargs
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
         """The rewritten program on a call with ``Packed`` weights; inlines into whatever traces it."""

@@ -175,7 +175,7 @@ class equation_context:  # noqa: N801 - used as a context manager function
     def __init__(self, eqn: Eqn, scope: str | None = None):
         """Prepares the contexts of ``eqn``, and a further named scope."""
         stack = source_info_util.current_name_stack() + eqn.source_info.name_stack
-        self._entered = [source_info_util.user_context(eqn.source_info.traceback, name_stack=stack)]
+        self._entered: list[Any] = [source_info_util.user_context(eqn.source_info.traceback, name_stack=stack)]
         manager = getattr(getattr(eqn, "ctx", None), "manager", None)
         if manager is not None:
             self._entered.append(manager)

@@ -10,14 +10,15 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
+from jax import lax
+from jax.extend.core import jaxpr_as_fun
+from jax.extend.core import primitives as prims
+
 from hire_xform.passes import compat
 from hire_xform.passes.environment import Env, Views, read
 from hire_xform.passes.liveness import carried_inputs, state_read
 from hire_xform.passes.provenance import ScanSlice
 from hire_xform.passes.walk import Node, Value
-from jax import lax
-from jax.extend.core import jaxpr_as_fun
-from jax.extend.core import primitives as prims
 
 if TYPE_CHECKING:
     from hire_xform.passes.rewrite import Rewriter
@@ -40,7 +41,7 @@ def emit_scan(rewriter: Rewriter, node: Node, env: Env, views: Views) -> list[An
     scanned = {
         v: k for v in child.inputs if v.scanned and v in rewriter.live.values and (k := _known(env, v)) is not None
     }
-    start = {v: o for v, o in zip(child.inputs, node.inputs, strict=True)}
+    start = dict(zip(child.inputs, node.inputs, strict=True))
     inside = rewriter.views_for(node, child, env, views)
     counted = any(isinstance(ref, ScanSlice) and ref.scope is child for need in inside for ref in need.refs)
 

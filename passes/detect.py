@@ -212,12 +212,13 @@ def _not_vocabulary(product: Product, fate: Fate) -> str | None:
         if mixing is not None and mixing[1] is not None:
             node = mixing[1]
             return (
-                f"its output axis is mixed by {node.primitive} at {compat.source_line(node.eqn)} and then {how} another "
-                "product"
+                f"its output axis is mixed by {node.primitive} at {compat.source_line(node.eqn)} and then {how} "
+                "another product"
             )
         if fate.first("returned") is not None:
             return "its output is returned as well as contracted, so every unit of it is needed"
-        return f"its output is {how} another product at {compat.source_line(event[1].eqn)}, not pointwise and not a weight's"
+        where = compat.source_line(event[1].eqn)
+        return f"its output is {how} another product at {where}, not pointwise and not a weight's"
     mixed = fate.first("mixed", "opaque")
     if mixed is not None and mixed[1] is not None:
         node = mixed[1]

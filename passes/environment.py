@@ -9,9 +9,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
+
 from hire_xform.passes.plan import Need
 from hire_xform.passes.walk import Operand, Value
-from jax import lax
 
 
 @jax.tree_util.register_dataclass

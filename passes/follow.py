@@ -1,4 +1,4 @@
-"""Follows a product's output axis forwards: what becomes of it decides whether it is a vocabulary, and names why not."""
+"""Follows a product's output axis forwards: what becomes of it decides whether it is a vocabulary, or why not."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
 
+from jax.extend.core import primitives as prims
+
 from hire_xform.passes import compat
 from hire_xform.passes.pointwise import is_pointwise
 from hire_xform.passes.products import Product
 from hire_xform.passes.walk import Node, Value
-from jax.extend.core import primitives as prims
 
 MAX_STEPS = 256
 

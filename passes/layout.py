@@ -15,9 +15,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax.numpy as jnp
-from hire_xform.passes import compat
 from jax import lax
 from jax.extend.core import primitives as prims
+
+from hire_xform.passes import compat
 
 
 class UnsupportedLayoutError(Exception):

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from jax.extend.core import primitives as prims
+
 from hire_xform.passes import compat
 from hire_xform.passes.detect import VocabMatch
 from hire_xform.passes.plan import Decision
 from hire_xform.passes.provenance import IndexSlice
 from hire_xform.passes.treatment import Treatment
 from hire_xform.passes.walk import Graph, Node, Operand, Scope, Value
-from jax.extend.core import primitives as prims
 
 
 class Liveness:

@@ -11,6 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from hire_xform import lowering
 from hire_xform.passes.detect import Detection
 from hire_xform.passes.plan import PackKey, Plan
 from hire_xform.passes.products import rounding_free
@@ -18,8 +20,6 @@ from hire_xform.passes.provenance import Recipe, Reshape, Root, Stack, Step, Tra
 from hire_xform.passes.rewrite import Rewriter
 from hire_xform.passes.treatment import treatments
 from hire_xform.passes.walk import Graph
-
-from hire_xform import lowering
 
 
 def pack_array(key: PackKey, leaf: Any) -> Any:
@@ -64,7 +64,7 @@ def _undo(steps: Sequence[Step], shape: tuple[int, ...], rows: Any) -> Any:
         return jax.vmap(lambda r: _undo(rest, shape[1:], r))(rows)
     if isinstance(step, Transpose):
         before = _undo(rest, tuple(shape[p] for p in step.perm), rows)
-        return jnp.transpose(before, np.argsort(step.perm))
+        return jnp.transpose(before, [int(i) for i in np.argsort(step.perm)])
     if isinstance(step, Reshape):
         return _undo(rest, step.shape, rows).reshape(shape)
     raise AssertionError(f"{step} can't be undone")

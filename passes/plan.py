@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
+
 from hire_xform.lowering import Selection, choose, ffn_bytes, vocab_bytes
 from hire_xform.passes import compat
 from hire_xform.passes.detect import Detection, FfnMatch, VocabMatch, up_rows, vocab_rows
@@ -187,9 +188,9 @@ def make_plan(
             source = compat.source_line(product.node.eqn)
             refusals.append((product.node, Refusal(product.path, source, found, kind, size, (name,))))
     for rejection in detection.rejections:
-        node, product = rejection.node, rejection.product
-        size = product.nbytes * node.scope.iterations if product is not None else 0
-        weights = (name_of(product.origin.recipe.root),) if product is not None else ()
+        node, rejected = rejection.node, rejection.product
+        size = rejected.nbytes * node.scope.iterations if rejected is not None else 0
+        weights = (name_of(rejected.origin.recipe.root),) if rejected is not None else ()
         source = compat.source_line(node.eqn)
         refusals.append((node, Refusal(node.path, source, rejection.reason, "", size, weights)))
     order = {p.node: i for i, p in enumerate(detection.products)}
@@ -236,8 +237,8 @@ def _decide(
     cost = (predicted + exact * ROW_COST.get(platform, 1.0) + FIXED_BYTES.get(platform, 1 << 20)) * iterations
     if cost >= dense and not choice.force:
         return (
-            f"it reads {dense:,} bytes dense and {sparse:,} sparse, which would not be faster on {platform}; a Rule with "
-            "force=True overrides this"
+            f"it reads {dense:,} bytes dense and {sparse:,} sparse, which would not be faster on {platform}; a Rule "
+            "with force=True overrides this"
         )
     site = Site(
         kind=kind,

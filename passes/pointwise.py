@@ -6,10 +6,11 @@ import math
 from typing import Any
 
 import numpy as np
+from jax.extend.core import primitives as prims
+
 from hire_xform.passes import compat
 from hire_xform.passes.compat import Literal
 from hire_xform.passes.walk import Node, Operand
-from jax.extend.core import primitives as prims
 
 # Every operand is a scalar or has the result's shape, and each result element depends on the operands' element there.
 _POINTWISE_NAMES = (

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from jax.extend.core import primitives as prims
+
 from hire_xform.passes import compat
 from hire_xform.passes.provenance import Convert, Origin, Provenance, Recipe, Reshape, Slice, Transpose
 from hire_xform.passes.walk import Graph, Node, Operand, Value
-from jax.extend.core import primitives as prims
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,7 +166,8 @@ def _classify(node: Node, provenance: Provenance) -> Product | Loose | None:
     weight, x = (left, right) if weight_left else (right, left)
     wc, xc, wb, xb = (lc, rc, lb, rb) if weight_left else (rc, lc, rb, lb)
     origin = origins[0] if weight_left else origins[1]
-    assert isinstance(weight, Value) and origin is not None
+    assert isinstance(weight, Value)
+    assert origin is not None
     if not isinstance(x, Value):
         return None
     w_free = tuple(d for d in range(len(weight.shape)) if d not in wc and d not in wb)

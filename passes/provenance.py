@@ -16,11 +16,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
+from jax.extend.core import primitives as prims
+
 from hire_xform.passes import compat
 from hire_xform.passes.compat import Literal
 from hire_xform.passes.walk import Graph, Node, Operand, Scope, Value
-from jax import lax
-from jax.extend.core import primitives as prims
 
 
 @dataclass(frozen=True)
@@ -196,7 +197,7 @@ class Provenance:
                 continue
             origin = self.origin(value.outer)
             if origin is not None and value.scanned:
-                size = value.outer.aval.shape[0]
+                size = shape_of(value.outer)[0]
                 origin = Origin(origin.recipe.then(Stack(size)), (*origin.refs, ScanSlice(scope)))
             if origin is not None:
                 self._origins[value] = origin
@@ -238,6 +239,17 @@ class Provenance:
                 self._derived[result] = how
 
 
+def shape_of(operand: Operand) -> tuple[int, ...]:
+    """The shape of a value or literal."""
+    aval: Any = operand.aval
+    return tuple(aval.shape)
+
+
+def _dtype_of(operand: Operand) -> Any:
+    aval: Any = operand.aval
+    return aval.dtype
+
+
 Rule = Callable[[Node, Origin], "list[Origin] | None"]
 
 
@@ -265,7 +277,7 @@ def _transpose(node: Node, origin: Origin) -> list[Origin]:
 
 def _convert(node: Node, origin: Origin) -> list[Origin] | None:
     # Only between floating types: a cast to integers is not a layout change of a matrix of weights.
-    source, target = node.inputs[0].aval.dtype, np.dtype(node.params["new_dtype"])
+    source, target = _dtype_of(node.inputs[0]), np.dtype(node.params["new_dtype"])
     if not (jnp.issubdtype(source, jnp.floating) and jnp.issubdtype(target, jnp.floating)):
         return None
     return _extended(origin, Convert(target)) if source != target else [origin]
@@ -273,7 +285,7 @@ def _convert(node: Node, origin: Origin) -> list[Origin] | None:
 
 def _broadcast(node: Node, origin: Origin) -> list[Origin] | None:
     # Only axes of length one are added: the same elements in the same order.
-    if len(node.inputs) != 1 or math.prod(node.outputs[0].shape) != math.prod(node.inputs[0].aval.shape):
+    if len(node.inputs) != 1 or math.prod(node.outputs[0].shape) != math.prod(shape_of(node.inputs[0])):
         return None
     return _extended(origin, Reshape(node.outputs[0].shape))
 
@@ -286,7 +298,7 @@ def _slice(node: Node, origin: Origin) -> list[Origin]:
 
 def _split(node: Node, origin: Origin) -> list[Origin]:
     axis, found, at = node.params["axis"], [], 0
-    shape = tuple(node.inputs[0].aval.shape)
+    shape = shape_of(node.inputs[0])
     for size in (int(s) for s in node.params["sizes"]):
         start, limit = [0] * len(shape), list(shape)
         start[axis], limit[axis] = at, at + size
@@ -296,7 +308,7 @@ def _split(node: Node, origin: Origin) -> list[Origin]:
 
 
 def _dynamic_slice(node: Node, origin: Origin) -> list[Origin] | None:
-    shape, sizes = tuple(node.inputs[0].aval.shape), tuple(node.params["slice_sizes"])
+    shape, sizes = shape_of(node.inputs[0]), tuple(node.params["slice_sizes"])
     indexed = [axis for axis, (have, take) in enumerate(zip(shape, sizes, strict=True)) if have != take]
     if len(indexed) != 1 or sizes[indexed[0]] != 1:
         return None

@@ -15,12 +15,13 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from jax.extend.core import primitives as prims
+
 from hire_xform.passes import compat
 from hire_xform.passes.layout import Layout, UnsupportedLayoutError, moves_only, operand_layout, spaces
 from hire_xform.passes.pointwise import HINTS, is_pointwise, leaves_zeros, literal_number
 from hire_xform.passes.products import Product
 from hire_xform.passes.walk import Node, Operand, Value
-from jax.extend.core import primitives as prims
 
 # A block's region has some ten to thirty equations; past this many the walk has wandered into something else.
 MAX_EQUATIONS = 96
@@ -224,7 +225,7 @@ class _Builder:
     def forget(self, mark: int) -> None:
         """Drops the expressions added since ``mark``; nothing refers to them."""
         for things in (self.region.exprs, self.depends, self.zero, self.number):
-            del things[mark:]  # type: ignore[attr-defined]
+            del things[mark:]
         self.memo = {key: number for key, number in self.memo.items() if number < mark}
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
+
 from hire_xform.passes import compat, control
 from hire_xform.passes.environment import Env, PackedView, Views, read
 from hire_xform.passes.liveness import Liveness
@@ -147,7 +148,7 @@ class Rewriter:
     def _call_key(self, frame: Frame, passed: list[Any], needs: list[Need], seen: list[PackedView]) -> Any:
         """Two calls with one key may share one rewritten function."""
         first: dict[Any, int] = {}
-        pattern = []
+        pattern: list[Any] = []
         for i, operand in enumerate(frame.inputs):
             if isinstance(operand, Value):
                 # Which operands are one and the same value is baked into the layout of the body.

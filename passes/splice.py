@@ -8,6 +8,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
+
+from hire_xform import lowering
 from hire_xform.passes.detect import FfnMatch, VocabMatch
 from hire_xform.passes.environment import PackedView
 from hire_xform.passes.layout import Layout, row_major, to_canonical, whole
@@ -17,9 +20,6 @@ from hire_xform.passes.region import replay
 from hire_xform.passes.settings import Ffn, Vocab
 from hire_xform.passes.treatment import DenseRows
 from hire_xform.passes.walk import Operand
-from jax import lax
-
-from hire_xform import lowering
 
 Read = Callable[[Operand], Any]
 

@@ -15,9 +15,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from jax.extend.core import primitives as prims
+
 from hire_xform.passes import compat
 from hire_xform.passes.compat import Literal
-from jax.extend.core import primitives as prims
 
 
 @dataclass(eq=False)

@@ -1,0 +1,60 @@
+# The two commands a new checkout needs are `make demo` and `make test`; each sets up .venv by itself.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PYTEST_ARGS ?=
+
+.PHONY: demo test fast lint typecheck bench wheel clean
+
+# One stamp a set of extras: installing again only when pyproject.toml changed.
+$(VENV)/.created:
+	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "hire_xform needs Python 3.11 or newer; this is " + sys.version.split()[0])'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	touch $@
+
+$(VENV)/.examples: $(VENV)/.created pyproject.toml
+	$(BIN)/python -m pip install --quiet --editable '.[examples]'
+	touch $@
+
+$(VENV)/.test: $(VENV)/.created pyproject.toml
+	$(BIN)/python -m pip install --quiet --editable '.[examples,test]'
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.created pyproject.toml
+	$(BIN)/python -m pip install --quiet --editable '.[examples,test,dev]'
+	touch $@
+
+demo: $(VENV)/.examples
+	$(BIN)/hire-xform demo
+
+# Fast tests first, so that a plain mistake shows within seconds; then the slow ones.
+test: $(VENV)/.test
+	$(BIN)/python -m pytest -q -m "not slow" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -q -m slow $(PYTEST_ARGS)
+
+fast: $(VENV)/.test
+	$(BIN)/python -m pytest -q -m "not slow" $(PYTEST_ARGS)
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# passes/ and lowering/ are packages of hire_xform by way of setuptools' package-dir, which mypy does not follow: it is
+# given the tree as a wheel would lay it out.
+typecheck: $(VENV)/.dev
+	rm -rf build/typecheck && mkdir -p build/typecheck/hire_xform
+	cp -r hire_xform/. build/typecheck/hire_xform/
+	cp -r passes lowering build/typecheck/hire_xform/
+	cd build/typecheck && MYPYPATH=. ../../$(BIN)/mypy --config-file ../../pyproject.toml -p hire_xform
+
+bench: $(VENV)/.examples
+	$(BIN)/python benchmarks/kernels.py
+	$(BIN)/python benchmarks/billion.py
+	$(BIN)/python benchmarks/overhead.py
+
+wheel: $(VENV)/.dev
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+
+clean:
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
