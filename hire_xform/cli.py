@@ -62,7 +62,9 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     for name, text in (("dump", _DUMP_HELP), ("explain", _EXPLAIN_HELP)):
         command = commands.add_parser(name, help=text, description=text, epilog=_TARGETS, allow_abbrev=False)
         command.add_argument("target", help="the function")
-        command.add_argument("--inputs", required=True, metavar="TARGET", help="a function that returns its arguments")
+        command.add_argument(
+            "--inputs", required=True, metavar="TARGET", help="its arguments: a tuple, or a function that returns one"
+        )
         command.add_argument(
             "--weights-argnums", type=_numbers, metavar="N[,N...]", help="positions of the weights arguments (0)"
         )
@@ -78,6 +80,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     command = commands.add_parser("demo", help=_DEMO_HELP, description=_DEMO_HELP, allow_abbrev=False)
     command.add_argument("--tokens", type=_positive, default=300, help="tokens to decode (300)")
     command.add_argument("--positions", type=_positive, default=1536, help="held-out positions to compare on (1536)")
+    command.add_argument("--assets", metavar="FOLDER", help="where the model's weights are (examples/tiny_lm)")
     command.add_argument("--half", choices=("both", "first", "second"), default="both", help="which half to run (both)")
     return parser.parse_args(argv[1:])
 
@@ -88,7 +91,7 @@ _EXPLAIN_HELP = "say what is rewritten in a function, what stays dense, and why"
 _DEMO_HELP = "decode with the bundled model, dense and sparse, then time a layer stack of a billion parameters"
 _TARGETS = (
     "A TARGET is package.module:name or path/to/file.py:name; modules in the current folder can be imported. --inputs "
-    "names a function of no arguments that returns the tuple of arguments, arrays or jax.ShapeDtypeStructs, or the tuple."
+    "names the tuple of arguments, arrays or jax.ShapeDtypeStructs, or a function of no arguments that returns it."
 )
 
 
@@ -109,7 +112,12 @@ def _run(arguments: argparse.Namespace) -> int:
         if arguments.command == "demo":
             from hire_xform import demo
 
-            demo.run(tokens=arguments.tokens, positions=arguments.positions, half=arguments.half)
+            demo.run(
+                tokens=arguments.tokens,
+                positions=arguments.positions,
+                assets=Path(arguments.assets) if arguments.assets else None,
+                half=arguments.half,
+            )
             return 0
         traced = _trace(arguments)
         if arguments.command == "dump":
@@ -144,7 +152,7 @@ def _sparsified(fun: Any, arguments: argparse.Namespace) -> Sparsified:
             return fun
         # First, so that the function's own rules still win.
         config = dataclasses.replace(fun._config, rules=(_EVERYWHERE, *fun._config.rules))
-        return sparsify(fun._signature.fun, config=config, weights_argnums=fun._signature.weights, **fun._kept_options)
+        return sparsify(fun.signature.fun, config=config, weights_argnums=fun.signature.weights, **fun._kept_options)
     config = Config(rules=(_EVERYWHERE,) if arguments.force else ())
     weights = (0,) if arguments.weights_argnums is None else arguments.weights_argnums
     try:

@@ -13,7 +13,9 @@ from hire_xform.passes.plan import Plan, Site
 
 _SOURCE = re.compile(r"(?P<file>.*?):(?P<line>\d+)(?P<rest>.*)")
 # Source remarks start here, or where the equation ends.
-_REMARK_COLUMN = 84
+_REMARK_COLUMN = 86
+# Width of the margin in which sites are marked.
+_MARGIN = 12
 
 
 def render(made: Dump) -> str:
@@ -53,15 +55,17 @@ def plural(count: int, noun: str) -> str:
 def _program(plan: Plan, body: Body) -> list[str]:
     lines = _inputs(body, "")
     lines += [line for e in body.equations for line in _equation(plan, e, "")]
-    return [*lines, f"{'':10s}return {', '.join(body.outputs)}"]
+    return [*lines, f"{'':{_MARGIN}s}return {', '.join(body.outputs)}"]
 
 
 def _inputs(body: Body, indent: str) -> list[str]:
     named = [f"{v.name}:{v.type}" for v in body.inputs]
     if not any(v.what for v in body.inputs):
-        return [f"{'':10s}{indent}in {', '.join(named)}"] if named else []
+        return [f"{'':{_MARGIN}s}{indent}in {', '.join(named)}"] if named else []
     width = max(map(len, named))
-    return [f"{'':10s}{indent}in {n:{width}s}  {v.what}".rstrip() for n, v in zip(named, body.inputs, strict=True)]
+    return [
+        f"{'':{_MARGIN}s}{indent}in {n:{width}s}  {v.what}".rstrip() for n, v in zip(named, body.inputs, strict=True)
+    ]
 
 
 def _equation(plan: Plan, equation: Equation, indent: str) -> list[str]:
@@ -69,17 +73,17 @@ def _equation(plan: Plan, equation: Equation, indent: str) -> list[str]:
     for body in equation.bodies:
         inner = indent + "    "
         if body.name:
-            lines.append(f"{'':10s}{indent}  {body.name}:")
+            lines.append(f"{'':{_MARGIN}s}{indent}  {body.name}:")
         lines += _inputs(body, inner)
         lines += [line for e in body.equations for line in _equation(plan, e, inner)]
-        lines.append(f"{'':10s}{inner}return {', '.join(body.outputs)}")
+        lines.append(f"{'':{_MARGIN}s}{inner}return {', '.join(body.outputs)}")
     return lines
 
 
 def _gutter(plan: Plan, mark: Mark) -> str:
     if mark.site is not None:
-        return f">> {plan.sites[mark.site].kind} {mark.site + 1}".ljust(10)
-    return ("   dense" if mark.refusal is not None else "").ljust(10)
+        return f">> {plan.sites[mark.site].kind} {mark.site + 1}".ljust(_MARGIN)
+    return ("   dense" if mark.refusal is not None else "").ljust(_MARGIN)
 
 
 def _line(start: str, equation: Equation) -> str:

@@ -1,4 +1,4 @@
-"""Finds what a command line names: ``package.module:name`` or ``path/to/file.py:name``; says what is wrong in a line."""
+"""Finds what a command line names, ``package.module:name`` or ``path/to/file.py:name``, or says in a line why not."""
 
 from __future__ import annotations
 

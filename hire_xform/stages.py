@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+import gc
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -19,8 +21,8 @@ from hire_xform.passes.pack import Holding, Packed, PackLayout, decide_holding, 
 from hire_xform.passes.plan import Need, PackKey, Plan, make_plan
 from hire_xform.passes.provenance import Provenance, Root
 from hire_xform.passes.rewrite import Rewriter
-from hire_xform.passes.treatment import treatments
-from hire_xform.passes.walk import Graph, walk
+from hire_xform.passes.treatment import Treatment, treatments
+from hire_xform.passes.walk import Graph, Node, walk
 
 
 @dataclass(eq=False)
@@ -59,11 +61,12 @@ class Traced:
 
         self.jaxpr = jax.make_jaxpr(flat)(*[_struct(a) for a in call.avals])
         self.out_tree = shapes[0]
-        self._graph: Graph = walk(self.jaxpr)
-        self._provenance = Provenance(self._graph, call.roots)
-        self._detection: Detection = detect(self._graph, self._provenance)
-        self.plan: Plan = make_plan(self._detection, config.choose, platform, self._name_of)
         self._rewriters: dict[Any, Rewriter] = {}
+        with _collector_paused():
+            self._graph: Graph = walk(self.jaxpr)
+            self._provenance = Provenance(self._graph, call.roots)
+            self._detection: Detection = detect(self._graph, self._provenance)
+            self.plan: Plan = make_plan(self._detection, config.choose, platform, self._name_of)
 
     @cached_property
     def _names(self) -> dict[Root, str]:
@@ -136,7 +139,15 @@ class Traced:
 
     @cached_property
     def _holdings(self) -> dict[str, Holding]:
-        return decide_holding(self._graph, self._detection, self.plan, self._call.roots)
+        with _collector_paused():
+            return decide_holding(self._detection, self.plan, self._call.roots, self._rewriter)
+
+    def _rewriter(self, todo: dict[Node, Treatment]) -> Rewriter:
+        """The rewriter of some treatments, made once."""
+        signature = tuple((node, type(treatment)) for node, treatment in todo.items())
+        if signature not in self._rewriters:
+            self._rewriters[signature] = Rewriter(self._graph, todo)
+        return self._rewriters[signature]
 
     def needed_keys(self) -> list[PackKey]:
         """Packed forms the plan reads, rows that are plain leaves left out."""
@@ -148,7 +159,7 @@ class Traced:
         """Weights that a call with plain weights reads as they are, packed forms being there."""
         keys = set(self.needed_keys())
         todo = treatments(self._detection, self.plan, lambda root: True, lambda key: key in keys)
-        needed = Rewriter(self._graph, todo).needed_inputs()
+        needed = self._rewriter(todo).needed_inputs()
         found = {root for root, read in zip(self._call.roots, needed, strict=True) if root is not None and read}
         found |= {n.key.recipe.root for d in self.plan.decisions for n in d.needs if n.key not in keys}
         return frozenset(found)
@@ -177,10 +188,7 @@ class Traced:
             return root.kind == "const" or supply.leaf(root) is not None
 
         todo = treatments(self._detection, self.plan, has_leaf, lambda key: supply.form(key) is not None)
-        signature = tuple((node.path, id(type(t))) for node, t in todo.items())
-        if signature not in self._rewriters:
-            self._rewriters[signature] = Rewriter(self._graph, todo)
-        rewriter = self._rewriters[signature]
+        rewriter = self._rewriter(todo)
         operands = []
         for leaf, root, needed in zip(leaves, self._call.roots, rewriter.needed_inputs(), strict=True):
             if root is not None:
@@ -201,7 +209,9 @@ class Traced:
             root = need.key.recipe.root
             return self.const(root) if root.kind == "const" else supply.leaf(root)
 
-        return jax.tree.unflatten(self.out_tree, rewriter.evaluate(operands, form))
+        with _collector_paused():
+            results = rewriter.evaluate(operands, form)
+        return jax.tree.unflatten(self.out_tree, results)
 
     def _layout(self, number: int) -> PackLayout:
         argument = self._argument(self._call.rebuild(range(len(self._call.avals))), number)
@@ -288,6 +298,19 @@ class Traced:
     @cached_property
     def _const_keys(self) -> list[PackKey]:
         return [k for k in self.needed_keys() if k.recipe.root.kind == "const"]
+
+
+@contextlib.contextmanager
+def _collector_paused() -> Iterator[None]:
+    """Pauses the garbage collector: graphs are many small live objects, which full collections walk over and over."""
+    if not gc.isenabled():
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 def call_leaves(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:

@@ -18,9 +18,10 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax import lax
+
 from hire_xform.lowering.blocks import fold_row_blocks, map_row_blocks
 from hire_xform.lowering.products import skinny_dot
-from jax import lax
 
 __all__ = [
     "LowRank",

@@ -9,9 +9,10 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax import lax
+
 from hire_xform.lowering.blocks import fold_row_blocks, map_row_blocks
 from hire_xform.lowering.products import skinny_dot, skinny_dot_transposed
-from jax import lax
 
 __all__ = ["combine_rows", "select_rows_dot"]
 # Up to this many bytes the chosen rows are gathered at once. The copy is made in parallel, the same buffer serves every

@@ -10,6 +10,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+
 from hire_xform.lowering.da_top_k import da_top_k
 
 __all__ = ["Selection", "choose", "select"]

@@ -10,6 +10,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+
 from hire_xform.lowering.predictors import Packed, PredictorSpec, predict_scores, predictor_bytes
 from hire_xform.lowering.products import skinny_dot
 from hire_xform.lowering.rows import combine_rows, select_rows_dot

@@ -8,6 +8,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from jax.extend.core import primitives as prims
+
 from hire_xform.passes import compat
 from hire_xform.passes.follow import Fate, follow
 from hire_xform.passes.layout import Layout, row_major, whole
@@ -140,7 +142,7 @@ def detect(graph: Graph, provenance: Provenance) -> Detection:
     for product in products:
         if product in taken:
             continue
-        fate = follow(product)
+        fate = follow(product, narrow=product.width < WIDE * product.contracted)
         reason = _not_vocabulary(product, fate)
         if reason is None:
             matches.append(VocabMatch(product))
@@ -172,7 +174,7 @@ def _ffn(down: Product, by_node: dict[Node, Product], taken: set[Product]) -> Ff
     region = trace_region(down, tuple(layout), by_node)
     if region is None:
         return None
-    leak = _leak(region, hidden, down)
+    leak = _leak(region, hidden, down) or _lost_derivative(region, down)
     if leak is not None:
         return leak
     blocked = next((up.product for up in region.ups if up.product in taken), None)
@@ -194,6 +196,21 @@ def _leak(region: Region, hidden: Value, down: Product) -> str | None:
                 )
         if value.is_output:
             return "what it contracts is also returned, so every unit of it is needed"
+    return None
+
+
+def _lost_derivative(region: Region, down: Product) -> str | None:
+    """Why a block that a custom_vjp stands in the middle of stays: the rewrite would drop the derivative it states."""
+    around = set(down.node.frame.ancestors())
+    for node in sorted(region.nodes, key=lambda n: n.path):
+        for frame in node.frame.ancestors():
+            if frame in around:
+                break
+            if frame.eqn.primitive is prims.custom_vjp_call_p:
+                return (
+                    f"part of the block is inside the custom_vjp at {compat.source_line(frame.eqn)}, whose own derivative "
+                    "would be lost; put the whole block inside it, or none"
+                )
     return None
 
 

@@ -14,7 +14,8 @@ from hire_xform.passes.pointwise import is_pointwise
 from hire_xform.passes.products import Product
 from hire_xform.passes.walk import Node, Value
 
-MAX_STEPS = 256
+# A vocabulary's logits may go through a long chain of sampling; of any other product only the first few are told.
+MAX_STEPS, MAX_STEPS_NARROW = 256, 32
 
 _REDUCTIONS = dict.fromkeys(
     (
@@ -51,8 +52,9 @@ class Fate:
         return next((e for e in self.events if e[0] in kinds), None)
 
 
-def follow(product: Product) -> Fate:
-    """Follows the output axis of a product through the program, up to ``MAX_STEPS`` equations."""
+def follow(product: Product, narrow: bool) -> Fate:
+    """Follows the output axis of a product through the program, up to ``MAX_STEPS`` equations, fewer if ``narrow``."""
+    limit = MAX_STEPS_NARROW if narrow else MAX_STEPS
     fate = Fate()
     start = frozenset(product.out_w_dims)
     queue: deque[tuple[Value, frozenset[int]]] = deque([(product.out, start)])
@@ -64,7 +66,7 @@ def follow(product: Product) -> Fate:
             fate.events.append(("returned", None))
         for node in value.consumers:
             steps += 1
-            if steps > MAX_STEPS:
+            if steps > limit:
                 fate.events.append(("opaque", node))
                 return fate
             for result, result_dims in _step(node, value, dims, fate):

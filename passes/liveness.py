@@ -15,7 +15,7 @@ from hire_xform.passes.detect import VocabMatch
 from hire_xform.passes.plan import Decision
 from hire_xform.passes.provenance import IndexSlice
 from hire_xform.passes.treatment import Treatment
-from hire_xform.passes.walk import Graph, Node, Operand, Scope, Value
+from hire_xform.passes.walk import Frame, Graph, Node, Operand, Scope, Value
 
 
 class Liveness:
@@ -67,6 +67,10 @@ class Liveness:
                 for ref in need.refs:
                     if isinstance(ref, IndexSlice):
                         yield ref.index, ref.node.scope
+            # The derivative rule of a custom call around it reads the call's own operands, weights included.
+            for frame in _frames_around(node):
+                if frame.kind == "custom" and not frame.inline:
+                    yield from ((operand, frame.scope) for operand in frame.inputs)
             return
         inner: list[Operand] = []
         for child in node.children:
@@ -100,6 +104,14 @@ class Liveness:
             changing = value.outer is None
             if changing or value in self.values or value in tested or results.get(value) in self.values:
                 yield operand
+
+
+def _frames_around(node: Node) -> Iterable[Frame]:
+    """All calls, loops and branches an equation stands in, innermost first."""
+    at: Node | None = node
+    while at is not None:
+        yield from at.frame.ancestors()
+        at = at.scope.node
 
 
 def carried_inputs(node: Node) -> list[Value]:

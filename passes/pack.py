@@ -18,8 +18,8 @@ from hire_xform.passes.plan import PackKey, Plan
 from hire_xform.passes.products import rounding_free
 from hire_xform.passes.provenance import Recipe, Reshape, Root, Stack, Step, Transpose
 from hire_xform.passes.rewrite import Rewriter
-from hire_xform.passes.treatment import treatments
-from hire_xform.passes.walk import Graph
+from hire_xform.passes.treatment import Treatment, treatments
+from hire_xform.passes.walk import Node
 
 
 def pack_array(key: PackKey, leaf: Any) -> Any:
@@ -208,40 +208,45 @@ class Holding:
     restored: tuple[tuple[int, int], ...]
 
 
-def decide_holding(graph: Graph, detection: Detection, plan: Plan, roots: Sequence[Root | None]) -> dict[str, Holding]:
+def decide_holding(
+    detection: Detection,
+    plan: Plan,
+    roots: Sequence[Root | None],
+    rewriter: Callable[[dict[Node, Treatment]], Rewriter],
+) -> dict[str, Holding]:
     """Which leaves and packed forms the rewritten program reads, for each weights argument.
 
     Args:
-      graph: the program.
-      detection: what was found in it.
+      detection: what was found in the program.
       plan: what is rewritten.
       roots: for each of the program's operands, the root it is as a weight, or None.
+      rewriter: makes (or remembers) the rewriter of some treatments.
     """
     keys = dict.fromkeys(n.key for d in plan.decisions for n in d.needs)
     rows = [k for k in keys if k.form == "rows"]
     as_it_is = {k.recipe.root for k in rows if k.recipe.is_leaf}
     laid_out = {k.recipe.root for k in rows if not k.recipe.is_leaf} - as_it_is
     found = treatments(detection, plan, lambda root: root not in laid_out, lambda key: key in keys)
-    needed = Rewriter(graph, found).needed_inputs()
+    needed = rewriter(found).needed_inputs()
     holdings: dict[str, Holding] = {}
     for kind in dict.fromkeys(r.kind for r in roots if r is not None):
         mine = [k for k in keys if k.recipe.root.kind == kind and not (k.form == "rows" and k.recipe.is_leaf)]
+        backs: dict[Root, int] = {}
+        for i, key in enumerate(mine):
+            if key.form == "rows" and rounding_free(key.recipe):
+                backs.setdefault(key.recipe.root, i)
         kept: list[int] = []
         restored: list[tuple[int, int]] = []
         for root, read in zip(roots, needed, strict=True):
             if root is None or root.kind != kind:
                 continue
-            back = next((i for i, k in enumerate(mine) if k.form == "rows" and _gives_back(k, root)), None)
+            back = backs.get(root)
             if root in as_it_is or (read and back is None):
                 kept.append(root.index)
             elif back is not None:
                 restored.append((root.index, back))
         holdings[kind] = Holding(tuple(kept), tuple(mine), tuple(restored))
     return holdings
-
-
-def _gives_back(key: PackKey, root: Root) -> bool:
-    return key.recipe.root == root and rounding_free(key.recipe)
 
 
 def packing_bytes(keys: Iterable[PackKey], leaf_of: Callable[[Root], Any]) -> int:

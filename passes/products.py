@@ -202,10 +202,9 @@ def _derived_weight(node: Node, provenance: Provenance) -> Loose | None:
 
 def _unentered(node: Node, provenance: Provenance) -> list[Loose]:
     """Equations with sub-jaxprs that are not entered, when a matrix of weights goes in."""
-    subs = compat.sub_jaxprs(node.eqn)
-    if not subs or not any(_has_products(jaxpr) for _, jaxpr in subs):
-        return []
     if not any(_matrix_origin(operand, provenance) is not None for operand in node.inputs):
+        return []
+    if not any(_has_products(jaxpr) for _, jaxpr in compat.sub_jaxprs(node.eqn)):
         return []
     return [Loose(node, f"{node.primitive} is not entered; what is inside is left as it is")]
 

@@ -41,10 +41,10 @@ class Rewriter:
     _alive: dict[Frame, bool] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Marks what is live, and calls whose boundary a site spans."""
-        self.live = Liveness(self.graph, self.treated)
+        """Marks calls whose boundary a site spans, and what is live."""
         for treatment in self.treated.values():
             _open_frames(treatment)
+        self.live = Liveness(self.graph, self.treated)
 
     def needed_inputs(self) -> list[bool]:
         """Which operands of the program are still read."""

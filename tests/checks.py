@@ -1,0 +1,60 @@
+"""What several test files assert with."""
+
+from __future__ import annotations
+
+import hire_xform as hx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+FORCE = (hx.Rule("*", force=True),)
+
+
+def full_width(predictor=None, *, activations="any", max_tokens=64, **ffn) -> hx.Config:
+    """Every logit and every unit exact, at every site whatever its size."""
+    predictor = predictor or hx.Quantized(8)
+    return hx.Config(
+        vocab=hx.Vocab(candidates=1 << 20, predictor=predictor, max_tokens=max_tokens),
+        ffn=hx.Ffn(active=1.0, predictor=predictor, activations=activations, max_tokens=max_tokens, **ffn),
+        rules=FORCE,
+    )
+
+
+def narrow(active=0.1, candidates=4, **ffn) -> hx.Config:
+    """Few units and few candidates, at every site whatever its size."""
+    return hx.Config(vocab=hx.Vocab(candidates=candidates), ffn=hx.Ffn(active=active, **ffn), rules=FORCE)
+
+
+def kinds(plan) -> list[str]:
+    return [site.kind for site in plan.sites]
+
+
+def tolerance(*dtypes) -> float:
+    return 4e-2 if any(d in (jnp.bfloat16, jnp.float16) for d in dtypes) else 2e-5
+
+
+def assert_same(got, want, limit=2e-5) -> None:
+    """Same structure, shapes and dtypes; floats within ``limit`` of the largest entry, the rest equal."""
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        one, other = jnp.asarray(one), jnp.asarray(other)
+        assert (one.shape, one.dtype, one.weak_type) == (other.shape, other.dtype, other.weak_type)
+        if not jnp.issubdtype(one.dtype, jnp.inexact):
+            np.testing.assert_array_equal(one, other)
+            continue
+        one, other = np.asarray(one, np.float64), np.asarray(other, np.float64)
+        scale = max(1e-6, np.abs(other[np.isfinite(other)]).max(initial=0.0))
+        np.testing.assert_allclose(one, other, rtol=limit, atol=limit * scale)
+
+
+def primitives_of(jaxpr) -> list:
+    """All primitives of a jaxpr, those inside others included."""
+    inner = getattr(jaxpr, "jaxpr", jaxpr)
+    found = []
+    for eqn in inner.eqns:
+        found.append(eqn.primitive)
+        for value in eqn.params.values():
+            for sub in value if isinstance(value, (tuple, list)) else (value,):
+                if hasattr(sub, "eqns") or hasattr(sub, "jaxpr"):
+                    found += primitives_of(sub)
+    return found
