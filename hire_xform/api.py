@@ -12,6 +12,7 @@ from hire_xform.calls import Abstract, Signature, abstract_call, is_array
 from hire_xform.config import Config
 from hire_xform.entry import Entry, take_packed
 from hire_xform.memory import PackMemory
+from hire_xform.passes import compat
 from hire_xform.passes.pack import Packed
 from hire_xform.stages import Traced
 
@@ -90,7 +91,7 @@ class Sparsified:
         self.options = {k: v for k, v in jit_options.items() if k not in named}
         # Tree structure and leaf types -> (positions of static leaves, their values -> entry).
         self._shapes: dict[Any, tuple[tuple[int, ...], dict[Any, Entry]]] = {}
-        self._traces: dict[Abstract, Traced] = {}
+        self._traces: dict[Any, Traced] = {}
         self.memory = PackMemory()
 
     def __repr__(self) -> str:
@@ -132,8 +133,9 @@ class Sparsified:
 
     def traced(self, call: Abstract) -> Traced:
         """The trace of a call, made once for each structure, shapes and static values."""
-        if call not in self._traces:
+        key = (call, compat.trace_settings())
+        if key not in self._traces:
             backend = self.options.get("backend") or jax.default_backend()
             platform = "gpu" if backend in ("gpu", "cuda", "rocm") else str(backend)
-            self._traces[call] = Traced(self.signature, self._config, call, platform, self._kept_options)
-        return self._traces[call]
+            self._traces[key] = Traced(self.signature, self._config, call, platform, self._kept_options)
+        return self._traces[key]

@@ -24,14 +24,16 @@ def render(made: Dump) -> str:
     for name, side, body in (("original", "b", made.before), ("sparse", "a", made.after)):
         if body is not None:
             panes.append(_pane(made.plan, name, side, body))
+    first = "a" if made.before is None else "b"
     filled = {
         "{{title}}": escape(made.name),
         "{{headline}}": escape(f"{made.plan.platform}: {headline(made.plan)}"),
         "{{bars}}": _bars(made.plan),
         "{{hues}}": "".join(f".s{i} {{ --hue: {_hue(i):.0f}; }}\n" for i in range(len(made.plan.sites))),
-        "{{sites}}": "".join(_site(i, site) for i, site in enumerate(made.plan.sites)) or "<p class=none>none</p>",
+        "{{sites}}": "".join(_site(i, site, first) for i, site in enumerate(made.plan.sites))
+        or "<p class=none>none</p>",
         "{{site_count}}": str(len(made.plan.sites)),
-        "{{refusals}}": _refusals(made.plan.refusals) or "<p class=none>none</p>",
+        "{{refusals}}": _refusals(made.plan.refusals, linked=made.before is not None) or "<p class=none>none</p>",
         "{{refusal_count}}": str(len(made.plan.refusals)),
         "{{panes}}": "".join(panes),
     }
@@ -60,7 +62,7 @@ def _bars(plan: Plan) -> str:
     return f"<div class=bars title='weight bytes read by one call'>{''.join(rows)}{legend}</div>"
 
 
-def _site(number: int, site: Site) -> str:
+def _site(number: int, site: Site, side: str) -> str:
     share = site.sparse_bytes / max(site.dense_bytes, 1)
     facts = [
         short_source(site.source),
@@ -74,28 +76,28 @@ def _site(number: int, site: Site) -> str:
         facts.append("forced by a rule")
     lines = "".join(f"<span>{escape(fact)}</span>" for fact in facts)
     return (
-        f"<a class='site s{number}' href='#b{number}' data-site={number}>"
+        f"<a class='site s{number}' href='#{side}{number}' data-site={number}>"
         f"<em>{number + 1}</em><strong>{escape(site.kind)} <code>{escape(site.path)}</code></strong>"
         f"<span class=bytes>{size(site.dense_bytes)} &rarr; {size(site.sparse_bytes)} <b>{share:.0%}</b></span>"
         f"{lines}</a>"
     )
 
 
-def _refusals(refusals: Sequence[Refusal]) -> str:
+def _refusals(refusals: Sequence[Refusal], linked: bool) -> str:
     groups: dict[tuple[str, str], list[int]] = {}
     for number, refusal in enumerate(refusals):
         groups.setdefault((refusal.reason, refusal.source), []).append(number)
     found = []
     for (reason, source), numbers in groups.items():
-        links = " ".join(
-            f"<a href='#r{n}' data-refusal={n}><code>{escape(refusals[n].path)}</code></a>" for n in numbers
-        )
+        paths = {n: f"<code>{escape(refusals[n].path)}</code>" for n in numbers}
+        if linked:
+            paths = {n: f"<a href='#r{n}' data-refusal={n}>{path}</a>" for n, path in paths.items()}
         weights = list(dict.fromkeys(w for n in numbers for w in refusals[n].weights))
         read = sum(refusals[n].dense_bytes for n in numbers)
         found.append(
             f"<div class=refusal><p>{escape(short_reason(reason))}</p>"
             f"<span>{escape(short_source(source))}; {size(read)}</span>"
-            f"<span>{escape(', '.join(weights))}</span><span>{links}</span></div>"
+            f"<span>{escape(', '.join(weights))}</span><span>{' '.join(paths.values())}</span></div>"
         )
     return "".join(found)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -12,6 +13,7 @@ from hire_xform.calls import Abstract, abstract_call, argument_of, aval_of, is_a
 from hire_xform.errors import TracedWeightsError
 from hire_xform.passes import compat
 from hire_xform.passes.pack import Packed, PackedToken
+from hire_xform.passes.plan import PackKey
 from hire_xform.passes.provenance import Root
 
 if TYPE_CHECKING:
@@ -20,6 +22,23 @@ if TYPE_CHECKING:
 
 class _NeedsPackingError(Exception):
     """Raised while jit traces for new shapes whose plan reads packed forms that were not passed."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Current:
+    """Packed forms and the weights they were made from.
+
+    Attributes:
+      ids: identities of the weights; None when they are not to be remembered.
+      forms: packed forms by the memory's numbers.
+      passed: positions of the plain weights that the traced programs read.
+      watch: weak references, whose callbacks tell when an identity is free again.
+    """
+
+    ids: tuple[int, ...] | None
+    forms: dict[str, Any]
+    passed: list[int]
+    watch: list[Any]
 
 
 class Entry:
@@ -63,35 +82,37 @@ class Entry:
                 self._rest.append(position)
         donate = (4,) if self._donated else ()
         self._jitted = jax.jit(_named(self._body, signature.fun), donate_argnums=donate, **owner.options)
-        self._ids: tuple[int, ...] | None = None
-        self._watch: list[Any] = []
-        self._forms: dict[str, Any] = {}
+        # Whose weights were packed, and their forms; replaced as one, so that threads see a pair that belongs together.
+        self._current: _Current | None = None
+        self._keys: dict[PackKey, None] = {}
         self._weight_avals: list[Any] = []
         # Plain weights that the traced programs read; the others are not passed on, which costs time at every call.
         self._passed: set[Root] = set()
-        self._passed_positions: list[int] = []
 
     def run(self, leaves: list[Any], packed: list[Packed]) -> Any:
         """One call; ``leaves`` are all leaves of it, in order, and ``packed`` its Packed arguments."""
         weights = [leaves[i] for i in self._weights]
-        if self._hashed or self._ids is None or tuple(map(id, weights)) != self._ids:
-            self._prepare(leaves, weights)
+        current = self._current
+        if current is None or tuple(map(id, weights)) != current.ids:
+            current = self._prepare(leaves, weights)
         held = [p.leaves for p in packed]
         rest = [leaves[i] for i in self._rest]
         donated = [leaves[i] for i in self._donated]
         try:
-            return self._jitted([leaves[i] for i in self._passed_positions], self._forms, held, rest, donated)
+            return self._jitted([leaves[i] for i in current.passed], current.forms, held, rest, donated)
         except _NeedsPackingError:
-            self._prepare(leaves, weights)
-            return self._jitted([leaves[i] for i in self._passed_positions], self._forms, held, rest, donated)
+            current = self._prepare(leaves, weights)
+            return self._jitted([leaves[i] for i in current.passed], current.forms, held, rest, donated)
 
-    def _prepare(self, leaves: list[Any], weights: list[Any]) -> None:
-        """Packs what the plan for these shapes reads and remembers whose weights they are."""
+    def _prepare(self, leaves: list[Any], weights: list[Any]) -> _Current:
+        """Packs what the plans seen so far, and that for these shapes, read of these weights."""
         traced = self._owner.traced(self._abstract(leaves))
         self._weight_avals = [aval_of(w) for w in weights]
         plain = dict(zip(self._weight_roots, weights, strict=True))
-        keys = [k for k in traced.needed_keys() if k.recipe.root.kind == "const" or k.recipe.root in plain]
-        for key in keys:
+        for key in traced.needed_keys():
+            if key.recipe.root.kind == "const" or key.recipe.root in plain:
+                self._keys[key] = None
+        for key in self._keys:
             if compat.is_tracer(plain.get(key.recipe.root)):
                 raise TracedWeightsError(
                     f"{self._owner!r} was called under a trace with plain weights: {traced.name(key.recipe.root)} is a "
@@ -99,19 +120,20 @@ class Entry:
                     "packed = step.trace(...).pack(weights), and pass that in its place"
                 )
         memory = self._owner.memory
-        for key, form in memory.forms(keys, plain, traced).items():
-            self._forms[memory.number(key)] = form
+        # All forms, not only those of this shape: those of other shapes would be stale once the weights changed.
+        forms = {memory.number(key): form for key, form in memory.forms(list(self._keys), plain, traced).items()}
         self._passed |= traced.plain_roots if traced.plan.sites or self._layouts else set(self._weight_roots)
-        self._passed_positions = [
-            i for i, r in zip(self._weights, self._weight_roots, strict=True) if r in self._passed
-        ]
-        lasting = not self._hashed and not self._any_traced
-        self._watch = [weakref.ref(w, self._forget) for w in weights] if lasting else []
-        self._ids = tuple(map(id, weights)) if lasting else None
+        passed = [i for i, r in zip(self._weights, self._weight_roots, strict=True) if r in self._passed]
+        if self._hashed or self._any_traced:
+            return _Current(None, forms, passed, [])
+        current = _Current(tuple(map(id, weights)), forms, passed, [])
+        current.watch.extend(weakref.ref(w, self._forget) for w in weights)
+        self._current = current
+        return current
 
     def _forget(self, _: Any) -> None:
         """A weight died: its identity may be used again by another array."""
-        self._ids = None
+        self._current = None
 
     def _rebuild(self, leaves: list[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         merged = [self._statics.get(i, leaf) for i, leaf in enumerate(leaves)]
@@ -129,13 +151,16 @@ class Entry:
         leaves: list[Any] = [None] * (len(self._weights) + len(rest) + len(donated) + len(self._statics))
         for position, aval in zip(self._weights, self._weight_avals, strict=True):
             leaves[position] = aval
-        groups = ((self._passed_positions, weights), (self._rest, rest), (self._donated, donated))
+        passed = [i for i, r in zip(self._weights, self._weight_roots, strict=True) if r in self._passed]
+        if len(passed) != len(weights):
+            raise _NeedsPackingError
+        groups = ((passed, weights), (self._rest, rest), (self._donated, donated))
         for positions, values in groups:
             for position, value in zip(positions, values, strict=True):
                 leaves[position] = value
         traced = self._owner.traced(self._abstract(leaves))
         here = dict(zip(self._weights, self._weight_roots, strict=True))
-        plain = {here[i]: w for i, w in zip(self._passed_positions, weights, strict=True)}
+        plain = {here[i]: w for i, w in zip(passed, weights, strict=True)}
         if not (set(here.values()) if not traced.plan.sites else traced.plain_roots & set(here.values())) <= set(plain):
             raise _NeedsPackingError
         if not traced.plan.sites and not packed:

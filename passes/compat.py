@@ -214,6 +214,21 @@ def source_line(eqn: Eqn) -> str:
     return text or "unknown"
 
 
+_TRACE_SETTINGS = (
+    "jax_enable_x64",
+    "jax_default_matmul_precision",
+    "jax_numpy_dtype_promotion",
+    "jax_numpy_rank_promotion",
+    "jax_threefry_partitionable",
+    "jax_disable_jit",
+)
+
+
+def trace_settings() -> tuple[Any, ...]:
+    """The settings that change what a function traces to; ``jax.jit`` keys its own cache by them, too."""
+    return tuple(getattr(jax.config, name, None) for name in _TRACE_SETTINGS)
+
+
 def is_tracer(value: Any) -> bool:
     """True for a value that an outer transformation is tracing."""
     return isinstance(value, jax.core.Tracer)

@@ -169,7 +169,7 @@ ERRORS = [
     ),
     (
         ["explain", "user_code:second", "--inputs", "user_code:inputs"],
-        ["TypeError: second() takes 0", "user_code.py:3"],
+        ["TypeError: second()", "user_code.py:3"],
     ),
     (["explain", "user_code:fine", "--inputs", "user_code:inputs", "--weights-argnums", "9"], ["weights_argnums=(9,)"]),
     (["explain", "user_code:fine", "--inputs", "user_code:inputs", "--weights-argnums", "x"], ["expected positions"]),

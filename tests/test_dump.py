@@ -110,6 +110,7 @@ def test_json_and_pages_hold_what_is_shown_and_no_more(traced, show):
     assert ("original" in found, "sparse" in found) == (show != "sparse", show != "original")
     page = Page(dump(traced, show=show, format="html"))
     assert ("pane-b" in page.ids, "pane-a" in page.ids) == (show != "sparse", show != "original")
+    assert {link[1:] for link in page.links} <= set(page.ids)
 
 
 def test_page_is_well_formed_and_needs_nothing_outside_it(traced):
