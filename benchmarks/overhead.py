@@ -76,7 +76,7 @@ def call_overhead(console: Console) -> float:
         sparse = hx.sparsify(step, config=config)
         traced = sparse.trace(params, x)
         packed = traced.pack(params)
-        inner = jax.jit(traced._run)
+        inner = jax.jit(traced.run)
         base = jax.jit(step)
         rows.append((f"jax.jit, {name}", per_call(lambda f=base: f(params, x))))
         rows.append((f"same program through jax.jit, packed, {name}", per_call(lambda f=inner, p=packed: f(p, x))))

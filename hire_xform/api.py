@@ -85,9 +85,9 @@ class Sparsified:
         """Use :func:`sparsify`."""
         functools.update_wrapper(self, fun, updated=())
         self.signature = Signature.of(fun, weights_argnums, jit_options)
-        self._config = config
+        self.config = config
         named = ("static_argnums", "static_argnames", "donate_argnums", "donate_argnames")
-        self._kept_options = dict(jit_options)
+        self.jit_options = dict(jit_options)
         self.options = {k: v for k, v in jit_options.items() if k not in named}
         # Tree structure and leaf types -> (positions of static leaves, their values -> entry).
         self._shapes: dict[Any, tuple[tuple[int, ...], dict[Any, Entry]]] = {}
@@ -137,5 +137,5 @@ class Sparsified:
         if key not in self._traces:
             backend = self.options.get("backend") or jax.default_backend()
             platform = "gpu" if backend in ("gpu", "cuda", "rocm") else str(backend)
-            self._traces[key] = Traced(self.signature, self._config, call, platform, self._kept_options)
+            self._traces[key] = Traced(self.signature, self.config, call, platform, self.jit_options)
         return self._traces[key]

@@ -151,8 +151,8 @@ def _sparsified(fun: Any, arguments: argparse.Namespace) -> Sparsified:
         if not arguments.force:
             return fun
         # First, so that the function's own rules still win.
-        config = dataclasses.replace(fun._config, rules=(_EVERYWHERE, *fun._config.rules))
-        return sparsify(fun.signature.fun, config=config, weights_argnums=fun.signature.weights, **fun._kept_options)
+        config = dataclasses.replace(fun.config, rules=(_EVERYWHERE, *fun.config.rules))
+        return sparsify(fun.signature.fun, config=config, weights_argnums=fun.signature.weights, **fun.jit_options)
     config = Config(rules=(_EVERYWHERE,) if arguments.force else ())
     weights = (0,) if arguments.weights_argnums is None else arguments.weights_argnums
     try:

@@ -54,11 +54,11 @@ def make_dump(traced: Traced, name: str, show: str) -> Dump:
 
 def _input_names(traced: Traced, packed: bool) -> list[str]:
     """Names of the program's inputs, such as ``params['w_in']``."""
-    names = traced._signature.names
+    names = traced.signature.names
     if packed:
-        args, kwargs = traced._packed_call()
+        args, kwargs = traced.packed_call()
     else:
-        args, kwargs = traced._call.rebuild([jax.ShapeDtypeStruct(a.shape, a.dtype) for a in traced._call.avals])
+        args, kwargs = traced.call.rebuild([jax.ShapeDtypeStruct(a.shape, a.dtype) for a in traced.call.avals])
     found = []
     for path, leaf in jax.tree_util.tree_flatten_with_path((tuple(args), kwargs))[0]:
         if not isinstance(leaf, jax.ShapeDtypeStruct):

@@ -50,7 +50,7 @@ class Traced:
 
     def __init__(self, signature: Signature, config: Config, call: Abstract, platform: str, options: dict[str, Any]):
         """Traces, detects and plans; see ``Sparsified.trace``."""
-        self._signature, self._call, self._options = signature, call, options
+        self.signature, self.call, self._options = signature, call, options
         shapes: list[Any] = []
 
         def flat(*leaves: Any) -> list[Any]:
@@ -70,15 +70,15 @@ class Traced:
 
     @cached_property
     def _names(self) -> dict[Root, str]:
-        args, kwargs = self._call.rebuild(range(len(self._call.avals)))
+        args, kwargs = self.call.rebuild(range(len(self.call.avals)))
         paths = jax.tree_util.tree_flatten_with_path((args, kwargs))[0]
-        static = {position for position, _ in self._call.statics}
+        static = {position for position, _ in self.call.statics}
         arrays = [path for i, (path, _) in enumerate(paths) if i not in static]
         found: dict[Root, str] = {}
-        for root, path in zip(self._call.roots, arrays, strict=True):
+        for root, path in zip(self.call.roots, arrays, strict=True):
             if root is not None:
                 number = int(root.kind[3:])
-                names = self._signature.names
+                names = self.signature.names
                 argument = names[number] if number < len(names) else f"argument {number}"
                 found[root] = argument + jax.tree_util.keystr(tuple(path[2:]))
         return found
@@ -96,8 +96,8 @@ class Traced:
     @cached_property
     def sparse_jaxpr(self) -> Any:
         """The rewritten program, over the leaves of the call with ``Packed`` weights."""
-        args, kwargs = self._packed_call()
-        return jax.make_jaxpr(self._run)(*args, **kwargs)
+        args, kwargs = self.packed_call()
+        return jax.make_jaxpr(self.run)(*args, **kwargs)
 
     def lower(self, lowering_platforms: Sequence[str] | None = None) -> jax.stages.Lowered:
         """Lowers the rewritten program, with ``Packed`` in the place of the weights; as ``jax.stages.Traced.lower``.
@@ -105,8 +105,8 @@ class Traced:
         Args:
           lowering_platforms: platforms to lower for, such as ``("tpu",)``; None is the default backend's.
         """
-        args, kwargs = self._packed_call()
-        traced = jax.jit(self._run, **self._options).trace(*args, **kwargs)
+        args, kwargs = self.packed_call()
+        traced = jax.jit(self.run, **self._options).trace(*args, **kwargs)
         return traced.lower(lowering_platforms=tuple(lowering_platforms) if lowering_platforms else None)
 
     def pack(self, *weights: Any, progress: bool | None = None) -> Any:
@@ -122,7 +122,7 @@ class Traced:
         Raises:
           TypeError, ValueError: the weights are not those that were traced; the message names the first difference.
         """
-        numbers = self._signature.weights
+        numbers = self.signature.weights
         if len(weights) != len(numbers):
             raise TypeError(
                 f"pack: got {len(weights)} arguments; expected {len(numbers)}, one for each of weights_argnums"
@@ -140,7 +140,7 @@ class Traced:
     @cached_property
     def _holdings(self) -> dict[str, Holding]:
         with _collector_paused():
-            return decide_holding(self._detection, self.plan, self._call.roots, self._rewriter)
+            return decide_holding(self._detection, self.plan, self.call.roots, self._rewriter)
 
     def _rewriter(self, todo: dict[Node, Treatment]) -> Rewriter:
         """The rewriter of some treatments, made once."""
@@ -160,7 +160,7 @@ class Traced:
         keys = set(self.needed_keys())
         todo = treatments(self._detection, self.plan, lambda root: True, lambda key: key in keys)
         needed = self._rewriter(todo).needed_inputs()
-        found = {root for root, read in zip(self._call.roots, needed, strict=True) if root is not None and read}
+        found = {root for root, read in zip(self.call.roots, needed, strict=True) if root is not None and read}
         found |= {n.key.recipe.root for d in self.plan.decisions for n in d.needs if n.key not in keys}
         return frozenset(found)
 
@@ -170,7 +170,7 @@ class Traced:
 
     def aval(self, root: Root) -> Any:
         """The abstract value of a weight."""
-        return self.const(root) if root.kind == "const" else self._call.avals[self._call.roots.index(root)]
+        return self.const(root) if root.kind == "const" else self.call.avals[self.call.roots.index(root)]
 
     def name(self, root: Root) -> str:
         """The name of a weight, for messages."""
@@ -190,7 +190,7 @@ class Traced:
         todo = treatments(self._detection, self.plan, has_leaf, lambda key: supply.form(key) is not None)
         rewriter = self._rewriter(todo)
         operands = []
-        for leaf, root, needed in zip(leaves, self._call.roots, rewriter.needed_inputs(), strict=True):
+        for leaf, root, needed in zip(leaves, self.call.roots, rewriter.needed_inputs(), strict=True):
             if root is not None:
                 leaf = supply.leaf(root)
                 if leaf is None and needed:
@@ -214,11 +214,11 @@ class Traced:
         return jax.tree.unflatten(self.out_tree, results)
 
     def _layout(self, number: int) -> PackLayout:
-        argument = self._argument(self._call.rebuild(range(len(self._call.avals))), number)
+        argument = self._argument(self.call.rebuild(range(len(self.call.avals))), number)
         leaves, treedef = jax.tree.flatten(argument)
-        mine = [root for root in self._call.roots if root is not None and root.kind == f"arg{number}"]
-        first = self._call.roots.index(mine[0]) if mine else 0
-        avals = self._call.avals[first : first + len(mine)]
+        mine = [root for root in self.call.roots if root is not None and root.kind == f"arg{number}"]
+        first = self.call.roots.index(mine[0]) if mine else 0
+        avals = self.call.avals[first : first + len(mine)]
         # Array leaves were rebuilt as their numbers; no integer is ever static.
         static = tuple((i, v) for i, v in enumerate(leaves) if not isinstance(v, int))
         holding = self._holdings.get(f"arg{number}", Holding((), (), ()))
@@ -228,17 +228,17 @@ class Traced:
         args, kwargs = call
         if number < len(args):
             return args[number]
-        names = self._signature.names
+        names = self.signature.names
         name = names[number] if number < len(names) else None
         if name in kwargs:
             return kwargs[name]
         raise TypeError(f"weights_argnums has {number}, but the traced call has no such argument")
 
-    def _packed_call(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def packed_call(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The call's arguments as shapes, with abstract ``Packed`` weights."""
-        plain, kwargs = self._call.rebuild([_struct(a) for a in self._call.avals])
+        plain, kwargs = self.call.rebuild([_struct(a) for a in self.call.avals])
         args = list(plain)
-        for number in self._signature.weights:
+        for number in self.signature.weights:
             if f"arg{number}" not in self._holdings:
                 continue
             layout, holding = self._layout(number), self._holdings[f"arg{number}"]
@@ -248,13 +248,13 @@ class Traced:
             if number < len(args):
                 args[number] = packed
             else:
-                kwargs[self._signature.names[number]] = packed
+                kwargs[self.signature.names[number]] = packed
         bare, kwargs = unwrap_statics(args, kwargs)
         return tuple(bare), kwargs
 
-    def _run(self, *args: Any, **kwargs: Any) -> Any:
+    def run(self, *args: Any, **kwargs: Any) -> Any:
         """The rewritten program on a call with ``Packed`` weights; inlines into whatever traces it."""
-        args, kwargs = self._signature.wrap_statics(args, kwargs)
+        args, kwargs = self.signature.wrap_statics(args, kwargs)
         packed = {p.layout.argnum: p for p in [*args, *kwargs.values()] if isinstance(p, Packed)}
         leaves = call_leaves(args, kwargs)
         return self.evaluate(leaves, self.supply(packed, {}, {}))

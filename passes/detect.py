@@ -117,18 +117,19 @@ class Rejection:
 
 @dataclass(frozen=True)
 class Detection:
-    """All that was found in a graph, in program order."""
+    """All that was found in a graph, in program order, which is ``order``."""
 
     matches: list[VocabMatch | FfnMatch]
     rejections: list[Rejection]
     products: list[Product]
+    order: dict[Node, int]
 
 
 def detect(graph: Graph, provenance: Provenance) -> Detection:
     """Finds all matches; every weight product is in exactly one match or one rejection."""
     products, loose = find_products(graph, provenance)
     by_node = {p.node: p for p in products}
-    order = {node: i for i, node in enumerate(n for scope in graph.scopes for n in scope.nodes)}
+    order = {node: i for i, node in enumerate(graph.program_order())}
     taken: set[Product] = set()
     matches: list[VocabMatch | FfnMatch] = []
     reasons: dict[Product, str] = {}
@@ -154,7 +155,7 @@ def detect(graph: Graph, provenance: Provenance) -> Detection:
     rejections += [Rejection(item.node, None, item.reason) for item in loose]
     rejections.sort(key=lambda r: order[r.node])
     matches.sort(key=lambda m: order[m.node])
-    return Detection(matches, rejections, products)
+    return Detection(matches, rejections, products, order)
 
 
 def _ffn(down: Product, by_node: dict[Node, Product], taken: set[Product]) -> FfnMatch | str | None:

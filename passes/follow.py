@@ -80,7 +80,12 @@ def _step(node: Node, value: Value, dims: frozenset[int], fate: Fate) -> list[tu
     """Results that still hold the axis, and where; anything else becomes an event."""
     p = node.primitive
     if is_pointwise(node):
-        return [(r, dims) for r in node.outputs if r.shape == value.shape]
+        if p is compat.OPTIMIZATION_BARRIER:
+            return [(r, dims) for r, o in zip(node.outputs, node.inputs, strict=True) if o is value]
+        if any(node.outputs[0].shape[d] != value.shape[d] for d in dims):
+            fate.events.append(("opaque", node))
+            return []
+        return [(node.outputs[0], dims)]
     if p in _REDUCTIONS:
         axes = set(node.params["axes"])
         if axes & dims:

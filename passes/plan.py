@@ -193,8 +193,7 @@ def make_plan(
         weights = (name_of(rejected.origin.recipe.root),) if rejected is not None else ()
         source = compat.source_line(node.eqn)
         refusals.append((node, Refusal(node.path, source, rejection.reason, "", size, weights)))
-    order = {p.node: i for i, p in enumerate(detection.products)}
-    refusals.sort(key=lambda pair: order.get(pair[0], len(order)))
+    refusals.sort(key=lambda pair: detection.order[pair[0]])
     return Plan(tuple(d.site for d in decisions), tuple(r for _, r in refusals), platform, tuple(decisions))
 
 

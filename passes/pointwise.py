@@ -10,9 +10,10 @@ from jax.extend.core import primitives as prims
 
 from hire_xform.passes import compat
 from hire_xform.passes.compat import Literal
-from hire_xform.passes.walk import Node, Operand
+from hire_xform.passes.walk import Node, Operand, Value
 
-# Every operand is a scalar or has the result's shape, and each result element depends on the operands' element there.
+# Every operand is a scalar or has the result's rank, axes of length one stretched to the result's (JAX 0.10 writes
+# `mul [3,40] [3,1]` without a broadcast), and each result element depends on the operands' element there alone.
 _POINTWISE_NAMES = (
     "abs add add_jaxvals acos acosh and asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt ceil clamp "
     "convert_element_type copy cos cosh digamma div eq erf erf_inv erfc exp exp2 expm1 floor ge gt integer_pow "
@@ -41,6 +42,18 @@ def literal_number(operand: Operand) -> float | None:
         return float(np.asarray(operand.val))
     except (TypeError, ValueError):
         return None
+
+
+def known_number(operand: Operand) -> float | None:
+    """The value of an operand that is one literal number everywhere: the literal, stretched or converted."""
+    while isinstance(operand, Value) and operand.node is not None and operand.node.primitive in _KEEP_NUMBER:
+        operand = operand.node.inputs[0]
+    number = literal_number(operand)
+    # Conversion to integers or half precision keeps a small integer only.
+    return number if number is not None and number.is_integer() and abs(number) <= 128 else None
+
+
+_KEEP_NUMBER = frozenset({prims.broadcast_in_dim_p, prims.convert_element_type_p, prims.copy_p})
 
 
 def leaves_zeros(

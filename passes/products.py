@@ -136,16 +136,15 @@ def find_products(graph: Graph, provenance: Provenance) -> tuple[list[Product], 
     """All weight products of the graph in program order, and look-alikes with the reason they are none."""
     products: list[Product] = []
     loose: list[Loose] = []
-    for scope in graph.scopes:
-        for node in scope.nodes:
-            if node.primitive is prims.dot_general_p:
-                found = _classify(node, provenance)
-                if isinstance(found, Product):
-                    products.append(found)
-                elif found is not None:
-                    loose.append(found)
-            elif not node.children:
-                loose.extend(_unentered(node, provenance))
+    for node in graph.program_order():
+        if node.primitive is prims.dot_general_p:
+            found = _classify(node, provenance)
+            if isinstance(found, Product):
+                products.append(found)
+            elif found is not None:
+                loose.append(found)
+        elif not node.children:
+            loose.extend(_unentered(node, provenance))
     return products, loose
 
 

@@ -18,8 +18,8 @@ import numpy as np
 from jax.extend.core import primitives as prims
 
 from hire_xform.passes import compat
-from hire_xform.passes.layout import Layout, UnsupportedLayoutError, moves_only, operand_layout, spaces
-from hire_xform.passes.pointwise import HINTS, is_pointwise, leaves_zeros, literal_number
+from hire_xform.passes.layout import Dim, Layout, UnsupportedLayoutError, moves_only, operand_layout, spaces
+from hire_xform.passes.pointwise import HINTS, is_pointwise, known_number, leaves_zeros, literal_number
 from hire_xform.passes.products import Product
 from hire_xform.passes.walk import Node, Operand, Value
 
@@ -183,7 +183,7 @@ class _Builder:
         if not is_pointwise(node):
             return self.side(value, layout)
         mark = len(self.region.exprs)
-        operands = tuple(self.expand(o, layout if _shaped(o) else ()) for o in node.inputs)
+        operands = tuple(self.expand(o, _stretched(o, value, layout)) for o in node.inputs)
         depends = [self.depends[o] for o in operands]
         if not any(depends):
             # Nothing below hangs on the products: the value itself is what comes from outside.
@@ -220,7 +220,7 @@ class _Builder:
         return self.add(Up(product, layout), True)
 
     def side(self, value: Value, layout: Layout, number: float | None = None) -> int:
-        return self.add(Side(value, layout), False, number=number)
+        return self.add(Side(value, layout), False, number=known_number(value) if number is None else number)
 
     def forget(self, mark: int) -> None:
         """Drops the expressions added since ``mark``; nothing refers to them."""
@@ -239,8 +239,12 @@ def _hashable(params: dict[str, Any]) -> Any:
     return items
 
 
-def _shaped(operand: Operand) -> bool:
-    return isinstance(operand, Value) and len(operand.shape) > 0
+def _stretched(operand: Operand, result: Value, layout: Layout) -> Layout:
+    """Layout of a pointwise equation's operand: a scalar's is empty; axes of length one carry nothing if stretched."""
+    if not isinstance(operand, Value) or not operand.shape:
+        return ()
+    sizes = zip(operand.shape, result.shape, layout, strict=True)
+    return tuple(Dim((), 1) if have == 1 and want != 1 else dim for have, want, dim in sizes)
 
 
 def replay(
@@ -276,7 +280,11 @@ def replay(
         elif isinstance(expr, Number):
             values.append(expr.operand.val)
         else:
-            operands = [values[o] for o in expr.operands]
+            # What was stretched to a shape by an equation left out here (a literal zero of a `where`) is so again.
+            operands = [
+                jnp.broadcast_to(values[o], shape) if read.aval.shape and not jnp.ndim(values[o]) else values[o]
+                for o, read in zip(expr.operands, expr.node.inputs, strict=True)
+            ]
             with compat.equation_context(expr.node.eqn):
                 if _is_relu(expr, region):
                     values.append(relu(operands[0]))

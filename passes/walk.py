@@ -11,7 +11,7 @@ in the same body; a jitted call carries its function's name, ``jit:layer[1]``.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -158,6 +158,18 @@ class Graph:
     jaxpr: Any
     top: Scope
     scopes: list[Scope]
+
+
+    def program_order(self) -> Iterator[Node]:
+        """All equations in the order they run, a loop's body before the loop itself."""
+        return _in_order(self.top)
+
+
+def _in_order(scope: Scope) -> Iterator[Node]:
+    for node in scope.nodes:
+        for child in node.children:
+            yield from _in_order(child)
+        yield node
 
 
 def walk(jaxpr: Any) -> Graph:

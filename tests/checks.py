@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import hire_xform as hx
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+import hire_xform as hx
 
 FORCE = (hx.Rule("*", force=True),)
 

@@ -1,7 +1,7 @@
 """Small decode steps in plain JAX, one for each way of nesting that people use.
 
-Every step has the signature ``step(params, cache, tokens, shift) -> (logits, cache)``: ``tokens`` is ``[B]``, ``shift`` a
-``[D]`` vector added to the embeddings (so that there is an activation to differentiate by).
+Every step has the signature ``step(params, cache, tokens, shift) -> (logits, cache)``: ``tokens`` is ``[B]``, ``shift``
+a ``[D]`` vector added to the embeddings (so that there is an activation to differentiate by).
 """
 
 from __future__ import annotations

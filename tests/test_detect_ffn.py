@@ -2,13 +2,15 @@
 
 import functools
 
-import hire_xform as hx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from checks import FORCE, assert_same, full_width, kinds, tolerance
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+
+import hire_xform as hx
 
 D, M, N, HEADS = 12, 40, 10, 4
 
@@ -202,16 +204,17 @@ SPELLINGS = {
     "one_of_a_stack": lambda p, x: jax.nn.relu(x @ p["stack"][1]) @ p["w2"],
     "weight_cut": lambda p, x: jax.nn.relu(x @ p["w12"][:, :M]) @ p["w2"],
     "weights_cast": lambda p, x: jax.nn.relu(x @ p["w1"].astype(jnp.float32)) @ p["w2"].astype(jnp.float32),
-    "checkpoint_name": lambda p, x: (
-        jax.ad_checkpoint.checkpoint_name(jax.nn.relu(jax.ad_checkpoint.checkpoint_name(x @ p["w1"], "up")), "act")
-        @ p["w2"]
-    ),
+    "checkpoint_name": lambda p, x: (checkpoint_name(jax.nn.relu(checkpoint_name(x @ p["w1"], "up")), "act") @ p["w2"]),
     "barrier": lambda p, x: lax.optimization_barrier(jax.nn.relu(lax.optimization_barrier(x @ p["w1"]))) @ p["w2"],
     "stop_gradient": lambda p, x: lax.stop_gradient(jax.nn.relu(x @ p["w1"])) @ p["w2"],
     "jitted_halves": lambda p, x: jitted_down(p, jitted_up(p, x)),
     "remat": jax.checkpoint(lambda p, x: jax.nn.relu(x @ p["w1"]) @ p["w2"]),
     "token_scale": lambda p, x: (jax.nn.relu(x @ p["w1"]) * x[:, :1]) @ p["w2"],
     "unit_scale": lambda p, x: (jax.nn.relu(x @ p["w1"]) * p["b1"] * jnp.exp(p["b1"])) @ p["w2"],
+    "mask_by_units": lambda p, x: jnp.where(p["b1"] > 0, jax.nn.relu(x @ p["w1"]), 0.0) @ p["w2"],
+    "traced_scale": lambda p, x: (jax.nn.relu(x @ p["w1"]) * p["b1"][3]) @ p["w2"],
+    "clipped": lambda p, x: jnp.clip(x @ p["w1"], 0, p["b2"][0]) @ p["w2"],
+    "stretched_tokens": lambda p, x: (jax.nn.relu(x[:1] @ p["w1"]) * (x @ p["wg"])) @ p["w2"],
     "dropout_at_rest": lambda p, x: jnp.where(True, jax.nn.relu(x @ p["w1"]) / 0.9, 0.0) @ p["w2"],
     "hidden_times_product": lambda p, x: (jax.nn.relu(x @ p["w1"]) * jax.nn.relu(x @ p["w1"])) @ p["w2"],
     "residual_dead_result": lambda p, x: (lambda u: jax.nn.relu(u) @ p["w2"])(x @ p["w1"]),
@@ -275,10 +278,6 @@ def test_cumsum_along_the_hidden_axis_is_refused():
     refused(lambda p, x: jnp.cumsum(jax.nn.relu(x @ p["w1"]), axis=1) @ p["w2"], "cumsum", count=2)
 
 
-def test_a_sort_of_the_hidden_axis_is_refused():
-    refused(lambda p, x: jnp.sort(jax.nn.relu(x @ p["w1"]), axis=-1) @ p["w2"], count=2)
-
-
 def test_a_roll_of_the_hidden_axis_is_refused():
     refused(lambda p, x: jnp.roll(jax.nn.relu(x @ p["w1"]), 1, axis=-1) @ p["w2"], count=2)
 
@@ -304,7 +303,7 @@ def test_a_reused_product_before_the_activation_is_refused():
         u = x @ p["w1"]
         return jax.nn.relu(u) @ p["w2"], jnp.max(u)
 
-    refused(block, "also read by reduce_max", count=2)
+    refused(block, "reduce_max", "test_detect_ffn", count=2)
 
 
 def test_a_hidden_contracted_twice_is_refused():
@@ -356,14 +355,18 @@ def test_batched_experts_are_refused():
 
     def block(p, x):
         u = jax.nn.relu(jnp.einsum("td,edm->etm", x, p["a"]))
-        return jnp.einsum("etm,emd->td", u, p["b"])
+        return jnp.einsum("etm,emd->etd", u, p["b"]) * jax.nn.softmax(x[:, :4]).T[..., None]
 
     refused(block, "batch dimension", "experts", p=p)
 
 
 def test_groups_that_do_not_divide_are_refused():
     refused(
-        lambda p, x: jax.nn.relu(x @ p["w1"]) @ p["w2"], "group_size=16", "40", config=full_width(group_size=16), count=2
+        lambda p, x: jax.nn.relu(x @ p["w1"]) @ p["w2"],
+        "group_size=16",
+        "40",
+        config=full_width(group_size=16),
+        count=2,
     )
 
 
@@ -404,7 +407,9 @@ def test_integer_weights_are_refused():
 
 def test_a_small_block_is_left_dense_by_the_cost_model():
     config = hx.Config(ffn=hx.Ffn(active=0.25))
-    refused(lambda p, x: jax.nn.relu(x @ p["w1"]) @ p["w2"], "would not be faster", "force=True", config=config, count=2)
+    refused(
+        lambda p, x: jax.nn.relu(x @ p["w1"]) @ p["w2"], "would not be faster", "force=True", config=config, count=2
+    )
 
 
 def test_a_rule_skips_a_block_by_its_path():
@@ -414,11 +419,3 @@ def test_a_rule_skips_a_block_by_its_path():
 
 def test_ffn_none_leaves_blocks_dense():
     refused(lambda p, x: jax.nn.relu(x @ p["w1"]) @ p["w2"], "ffn=None", config=hx.Config(ffn=None), count=2)
-
-
-def test_hidden_units_in_a_tuple_of_two_loops_are_refused():
-    def block(p, x):
-        u = lax.fori_loop(0, 2, lambda i, u: jax.nn.relu(u), x @ p["w1"])
-        return u @ p["w2"]
-
-    refused(block, count=2)

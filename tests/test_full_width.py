@@ -3,13 +3,14 @@
 import itertools
 from functools import partial
 
-import hire_xform as hx
 import jax
 import jax.numpy as jnp
 import models
 import numpy as np
 import pytest
 from checks import assert_same, full_width, kinds, narrow, primitives_of, tolerance
+
+import hire_xform as hx
 from hire_xform.lowering import da_top_k_p
 
 PREDICTORS = [hx.Quantized(8), hx.Quantized(4), hx.LowRank(0.5)]
