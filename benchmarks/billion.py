@@ -201,9 +201,10 @@ def variants(quick: bool) -> list[tuple[str, hx.Config]]:
     found = [
         ("ours, defaults: int8, 25 % of units", config(0.25)),
         ("ours, int8, 6.25 % of units", config(0.0625)),
-        ("ours, low rank d/4, 6.25 % of units", config(0.0625, hx.LowRank(0.25))),
+        ("ours, low rank d/4 in 8 bits, 6.25 % of units", config(0.0625, hx.LowRank(0.25, bits=8))),
+        ("ours, low rank d/8 in 8 bits, 6.25 % of units", config(0.0625, hx.LowRank(0.125, bits=8))),
     ]
-    return found[:2] if quick else found
+    return found[:3] if quick else found
 
 
 def table_for(console: Console, title: str, rows: list[Row], base: Row) -> None:

@@ -113,7 +113,11 @@ class Sparsified:
             known = self._shapes[treedef, types] = (statics, {})
         positions, entries = known
         values = tuple([leaves[i] for i in positions])
-        entry = entries.get(values)
+        try:
+            entry = entries.get(values)
+        except TypeError:
+            abstract_call(self.signature, args, kwargs)  # says which leaf can't be hashed
+            raise
         if entry is None:
             entry = entries[values] = Entry(self, args, kwargs, packed)
         return entry.run(leaves, packed)

@@ -28,8 +28,8 @@ class Static:
         self.value = value
 
     def __eq__(self, other: object) -> bool:
-        """Equal when the values are."""
-        return isinstance(other, Static) and self.value == other.value
+        """Equal when the values are, types included, as for jax.jit: 1 is not 1.0."""
+        return isinstance(other, Static) and type(self.value) is type(other.value) and self.value == other.value
 
     def __hash__(self) -> int:
         """The value's hash."""
@@ -219,9 +219,15 @@ def abstract_call(signature: Signature, args: tuple[Any, ...], kwargs: dict[str,
     """Reduces a call (static arguments wrapped) to what tracing depends on.
 
     Raises:
-      TypeError: a leaf is neither an array nor hashable.
+      TypeError: a leaf is neither an array nor hashable, or a Packed is only part of an argument.
     """
     args, kwargs = expand_packed(args, kwargs)
+    inside = [p for p, v in jax.tree_util.tree_leaves_with_path((args, kwargs), is_leaf=_is_packed) if _is_packed(v)]
+    if inside:
+        raise TypeError(
+            f"sparsify: there is a Packed inside argument {argument_of(inside[0])!r}, at "
+            f"{jax.tree_util.keystr(tuple(inside[0][2:]))}; expected it in the place of a whole weights argument"
+        )
     found, treedef = jax.tree_util.tree_flatten_with_path((args, kwargs))
     statics: list[tuple[int, Any]] = []
     avals: list[Any] = []
@@ -241,6 +247,10 @@ def abstract_call(signature: Signature, args: tuple[Any, ...], kwargs: dict[str,
         roots.append(Root(f"arg{number}", counts.get(number, 0)))
         counts[number] = counts.get(number, 0) + 1
     return Abstract(treedef, tuple(statics), tuple(avals), tuple(roots))
+
+
+def _is_packed(value: Any) -> bool:
+    return isinstance(value, Packed)
 
 
 def check_static(leaf: Any, path: Sequence[Any]) -> None:

@@ -107,7 +107,10 @@ class Entry:
     def _prepare(self, leaves: list[Any], weights: list[Any]) -> _Current:
         """Packs what the plans seen so far, and that for these shapes, read of these weights."""
         traced = self._owner.traced(self._abstract(leaves))
-        self._weight_avals = [aval_of(w) for w in weights]
+        avals = [aval_of(w) for w in weights]
+        if avals != self._weight_avals:
+            self._keys = {}  # recipes hold shapes: those of other weights do not fit these
+        self._weight_avals = avals
         plain = dict(zip(self._weight_roots, weights, strict=True))
         for key in traced.needed_keys():
             if key.recipe.root.kind == "const" or key.recipe.root in plain:

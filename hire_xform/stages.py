@@ -349,6 +349,11 @@ def check_weights(number: int, weight: Any, layout: PackLayout) -> list[Any]:
             f"{layout.treedef}"
         )
     paths = [path for path, _ in jax.tree_util.tree_flatten_with_path(weight)[0]]
+    static = dict(layout.static)
+    for i, (path, leaf) in enumerate(zip(paths, leaves, strict=True)):
+        if is_array(leaf) is (i in static) or (i in static and leaf != static[i]):
+            expected = f"{static[i]!r}" if i in static else "an array"
+            raise TypeError(f"pack: weights{jax.tree_util.keystr(path)} is {leaf!r}; expected {expected} as traced")
     arrays = [(p, leaf) for p, leaf in zip(paths, leaves, strict=True) if is_array(leaf)]
     for (path, leaf), aval in zip(arrays, layout.avals, strict=True):
         got = jax.typeof(leaf) if not isinstance(leaf, jax.ShapeDtypeStruct) else leaf

@@ -57,7 +57,7 @@ class LowRank:
 
     # Directions kept: an int >= 1, or a float in (0, 1] for that fraction of the columns (rounded up).
     rank: int | float = field(kw_only=False)
-    # None keeps the tall factor in the matrix's own dtype (f32, or bf16); 8 quantises it as `Quantized(8)` does.
+    # None keeps the tall factor in the matrix's own dtype (f32, or bf16); 8 quantises both factors as `Quantized(8)` does.
     bits: int | None = None
 
     def __post_init__(self) -> None:
@@ -106,7 +106,8 @@ def packed_shapes(
             return {
                 "q": struct((n, r), jnp.int8),
                 "scale": struct((n,), jnp.float32),
-                "basis": struct((d, r), jnp.float32),
+                "basis_q": struct((r, d), jnp.int8),
+                "basis_scale": struct((r,), jnp.float32),
             }
     raise TypeError(f"predictor {spec!r} is unknown; expected Quantized(...) or LowRank(...)")
 
@@ -212,7 +213,8 @@ def _pack_low_rank(rows: jax.Array, spec: LowRank) -> dict[str, jax.Array]:
 
     parts = map_row_blocks(factor, _PACK_BLOCK, rows)
     if spec.bits == 8:
-        return {"q": parts[0], "scale": parts[1], "basis": basis * size}
+        basis_q, basis_scale = _quantize((basis * size).T, 127)
+        return {"q": parts[0], "scale": parts[1], "basis_q": basis_q, "basis_scale": basis_scale}
     return {"a": parts[0], "basis": basis}
 
 
@@ -235,9 +237,10 @@ def predict_scores(x: jax.Array, packed: Packed, spec: PredictorSpec, n: int) ->
         case Quantized():
             return _quantized_scores(x, packed["q"], packed["scale"], spec.bits)
         case LowRank():
-            z = jnp.matmul(x.astype(jnp.float32), packed["basis"], preferred_element_type=jnp.float32)
             if spec.bits == 8:
+                z = _quantized_scores(x, packed["basis_q"], packed["basis_scale"], 8)
                 return _quantized_scores(z, packed["q"], packed["scale"], 8)
+            z = jnp.matmul(x.astype(jnp.float32), packed["basis"], preferred_element_type=jnp.float32)
             return skinny_dot(z.astype(packed["a"].dtype), packed["a"]).astype(jnp.float32)
     raise TypeError(f"predictor {spec!r} is unknown; expected Quantized(...) or LowRank(...)")
 

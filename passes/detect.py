@@ -208,9 +208,10 @@ def _lost_derivative(region: Region, down: Product) -> str | None:
             if frame in around:
                 break
             if frame.eqn.primitive is prims.custom_vjp_call_p:
+                where = compat.source_line(frame.eqn)
                 return (
-                    f"part of the block is inside the custom_vjp at {compat.source_line(frame.eqn)}, whose own derivative "
-                    "would be lost; put the whole block inside it, or none"
+                    f"part of the block is inside the custom_vjp at {where}, whose own derivative would be lost; put "
+                    "the whole block inside it, or none"
                 )
     return None
 

@@ -31,7 +31,15 @@ _REDUCTIONS = dict.fromkeys(
     "axes",
 )
 _CUMULATIVE = {prims.cumsum_p, prims.cummax_p, prims.cummin_p, prims.cumprod_p, prims.cumlogsumexp_p}
-_STORES = {prims.dynamic_update_slice_p, prims.scatter_p}
+# Their first operand comes out again, changed in places; what is written is among the others.
+_STORES = {
+    prims.dynamic_update_slice_p,
+    prims.scatter_p,
+    prims.scatter_add_p,
+    prims.scatter_mul_p,
+    prims.scatter_min_p,
+    prims.scatter_max_p,
+}
 
 
 @dataclass
@@ -106,6 +114,8 @@ def _step(node: Node, value: Value, dims: frozenset[int], fate: Fate) -> list[tu
     elif p is prims.gather_p:
         fate.events.append(("gathered", node))
     elif p in _STORES:
+        if node.inputs[0] is value:
+            return [(node.outputs[0], dims)]
         fate.events.append(("stored", node))
     elif node.children:
         return _into_scopes(node, value, dims, fate)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hire_xform import lowering
+from hire_xform.passes import compat
 from hire_xform.passes.detect import Detection
 from hire_xform.passes.plan import PackKey, Plan
 from hire_xform.passes.products import rounding_free
@@ -24,7 +26,9 @@ from hire_xform.passes.walk import Node
 
 def pack_array(key: PackKey, leaf: Any) -> Any:
     """One packed form: ``[*stack, n, d]`` rows, f32 ``[*stack, n]`` norms, or a predictor's dictionary of arrays."""
-    return _packer(key.recipe.steps, key.form)(leaf)
+    # Under a trace around the call too: packed forms of concrete weights are remembered, so they must be concrete.
+    with contextlib.nullcontext() if compat.is_tracer(leaf) else jax.ensure_compile_time_eval():
+        return _packer(key.recipe.steps, key.form)(leaf)
 
 
 @functools.lru_cache(maxsize=256)

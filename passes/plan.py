@@ -204,6 +204,8 @@ def _decide(
     settings = choice.settings
     if settings is None:
         return choice.reason
+    if not match.node.scope.iterations:
+        return "the loop around it has no iterations"
     dtypes = {np.dtype(p.weight.aval.dtype).name for p in match.products}
     if not dtypes <= {"float32", "bfloat16", "float16", "float64"}:
         return f"its weights are {', '.join(sorted(dtypes))}; only floating-point weights are predicted"

@@ -1,0 +1,82 @@
+"""Deep models: functions are shared, and work grows with depth no faster than the model does."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import models
+import numpy as np
+import pytest
+from checks import kinds, narrow
+
+import hire_xform as hx
+
+
+def deep(depth, one_layer=models.layer, seed=0):
+    """An unrolled model of ``depth`` layers and its arguments as shapes."""
+    params = models.list_params(seed=seed)
+    params = {**params, "layers": params["layers"][:1] * depth}
+    cache = models.make_cache(1)
+    cache = {name: jnp.repeat(cache[name][:1], depth, 0) for name in ("k", "v")} | {"pos": cache["pos"]}
+
+    def step(params, cache, tokens, shift):
+        return models.unrolled(params, cache, tokens, shift, one_layer)
+
+    shapes = (params, cache, jnp.zeros(1, jnp.int32), jnp.zeros(models.D))
+    return step, jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), shapes)
+
+
+def functions(text) -> int:
+    return len(re.findall(r"func\.func", text))
+
+
+def equations(jaxpr) -> int:
+    inner = getattr(jaxpr, "jaxpr", jaxpr)
+    total = 0
+    for eqn in inner.eqns:
+        total += 1
+        for value in eqn.params.values():
+            for sub in value if isinstance(value, (tuple, list)) else (value,):
+                if hasattr(sub, "eqns") or hasattr(sub, "jaxpr"):
+                    total += equations(sub)
+    return total
+
+
+@pytest.mark.slow
+def test_48_layers_share_the_functions_of_their_subgraphs():
+    step, shapes = deep(48)
+    traced = hx.sparsify(step, config=narrow()).trace(*shapes)
+    assert kinds(traced.plan) == ["ffn"] * 48 + ["vocab"]
+    dense, sparse = functions(jax.jit(step).lower(*shapes).as_text()), functions(traced.lower().as_text())
+    small = functions(hx.sparsify(deep(2)[0], config=narrow()).trace(*deep(2)[1]).lower().as_text())
+    assert sparse <= dense + 30
+    assert sparse <= small + 2
+
+
+def test_a_jitted_layer_called_24_times_stays_one_function():
+    step, shapes = deep(24, jax.jit(models.layer))
+    traced = hx.sparsify(step, config=narrow()).trace(*shapes)
+    assert kinds(traced.plan) == ["ffn"] * 24 + ["vocab"]
+    text = traced.lower().as_text()
+    assert len(re.findall(r"func\.func private @layer\w*\(", text)) == 1
+    assert functions(text) <= functions(jax.jit(step).lower(*shapes).as_text()) + 30
+
+
+def test_equations_grow_in_step_with_depth():
+    counts = []
+    for depth in (3, 6, 12):
+        step, shapes = deep(depth)
+        counts.append(equations(hx.sparsify(step, config=narrow()).trace(*shapes).sparse_jaxpr))
+    first, second = counts[1] - counts[0], counts[2] - counts[1]
+    assert second == 2 * first
+
+
+def test_a_packed_deep_model_holds_as_many_bytes_for_each_layer():
+    sizes = []
+    for depth in (2, 4, 6):
+        step, shapes = deep(depth)
+        params = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes[0])
+        sizes.append(hx.sparsify(step, config=narrow()).trace(*shapes).pack(params).nbytes)
+    assert sizes[2] - sizes[1] == sizes[1] - sizes[0]
+    plain = sum(int(np.prod(a.shape)) * a.dtype.itemsize for a in jax.tree.leaves(deep(6)[1][0]))
+    assert sizes[2] < 1.5 * plain
