@@ -132,7 +132,7 @@ def ffn_table(d: int, m: int, layers: int, repeats: int) -> Table:
     best_ms, best_name = min(timed)
     table = _table(f"feed-forward block d {d}, m {m}, ReLU, f32, one token; per layer of {layers}")
     _add(table, best_name, 2 * m * d * 4, best_ms, best_ms)
-    for spec in (Quantized(8), LowRank(0.25), LowRank(0.25, bits=8)):
+    for spec in (Quantized(8), LowRank(0.25), LowRank(0.25, bits=8), LowRank(0.125, bits=8)):
         packed = _packed_copies(ups, spec)
         for share in (0.0625, 0.125, 0.25):
             active = int(share * m)

@@ -175,11 +175,9 @@ class _Builder:
             operand = node.inputs[0]
             if not isinstance(operand, Value):
                 return self.side(value, layout, literal_number(operand))
-            found = self.expand(operand, operand_layout(node, node.outputs.index(value), layout))
-            return self.through(node, value, found)
+            return self.through(node, value, layout, operand, operand_layout(node, node.outputs.index(value), layout))
         if node.primitive is compat.OPTIMIZATION_BARRIER:
-            found = self.expand(node.inputs[node.outputs.index(value)], layout)
-            return self.through(node, value, found)
+            return self.through(node, value, layout, node.inputs[node.outputs.index(value)], layout)
         if not is_pointwise(node):
             return self.side(value, layout)
         mark = len(self.region.exprs)
@@ -202,10 +200,17 @@ class _Builder:
             return False
         return value.is_output or any(node.order > self.down.node.order for node in value.consumers)
 
-    def through(self, node: Node, value: Value, found: int) -> int:
-        if self.depends[found]:
-            self.region.nodes.add(node)
-            self.region.inner.add(value)
+    def through(self, node: Node, value: Value, layout: Layout, operand: Operand, operand_layout: Layout) -> int:
+        """The expression for ``value``, which ``node`` makes of ``operand`` by moving it only."""
+        mark = len(self.region.exprs)
+        found = self.expand(operand, operand_layout)
+        if not self.depends[found]:
+            # What comes from outside is taken where it is read: further back may be outside the call the block is in.
+            number = self.number[found]
+            self.forget(mark)
+            return self.side(value, layout, number)
+        self.region.nodes.add(node)
+        self.region.inner.add(value)
         return found
 
     def up(self, product: Product, layout: Layout) -> int:
