@@ -7,7 +7,8 @@ entry here needs a private module either.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -163,39 +164,63 @@ def public_primitive(name: str) -> Any | None:
     return getattr(prims, name, None)
 
 
-class equation_context:  # noqa: N801 - used as a context manager function
-    """Makes what is bound inside carry the equation's name stack, user traceback and context (compute_on and such).
+class EquationContexts:
+    """Makes what is bound carry an equation's name stack, user traceback and context (compute_on and such).
 
-    ``eqn.ctx.manager`` is there on 0.10 to 0.12 and is looked up defensively. A class, not a generator: it is entered
-    once for every equation of the program.
+    Used as a context manager around a run of equations, with ``enter`` before each. Equations of one program mostly
+    share one context, which is entered once for all of them: this is run for every equation there is. ``eqn.ctx`` and
+    its ``manager`` are there on 0.10 to 0.12 and are looked up defensively.
     """
 
-    __slots__ = ("_entered",)
+    __slots__ = ("_base", "_context", "_manager", "_user")
 
-    def __init__(self, eqn: Eqn, scope: str | None = None):
-        """Prepares the contexts of ``eqn``, and a further named scope."""
-        stack = source_info_util.current_name_stack() + eqn.source_info.name_stack
-        self._entered: list[Any] = [source_info_util.user_context(eqn.source_info.traceback, name_stack=stack)]
-        manager = getattr(getattr(eqn, "ctx", None), "manager", None)
-        if manager is not None:
-            self._entered.append(manager)
-        if scope is not None:
-            self._entered.append(jax.named_scope(scope))
+    def __init__(self) -> None:
+        self._base = source_info_util.current_name_stack()
+        self._user: Any = None
+        self._context: Any = None
+        self._manager: Any = None
 
-    def __enter__(self) -> None:
-        """Enters them, outermost first."""
-        for i, context in enumerate(self._entered):
-            try:
-                context.__enter__()
-            except BaseException:
-                del self._entered[i:]
-                self.__exit__(None, None, None)
-                raise
+    def enter(self, eqn: Eqn) -> None:
+        """From here on, what is bound belongs to ``eqn``."""
+        if self._user is not None:
+            self._user.__exit__(None, None, None)
+            self._user = None
+        context = getattr(eqn, "ctx", None)
+        if context is not self._context:
+            self._leave_context()
+            self._manager = getattr(context, "manager", None)
+            if self._manager is not None:
+                self._manager.__enter__()
+            self._context = context
+        info = eqn.source_info
+        self._user = source_info_util.user_context(info.traceback, name_stack=self._base + info.name_stack)
+        self._user.__enter__()
+
+    def _leave_context(self) -> None:
+        if self._manager is not None:
+            self._manager.__exit__(None, None, None)
+        self._manager = self._context = None
+
+    def __enter__(self) -> EquationContexts:
+        """Nothing is entered yet."""
+        return self
 
     def __exit__(self, *error: Any) -> None:
-        """Leaves them, innermost first."""
-        for context in reversed(self._entered):
-            context.__exit__(*error)
+        """Leaves the last equation's contexts; an error is told where in the user's program it arose."""
+        user, self._user = self._user, None
+        try:
+            if user is not None:
+                user.__exit__(*error)
+        finally:
+            self._leave_context()
+
+
+@contextlib.contextmanager
+def equation_context(eqn: Eqn) -> Iterator[None]:
+    """``EquationContexts`` around one equation."""
+    with EquationContexts() as contexts:
+        contexts.enter(eqn)
+        yield
 
 
 def bind(eqn: Eqn, operands: Sequence[Any], params: dict[str, Any] | None = None) -> list[Any]:
@@ -273,7 +298,7 @@ def self_test() -> list[str]:
     check("optimization_barrier", str(OPTIMIZATION_BARRIER) == "optimization_barrier")
     check("split", str(SPLIT) == "split")
     added = jax.make_jaxpr(lambda x: x + 1)(1.0).eqns[0]
-    with equation_context(added, "self_test"):
+    with equation_context(added):
         check("bind", float(bind(added, [1.0, 2.0])[0]) == 3.0)
     check("source_line", isinstance(source_line(added), str))
     return checked

@@ -46,6 +46,9 @@ class Liveness:
             # Loops are marked whether or not their results are read: their bodies may have effects.
             if node.eqn.effects or any(v in self.values for v in node.outputs):
                 self.nodes.add(node)
+                if not node.children and node not in self._treatments:
+                    self._need(node.inputs)
+                    continue
                 for operand, home in self._operands(node):
                     if home is None or home is scope:
                         self._need([operand])

@@ -10,6 +10,7 @@ import numpy as np
 from jax.extend.core import primitives as prims
 
 from hire_xform.passes import compat
+from hire_xform.passes.pointwise import POINTWISE
 from hire_xform.passes.provenance import Convert, Origin, Provenance, Recipe, Reshape, Slice, Transpose
 from hire_xform.passes.walk import Graph, Node, Operand, Value
 
@@ -143,7 +144,7 @@ def find_products(graph: Graph, provenance: Provenance) -> tuple[list[Product], 
                 products.append(found)
             elif found is not None:
                 loose.append(found)
-        elif not node.children:
+        elif not node.children and node.primitive not in POINTWISE:
             loose.extend(_unentered(node, provenance))
     return products, loose
 

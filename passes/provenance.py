@@ -232,8 +232,13 @@ class Provenance:
             self._origins[value] = origin
 
     def _mark_derived(self, node: Node) -> None:
-        values = [v for v in node.inputs if isinstance(v, Value)]
-        if values and all(self.origin(v) is not None or v in self._derived for v in values):
+        some = False
+        for v in node.inputs:
+            if isinstance(v, Value):
+                if v.const is None and v not in self._origins and v not in self._derived:
+                    return
+                some = True
+        if some:
             how = f"{node.primitive} at {compat.source_line(node.eqn)}"
             for result in node.outputs:
                 self._derived[result] = how

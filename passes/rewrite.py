@@ -73,28 +73,30 @@ class Rewriter:
         return {need: self._resolve(need, node.frame, env, views) for need in self._scope_needs(scope)}
 
     def _frame(self, frame: Frame, env: Env, views: Views) -> None:
-        for item in frame.items:
-            if isinstance(item, Frame):
-                self._call(item, env, views)
-            elif item in self.live.nodes:
-                self._node(item, env, views)
+        with compat.EquationContexts() as contexts:
+            for item in frame.items:
+                if isinstance(item, Frame):
+                    if self._is_alive(item):
+                        contexts.enter(item.eqn)
+                        self._call(item, env, views)
+                elif item in self.live.nodes:
+                    contexts.enter(item.eqn)
+                    self._node(item, env, views)
 
     def _node(self, node: Node, env: Env, views: Views) -> None:
         treatment = self.treated.get(node)
         if treatment is not None:
             seen = [self._resolve(need, node.frame, env, views) for need in treatment.needs]
-            with compat.equation_context(node.eqn, f"hire/{node.path}"):
+            with jax.named_scope(f"hire/{node.path}"):
                 if isinstance(treatment, Decision):
-                    result = self._site(treatment, env, seen)
+                    env[node.outputs[0]] = self._site(treatment, env, seen)
                 else:
-                    result = dense_rows(treatment, lambda o: read(env, o), seen[0])
-            env[node.outputs[0]] = result
+                    env[node.outputs[0]] = dense_rows(treatment, lambda o: read(env, o), seen[0])
             return
-        with compat.equation_context(node.eqn):
-            if any(child in self.live.changed for child in node.children):
-                results = control.EMIT[node.primitive](self, node, env, views)
-            else:
-                results = compat.bind(node.eqn, [read(env, o) for o in node.inputs])
+        if node.children and any(child in self.live.changed for child in node.children):
+            results = control.EMIT[node.primitive](self, node, env, views)
+        else:
+            results = compat.bind(node.eqn, [read(env, o) for o in node.inputs])
         env.update((v, r) for v, r in zip(node.outputs, results, strict=True) if r is not None)
 
     def _site(self, decision: Decision, env: Env, seen: list[PackedView]) -> Any:
@@ -107,21 +109,16 @@ class Rewriter:
         return self._calls[key](site_operands(decision, lambda o: read(env, o)), seen)
 
     def _call(self, frame: Frame, env: Env, views: Views) -> None:
-        if not self._is_alive(frame):
-            return
         needs = self._frame_needs(frame)
         operands = [read(env, o, missing_ok=True) for o in frame.inputs]
         if not needs and not any(o is None for o in operands):
-            with compat.equation_context(frame.eqn):
-                results = compat.bind(frame.eqn, operands)
+            results = compat.bind(frame.eqn, operands)
         elif frame.inline or frame.kind == "call" or (frame.kind == "jit" and compat.jit_is_inlined(frame.eqn)):
-            with compat.equation_context(frame.eqn):
-                self._frame(frame, env, views)
+            self._frame(frame, env, views)
             return
         else:
             seen = [self._resolve(need, frame, env, views) for need in needs]
-            with compat.equation_context(frame.eqn):
-                results = self._emit_call(frame, operands, needs, seen)
+            results = self._emit_call(frame, operands, needs, seen)
         for output, result in zip(frame.outputs, results, strict=True):
             if isinstance(output, Value) and result is not None:
                 env[output] = result
