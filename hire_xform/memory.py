@@ -68,8 +68,8 @@ class PackMemory:
             self._told = True
             warnings.warn(
                 f"{traced.name(often[0].recipe.root)} was packed {self._times[often[0]]} times because it was another "
-                "array each time; packing reads all of it. The result is right. Pass the same array again, or pack once "
-                "with step.trace(...).pack(weights)",
+                "array each time; packing reads all of it. The result is right. Pass the same array again, or pack "
+                "once with step.trace(...).pack(weights)",
                 HireWarning,
                 stacklevel=4,
             )

@@ -57,7 +57,8 @@ class LowRank:
 
     # Directions kept: an int >= 1, or a float in (0, 1] for that fraction of the columns (rounded up).
     rank: int | float = field(kw_only=False)
-    # None keeps the tall factor in the matrix's own dtype (f32, or bf16); 8 quantises both factors as `Quantized(8)` does.
+    # None keeps the tall factor in the matrix's own dtype (f32, or bf16); 8 quantises both factors as
+    # `Quantized(8)` does.
     bits: int | None = None
 
     def __post_init__(self) -> None:

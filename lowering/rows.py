@@ -51,6 +51,15 @@ def _check(name: str, rows: jax.Array, index: jax.Array, group_size: int, tokens
         raise TypeError(f"{name}: index has dtype {index.dtype}; expected integers")
 
 
+def _wide(dtype: jax.typing.DTypeLike) -> jnp.dtype:
+    """The dtype chosen rows are multiplied in: f32 for 16-bit rows.
+
+    Every product of two 16-bit numbers is exact in f32, so nothing changes but the order of sums; and XLA's CPU backend
+    has no 16-bit kernel for some of the products that differentiation makes. Only chosen rows are widened.
+    """
+    return jnp.promote_types(dtype, jnp.float32)
+
+
 def _slabs(rows: jax.Array, index: jax.Array, group_size: int) -> jax.Array:
     """``[K * g, d]``: the chosen groups, one after the other."""
     n, d = rows.shape
@@ -85,6 +94,7 @@ def select_rows_dot(
     _check("select_rows_dot", rows, index, group_size, x.shape[0])
     common = jnp.result_type(x.dtype, rows.dtype)
     out_dtype = common if preferred_element_type is None else preferred_element_type
+    common = _wide(common)
     x = x.astype(common)
 
     def shared(x: jax.Array, index: jax.Array) -> jax.Array:
@@ -130,6 +140,7 @@ def combine_rows(
         )
     common = jnp.result_type(h.dtype, rows.dtype)
     out_dtype = common if preferred_element_type is None else preferred_element_type
+    common = _wide(common)
     h = h.astype(common)
 
     def in_rows(h: jax.Array, index: jax.Array) -> jax.Array:
@@ -145,7 +156,7 @@ def combine_rows(
 
     if index.ndim == 2:
         return _each_token(gathered, h, index).astype(out_dtype)
-    if common != jnp.float32 or index.shape[0] % _ROWS_A_STEP:
+    if index.shape[0] % _ROWS_A_STEP:
         return gathered(h, index).astype(out_dtype)
     return lax.platform_dependent(h, index, cpu=in_rows, default=gathered).astype(out_dtype)
 
@@ -165,7 +176,7 @@ def _walk_rows(h: jax.Array, rows: jax.Array, index: jax.Array, group_size: int)
         for slab in range(_ROWS_A_STEP):
             taken = lax.dynamic_slice(rows, (begins[slab], jnp.zeros_like(begins[slab])), (group_size, d))
             for row in range(group_size):
-                total = total + share[:, slab * group_size + row, None] * taken[row]
+                total = total + share[:, slab * group_size + row, None] * taken[row].astype(total.dtype)
         return total, None
 
     zero = jnp.zeros((tokens, d), jnp.promote_types(h.dtype, jnp.float32))

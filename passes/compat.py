@@ -233,10 +233,13 @@ def bind(eqn: Eqn, operands: Sequence[Any], params: dict[str, Any] | None = None
     return list(out) if eqn.primitive.multiple_results else [out]
 
 
+UNKNOWN_SOURCE = "unknown"
+
+
 def source_line(eqn: Eqn) -> str:
     """The user's ``file:line (function)`` that an equation came from; "unknown" when JAX kept no traceback."""
     text = source_info_util.summarize(eqn.source_info)
-    return text or "unknown"
+    return text or UNKNOWN_SOURCE
 
 
 _TRACE_SETTINGS = (

@@ -16,9 +16,9 @@ from jax.extend.core import primitives as prims
 
 from hire_xform.passes import compat
 from hire_xform.passes.environment import Env, Views, read
-from hire_xform.passes.liveness import carried_inputs, state_read
+from hire_xform.passes.liveness import state_read
 from hire_xform.passes.provenance import ScanSlice
-from hire_xform.passes.walk import Node, Value
+from hire_xform.passes.walk import Node, Value, carried_inputs
 
 if TYPE_CHECKING:
     from hire_xform.passes.rewrite import Rewriter

@@ -13,10 +13,11 @@ from jax.extend.core import primitives as prims
 from hire_xform.passes import compat
 from hire_xform.passes.follow import Fate, follow
 from hire_xform.passes.layout import Layout, row_major, whole
+from hire_xform.passes.pointwise import STEPS
 from hire_xform.passes.products import Product, find_products, matrix, normal_form
 from hire_xform.passes.provenance import Provenance, Recipe, Reshape, Slice, Transpose
 from hire_xform.passes.region import Region, Up, trace_region
-from hire_xform.passes.walk import Graph, Node, Value
+from hire_xform.passes.walk import Frame, Graph, Node, Value
 
 # A vocabulary is at least this many times as wide as the activation that is projected to it.
 WIDE = 2
@@ -190,10 +191,9 @@ def _leak(region: Region, hidden: Value, down: Product) -> str | None:
         for node in value.consumers:
             if node not in region.nodes and node is not down.node:
                 return (
-                    f"what it contracts is also read by {node.primitive} at {compat.source_line(node.eqn)}"
+                    f"what it contracts is also read by {node.primitive} at {node.source}"
                     if value is hidden
-                    else f"an activation on the way to it is also read by {node.primitive} at "
-                    f"{compat.source_line(node.eqn)}"
+                    else f"an activation on the way to it is also read by {node.primitive} at {node.source}"
                 )
         if value.is_output:
             return "what it contracts is also returned, so every unit of it is needed"
@@ -207,13 +207,29 @@ def _lost_derivative(region: Region, down: Product) -> str | None:
         for frame in node.frame.ancestors():
             if frame in around:
                 break
-            if frame.eqn.primitive is prims.custom_vjp_call_p:
+            if frame.kind == "custom" and not _keeps_derivative(frame):
                 where = compat.source_line(frame.eqn)
                 return (
-                    f"part of the block is inside the custom_vjp at {where}, whose own derivative would be lost; put "
-                    "the whole block inside it, or none"
+                    f"part of the block is inside the {frame.eqn.primitive} at {where}, whose own derivative would be "
+                    "lost; put the whole block inside it, or none"
                 )
     return None
+
+
+def _keeps_derivative(frame: Frame) -> bool:
+    """True when the derivative of a custom call's body, which a replay has, is as good as the one it states.
+
+    A stated derivative makes ReLU's zero at zero and softplus's finite far out; those are kept. One stated for a body
+    that has none (a sign, a rounding) or that changes nothing means something else, and would be lost.
+    """
+    if frame.eqn.primitive is prims.custom_vjp_call_p:
+        return False
+    inside = _nodes(frame)
+    return bool(inside) and not any(n.primitive in STEPS for n in inside)
+
+
+def _nodes(item: Node | Frame) -> list[Node]:
+    return [item] if isinstance(item, Node) else [n for inner in item.items for n in _nodes(inner)]
 
 
 def _not_vocabulary(product: Product, fate: Fate) -> str | None:
@@ -230,18 +246,15 @@ def _not_vocabulary(product: Product, fate: Fate) -> str | None:
         mixing = fate.first("reduced", "mixed")
         if mixing is not None and mixing[1] is not None:
             node = mixing[1]
-            return (
-                f"its output axis is mixed by {node.primitive} at {compat.source_line(node.eqn)} and then {how} "
-                "another product"
-            )
+            return f"its output axis is mixed by {node.primitive} at {node.source} and then {how} another product"
         if fate.first("returned") is not None:
             return "its output is returned as well as contracted, so every unit of it is needed"
-        where = compat.source_line(event[1].eqn)
+        where = event[1].source
         return f"its output is {how} another product at {where}, not pointwise and not a weight's"
     mixed = fate.first("mixed", "opaque")
     if mixed is not None and mixed[1] is not None:
         node = mixed[1]
-        return f"its output axis goes into {node.primitive} at {compat.source_line(node.eqn)}, which is not followed"
+        return f"its output axis goes into {node.primitive} at {node.source}, which is not followed"
     if not fate.intact:
         return "its output axis is split or merged, as attention heads are"
     if product.width < WIDE * product.contracted:

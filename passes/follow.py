@@ -12,7 +12,7 @@ from jax.extend.core import primitives as prims
 from hire_xform.passes import compat
 from hire_xform.passes.pointwise import is_pointwise
 from hire_xform.passes.products import Product
-from hire_xform.passes.walk import Node, Value
+from hire_xform.passes.walk import Node, Value, carried_inputs
 
 # A vocabulary's logits may go through a long chain of sampling; of any other product only the first few are told.
 MAX_STEPS, MAX_STEPS_NARROW = 256, 32
@@ -70,8 +70,10 @@ def follow(product: Product, narrow: bool) -> Fate:
     steps = 0
     while queue:
         value, dims = queue.popleft()
-        if value.is_output:
-            fate.events.append(("returned", None))
+        for result, result_dims in _outwards(value, dims, fate, narrow):
+            if result not in seen:
+                seen.add(result)
+                queue.append((result, result_dims))
         for node in value.consumers:
             steps += 1
             if steps > limit:
@@ -105,7 +107,10 @@ def _step(node: Node, value: Value, dims: frozenset[int], fate: Fate) -> list[tu
     moved = _moved(node, value, dims, fate)
     if moved is not None:
         return moved
-    if p in (prims.top_k_p, prims.approx_top_k_p, prims.sort_p):
+    if p is prims.sort_p:
+        fate.events.append(("reduced", node))
+        return [(r, dims) for r, o in zip(node.outputs, node.inputs, strict=True) if o is value]
+    if p in (prims.top_k_p, prims.approx_top_k_p):
         fate.events.append(("reduced", node))
     elif p in _CUMULATIVE:
         if node.params["axis"] not in dims:
@@ -151,6 +156,8 @@ def _moved(node: Node, value: Value, dims: frozenset[int], fate: Fate) -> list[t
 
 def _reshaped(before: tuple[int, ...], after: tuple[int, ...], dims: frozenset[int]) -> frozenset[int]:
     """Dimensions after a reshape that hold any part of the given dimensions before it."""
+    if 0 in before:
+        return frozenset()
     found: set[int] = set()
     i = j = 0
     while i < len(before) and j < len(after):
@@ -178,11 +185,34 @@ def _through_product(node: Node, value: Value, dims: frozenset[int], fate: Fate)
 def _into_scopes(node: Node, value: Value, dims: frozenset[int], fate: Fate) -> list[tuple[Value, frozenset[int]]]:
     found: list[tuple[Any, frozenset[int]]] = []
     fate.events.append(("looped", node))
+    lead = len(node.inputs) - len(node.children[0].inputs)  # a while's condition constants, a cond's index
     for child in node.children:
-        for inside in child.inputs:
-            if inside.outer is value:
+        for inside, operand in zip(child.inputs, node.inputs[lead:], strict=True):
+            if operand is value:
                 if inside.scanned:
                     fate.events.append(("mixed", node))
                 else:
                     found.append((inside, dims))
+    return found
+
+
+def _outwards(value: Value, dims: frozenset[int], fate: Fate, narrow: bool) -> list[tuple[Value, frozenset[int]]]:
+    """Where a value that its scope returns goes on: results of the loop or branch, and its next iteration."""
+    if not value.is_output:
+        return []
+    node = value.scope.node
+    if node is None:
+        fate.events.append(("returned", None))
+        return []
+    if narrow:
+        # A residual stream: all that follows in the model reads it, which tells nothing about this product.
+        return []
+    carry = carried_inputs(node) if value.scope.kind in ("scan", "while") else []
+    found: list[tuple[Value, frozenset[int]]] = []
+    for i, output in enumerate(value.scope.outputs):
+        if output is value:
+            if i < len(carry):
+                found.append((carry[i], dims))
+            stacked = value.scope.kind == "scan" and i >= len(carry)
+            found.append((node.outputs[i], frozenset(d + 1 for d in dims) if stacked else dims))
     return found

@@ -15,7 +15,7 @@ from hire_xform.passes.detect import VocabMatch
 from hire_xform.passes.plan import Decision
 from hire_xform.passes.provenance import IndexSlice
 from hire_xform.passes.treatment import Treatment
-from hire_xform.passes.walk import Frame, Graph, Node, Operand, Scope, Value
+from hire_xform.passes.walk import Frame, Graph, Node, Operand, Scope, Value, carried_inputs
 
 
 class Liveness:
@@ -115,14 +115,6 @@ def _frames_around(node: Node) -> Iterable[Frame]:
     while at is not None:
         yield from at.frame.ancestors()
         at = at.scope.node
-
-
-def carried_inputs(node: Node) -> list[Value]:
-    """The values inside a scan or while that are its carry, in order."""
-    if node.primitive is prims.scan_p:
-        scan = compat.scan_parts(node.eqn)
-        return node.inner.inputs[scan.num_consts : scan.num_consts + scan.num_carry]
-    return node.inner.inputs[compat.while_parts(node.eqn).body_nconsts :]
 
 
 def state_read(loop: compat.WhileParts) -> set[int]:

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 
 from hire_xform.lowering import Selection, choose, ffn_bytes, vocab_bytes
-from hire_xform.passes import compat
 from hire_xform.passes.detect import Detection, FfnMatch, VocabMatch, up_rows, vocab_rows
 from hire_xform.passes.provenance import Origin, Recipe, Ref, Root
 from hire_xform.passes.settings import Choice, Ffn, Vocab
@@ -185,13 +184,13 @@ def make_plan(
             continue
         for product, name in zip(match.products, names, strict=True):
             size = product.nbytes * product.node.scope.iterations
-            source = compat.source_line(product.node.eqn)
+            source = product.node.source
             refusals.append((product.node, Refusal(product.path, source, found, kind, size, (name,))))
     for rejection in detection.rejections:
         node, rejected = rejection.node, rejection.product
         size = rejected.nbytes * node.scope.iterations if rejected is not None else 0
         weights = (name_of(rejected.origin.recipe.root),) if rejected is not None else ()
-        source = compat.source_line(node.eqn)
+        source = node.source
         refusals.append((node, Refusal(node.path, source, rejection.reason, "", size, weights)))
     refusals.sort(key=lambda pair: detection.order[pair[0]])
     return Plan(tuple(d.site for d in decisions), tuple(r for _, r in refusals), platform, tuple(decisions))
@@ -244,7 +243,7 @@ def _decide(
     site = Site(
         kind=kind,
         path=match.node.path,
-        source=compat.source_line(match.node.eqn),
+        source=match.node.source,
         tokens=tokens,
         dense_bytes=dense,
         sparse_bytes=sparse,

@@ -25,6 +25,9 @@ POINTWISE = frozenset(
     p for p in (compat.public_primitive(f"{name}_p") for name in _POINTWISE_NAMES.split()) if p is not None
 )
 
+# Flat almost everywhere: a derivative through them is zero.
+STEPS = frozenset({prims.sign_p, prims.round_p, prims.floor_p, prims.ceil_p, prims.stop_gradient_p})
+
 # Layout and placement hints that the replay of a region on fewer units must leave out: they name whole shapes.
 HINTS = frozenset({prims.sharding_constraint_p})
 

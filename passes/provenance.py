@@ -239,7 +239,7 @@ class Provenance:
                     return
                 some = True
         if some:
-            how = f"{node.primitive} at {compat.source_line(node.eqn)}"
+            how = f"{node.primitive} at {node.source}"
             for result in node.outputs:
                 self._derived[result] = how
 

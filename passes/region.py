@@ -21,6 +21,7 @@ from hire_xform.passes import compat
 from hire_xform.passes.layout import Dim, Layout, UnsupportedLayoutError, moves_only, operand_layout, spaces
 from hire_xform.passes.pointwise import HINTS, is_pointwise, known_number, leaves_zeros, literal_number
 from hire_xform.passes.products import Product
+from hire_xform.passes.provenance import shape_of
 from hire_xform.passes.walk import Node, Operand, Value
 
 # A block's region has some ten to thirty equations; past this many the walk has wandered into something else.
@@ -287,7 +288,7 @@ def replay(
         else:
             # What was stretched to a shape by an equation left out here (a literal zero of a `where`) is so again.
             operands = [
-                jnp.broadcast_to(values[o], shape) if read.aval.shape and not jnp.ndim(values[o]) else values[o]
+                jnp.broadcast_to(values[o], shape) if shape_of(read) and not jnp.ndim(values[o]) else values[o]
                 for o, read in zip(expr.operands, expr.node.inputs, strict=True)
             ]
             with compat.equation_context(expr.node.eqn):

@@ -101,6 +101,15 @@ class Node:
         return self.frame.scope
 
     @property
+    def source(self) -> str:
+        """The user's ``file:line (function)``; that of the call it stands in where JAX kept none for it."""
+        for eqn in (self.eqn, *(frame.eqn for frame in self.frame.ancestors() if frame.eqn is not None)):
+            line = compat.source_line(eqn)
+            if line != compat.UNKNOWN_SOURCE:
+                return line
+        return compat.UNKNOWN_SOURCE
+
+    @property
     def primitive(self) -> Any:
         """Its primitive object."""
         return self.eqn.primitive
@@ -158,7 +167,6 @@ class Graph:
     jaxpr: Any
     top: Scope
     scopes: list[Scope]
-
 
     def program_order(self) -> Iterator[Node]:
         """All equations in the order they run, a loop's body before the loop itself."""
@@ -276,3 +284,11 @@ def _enter(node: Node, prefix: str, scopes: list[Scope]) -> None:
             scope = _open_scope("cond", node, around, body, consts, f"{prefix}branch[{i}]/", scopes)
             for value, operand in zip(scope.inputs, node.inputs[1:], strict=True):
                 value.outer = operand
+
+
+def carried_inputs(node: Node) -> list[Value]:
+    """The values inside a scan or while that are its carry, in order."""
+    if node.primitive is prims.scan_p:
+        scan = compat.scan_parts(node.eqn)
+        return node.inner.inputs[scan.num_consts : scan.num_consts + scan.num_carry]
+    return node.inner.inputs[compat.while_parts(node.eqn).body_nconsts :]

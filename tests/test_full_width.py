@@ -129,9 +129,6 @@ def test_a_loop_over_a_model_that_is_packed_once():
     assert_same(jax.jit(lambda p: run(step, p))(packed), run(model.step, params))
 
 
-@pytest.mark.xfail(
-    reason="XLA's CPU backend folds a transpose into a bf16 product that it then has no kernel for", strict=False
-)
 def test_a_bfloat16_gradient_through_remat_is_dense():
     model = next(m for m in models.MODELS if m.name == "remat_unrolled")
     check(model, "closed over", "derivative", 3, jnp.bfloat16, hx.Quantized(8))

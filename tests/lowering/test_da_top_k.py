@@ -3,9 +3,10 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hire_xform.lowering import da_top_k, da_top_k_p
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from hire_xform.lowering import da_top_k, da_top_k_p
 
 
 def oracle(scores, k, shards):

@@ -2,6 +2,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
+from hire_xform import lowering
 from hire_xform.lowering import (
     LowRank,
     Quantized,
@@ -10,8 +12,6 @@ from hire_xform.lowering import (
     predictor_bytes,
 )
 from hire_xform.lowering.predictors import _pack_nibbles, _unpack_nibbles
-
-from hire_xform import lowering
 
 pack_predictor = jax.jit(lowering.pack_predictor, static_argnums=1)
 predict_scores = jax.jit(lowering.predict_scores, static_argnums=(2, 3))

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from hire_xform.lowering import combine_rows, select_rows_dot
 
 TOLERANCE = {jnp.float32: 1e-4, jnp.bfloat16: 0.1}

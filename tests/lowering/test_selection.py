@@ -2,9 +2,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hire_xform.lowering import Selection, choose, da_top_k, select
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from hire_xform.lowering import Selection, choose, da_top_k, select
 
 
 def test_one_token_and_full_width_are_shared():

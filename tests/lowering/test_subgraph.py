@@ -5,6 +5,8 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
+from hire_xform import lowering
 from hire_xform.lowering import (
     LowRank,
     Quantized,
@@ -17,8 +19,6 @@ from hire_xform.lowering import (
     vocab_bytes,
     vocab_logits,
 )
-
-from hire_xform import lowering
 
 Q8 = Quantized(8)
 pack_predictor = jax.jit(lowering.pack_predictor, static_argnums=1)
