@@ -23,7 +23,7 @@ from hire_xform.passes.walk import Frame, Graph, Node, Value
 WIDE = 2
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class VocabMatch:
     """A vocabulary projection: ``product`` maps ``[T, d]`` to ``[T, V]``."""
 
@@ -40,7 +40,7 @@ class VocabMatch:
         return [self.product]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class FfnMatch:
     """A feed-forward block: products into ``units`` hidden units, a pointwise region, a product that contracts them.
 
@@ -107,7 +107,7 @@ def vocab_rows(match: VocabMatch) -> Recipe:
     return matrix(product.origin.recipe, product.weight.shape, product.w_free, product.w_contract)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Rejection:
     """A weight product that is no match, and why."""
 
@@ -116,7 +116,7 @@ class Rejection:
     reason: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Detection:
     """All that was found in a graph, in program order, which is ``order``."""
 

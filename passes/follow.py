@@ -50,7 +50,10 @@ class Fate:
       events: (kind, equation or None). Kinds: "returned", "reduced", "gathered", "stored", "looped" keep a vocabulary
         one; "contracted", "multiplied", "mixed", "opaque" do not.
       intact: False when the axis was split or merged with another on the way.
+      narrow: True when it is too narrow for a vocabulary, so that only a reason is looked for.
     """
+
+    narrow: bool
 
     events: list[tuple[str, Node | None]] = field(default_factory=list)
     intact: bool = True
@@ -63,14 +66,14 @@ class Fate:
 def follow(product: Product, narrow: bool) -> Fate:
     """Follows the output axis of a product through the program, up to ``MAX_STEPS`` equations, fewer if ``narrow``."""
     limit = MAX_STEPS_NARROW if narrow else MAX_STEPS
-    fate = Fate()
+    fate = Fate(narrow)
     start = frozenset(product.out_w_dims)
     queue: deque[tuple[Value, frozenset[int]]] = deque([(product.out, start)])
     seen: set[Value] = {product.out}
     steps = 0
     while queue:
         value, dims = queue.popleft()
-        for result, result_dims in _outwards(value, dims, fate, narrow):
+        for result, result_dims in _outwards(value, dims, fate):
             if result not in seen:
                 seen.add(result)
                 queue.append((result, result_dims))
@@ -191,12 +194,12 @@ def _into_scopes(node: Node, value: Value, dims: frozenset[int], fate: Fate) -> 
             if operand is value:
                 if inside.scanned:
                     fate.events.append(("mixed", node))
-                else:
+                elif inside.outer is not None or not fate.narrow:
                     found.append((inside, dims))
     return found
 
 
-def _outwards(value: Value, dims: frozenset[int], fate: Fate, narrow: bool) -> list[tuple[Value, frozenset[int]]]:
+def _outwards(value: Value, dims: frozenset[int], fate: Fate) -> list[tuple[Value, frozenset[int]]]:
     """Where a value that its scope returns goes on: results of the loop or branch, and its next iteration."""
     if not value.is_output:
         return []
@@ -204,7 +207,7 @@ def _outwards(value: Value, dims: frozenset[int], fate: Fate, narrow: bool) -> l
     if node is None:
         fate.events.append(("returned", None))
         return []
-    if narrow:
+    if fate.narrow:
         # A residual stream: all that follows in the model reads it, which tells nothing about this product.
         return []
     carry = carried_inputs(node) if value.scope.kind in ("scan", "while") else []

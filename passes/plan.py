@@ -89,7 +89,7 @@ class PackKey:
     form: Any
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Need:
     """A packed form as one site reads it: the key, and what resolves its stack axes at run time."""
 
@@ -97,7 +97,7 @@ class Need:
     refs: tuple[Ref, ...]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Decision:
     """A match that is rewritten, with all it takes.
 

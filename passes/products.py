@@ -15,7 +15,7 @@ from hire_xform.passes.provenance import Convert, Origin, Provenance, Recipe, Re
 from hire_xform.passes.walk import Graph, Node, Operand, Value
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Product:
     """``x . W`` with the weight on either side.
 
@@ -125,7 +125,7 @@ def rounding_free(recipe: Recipe) -> bool:
     return not any(isinstance(s, (Slice, Convert)) for s in recipe.steps)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Loose:
     """A large product that looks like one with a weight but has none in normal form, and why."""
 

@@ -127,14 +127,14 @@ def _apply(steps: Sequence[Step], x: Any, finish: Callable[[Any], Any]) -> Any:
     return finish(x)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class ScanSlice:
     """One stack axis, resolved by the scan that opened ``scope``."""
 
     scope: Scope
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class IndexSlice:
     """One stack axis, resolved by the index that ``node`` (a dynamic_slice) takes along ``axis``."""
 

@@ -28,7 +28,7 @@ from hire_xform.passes.walk import Node, Operand, Value
 MAX_EQUATIONS = 96
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Up:
     """A weight product whose outputs, restricted to ``layout``, are the hidden units."""
 
@@ -36,7 +36,7 @@ class Up:
     layout: Layout
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Side:
     """A value that does not depend on the hidden units: a bias, a scale, a mask."""
 
@@ -51,7 +51,7 @@ class Number:
     operand: Any
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Apply:
     """A pointwise equation on earlier expressions, given by their numbers."""
 
@@ -59,7 +59,7 @@ class Apply:
     operands: tuple[int, ...]
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Region:
     """The region as a list of expressions, operands before their users.
 

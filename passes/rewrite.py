@@ -24,7 +24,7 @@ from hire_xform.passes.treatment import Treatment
 from hire_xform.passes.walk import Frame, Graph, Node, Operand, Scope, Value
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Rewriter:
     """One rewriting of a graph.
 

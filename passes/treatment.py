@@ -12,7 +12,7 @@ from hire_xform.passes.provenance import Root
 from hire_xform.passes.walk import Node
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class DenseRows:
     """A dense product whose weight leaf is not there, computed from its packed rows.
 

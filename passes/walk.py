@@ -21,7 +21,7 @@ from hire_xform.passes import compat
 from hire_xform.passes.compat import Literal
 
 
-@dataclass(eq=False, slots=True)
+@dataclass(eq=False, slots=True, repr=False)
 class Value:
     """One runtime value. Operands of calls share the value of what is passed in, results that of what comes out.
 
@@ -55,7 +55,7 @@ class Value:
 Operand = Value | Literal
 
 
-@dataclass(eq=False, slots=True)
+@dataclass(eq=False, slots=True, repr=False)
 class Frame:
     """A body of equations: the root of a scope, or a call laid out inside one.
 
@@ -83,7 +83,7 @@ class Frame:
         return found
 
 
-@dataclass(eq=False, slots=True)
+@dataclass(eq=False, slots=True, repr=False)
 class Node:
     """One equation that is not a call, with its operands and results as values; ``order`` is its place in its scope."""
 
@@ -125,7 +125,7 @@ class Node:
         return self.eqn.params
 
 
-@dataclass(eq=False, slots=True)
+@dataclass(eq=False, slots=True, repr=False)
 class Scope:
     """Straight-line code and where it stands.
 
@@ -160,7 +160,7 @@ class Scope:
         return found
 
 
-@dataclass(eq=False, slots=True)
+@dataclass(eq=False, slots=True, repr=False)
 class Graph:
     """The whole program: its scopes in program order (the top first) and all closed-over arrays."""
 
