@@ -100,6 +100,20 @@ class Sparsified:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the rewritten function."""
+        entry, leaves, packed = self._entry(args, kwargs)
+        return entry.run(leaves, packed)
+
+    def program(self, *args: Any, **kwargs: Any) -> tuple[Callable, tuple[Any, ...]]:
+        """The jitted function that a call with these arguments runs, and the operands it is given.
+
+        Weights are packed if they have not been. What a call costs above ``jitted(*operands)`` is Python of this
+        library; the function's own ``lower`` shows what it compiles to.
+        """
+        entry, leaves, packed = self._entry(args, kwargs)
+        return entry.jitted, entry.operands(leaves, packed)
+
+    def _entry(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Entry, list[Any], list[Packed]]:
+        """The way through for calls of this shape, all leaves of this one, and its Packed arguments."""
         if self.signature.static:
             args, kwargs = self.signature.wrap_statics(args, kwargs)
         packed: list[Packed] = []
@@ -120,7 +134,7 @@ class Sparsified:
             raise
         if entry is None:
             entry = entries[values] = Entry(self, args, kwargs, packed)
-        return entry.run(leaves, packed)
+        return entry, leaves, packed
 
     def trace(self, *args: Any, **kwargs: Any) -> Traced:
         """Traces for these arguments: arrays, or ``jax.ShapeDtypeStruct``; computes nothing.

@@ -81,7 +81,7 @@ class Entry:
             else:
                 self._rest.append(position)
         donate = (4,) if self._donated else ()
-        self._jitted = jax.jit(_named(self._body, signature.fun), donate_argnums=donate, **owner.options)
+        self.jitted = jax.jit(_named(self._body, signature.fun), donate_argnums=donate, **owner.options)
         # Whose weights were packed, and their forms; replaced as one, so that threads see a pair that belongs together.
         self._current: _Current | None = None
         self._keys: dict[PackKey, None] = {}
@@ -91,6 +91,14 @@ class Entry:
 
     def run(self, leaves: list[Any], packed: list[Packed]) -> Any:
         """One call; ``leaves`` are all leaves of it, in order, and ``packed`` its Packed arguments."""
+        try:
+            return self.jitted(*self.operands(leaves, packed))
+        except _NeedsPackingError:
+            self._prepare(leaves, [leaves[i] for i in self._weights])
+            return self.jitted(*self.operands(leaves, packed))
+
+    def operands(self, leaves: list[Any], packed: list[Packed]) -> tuple[Any, ...]:
+        """What ``jitted`` is called with for these leaves; weights not seen before are packed."""
         weights = [leaves[i] for i in self._weights]
         current = self._current
         if current is None or tuple(map(id, weights)) != current.ids:
@@ -98,11 +106,7 @@ class Entry:
         held = [p.leaves for p in packed]
         rest = [leaves[i] for i in self._rest]
         donated = [leaves[i] for i in self._donated]
-        try:
-            return self._jitted([leaves[i] for i in current.passed], current.forms, held, rest, donated)
-        except _NeedsPackingError:
-            current = self._prepare(leaves, weights)
-            return self._jitted([leaves[i] for i in current.passed], current.forms, held, rest, donated)
+        return [leaves[i] for i in current.passed], current.forms, held, rest, donated
 
     def _prepare(self, leaves: list[Any], weights: list[Any]) -> _Current:
         """Packs what the plans seen so far, and that for these shapes, read of these weights."""

@@ -193,7 +193,8 @@ class EquationContexts:
                 self._manager.__enter__()
             self._context = context
         info = eqn.source_info
-        self._user = source_info_util.user_context(info.traceback, name_stack=self._base + info.name_stack)
+        stack = self._base + info.name_stack if self._base.stack else info.name_stack
+        self._user = source_info_util.user_context(info.traceback, name_stack=stack)
         self._user.__enter__()
 
     def _leave_context(self) -> None:
