@@ -13,8 +13,6 @@ import numpy as np
 from hire_xform.passes.pack import Packed, PackedToken
 from hire_xform.passes.provenance import Root
 
-Tree = Any
-
 # What jax.jit traces; any other leaf (a function, a string, a dtype) is static.
 ARRAY_TYPES = (jax.Array, np.ndarray, np.generic, bool, int, float, complex, jax.ShapeDtypeStruct)
 

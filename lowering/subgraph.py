@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 
 from hire_xform.lowering.predictors import Packed, PredictorSpec, predict_scores, predictor_bytes
-from hire_xform.lowering.products import skinny_dot
 from hire_xform.lowering.rows import combine_rows, select_rows_dot
 from hire_xform.lowering.selection import choose, select
 
@@ -85,10 +84,10 @@ class UpProduct:
     rows: jax.Array
     # Where the m rows begin in `rows`, a multiple of the group size.
     first_row: jax.Array | int = 0
-    # Its predictor, or None: then the product is computed exactly at full width, reading all of `rows`.
-    packed: Packed | None
-    # The predictor's spec; None exactly where `packed` is.
-    spec: PredictorSpec | None
+    # The predictor of the m rows.
+    packed: Packed
+    # Its spec.
+    spec: PredictorSpec
     # dtype of the dense product's result, which the region expects.
     dtype: jax.typing.DTypeLike
 
@@ -162,12 +161,10 @@ def ffn(
 
     with jax.named_scope("compute"):
         hiddens = [
-            gather(whole)
-            if up.packed is None
-            else select_rows_dot(
+            select_rows_dot(
                 up.x, up.rows, groups_from(up.first_row), group_size=group_size, preferred_element_type=up.dtype
             )
-            for up, whole in zip(ups, predicted, strict=True)
+            for up in ups
         ]
         activation = region(hiddens, gather)
         return combine_rows(
@@ -176,10 +173,7 @@ def ffn(
 
 
 def _full_width(up: UpProduct, m: int) -> jax.Array:
-    """The predicted product of all hidden units (the exact one where there is no predictor), in the dense dtype."""
-    if up.packed is None or up.spec is None:
-        common = jnp.result_type(up.x, up.rows)
-        return skinny_dot(up.x.astype(common), up.rows.astype(common)).astype(up.dtype)
+    """The predicted product of all hidden units, in the dense dtype."""
     return predict_scores(up.x, up.packed, up.spec, m).astype(up.dtype)
 
 
@@ -201,7 +195,7 @@ def vocab_bytes(
 def ffn_bytes(
     tokens: int,
     m: int,
-    ups: Sequence[tuple[int, jax.typing.DTypeLike, PredictorSpec | None]],
+    ups: Sequence[tuple[int, jax.typing.DTypeLike, PredictorSpec]],
     d_out: int,
     down_dtype: jax.typing.DTypeLike,
     *,
@@ -214,7 +208,7 @@ def ffn_bytes(
     Args:
       tokens: ``T``.
       m: hidden units.
-      ups: ``(d, dtype, spec)`` of each product into them; a ``spec`` of None is read whole.
+      ups: ``(d, dtype, spec)`` of each product into them.
       d_out: columns of the down matrix.
       down_dtype: its dtype.
       active: groups each token may have computed.
@@ -228,5 +222,5 @@ def ffn_bytes(
     total = 4 * m + units * d_out * jnp.dtype(down_dtype).itemsize
     for d, dtype, spec in ups:
         row = d * jnp.dtype(dtype).itemsize
-        total += m * row if spec is None else predictor_bytes(m, d, spec, dtype) + units * row
+        total += predictor_bytes(m, d, spec, dtype) + units * row
     return total

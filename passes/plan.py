@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from hire_xform.lowering import Selection, choose, ffn_bytes, vocab_bytes
+from hire_xform.lowering import choose, ffn_bytes, vocab_bytes
 from hire_xform.passes.detect import Detection, FfnMatch, VocabMatch, up_rows, vocab_rows
 from hire_xform.passes.provenance import Origin, Recipe, Ref, Root
 from hire_xform.passes.settings import Choice, Ffn, Vocab
@@ -296,10 +296,3 @@ def _needs(match: VocabMatch | FfnMatch, settings: Vocab | Ffn) -> tuple[Need, .
     origin = match.down.origin
     found += [need(match.down_rows(), "rows", origin), need(match.down_rows(), "norms", origin)]
     return tuple(found)
-
-
-def selection_of(decision: Decision) -> Selection:
-    """The selection a decision compiles to."""
-    site = decision.site
-    group = decision.settings.group_size if isinstance(decision.settings, Ffn) else 1
-    return choose(site.tokens, site.units // group, decision.count)

@@ -105,11 +105,6 @@ class Recipe:
         return Recipe(self.root, self.steps + steps)
 
     @property
-    def stack_shape(self) -> tuple[int, ...]:
-        """Lengths of the stack axes, outermost first."""
-        return tuple(s.size for s in self.steps if isinstance(s, Stack))
-
-    @property
     def is_leaf(self) -> bool:
         """True when it makes the leaf itself: no steps but stacks that are taken as they lie."""
         return all(isinstance(s, Stack) for s in self.steps)

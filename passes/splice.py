@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from hire_xform import lowering
+from hire_xform.lowering import UpProduct, ffn, vocab_logits
 from hire_xform.passes.detect import FfnMatch, VocabMatch
 from hire_xform.passes.environment import PackedView
 from hire_xform.passes.layout import Layout, row_major, to_canonical, whole
@@ -61,7 +61,7 @@ def _vocab(decision: Decision, match: VocabMatch, operands: Sequence[Any], views
     product, settings = match.product, decision.settings
     assert isinstance(settings, Vocab)
     rows, first = views[0].rows()
-    logits = lowering.vocab_logits(
+    logits = vocab_logits(
         flat_activation(product, operands[0]),
         rows,
         views[1].whole(),
@@ -83,7 +83,7 @@ def _ffn(decision: Decision, match: FfnMatch, operands: Sequence[Any], views: Se
     for i, (up, x) in enumerate(zip(region.ups, operands, strict=False)):
         rows, first = views[2 * i].rows()
         ups.append(
-            lowering.UpProduct(
+            UpProduct(
                 x=canonical_activation(up.product, x, up.layout, tokens),
                 rows=rows,
                 first_row=first,
@@ -95,7 +95,7 @@ def _ffn(decision: Decision, match: FfnMatch, operands: Sequence[Any], views: Se
     values = operands[len(ups) :]
     sides = [_side(v, side.layout, tokens, match.units) for v, side in zip(values, region.sides, strict=True)]
     down, down_first = views[-2].rows()
-    result = lowering.ffn(
+    result = ffn(
         ups,
         lambda hiddens, gather: replay(region, hiddens, sides, gather, jax.nn.relu),
         down,

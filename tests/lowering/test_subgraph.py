@@ -21,6 +21,8 @@ from hire_xform.lowering import (
 )
 
 Q8 = Quantized(8)
+# All directions kept in f32: predictions are the products themselves, up to rounding.
+EXACT = LowRank(1.0)
 pack_predictor = jax.jit(lowering.pack_predictor, static_argnums=1)
 
 
@@ -94,7 +96,7 @@ def gated(hiddens, gather, bias=None):
 
 def block(x, gate, up, down, specs, *, region=gated, **kwargs):
     ups = [
-        UpProduct(x=x, rows=w, packed=s and pack_predictor(w, s), spec=s, dtype=x.dtype)
+        UpProduct(x=x, rows=w, packed=pack_predictor(w, s), spec=s, dtype=x.dtype)
         for w, s in zip((gate, up), specs, strict=True)
     ]
     norms = jnp.linalg.norm(down.astype(jnp.float32), axis=1)
@@ -102,7 +104,7 @@ def block(x, gate, up, down, specs, *, region=gated, **kwargs):
     return ffn(ups, down=down, **options)
 
 
-@pytest.mark.parametrize("specs", [(Q8, Q8), (LowRank(0.5), None), (Quantized(4), LowRank(3, bits=8))], ids=str)
+@pytest.mark.parametrize("specs", [(Q8, Q8), (LowRank(0.5), Q8), (Quantized(4), LowRank(3, bits=8))], ids=str)
 @pytest.mark.parametrize(("tokens", "group"), [(1, 1), (1, 4), (3, 1), (8, 2)])
 def test_all_units_give_the_dense_block(tokens, group, specs, normal):
     x, gate, up = normal((tokens, 13)), normal((40, 13), seed=1), normal((40, 13), seed=2)
@@ -122,7 +124,7 @@ def test_gather_brings_values_to_the_chosen_units(varying, group, normal):
     down, bias = normal((40, 9), seed=3), normal(varying, seed=4)
     for active in (1, 6):
         options = {"region": partial(gated, bias=bias), "active": active, "group_size": group}
-        got = jax.jit(partial(block, specs=(None, None), **options))(x, gate, up, down)
+        got = jax.jit(partial(block, specs=(EXACT, EXACT), **options))(x, gate, up, down)
         activation = np.asarray(gated([x @ gate.T, x @ up.T], lambda v: v, bias))
         selection = choose(3, 40 // group, active)
         score = (activation * np.linalg.norm(down, axis=1)) ** 2
@@ -178,7 +180,7 @@ def test_ffn_under_every_transformation(normal):
 
 def test_bad_ffn_input_is_named(normal):
     x, gate, down = normal((1, 8)), normal((10, 8)), normal((10, 4))
-    up = UpProduct(x=x, rows=gate, packed=None, spec=None, dtype=jnp.float32)
+    up = UpProduct(x=x, rows=gate, packed=pack_predictor(gate, Q8), spec=Q8, dtype=jnp.float32)
     call = partial(ffn, region=gated, down=down, down_norms=jnp.ones(10), out_dtype=jnp.float32)
     for ups, sizes, message in (
         ([], {"active": 1}, "no product"),
@@ -195,5 +197,5 @@ def test_bytes_are_predictor_and_chosen_rows():
     sizes = {"active": 8, "group_size": 4}
     one = ffn_bytes(1, 256, [(64, jnp.float32, Q8)], 32, jnp.float32, **sizes)
     assert one == (256 * 64 + 4 * 256) + 32 * 64 * 4 + 32 * 32 * 4 + 4 * 256
-    two = ffn_bytes(1, 256, [(64, jnp.float32, Q8), (64, jnp.float32, None)], 32, jnp.float32, **sizes)
-    assert two - one == 256 * 64 * 4
+    two = ffn_bytes(1, 256, [(64, jnp.float32, Q8), (64, jnp.float32, Q8)], 32, jnp.float32, **sizes)
+    assert two - one == (256 * 64 + 4 * 256) + 32 * 64 * 4
