@@ -61,16 +61,18 @@ def tiny_model(layers: int, width: int = 8, hidden: int = 16, vocab: int = 64) -
     return step, params, matrix(1, width)
 
 
-def per_call(call: Callable[[], Any], calls: int = 300) -> float:
-    """Median seconds of a call until it returns (dispatch, not completion)."""
-    jax.block_until_ready(call())
-    times = []
-    for _ in range(calls):
-        start = time.perf_counter()
-        result = call()
-        times.append(time.perf_counter() - start)
-        jax.block_until_ready(result)
-    return statistics.median(times)
+def per_call(*calls: Callable[[], Any], rounds: int = 500) -> list[float]:
+    """Median seconds of each call until it returns (dispatch, not completion); the calls are timed in turn."""
+    times: list[list[float]] = [[] for _ in calls]
+    for call in calls:
+        jax.block_until_ready(call())
+    for _ in range(rounds):
+        for call, own in zip(calls, times, strict=True):
+            start = time.perf_counter()
+            result = call()
+            own.append(time.perf_counter() - start)
+            jax.block_until_ready(result)
+    return [statistics.median(own) for own in times]
 
 
 def call_overhead(console: Console) -> None:
@@ -83,11 +85,10 @@ def call_overhead(console: Console) -> None:
         table.add_column(column, justify="right" if column else "left")
     for name, weights in (("plain weights", params), ("packed weights", packed)):
         jitted, operands = sparse.program(weights, x)
-        inner = per_call(lambda f=jitted, o=operands: f(*o))
-        whole = per_call(lambda w=weights: sparse(w, x))
+        inner, whole = per_call(lambda f=jitted, o=operands: f(*o), lambda w=weights: sparse(w, x))
         table.add_row(name, f"{whole * 1e6:.0f}", f"{inner * 1e6:.0f}", f"{(whole - inner) * 1e6:.0f}")
     dense = jax.jit(step)
-    table.add_row("dense, jax.jit", f"{per_call(lambda: dense(params, x)) * 1e6:.0f}", "", "")
+    table.add_row("dense, jax.jit", f"{per_call(lambda: dense(params, x))[0] * 1e6:.0f}", "", "")
     console.print(table)
 
 

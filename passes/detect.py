@@ -16,7 +16,7 @@ from hire_xform.passes.layout import Layout, row_major, whole
 from hire_xform.passes.pointwise import STEPS
 from hire_xform.passes.products import Product, find_products, matrix, normal_form
 from hire_xform.passes.provenance import Provenance, Recipe, Reshape, Slice, Transpose
-from hire_xform.passes.region import Region, Up, trace_region
+from hire_xform.passes.region import Region, Up, may_follow_product, trace_region
 from hire_xform.passes.walk import Frame, Graph, Node, Value
 
 # A vocabulary is at least this many times as wide as the activation that is projected to it.
@@ -168,6 +168,8 @@ def _ffn(down: Product, by_node: dict[Node, Product], taken: set[Product]) -> Ff
         return (
             "its weight has a batch dimension (experts or stacked layers): one product for each, which is not followed"
         )
+    if not may_follow_product(down, by_node):
+        return None
     layout: list = [None] * len(hidden.shape)
     for dims, space in ((down.x_free, "t"), (sorted(down.x_contract), "h")):
         sizes = [hidden.shape[d] for d in dims]

@@ -131,6 +131,36 @@ def trace_region(down: Product, layout: Layout, products: dict[Node, Product]) -
     return region
 
 
+def may_follow_product(down: Product, products: dict[Node, Product]) -> bool:
+    """False when no weight product leads to ``down`` through pointwise and moving equations.
+
+    A quick look before ``trace_region``, which says the same of most products of a model, attention's, at more cost.
+    """
+    seen: set[Value] = {down.x}
+    queue = [down.x]
+    while queue and len(seen) <= MAX_EQUATIONS:
+        value = queue.pop()
+        node = value.node
+        if node is None or _outlives(value, down):
+            continue
+        if node in products:
+            return True
+        if moves_only(node) or is_pointwise(node):
+            for operand in node.inputs:
+                if isinstance(operand, Value) and operand not in seen:
+                    seen.add(operand)
+                    queue.append(operand)
+    return bool(queue)
+
+
+def _outlives(value: Value, down: Product) -> bool:
+    """True for a value read after the block, as the residual stream is: no region holds it."""
+    if value is down.x:
+        return False
+    order = down.node.order
+    return value.is_output or any(node.order > order for node in value.consumers)
+
+
 class _RegionTooLargeError(Exception):
     pass
 
@@ -167,7 +197,7 @@ class _Builder:
         if self.visited > MAX_EQUATIONS:
             raise _RegionTooLargeError
         node = value.node
-        if node is None or value.const is not None or "h" not in spaces(layout) or self.outlives(value):
+        if node is None or value.const is not None or "h" not in spaces(layout) or _outlives(value, self.down):
             return self.side(value, layout)
         product = self.products.get(node)
         if product is not None:
@@ -194,12 +224,6 @@ class _Builder:
             return operands[0]
         zero = leaves_zeros(node, [self.zero[o] for o in operands], [self.number[o] for o in operands], depends)
         return self.add(Apply(node, operands), True, zero)
-
-    def outlives(self, value: Value) -> bool:
-        """True for a value read after the block, as the residual stream is: no region holds it."""
-        if value is self.down.x:
-            return False
-        return value.is_output or any(node.order > self.down.node.order for node in value.consumers)
 
     def through(self, node: Node, value: Value, layout: Layout, operand: Operand, operand_layout: Layout) -> int:
         """The expression for ``value``, which ``node`` makes of ``operand`` by moving it only."""
