@@ -70,7 +70,7 @@ def _portable(scores: jax.Array, *, k: int, shards: int) -> tuple[jax.Array, jax
     keys = scores
     if jnp.issubdtype(scores.dtype, jnp.floating):
         # lax.top_k orders as IEEE totalOrder does: a positive NaN is above +inf, a negative one below -inf.
-        keys = jnp.where(jnp.isnan(scores), jnp.nan, scores)
+        keys = lax.select(lax.ne(scores, scores), lax.full_like(scores, jnp.nan), scores)
     # f32 holds these exactly, so the cast keeps the order; wider types keep their own (slower) sort.
     if scores.dtype.itemsize <= 2:
         keys = keys.astype(jnp.float32)

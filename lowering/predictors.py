@@ -128,10 +128,13 @@ def _quantize(values: jax.Array, levels: int) -> tuple[jax.Array, jax.Array]:
     values = values.astype(jnp.float32)
     peak = jnp.max(jnp.abs(values), axis=-1)
     # A NaN poisons the maximum and an infinity fails the test, so either makes its own scale NaN and no other.
-    scale = jnp.where(jnp.isfinite(peak), peak / levels, jnp.nan)
+    # Spelled in lax: each jnp.where, clip and round would be a function of its own to trace and lower at every site.
+    scale = lax.select(lax.is_finite(peak), peak / levels, lax.full_like(peak, jnp.nan))
     usable = scale > 0.0
-    q = jnp.clip(jnp.round(values / jnp.where(usable, scale, 1.0)[..., None]), -levels, levels)
-    q = jnp.where(usable[..., None], q, 0.0)
+    divisor = lax.select(usable, scale, lax.full_like(scale, 1.0))[..., None]
+    rounded = lax.round(values / divisor, lax.RoundingMethod.TO_NEAREST_EVEN)
+    q = lax.clamp(jnp.float32(-levels), rounded, jnp.float32(levels))
+    q = lax.select(jnp.broadcast_to(usable[..., None], q.shape), q, lax.full_like(q, 0.0))
     return q.astype(jnp.int8), scale
 
 

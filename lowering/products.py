@@ -22,7 +22,7 @@ def accumulation_dtype(*dtypes: jax.typing.DTypeLike) -> jnp.dtype:
 def _pad_to_two(x: jax.Array) -> jax.Array:
     """``[1, d] -> [2, d]`` for the types whose one-row product is slow on CPU; anything else unchanged."""
     if x.shape[0] == 1 and x.dtype.itemsize < 4:
-        return jnp.pad(x, ((0, 1), (0, 0)))
+        return lax.pad(x, jnp.zeros((), x.dtype), ((0, 1, 0), (0, 0, 0)))
     return x
 
 

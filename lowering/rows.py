@@ -174,7 +174,8 @@ def _walk_rows(h: jax.Array, rows: jax.Array, index: jax.Array, group_size: int)
     def step(total: jax.Array, one: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
         begins, share = one
         for slab in range(_ROWS_A_STEP):
-            taken = lax.dynamic_slice(rows, (begins[slab], jnp.zeros_like(begins[slab])), (group_size, d))
+            begin = lax.index_in_dim(begins, slab, keepdims=False)
+            taken = lax.dynamic_slice(rows, (begin, lax.full_like(begin, 0)), (group_size, d))
             for row in range(group_size):
                 total = total + share[:, slab * group_size + row, None] * taken[row].astype(total.dtype)
         return total, None
