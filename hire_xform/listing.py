@@ -10,7 +10,7 @@ import numpy as np
 
 from hire_xform.passes import compat
 from hire_xform.passes.plan import Plan
-from hire_xform.passes.walk import label
+from hire_xform.passes.walk import label, numbered
 
 # What a spliced site does, in order; the names of the scopes its equations stand in.
 PHASES = ("predict", "select", "compute")
@@ -128,13 +128,9 @@ class _Lister:
             inputs.append(Named(env[var], type_text(var.aval), notes[i] if i < len(notes) else ""))
         atoms = [a for eqn in inner.eqns for a in eqn.invars] + list(inner.outvars)
         read = {a for a in atoms if not isinstance(a, compat.Literal)}
-        counts: dict[str, int] = {}
         equations = []
-        for eqn in inner.eqns:
-            kind = label(eqn)
-            number = counts.get(kind, 0)
-            counts[kind] = number + 1
-            equations.append(self._equation(eqn, kind, f"{prefix}{kind}[{number}]", env, read, mark))
+        for own_path, eqn in numbered(inner.eqns):
+            equations.append(self._equation(eqn, label(eqn), f"{prefix}{own_path}", env, read, mark))
         return Body(name, inputs, [_operand(a, env) for a in inner.outvars], equations)
 
     def _equation(self, eqn: Any, kind: str, path: str, env: dict[Any, str], read: set[Any], around: Mark) -> Equation:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from hire_xform.passes import compat
-from hire_xform.passes.walk import label
+from hire_xform.passes.walk import numbered
 
 # Says whether an equation at a path is to be seen.
 Wanted = Callable[[str, Any], bool]
@@ -36,7 +36,8 @@ def _evaluate(
     def read(atom: Any) -> Any:
         return atom.val if isinstance(atom, compat.Literal) else env[atom]
 
-    for path, eqn in _with_paths(inner, prefix):
+    for own_path, eqn in numbered(inner.eqns):
+        path = f"{prefix}{own_path}"
         given = [read(a) for a in eqn.invars]
         if eqn.primitive in compat.CALL_PRIMITIVES and _holds(compat.call_jaxpr(eqn), wanted, f"{path}/"):
             results = _evaluate(compat.call_jaxpr(eqn), given, wanted, f"{path}/", seen)
@@ -49,20 +50,10 @@ def _evaluate(
 
 
 def _holds(jaxpr: Any, wanted: Wanted, prefix: str) -> bool:
-    for path, eqn in _with_paths(compat.close(jaxpr)[0], prefix):
+    for own_path, eqn in numbered(compat.close(jaxpr)[0].eqns):
+        path = f"{prefix}{own_path}"
         if wanted(path, eqn):
             return True
         if eqn.primitive in compat.CALL_PRIMITIVES and _holds(compat.call_jaxpr(eqn), wanted, f"{path}/"):
             return True
     return False
-
-
-def _with_paths(inner: Any, prefix: str) -> list[tuple[str, Any]]:
-    counts: dict[str, int] = {}
-    found = []
-    for eqn in inner.eqns:
-        name = label(eqn)
-        number = counts.get(name, 0)
-        counts[name] = number + 1
-        found.append((f"{prefix}{name}[{number}]", eqn))
-    return found

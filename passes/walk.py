@@ -11,7 +11,7 @@ in the same body; a jitted call carries its function's name, ``jit:layer[1]``.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -196,6 +196,16 @@ def label(eqn: Any) -> str:
     return kind if kind is not None else str(eqn.primitive)
 
 
+def numbered(eqns: Iterable[Any]) -> Iterator[tuple[str, Any]]:
+    """The equations of one body, each with its own part of its path: ``dot_general[3]``."""
+    counts: dict[str, int] = {}
+    for eqn in eqns:
+        name = label(eqn)
+        number = counts.get(name, 0)
+        counts[name] = number + 1
+        yield f"{name}[{number}]", eqn
+
+
 def _open_scope(
     kind: str, node: Node | None, iterations: int, jaxpr: Any, consts: Sequence[Any], prefix: str, scopes: list[Scope]
 ) -> Scope:
@@ -230,12 +240,8 @@ def _fill(frame: Frame, consts: Sequence[Any], scopes: list[Scope]) -> None:
             literals[id(atom.val)] = Value(atom.aval, scope, const=atom.val)
         return literals[id(atom.val)]
 
-    counts: dict[str, int] = {}
-    for eqn in jaxpr.eqns:
-        name = label(eqn)
-        number = counts.get(name, 0)
-        counts[name] = number + 1
-        path = f"{frame.path}{name}[{number}]"
+    for own_path, eqn in numbered(jaxpr.eqns):
+        path = f"{frame.path}{own_path}"
         operands = [read(a) for a in eqn.invars]
         if eqn.primitive in compat.CALL_PRIMITIVES:
             inner, inner_consts = compat.close(compat.call_jaxpr(eqn))

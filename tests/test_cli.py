@@ -295,8 +295,6 @@ def test_reader_that_closes_early_is_no_error():
 @pytest.mark.slow
 def test_demo_compares_dense_and_sparse(monkeypatch, capsys):
     pytest.importorskip("tokenizers")
-    if not (TESTS.parent / "examples" / "tiny_lm" / "weights.safetensors").is_file():
-        pytest.skip("the bundled weights are not there")
     monkeypatch.chdir(TESTS.parent)
     assert cli.main(["demo", "--tokens", "8", "--positions", "32", "--half", "first"]) == 0
     out = capsys.readouterr().out
