@@ -18,11 +18,11 @@ $(VENV)/.examples: $(VENV)/.created pyproject.toml
 	touch $@
 
 $(VENV)/.test: $(VENV)/.created pyproject.toml
-	$(BIN)/python -m pip install --quiet --editable '.[examples,test]'
+	$(BIN)/python -m pip install --quiet --editable '.[examples,test,frameworks]'
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.created pyproject.toml
-	$(BIN)/python -m pip install --quiet --editable '.[examples,test,dev]'
+	$(BIN)/python -m pip install --quiet --editable '.[examples,test,frameworks,dev]'
 	touch $@
 
 demo: $(VENV)/.examples
