@@ -37,6 +37,7 @@ class Case:
         a refusal.
       weights: weights_argnums.
       options: further options of ``sparsify``, as for ``jax.jit``.
+      tolerance: largest difference at full width, over the largest entry; a 16-bit model needs a wider one.
     """
 
     framework: str
@@ -49,6 +50,7 @@ class Case:
     missed: tuple[str, ...] = ()
     weights: Any = 0
     options: tuple[tuple[str, Any], ...] = ()
+    tolerance: float = 5e-5
 
     def __repr__(self) -> str:
         return f"{self.framework}-{self.model}-{self.nesting}".replace(" ", "_")

@@ -53,7 +53,7 @@ def measure(case: Case) -> Row:
     numbers = (case.weights,) if isinstance(case.weights, int) else tuple(case.weights)
     packed = traced.pack(*(args[i] for i in numbers))
     held = list(args)
-    for i, one in zip(numbers, packed if len(numbers) > 1 else (packed,), strict=True):
+    for i, one in zip(numbers, packed if len(numbers) != 1 else (packed,), strict=True):
         held[i] = one
 
     plain = jax.jit(_leaves_of(fun, args))
