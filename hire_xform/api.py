@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from hire_xform.calls import Abstract, Signature, abstract_call, is_array
+from hire_xform.calls import Abstract, Signature, abstract_call
 from hire_xform.config import Config
 from hire_xform.entry import Entry, take_packed
 from hire_xform.memory import PackMemory
@@ -123,7 +123,8 @@ class Sparsified:
         types = tuple(map(type, leaves))
         known = self._shapes.get((treedef, types))
         if known is None:
-            statics = tuple(i for i, leaf in enumerate(leaves) if not is_array(leaf))
+            found = jax.tree_util.tree_leaves_with_path((args, kwargs))
+            statics = tuple(i for i, (path, leaf) in enumerate(found) if not self.signature.traces(path, leaf))
             known = self._shapes[treedef, types] = (statics, {})
         positions, entries = known
         values = tuple([leaves[i] for i in positions])

@@ -40,7 +40,7 @@ class Abstract:
 
     Attributes:
       treedef: structure of ``(args, kwargs)``.
-      statics: (position, value) of the leaves that are not arrays.
+      statics: (position, value) of the leaves that are not traced.
       avals: abstract values of the array leaves, in order.
       roots: for each array leaf, the root it is as a weight, or None.
     """
@@ -49,6 +49,12 @@ class Abstract:
     statics: tuple[tuple[int, Any], ...]
     avals: tuple[Any, ...]
     roots: tuple[Root | None, ...] = field(compare=False)
+    # Types of the static values: 1, 1.0 and True are equal.
+    _types: tuple[type, ...] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        """Notes the types."""
+        object.__setattr__(self, "_types", tuple(type(value) for _, value in self.statics))
 
     def rebuild(self, leaves: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The call's arguments again, with these for the array leaves."""
@@ -128,6 +134,17 @@ class Signature:
         """The position of a weights argument given by position or name; None for any other argument."""
         number = self.names.index(key) if isinstance(key, str) and key in self.names else key
         return number if isinstance(number, int) and number in self.weights else None
+
+    def traces(self, path: Sequence[Any], leaf: Any) -> bool:
+        """True for a leaf of ``(args, kwargs)`` that is traced, as opposed to static.
+
+        Arrays are. So is a number that is an argument by itself, as for jax.jit. A number inside a weights argument is
+        a setting of the model (a dropout rate, a flag it branches on), as for Equinox's filter_jit.
+        """
+        setting = isinstance(leaf, (bool, int, float, complex)) and not isinstance(leaf, np.generic)
+        if setting and len(path) > 2 and self.weight_number(argument_of(path)) is not None:
+            return False
+        return is_array(leaf)
 
     def wrap_statics(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The call with static arguments wrapped."""
@@ -233,7 +250,7 @@ def abstract_call(signature: Signature, args: tuple[Any, ...], kwargs: dict[str,
     counts: dict[int, int] = {}
     for position, (path, leaf) in enumerate(found):
         key = argument_of(path)
-        if not is_array(leaf):
+        if not signature.traces(path, leaf):
             check_static(leaf, path)
             statics.append((position, leaf))
             continue

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
-from hire_xform.calls import Abstract, abstract_call, argument_of, aval_of, is_array, unwrap_statics
+from hire_xform.calls import Abstract, abstract_call, argument_of, aval_of, unwrap_statics
 from hire_xform.errors import TracedWeightsError
 from hire_xform.passes import compat
 from hire_xform.passes.pack import Packed, PackedToken
@@ -64,7 +64,7 @@ class Entry:
         self._hashed = False
         found, treedef = jax.tree_util.tree_flatten_with_path((args, kwargs))
         self._treedef: Any = treedef
-        self._statics = {i: leaf for i, (_, leaf) in enumerate(found) if not is_array(leaf)}
+        self._statics = {i: leaf for i, (path, leaf) in enumerate(found) if not signature.traces(path, leaf)}
         # Roots of this call's own leaves: those that a Packed stands for have none here.
         roots = iter([r for r in self._roots if r is None or int(r.kind[3:]) not in covered])
         for position, (path, leaf) in enumerate(found):

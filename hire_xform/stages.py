@@ -215,13 +215,12 @@ class Traced:
         return jax.tree.unflatten(self.out_tree, results)
 
     def _layout(self, number: int) -> PackLayout:
-        argument = self._argument(self.call.rebuild(range(len(self.call.avals))), number)
+        argument = self._argument(self.call.rebuild([_ABSENT] * len(self.call.avals)), number)
         leaves, treedef = jax.tree.flatten(argument)
         mine = [root for root in self.call.roots if root is not None and root.kind == f"arg{number}"]
         first = self.call.roots.index(mine[0]) if mine else 0
         avals = self.call.avals[first : first + len(mine)]
-        # Array leaves were rebuilt as their numbers; no integer is ever static.
-        static = tuple((i, v) for i, v in enumerate(leaves) if not isinstance(v, int))
+        static = tuple((i, v) for i, v in enumerate(leaves) if v is not _ABSENT)
         holding = self._holdings.get(f"arg{number}", Holding((), (), ()))
         return PackLayout(number, treedef, avals, static, holding.kept, holding.keys, holding.restored)
 
@@ -257,7 +256,7 @@ class Traced:
         """The rewritten program on a call with ``Packed`` weights; inlines into whatever traces it."""
         args, kwargs = self.signature.wrap_statics(args, kwargs)
         packed = {p.layout.argnum: p for p in [*args, *kwargs.values()] if isinstance(p, Packed)}
-        leaves = call_leaves(args, kwargs)
+        leaves = call_leaves(self.signature, args, kwargs)
         return self.evaluate(leaves, self.supply(packed, {}, {}))
 
     def supply(self, packed: dict[int, Packed], plain: dict[Root, Any], forms: dict[PackKey, Any]) -> Supply:
@@ -317,8 +316,8 @@ def collector_paused() -> Iterator[None]:
         gc.enable()
 
 
-def call_leaves(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-    """The array leaves of a call, None for each leaf that a ``Packed`` stands for."""
+def call_leaves(signature: Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    """The traced leaves of a call, None for each leaf that a ``Packed`` stands for."""
 
     def expand(value: Any) -> Any:
         if not isinstance(value, Packed):
@@ -327,8 +326,10 @@ def call_leaves(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
         return layout.treedef.unflatten(merge(layout.static, [_ABSENT] * len(layout.avals)))
 
     expanded = (tuple(expand(a) for a in args), {k: expand(v) for k, v in kwargs.items()})
-    leaves = jax.tree.leaves(expanded)
-    return [None if leaf is _ABSENT else leaf for leaf in leaves if leaf is _ABSENT or is_array(leaf)]
+    leaves = jax.tree_util.tree_leaves_with_path(expanded)
+    return [
+        None if leaf is _ABSENT else leaf for path, leaf in leaves if leaf is _ABSENT or signature.traces(path, leaf)
+    ]
 
 
 class _Absent:
@@ -355,10 +356,11 @@ def check_weights(number: int, weight: Any, layout: PackLayout) -> list[Any]:
     paths = [path for path, _ in jax.tree_util.tree_flatten_with_path(weight)[0]]
     static = dict(layout.static)
     for i, (path, leaf) in enumerate(zip(paths, leaves, strict=True)):
-        if is_array(leaf) is (i in static) or (i in static and leaf != static[i]):
+        same = is_array(leaf) if i not in static else type(leaf) is type(static[i]) and leaf == static[i]
+        if not same:
             expected = f"{static[i]!r}" if i in static else "an array"
             raise TypeError(f"pack: weights{jax.tree_util.keystr(path)} is {leaf!r}; expected {expected} as traced")
-    arrays = [(p, leaf) for p, leaf in zip(paths, leaves, strict=True) if is_array(leaf)]
+    arrays = [(path, leaf) for i, (path, leaf) in enumerate(zip(paths, leaves, strict=True)) if i not in static]
     for (path, leaf), aval in zip(arrays, layout.avals, strict=True):
         got = jax.typeof(leaf) if not isinstance(leaf, jax.ShapeDtypeStruct) else leaf
         if isinstance(leaf, jax.ShapeDtypeStruct):

@@ -108,7 +108,8 @@ class PackLayout:
         return self._numbers.get(key)
 
     def _fields(self) -> tuple[Any, ...]:
-        return self.argnum, self.treedef, self.avals, self.static, self.kept, self.keys, self.restored
+        types = tuple(type(value) for _, value in self.static)  # 1, 1.0 and True are equal
+        return self.argnum, self.treedef, self.avals, self.static, types, self.kept, self.keys, self.restored
 
     def __eq__(self, other: object) -> bool:
         """Equal when everything it describes is."""

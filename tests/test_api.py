@@ -464,6 +464,32 @@ def test_leaves_that_are_not_arrays_are_static():
         assert_same(step(traced.pack(module), inputs()), module(inputs()))
 
 
+@pytest.mark.filterwarnings("ignore::hire_xform.HireWarning")
+def test_numbers_inside_weights_are_settings_that_a_model_may_branch_on():
+    def fun(params, x):
+        if not params["inference"] or not isinstance(params["rate"], float):
+            raise ValueError("dropout needs a key")
+        return net(params["weights"], x) * params["times"]
+
+    step, weights = hx.sparsify(fun, config=FULL), make_weights()
+    for times in (1, 2, True, 1.0):
+        params = {"weights": weights, "inference": True, "rate": 0.1, "times": times}
+        traced = step.trace(params, inputs())
+        packed = traced.pack(params)
+        want = fun(params, inputs())
+        assert_same(step(params, inputs()), want)
+        assert_same(step(packed, inputs()), want)
+        assert_same(jax.jit(step)(packed, inputs()), want)
+        assert_same(traced.lower().compile()(packed, inputs()), want)
+        assert jax.tree.leaves(packed) == packed.leaves
+        with pytest.raises(TypeError, match=r"inference.*expected True as traced"):
+            traced.pack({**params, "inference": False})
+    # By itself a number is data: a token id, or the argument of a function that closes over its weights.
+    alone = hx.sparsify(lambda x: x * 2)
+    assert alone.trace(3).call.avals == alone.trace(4).call.avals
+    assert len(alone.trace(3).call.avals) == 1
+
+
 def test_python_numbers_are_data():
     step, params = hx.sparsify(lambda p, x, s: net(p, x) * s, config=FULL), make_weights()
     for scale in (2, 2.5, np.float32(3), True):
