@@ -16,7 +16,7 @@ from hire_xform.passes.layout import Layout, row_major, whole
 from hire_xform.passes.pointwise import STEPS
 from hire_xform.passes.products import Product, find_products, matrix, normal_form
 from hire_xform.passes.provenance import Provenance, Recipe, Reshape, Slice, Transpose
-from hire_xform.passes.region import Region, Up, may_follow_product, trace_region
+from hire_xform.passes.region import Apply, Region, Up, may_follow_product, trace_region
 from hire_xform.passes.walk import Frame, Graph, Node, Value
 
 # A vocabulary is at least this many times as wide as the activation that is projected to it.
@@ -145,7 +145,7 @@ def detect(graph: Graph, provenance: Provenance) -> Detection:
         if product in taken:
             continue
         fate = follow(product, narrow=product.width < WIDE * product.contracted)
-        reason = _not_vocabulary(product, fate)
+        reason = _not_vocabulary(product, fate, by_node)
         if reason is None:
             matches.append(VocabMatch(product))
             taken.add(product)
@@ -179,6 +179,11 @@ def _ffn(down: Product, by_node: dict[Node, Product], taken: set[Product]) -> Ff
     if region is None:
         return None
     leak = _leak(region, hidden, down) or _lost_derivative(region, down)
+    if _is_linear(region):
+        if leak is not None:
+            return None  # a residual stream, not nearly a block
+        if _factored(region, down):
+            return "nothing nonlinear lies between it and the product it follows: one matrix in two factors"
     if leak is not None:
         return leak
     blocked = next((up.product for up in region.ups if up.product in taken), None)
@@ -230,11 +235,42 @@ def _keeps_derivative(frame: Frame) -> bool:
     return bool(inside) and not any(n.primitive in STEPS for n in inside)
 
 
+def _is_linear(region: Region) -> bool:
+    """True when the activation is a weighted sum of the products into the units, with no function of them between."""
+    depends: list[bool] = []
+    for e in region.exprs:
+        if not isinstance(e, Apply):
+            depends.append(isinstance(e, Up))
+            continue
+        hidden = [depends[o] for o in e.operands]
+        p = e.node.primitive
+        scaled = hidden.count(True) == 1 and (p is prims.mul_p or (p is prims.div_p and hidden[0]))
+        if p not in _SUMS and not scaled:
+            return False
+        depends.append(True)
+    return True
+
+
+_SUMS = frozenset({prims.add_p, prims.sub_p, prims.neg_p, prims.convert_element_type_p, prims.copy_p})
+
+
+def _factored(region: Region, down: Product) -> bool:
+    """True when the two products of a linear region are one matrix in two factors.
+
+    The projection of a narrower embedding before the vocabulary is that, and a low-rank update: the units between are
+    no more than the inputs, or the second factor makes a vocabulary. Every unit is needed, and what follows the second
+    factor decides what it is.
+    """
+    if region.units <= max(up.product.contracted for up in region.ups):
+        return True
+    return down.width >= WIDE * down.contracted and _not_vocabulary(down, follow(down, narrow=False), {}) is None
+
+
 def _nodes(item: Node | Frame) -> list[Node]:
     return [item] if isinstance(item, Node) else [n for inner in item.items for n in _nodes(inner)]
 
 
-def _not_vocabulary(product: Product, fate: Fate) -> str | None:
+def _not_vocabulary(product: Product, fate: Fate, by_node: dict[Node, Product]) -> str | None:
     """Why a product outside any block is no vocabulary projection; None when it is one."""
     if product.batched:
         return (
@@ -252,6 +288,8 @@ def _not_vocabulary(product: Product, fate: Fate) -> str | None:
         if fate.first("returned") is not None:
             return "its output is returned as well as contracted, so every unit of it is needed"
         where = event[1].source
+        if event[1] in by_node:
+            return f"its output is {how} another product at {where}, a weight's as well, but the two make no block"
         return f"its output is {how} another product at {where}, not pointwise and not a weight's"
     mixed = fate.first("mixed", "opaque")
     if mixed is not None and mixed[1] is not None:

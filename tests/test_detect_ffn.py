@@ -330,6 +330,10 @@ def test_attention_is_refused():
     refused(block, "another product", count=4)
 
 
+def test_two_factors_of_one_matrix_are_refused():
+    refused(lambda p, x: (x @ p["w1"][:, :8]) @ p["w2"][:8], "one matrix in two factors", count=2)
+
+
 def test_linear_attention_is_refused():
     def block(p, x):
         q, k, v = jax.nn.relu(x @ p["w1"]), jax.nn.relu(x @ p["wg"]), x @ p["stack"][0]

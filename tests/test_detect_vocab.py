@@ -159,6 +159,26 @@ def test_a_narrow_product_is_refused():
     refused(lambda p, x: x @ p["k"], "too narrow")
 
 
+FACTORS = {
+    # A projection to a narrower embedding, to one as wide as the model, to a wider one.
+    "narrower": lambda p, x: (x @ p["k"][:, :5]) @ p["e"][:, :5].T,
+    "square": lambda p, x: (x @ p["k"]) @ p["h"],
+    "wider": lambda p, x: (x @ p["h3"].reshape(D, 64)[:, :20]) @ p["p20"],
+    "scaled_and_shifted": lambda p, x: ((x @ p["k"][:, :5]) * p["b"][:5] / 2.0 + p["b"][:5]) @ p["e"][:, :5].T,
+}
+
+
+@pytest.mark.parametrize("name", FACTORS)
+def test_the_second_of_two_factors_is_the_vocabulary(name):
+    p, x = weights(), tokens(3)
+    p["p20"] = jnp.tile(p["p"], (1, 2))[:, :20].T
+    step = hx.sparsify(FACTORS[name], config=full_width())
+    traced = step.trace(p, x)
+    assert kinds(traced.plan) == ["vocab"], traced.explain()
+    assert ["a weight's as well" in r.reason for r in traced.plan.refusals] == [True]
+    assert_same(step(p, x), jax.jit(FACTORS[name])(p, x))
+
+
 def test_a_cumulative_sum_of_it_is_refused():
     refused(lambda p, x: jnp.cumsum(x @ p["h"], axis=-1), "cumsum", "not followed")
 
