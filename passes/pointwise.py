@@ -25,8 +25,10 @@ POINTWISE = frozenset(
     p for p in (compat.public_primitive(f"{name}_p") for name in _POINTWISE_NAMES.split()) if p is not None
 )
 
-# Flat almost everywhere: a derivative through them is zero.
-STEPS = frozenset({prims.sign_p, prims.round_p, prims.floor_p, prims.ceil_p, prims.stop_gradient_p})
+# Flat almost everywhere, or of no derivative: one through them is zero.
+STEPS = frozenset(
+    {prims.sign_p, prims.round_p, prims.floor_p, prims.ceil_p, prims.stop_gradient_p, prims.bitcast_convert_type_p}
+)
 
 # Layout and placement hints that the replay of a region on fewer units must leave out: they name whole shapes.
 HINTS = frozenset({prims.sharding_constraint_p})
@@ -34,6 +36,10 @@ HINTS = frozenset({prims.sharding_constraint_p})
 
 def is_pointwise(node: Node) -> bool:
     """True for an equation that acts on each element alone and has no effect."""
+    if node.primitive is prims.bitcast_convert_type_p:
+        # The bits of each element (as signbit reads them), unless it is cut in parts or several are joined.
+        bits: Any = node.inputs[0].aval
+        return tuple(bits.shape) == node.outputs[0].shape
     return (node.primitive in POINTWISE or node.primitive is compat.OPTIMIZATION_BARRIER) and not node.eqn.effects
 
 

@@ -72,6 +72,7 @@ PICKS = {
     "top_k": lambda p, x: lax.top_k(x @ p["h"], 5),
     "sort": lambda p, x: jnp.sort(x @ p["h"], axis=-1),
     "categorical": lambda p, x: jax.random.categorical(jax.random.key(0), x @ p["h"]),
+    "sign_bit": lambda p, x: (lambda u: jnp.argmax(jnp.where((u == 0) & jnp.signbit(u), -1e-30, u), -1))(x @ p["h"]),
     "max": lambda p, x: jnp.max(x @ p["h"], axis=-1),
     "entropy": lambda p, x: (lambda lp: -jnp.sum(jnp.exp(lp) * lp, -1))(jax.nn.log_softmax(x @ p["h"])),
 }
@@ -153,6 +154,10 @@ def test_logits_returned_and_contracted_are_refused():
         return logits, logits @ p["down"]
 
     refused(fun, "returned as well as contracted", count=2)
+
+
+def test_logits_read_in_pieces_of_their_bits_are_refused():
+    refused(lambda p, x: lax.bitcast_convert_type(x @ p["h"], jnp.uint8), "bitcast_convert_type", "not followed")
 
 
 def test_a_narrow_product_is_refused():
