@@ -22,15 +22,33 @@ class PackedView:
 
     Attributes:
       arrays: an array, or a predictor's dictionary of arrays, each led by the stack axes.
-      index: one scalar for each resolved stack axis, outermost first.
+      index: one int32 scalar for each resolved stack axis, outermost first; all are in range.
+      factor: what products with this matrix are multiplied by, when it may have been indexed out of range by an
+        indexing that fills with NaN: one, or NaN. None where none did.
     """
 
     arrays: Any
     index: tuple[Any, ...] = ()
+    factor: Any = None
 
-    def at(self, index: Any) -> PackedView:
-        """The view with one more stack axis resolved."""
-        return dataclasses.replace(self, index=(*self.index, index))
+    def at(self, index: Any, fills: bool = False) -> PackedView:
+        """The view with one more stack axis resolved.
+
+        Args:
+          index: the index, a scalar. Out of range, the nearest slice is taken, as a dynamic slice does.
+          fills: out of range, the matrix is NaN instead.
+        """
+        size = jax.tree.leaves(self.arrays)[0].shape[len(self.index)]
+        factor = self.factor
+        if fills:
+            known = jnp.where((index >= 0) & (index < size), jnp.float32(1), jnp.float32(jnp.nan))
+            factor = known if factor is None else factor * known
+        inside = jnp.clip(index, 0, size - 1).astype(jnp.int32)
+        return dataclasses.replace(self, index=(*self.index, inside), factor=factor)
+
+    def filled(self, value: Any) -> Any:
+        """A product with this matrix, or an operand of one, made NaN where the matrix is."""
+        return value if self.factor is None else value * self.factor.astype(value.dtype)
 
     def whole(self) -> Any:
         """The packed form of the one matrix."""
@@ -52,8 +70,7 @@ class PackedView:
             return self.arrays, 0
         number: Any = 0
         for size, i in zip(stack, self.index, strict=True):
-            # Out of range, a dynamic slice clamps; so does this.
-            number = number * size + jnp.clip(i, 0, size - 1).astype(jnp.int32)
+            number = number * size + i
         rows, columns = self.arrays.shape[len(stack) :]
         return self.arrays.reshape(math.prod(stack) * rows, columns), number * rows
 

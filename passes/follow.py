@@ -119,8 +119,8 @@ def _step(node: Node, value: Value, dims: frozenset[int], fate: Fate) -> list[tu
         if node.params["axis"] not in dims:
             return [(node.outputs[0], dims)]
         fate.events.append(("mixed", node))
-    elif p is prims.gather_p:
-        fate.events.append(("gathered", node))
+    elif p in (prims.gather_p, prims.dynamic_slice_p):
+        return _picked(node, value, dims, fate)
     elif p in _STORES:
         if node.inputs[0] is value:
             return [(node.outputs[0], dims)]
@@ -130,6 +130,20 @@ def _step(node: Node, value: Value, dims: frozenset[int], fate: Fate) -> list[tu
     else:
         fate.events.append(("opaque", node))
     return []
+
+
+def _picked(node: Node, value: Value, dims: frozenset[int], fate: Fate) -> list[tuple[Value, frozenset[int]]]:
+    """Some tokens of many, with the axis whole, is still the axis; some entries of the axis are read from it."""
+    sizes = node.params["slice_sizes"]
+    if node.inputs[0] is not value or any(sizes[d] != value.shape[d] for d in dims):
+        fate.events.append(("gathered", node))
+        return []
+    if node.primitive is prims.dynamic_slice_p:
+        return [(node.outputs[0], dims)]
+    numbers = node.params["dimension_numbers"]
+    dropped = {*numbers.collapsed_slice_dims, *numbers.operand_batching_dims}
+    kept = [d for d in range(len(value.shape)) if d not in dropped]
+    return [(node.outputs[0], frozenset(numbers.offset_dims[i] for i, d in enumerate(kept) if d in dims))]
 
 
 def _without(dims: frozenset[int], removed: set[int]) -> frozenset[int]:

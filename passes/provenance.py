@@ -131,15 +131,24 @@ class ScanSlice:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class IndexSlice:
-    """One stack axis, resolved by the index that ``node`` (a dynamic_slice) takes along ``axis``."""
+    """One stack axis, resolved by an index that ``node`` (a dynamic_slice or a gather) takes.
+
+    Attributes:
+      node: the equation.
+      operand: which of its operands holds the index.
+      entry: where in that operand, flattened, the index stands.
+      fills: True when an index out of range gives NaN instead of the nearest slice.
+    """
 
     node: Node
-    axis: int
+    operand: int
+    entry: int = 0
+    fills: bool = False
 
     @property
     def index(self) -> Operand:
         """The run-time index operand."""
-        return self.node.inputs[1 + self.axis]
+        return self.node.inputs[self.operand]
 
 
 Ref = ScanSlice | IndexSlice
@@ -228,7 +237,8 @@ class Provenance:
 
     def _mark_derived(self, node: Node) -> None:
         some = False
-        for v in node.inputs:
+        # Which part of a weight is picked may hang on the data; that it is a part of a weight does not.
+        for v in node.inputs[:1] if _picks_matrix(node) else node.inputs:
             if isinstance(v, Value):
                 if v.const is None and v not in self._origins and v not in self._derived:
                     return
@@ -310,14 +320,47 @@ def _split(node: Node, origin: Origin) -> list[Origin]:
 def _dynamic_slice(node: Node, origin: Origin) -> list[Origin] | None:
     shape, sizes = shape_of(node.inputs[0]), tuple(node.params["slice_sizes"])
     indexed = [axis for axis, (have, take) in enumerate(zip(shape, sizes, strict=True)) if have != take]
-    if len(indexed) != 1 or sizes[indexed[0]] != 1:
+    if not _picks_matrix(node) or not indexed or any(sizes[axis] != 1 for axis in indexed):
         return None
-    axis = indexed[0]
-    to_front = (axis, *(a for a in range(len(shape)) if a != axis))
-    steps: list[Step] = [Transpose(to_front)] if axis else []
-    steps += [Stack(shape[axis]), Reshape(tuple(node.outputs[0].shape))]
-    found = _extended(origin, *steps)
-    return [dataclasses.replace(found[0], refs=(*origin.refs, IndexSlice(node, axis)))]
+    return _indexed(node, origin, indexed, [IndexSlice(node, 1 + axis) for axis in indexed])
+
+
+def _gather(node: Node, origin: Origin) -> list[Origin] | None:
+    """One whole slice: every indexed axis is taken at one index, and the others are kept as they are."""
+    numbers, mode = node.params["dimension_numbers"], node.params["mode"]
+    shape, sizes = shape_of(node.inputs[0]), tuple(node.params["slice_sizes"])
+    axes = tuple(numbers.start_index_map)
+    fills = mode == lax.GatherScatterMode.FILL_OR_DROP
+    if not _picks_matrix(node) or math.prod(shape_of(node.inputs[1])) != len(axes) or numbers.operand_batching_dims:
+        return None
+    if fills:
+        value = node.params["fill_value"]
+        if not jnp.issubdtype(_dtype_of(node.inputs[0]), jnp.floating) or not (value is None or np.isnan(value)):
+            return None
+    elif mode not in (lax.GatherScatterMode.CLIP, lax.GatherScatterMode.PROMISE_IN_BOUNDS):
+        return None
+    # An axis taken whole is indexed by zero wherever it is in range, so its index says nothing unless it fills.
+    indexed = [axis for axis in axes if fills or shape[axis] != sizes[axis]]
+    kept = [axis for axis in range(len(shape)) if axis not in indexed]
+    if any(sizes[axis] != 1 for axis in indexed) or any(sizes[axis] != shape[axis] for axis in kept):
+        return None
+    return _indexed(node, origin, indexed, [IndexSlice(node, 1, axes.index(axis), fills) for axis in indexed])
+
+
+def _indexed(node: Node, origin: Origin, axes: list[int], refs: list[IndexSlice]) -> list[Origin]:
+    """The slice that ``refs`` take along ``axes``, as a stack."""
+    shape = shape_of(node.inputs[0])
+    to_front = (*axes, *(axis for axis in range(len(shape)) if axis not in axes))
+    steps: list[Step] = [] if to_front == tuple(range(len(shape))) else [Transpose(to_front)]
+    steps += [*(Stack(shape[axis]) for axis in axes), Reshape(node.outputs[0].shape)]
+    return [Origin(origin.recipe.then(*steps), (*origin.refs, *refs))]
+
+
+def _picks_matrix(node: Node) -> bool:
+    """True for an index or slice that takes matrices, where a look-up of embeddings takes rows."""
+    if node.primitive not in (prims.gather_p, prims.dynamic_slice_p):
+        return False
+    return sum(size > 1 for size in node.params["slice_sizes"]) >= 2
 
 
 _RULES: dict[Any, Rule] = {
@@ -329,6 +372,7 @@ _RULES: dict[Any, Rule] = {
     prims.slice_p: _slice,
     compat.SPLIT: _split,
     prims.dynamic_slice_p: _dynamic_slice,
+    prims.gather_p: _gather,
     prims.copy_p: _same,
     prims.name_p: _same,
     prims.stop_gradient_p: _same,

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from hire_xform.passes import compat, control
@@ -111,7 +112,7 @@ class Rewriter:
     def _call(self, frame: Frame, env: Env, views: Views) -> None:
         needs = self._frame_needs(frame)
         operands = [read(env, o, missing_ok=True) for o in frame.inputs]
-        if not needs and not any(o is None for o in operands):
+        if not needs and not frame.inline and not any(o is None for o in operands):
             results = compat.bind(frame.eqn, operands)
         elif frame.inline or frame.kind == "call" or (frame.kind == "jit" and compat.jit_is_inlined(frame.eqn)):
             self._frame(frame, env, views)
@@ -159,7 +160,8 @@ class Rewriter:
             for treatment in self._frame_treatments(frame)
         )
         resolved = tuple(
-            (len(need.refs), len(view.index), str(need.key.form)) for need, view in zip(needs, seen, strict=True)
+            (len(need.refs), len(view.index), view.factor is None, str(need.key.form))
+            for need, view in zip(needs, seen, strict=True)
         )
         return id(frame.jaxpr), tuple(pattern), wanted, inside, resolved
 
@@ -176,7 +178,7 @@ class Rewriter:
             index = read(env, ref.index, missing_ok=True)
             if index is None:
                 break
-            view = view.at(index)
+            view = view.at(jnp.reshape(index, -1)[ref.entry], ref.fills)
         return view
 
     def _is_alive(self, frame: Frame) -> bool:

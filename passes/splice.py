@@ -72,7 +72,7 @@ def _vocab(decision: Decision, match: VocabMatch, operands: Sequence[Any], views
         fill=settings.fill,  # type: ignore[arg-type]
         out_dtype=product.out.aval.dtype,
     )
-    return result_shape(product, logits)
+    return result_shape(product, views[0].filled(logits))
 
 
 def _ffn(decision: Decision, match: FfnMatch, operands: Sequence[Any], views: Sequence[PackedView]) -> Any:
@@ -84,7 +84,7 @@ def _ffn(decision: Decision, match: FfnMatch, operands: Sequence[Any], views: Se
         rows, first = views[2 * i].rows()
         ups.append(
             UpProduct(
-                x=canonical_activation(up.product, x, up.layout, tokens),
+                x=views[2 * i].filled(canonical_activation(up.product, x, up.layout, tokens)),
                 rows=rows,
                 first_row=first,
                 packed=views[2 * i + 1].whole(),
@@ -106,7 +106,7 @@ def _ffn(decision: Decision, match: FfnMatch, operands: Sequence[Any], views: Se
         group_size=settings.group_size,
         out_dtype=match.down.out.aval.dtype,
     )
-    return result_shape(match.down, result)
+    return result_shape(match.down, views[-2].filled(result))
 
 
 def _side(value: Any, layout: Layout, tokens: int, units: int) -> Any:
@@ -164,4 +164,4 @@ def dense_rows(treatment: DenseRows, read: Read, view: PackedView) -> Any:
         preferred_element_type=params["preferred_element_type"],
     )
     assert math.prod(flat.shape) == product.tokens * product.width
-    return result_shape(product, flat)
+    return result_shape(product, view.filled(flat))

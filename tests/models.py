@@ -118,6 +118,40 @@ def indexed(params, cache, tokens, shift):
     return head(params, x), {"k": k, "v": v, "pos": cache["pos"] + 1}
 
 
+def taken(params, cache, tokens, shift):
+    """Layers taken from the stack with ``jnp.take``, which makes a layer out of range NaN."""
+
+    def body(i, state):
+        x, ks, vs = state
+        w = jax.tree.map(lambda stack: jnp.take(stack, i, axis=0), params["layers"])
+        x, k, v = layer(w, x, ks[i], vs[i], cache["pos"])
+        return x, ks.at[i].set(k), vs.at[i].set(v)
+
+    x, k, v = lax.fori_loop(0, L, body, (embed(params, tokens, shift), cache["k"], cache["v"]))
+    return head(params, x), {"k": k, "v": v, "pos": cache["pos"] + 1}
+
+
+def while_indexed(params, cache, tokens, shift):
+    """Layers in a ``while_loop`` that counts for itself, the cache updated in place; each stack indexed its own way."""
+    ways = {
+        "w1": lambda stack, i: lax.dynamic_index_in_dim(stack, i, 0, keepdims=False),
+        "w2": lambda stack, i: stack.at[i].get(mode="fill"),
+        "b1": lambda stack, i: jnp.take(stack, i, axis=0, mode="clip"),
+    }
+
+    def body(state):
+        i, x, ks, vs = state
+        w = {name: ways.get(name, lambda stack, i: stack[i])(stack, i) for name, stack in params["layers"].items()}
+        x, k, v = layer(w, x, ks[i], vs[i], cache["pos"])
+        ks = lax.dynamic_update_slice(ks, k[None], (i, 0, 0, 0, 0))
+        vs = lax.dynamic_update_slice(vs, v[None], (i, 0, 0, 0, 0))
+        return i + 1, x, ks, vs
+
+    start = (0, embed(params, tokens, shift), cache["k"], cache["v"])
+    _, x, k, v = lax.while_loop(lambda state: state[0] < L, body, start)
+    return head(params, x), {"k": k, "v": v, "pos": cache["pos"] + 1}
+
+
 jitted_layer = jax.jit(layer)
 
 
@@ -162,6 +196,28 @@ def generate_carrying(params, cache, tokens, shift):
     start = (params, 0, tokens, jnp.zeros((tokens.shape[0], V), jnp.float32), cache)
     _, _, _, logits, cache = lax.while_loop(lambda state: state[1] < 2, body, start)
     return logits, cache
+
+
+def generate_sampling(params, cache, tokens, shift):
+    """A whole generate loop: samples until every sequence has ended or the cache is full; ended ones are padded."""
+    end, pad = 7, 0
+
+    def going(state):
+        count, _, ended, _, _, _ = state
+        return (count < 4) & ~jnp.all(ended)
+
+    def body(state):
+        count, tokens, ended, key, _, cache = state
+        logits, cache = scanned(params, cache, tokens, shift)
+        key, own = jax.random.split(key)
+        drawn = jax.random.categorical(own, logits / 0.7).astype(tokens.dtype)
+        tokens = jnp.where(ended, pad, drawn)
+        return count + 1, tokens, ended | (tokens == end), key, logits, cache
+
+    logits = jnp.zeros((tokens.shape[0], V), jnp.float32)
+    start = (0, tokens, tokens == end, jax.random.key(3), logits, cache)
+    _, tokens, _, _, logits, cache = lax.while_loop(going, body, start)
+    return logits, {**cache, "tokens": tokens}
 
 
 def conditional(params, cache, tokens, shift):
@@ -234,10 +290,13 @@ MODELS = [
     Model("remat_scan", rematerialised, stacked_params, 1, 4),
     Model("remat_unrolled", rematerialised_unrolled, list_params, L, 4 * L),
     Model("indexed", indexed, stacked_params, 1, 4),
+    Model("taken", taken, stacked_params, 1, 4),
+    Model("while_indexed", while_indexed, stacked_params, 1, 4),
     # Greedy tokens may flip by rounding in bfloat16.
     Model("generate", generate, list_params, L, 4 * L, dtypes=(jnp.float32,)),
     Model("generate_carrying", generate_carrying, stacked_params, 1, 4, dtypes=(jnp.float32,)),
     Model("generate_jit_scan", partial(generate, one_step=jit_scan_jit), stacked_params, 1, 4, dtypes=(jnp.float32,)),
+    Model("generate_sampling", generate_sampling, stacked_params, 1, 4, dtypes=(jnp.float32,)),
     Model("conditional", conditional, list_params, 2 * L, 4 * L),
     Model("custom_jvp", partial(with_custom, custom_jvp_ffn), list_params, L, 4 * L),
     Model("custom_vjp", partial(with_custom, custom_vjp_ffn), list_params, L, 4 * L),
