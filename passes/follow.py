@@ -162,7 +162,8 @@ def _moved(node: Node, value: Value, dims: frozenset[int], fate: Fate) -> list[t
         return [(r, dims) for r in node.outputs]
     if p in (prims.reshape_p, prims.squeeze_p):
         found = _reshaped(value.shape, node.outputs[0].shape, dims)
-        if [value.shape[d] for d in sorted(dims)] != [node.outputs[0].shape[d] for d in sorted(found)]:
+        if len(found) > len(dims):
+            # Split, as heads are. Merged with others, as beams are with their tokens, it is whole inside.
             fate.intact = False
         return [(node.outputs[0], found)]
     if p is prims.concatenate_p:

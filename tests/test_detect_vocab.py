@@ -74,6 +74,7 @@ PICKS = {
     "categorical": lambda p, x: jax.random.categorical(jax.random.key(0), x @ p["h"]),
     "sign_bit": lambda p, x: (lambda u: jnp.argmax(jnp.where((u == 0) & jnp.signbit(u), -1e-30, u), -1))(x @ p["h"]),
     "max": lambda p, x: jnp.max(x @ p["h"], axis=-1),
+    "best_of_all_beams": lambda p, x: lax.top_k(jax.nn.log_softmax(x @ p["h"]).reshape(-1), 4),
     "entropy": lambda p, x: (lambda lp: -jnp.sum(jnp.exp(lp) * lp, -1))(jax.nn.log_softmax(x @ p["h"])),
 }
 

@@ -225,6 +225,7 @@ def case(model, nesting, build, family, ffn, vocab, refusals, **changes):
 # Refusals: GPT-2 and BLOOM have one product for query, key and value and one for the output of attention; all others
 # have four, and their decoders four more to what was encoded.
 TIED, UNTIED = {"tie_word_embeddings": True}, {"tie_word_embeddings": False}
+SAMPLING = (("do_sample", True), ("top_k", 20), ("top_p", 0.9), ("temperature", 0.7))
 PREFILL, STEP, LOOP = "prompt", "one token, cache", "generate"
 
 CASES = [
@@ -250,6 +251,8 @@ CASES = [
         **TIED,
     ),
     case("OPT", LOOP, generate, "OPT", 2 * L, 2, 2 * 4 * L, **UNTIED),
+    case("OPT", "generate, beams", generate, "OPT", 2 * L, 2, 2 * 4 * L, options=(("num_beams", 2),), **UNTIED),
+    case("OPT", "generate, sampling", generate, "OPT", 2 * L, 2, 2 * 4 * L, options=SAMPLING, **UNTIED),
     case("Llama", PREFILL, forward, "Llama", L, 1, 4 * L),
     case("Llama", STEP, decode, "Llama", L, 1, 4 * L),
     case("Mistral", STEP, decode, "Mistral", L, 1, 4 * L),
