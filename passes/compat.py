@@ -8,6 +8,7 @@ entry here needs a private module either.
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -152,11 +153,29 @@ def _split_p() -> Any:
     return jax.make_jaxpr(lambda x: jax.lax.split(x, (1, 1)))(jnp.zeros(2)).eqns[0].primitive
 
 
-def _traced_primitives() -> tuple[Any, Any]:
-    return _optimization_barrier_p(), _split_p()
+def _stack_p() -> Any:
+    """No public object exists for ``stack_p`` (jnp.stack, since 0.10): read it off a traced call; None before."""
+    found = {e.primitive for e in jax.make_jaxpr(lambda x: jnp.stack([x, x]))(jnp.zeros(2)).eqns}
+    return found.pop() if found.isdisjoint({prims.concatenate_p, prims.broadcast_in_dim_p, prims.jit_p}) else None
 
 
-OPTIMIZATION_BARRIER, SPLIT = _traced_primitives()
+def _unstack_p() -> Any:
+    """No public object exists for ``unstack_p`` (jnp.unstack, since 0.10): read it off a traced call; None before."""
+    eqns = jax.make_jaxpr(lambda x: jnp.unstack(x))(jnp.zeros((2, 3))).eqns
+    return eqns[0].primitive if len(eqns) == 1 and "axis" in eqns[0].params and "sizes" not in eqns[0].params else None
+
+
+def _ragged_dot_p() -> Any:
+    """No public object exists for ``ragged_dot_general_p``: read it off a traced call (all versions)."""
+    operands = jnp.zeros((2, 3)), jnp.zeros((1, 3, 4)), jnp.ones(1, jnp.int32)
+    return jax.make_jaxpr(jax.lax.ragged_dot)(*operands).eqns[0].primitive
+
+
+def _traced_primitives() -> tuple[Any, ...]:
+    return _optimization_barrier_p(), _split_p(), _stack_p(), _unstack_p(), _ragged_dot_p()
+
+
+OPTIMIZATION_BARRIER, SPLIT, STACK, UNSTACK, RAGGED_DOT = _traced_primitives()
 
 
 def public_primitive(name: str) -> Any | None:
@@ -234,13 +253,26 @@ def bind(eqn: Eqn, operands: Sequence[Any], params: dict[str, Any] | None = None
     return list(out) if eqn.primitive.multiple_results else [out]
 
 
+def without_last_outputs(jaxpr: ClosedJaxpr, count: int) -> ClosedJaxpr:
+    """The program without its last ``count`` results; what computes them stays."""
+    return jaxpr.replace(jaxpr=jaxpr.jaxpr.replace(outvars=jaxpr.jaxpr.outvars[: len(jaxpr.jaxpr.outvars) - count]))
+
+
 UNKNOWN_SOURCE = "unknown"
+
+
+# Packages of layers: a line inside one of them is the same for every layer, so the line that called it is told instead.
+_LAYERS = re.compile(r"[/\\](?:site|dist)-packages[/\\](?:flax|equinox|haiku|keras|jaxtyping|einops)[/\\]")
+_MANY_FRAMES = 100
 
 
 def source_line(eqn: Eqn) -> str:
     """The user's ``file:line (function)`` that an equation came from; "unknown" when JAX kept no traceback."""
     text = source_info_util.summarize(eqn.source_info)
-    return text or UNKNOWN_SOURCE
+    if not _LAYERS.search(text):
+        return text or UNKNOWN_SOURCE
+    lines = source_info_util.summarize(eqn.source_info, num_frames=_MANY_FRAMES).splitlines()
+    return next((line for line in reversed(lines) if not _LAYERS.search(line)), text)
 
 
 _TRACE_SETTINGS = (
@@ -301,8 +333,13 @@ def self_test() -> list[str]:
     check("custom_jvp", CALL_PRIMITIVES.get(relu.eqns[0].primitive) == "custom")
     check("optimization_barrier", str(OPTIMIZATION_BARRIER) == "optimization_barrier")
     check("split", str(SPLIT) == "split")
+    check("stack", str(STACK) in ("stack", "None"))
+    check("unstack", str(UNSTACK) in ("unstack", "None"))
+    check("ragged_dot", str(RAGGED_DOT) == "ragged_dot_general")
     added = jax.make_jaxpr(lambda x: x + 1)(1.0).eqns[0]
     with equation_context(added):
         check("bind", float(bind(added, [1.0, 2.0])[0]) == 3.0)
+    fewer = without_last_outputs(jax.make_jaxpr(lambda x: (x + 1, x, x))(weight), 2)
+    check("without_last_outputs", (len(fewer.jaxpr.outvars), len(fewer.out_avals)) == (1, 1))
     check("source_line", isinstance(source_line(added), str))
     return checked

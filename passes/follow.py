@@ -47,16 +47,21 @@ class Fate:
     """What becomes of an axis, as events in breadth-first order.
 
     Attributes:
-      events: (kind, equation or None). Kinds: "returned", "reduced", "gathered", "stored", "looped" keep a vocabulary
-        one; "contracted", "multiplied", "mixed", "opaque" do not.
-      intact: False when the axis was split or merged with another on the way.
       narrow: True when it is too narrow for a vocabulary, so that only a reason is looked for.
+      events: (kind, equation or None). Kinds: "returned", "reduced", "gathered", "stored", "looped" keep a vocabulary
+        one, "moved" (entries change places) does too; "contracted", "multiplied", "mixed", "opaque" do not.
+      intact: False when the axis was split or merged with another on the way.
+      drawn: values in which entries of the axis are ordered, accumulated or picked, as sampling does. What mixes them
+        further is still sampling; only another product that contracts them is not.
+      joins: pointwise equations on the way, with the places among their operands at which it arrives.
     """
 
     narrow: bool
 
     events: list[tuple[str, Node | None]] = field(default_factory=list)
     intact: bool = True
+    drawn: set[Value] = field(default_factory=set)
+    joins: dict[Node, set[int]] = field(default_factory=dict)
 
     def first(self, *kinds: str) -> tuple[str, Node | None] | None:
         """The first event of one of these kinds."""
@@ -83,9 +88,11 @@ def follow(product: Product, narrow: bool) -> Fate:
                 fate.events.append(("opaque", node))
                 return fate
             for result, result_dims in _step(node, value, dims, fate):
-                if result not in seen:
+                if result_dims and result not in seen:
                     seen.add(result)
                     queue.append((result, result_dims))
+                    if value in fate.drawn:
+                        fate.drawn.add(result)
     return fate
 
 
@@ -95,8 +102,10 @@ def _step(node: Node, value: Value, dims: frozenset[int], fate: Fate) -> list[tu
     if is_pointwise(node):
         if p is compat.OPTIMIZATION_BARRIER:
             return [(r, dims) for r, o in zip(node.outputs, node.inputs, strict=True) if o is value]
+        fate.joins.setdefault(node, set()).update(i for i, o in enumerate(node.inputs) if o is value)
         if any(node.outputs[0].shape[d] != value.shape[d] for d in dims):
-            fate.events.append(("opaque", node))
+            # One entry drawn from the axis, as a cutoff, meets all others.
+            fate.events.append(("reduced" if value in fate.drawn else "opaque", node))
             return []
         return [(node.outputs[0], dims)]
     if p in _REDUCTIONS:
@@ -111,39 +120,74 @@ def _step(node: Node, value: Value, dims: frozenset[int], fate: Fate) -> list[tu
     if moved is not None:
         return moved
     if p is prims.sort_p:
-        fate.events.append(("reduced", node))
-        return [(r, dims) for r, o in zip(node.outputs, node.inputs, strict=True) if o is value]
+        return _drawn(node, [(r, dims) for r, o in zip(node.outputs, node.inputs, strict=True) if o is value], fate)
     if p in (prims.top_k_p, prims.approx_top_k_p):
-        fate.events.append(("reduced", node))
-    elif p in _CUMULATIVE:
+        return _drawn(node, [(node.outputs[0], dims)], fate)
+    if p in _CUMULATIVE:
         if node.params["axis"] not in dims:
             return [(node.outputs[0], dims)]
+        if fate.first("reduced") is not None:
+            # Of probabilities or of sorted scores: a softmax or a sort has come before.
+            return _drawn(node, [(node.outputs[0], dims)], fate)
         fate.events.append(("mixed", node))
-    elif p in (prims.gather_p, prims.dynamic_slice_p):
+        return [(node.outputs[0], dims)]
+    if p in (prims.gather_p, prims.dynamic_slice_p):
         return _picked(node, value, dims, fate)
-    elif p in _STORES:
-        if node.inputs[0] is value:
-            return [(node.outputs[0], dims)]
-        fate.events.append(("stored", node))
-    elif node.children:
+    if p in _STORES:
+        return _stored(node, value, dims, fate)
+    if node.children:
         return _into_scopes(node, value, dims, fate)
-    else:
-        fate.events.append(("opaque", node))
+    fate.events.append(("reduced" if value in fate.drawn else "opaque", node))
     return []
 
 
+def _drawn(node: Node, results: list[tuple[Value, frozenset[int]]], fate: Fate) -> list[tuple[Value, frozenset[int]]]:
+    fate.events.append(("reduced", node))
+    fate.drawn.update(result for result, _ in results)
+    return results
+
+
 def _picked(node: Node, value: Value, dims: frozenset[int], fate: Fate) -> list[tuple[Value, frozenset[int]]]:
-    """Some tokens of many, with the axis whole, is still the axis; some entries of the axis are read from it."""
+    """Some tokens of many, with the axis whole, is still the axis; else some entries of the axis are read from it."""
     sizes = node.params["slice_sizes"]
-    if node.inputs[0] is not value or any(sizes[d] != value.shape[d] for d in dims):
+    if node.inputs[0] is not value:
         fate.events.append(("gathered", node))
         return []
+    result = node.outputs[0]
     if node.primitive is prims.dynamic_slice_p:
-        return [(node.outputs[0], dims)]
+        found = dims
+    else:
+        numbers = node.params["dimension_numbers"]
+        dropped = {*numbers.collapsed_slice_dims, *numbers.operand_batching_dims}
+        kept = [d for d in range(len(value.shape)) if d not in dropped]
+        found = frozenset(numbers.offset_dims[i] for i, d in enumerate(kept) if d in dims)
+        if dims & set(numbers.collapsed_slice_dims):
+            # One entry for each index: the axis is now where the indices are.
+            found |= frozenset(range(len(result.shape))) - frozenset(numbers.offset_dims)
+    if any(sizes[d] != value.shape[d] for d in dims):
+        fate.events.append(("gathered", node))
+        fate.drawn.add(result)
+    return [(result, found)]
+
+
+def _stored(node: Node, value: Value, dims: frozenset[int], fate: Fate) -> list[tuple[Value, frozenset[int]]]:
+    """The array that is written to, changed in places; or what is written, somewhere in that array."""
+    result = node.outputs[0]
+    if node.inputs[0] is value:
+        return [(result, dims)]
+    fate.events.append(("stored", node))
+    if node.primitive is prims.dynamic_update_slice_p:
+        return [(result, dims)] if node.inputs[1] is value else []
+    if node.inputs[-1] is not value:
+        return []
     numbers = node.params["dimension_numbers"]
-    dropped = {*numbers.collapsed_slice_dims, *numbers.operand_batching_dims}
-    kept = [d for d in range(len(value.shape)) if d not in dropped]
-    return [(node.outputs[0], frozenset(numbers.offset_dims[i] for i, d in enumerate(kept) if d in dims))]
+    dropped = {*numbers.inserted_window_dims, *numbers.operand_batching_dims}
+    kept = [d for d in range(len(result.shape)) if d not in dropped]
+    window = dict(zip(numbers.update_window_dims, kept, strict=True))
+    found = {window[d] for d in dims if d in window}
+    if any(d not in window for d in dims):
+        found |= set(numbers.scatter_dims_to_operand_dims)
+    return [(result, frozenset(found))]
 
 
 def _without(dims: frozenset[int], removed: set[int]) -> frozenset[int]:
@@ -156,19 +200,37 @@ def _moved(node: Node, value: Value, dims: frozenset[int], fate: Fate) -> list[t
         return [(node.outputs[0], frozenset(i for i, d in enumerate(params["permutation"]) if d in dims))]
     if p is prims.broadcast_in_dim_p and len(node.inputs) == 1:
         return [(node.outputs[0], frozenset(params["broadcast_dimensions"][d] for d in dims))]
+    whole = value in fate.drawn  # what was drawn may be cut as it likes
     if p is prims.slice_p or p is compat.SPLIT:
-        if any(r.shape[d] != value.shape[d] for r in node.outputs for d in dims) and p is compat.SPLIT:
-            fate.intact = False
+        for result in node.outputs:
+            for have, left in ((value.shape[d], result.shape[d]) for d in dims):
+                if left == 1 < have:
+                    fate.drawn.add(result)
+                elif left < have and (p is compat.SPLIT or (left and have % left == 0)):
+                    # Equal parts are gates or heads; a vocabulary is cut to its true size.
+                    fate.intact = fate.intact and whole
         return [(r, dims) for r in node.outputs]
     if p in (prims.reshape_p, prims.squeeze_p):
         found = _reshaped(value.shape, node.outputs[0].shape, dims)
         if len(found) > len(dims):
             # Split, as heads are. Merged with others, as beams are with their tokens, it is whole inside.
-            fate.intact = False
+            fate.intact = fate.intact and whole
         return [(node.outputs[0], found)]
     if p is prims.concatenate_p:
-        fate.intact = fate.intact and params["dimension"] not in dims
+        if params["dimension"] in dims:
+            fate.intact = fate.intact and whole
+            fate.events.append(("moved", node))
         return [(node.outputs[0], dims)]
+    if p is prims.rev_p or (p is prims.pad_p and node.inputs[0] is value):
+        if any(d in params["dimensions"] if p is prims.rev_p else any(params["padding_config"][d]) for d in dims):
+            fate.events.append(("moved", node))
+        return [(node.outputs[0], dims)]
+    if p is compat.STACK:
+        return [(node.outputs[0], frozenset(d + (d >= params["axis"]) for d in dims))]
+    if p is compat.UNSTACK:
+        if params["axis"] in dims:
+            fate.intact = fate.intact and whole
+        return [(r, _without(dims, {params["axis"]})) for r in node.outputs]
     return None
 
 

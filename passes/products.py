@@ -10,9 +10,12 @@ import numpy as np
 from jax.extend.core import primitives as prims
 
 from hire_xform.passes import compat
-from hire_xform.passes.pointwise import POINTWISE
+from hire_xform.passes.pointwise import POINTWISE, is_pointwise
 from hire_xform.passes.provenance import Convert, Origin, Provenance, Recipe, Reshape, Slice, Transpose
 from hire_xform.passes.walk import Graph, Node, Operand, Value
+
+# From a product back to where data changed its weight.
+MAX_CHANGES = 8
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -144,6 +147,10 @@ def find_products(graph: Graph, provenance: Provenance) -> tuple[list[Product], 
                 products.append(found)
             elif found is not None:
                 loose.append(found)
+        elif (reason := _unlike_product(node, provenance)) is not None:
+            loose.append(Loose(node, reason))
+        elif node.primitive is prims.while_p:
+            loose.extend(_in_condition(node, provenance))
         elif not node.children and node.primitive not in POINTWISE:
             loose.extend(_unentered(node, provenance))
     return products, loose
@@ -197,16 +204,84 @@ def _derived_weight(node: Node, provenance: Provenance) -> Loose | None:
         how = provenance.derived(operand)
         if how is not None and isinstance(operand, Value) and len(operand.shape) >= 2:
             return Loose(node, f"its weight is computed inside the program, by {how}")
+        how = _changed_by_data(operand, provenance)
+        if how is not None:
+            return Loose(node, f"its weight depends on the data, by {how}, so another product than one with a weight")
     return None
+
+
+def _changed_by_data(operand: Operand, provenance: Provenance) -> str | None:
+    """The equation that scales or shifts a weight by something smaller that depends on the data."""
+    for _ in range(MAX_CHANGES):
+        if not isinstance(operand, Value) or operand.node is None or not is_pointwise(operand.node):
+            return None
+        inputs = sorted((o for o in operand.node.inputs if isinstance(o, Value)), key=_size)
+        if not inputs:
+            return None
+        weight, others = inputs[-1], inputs[:-1]
+        if len(weight.shape) < 2 or any(_size(o) >= _size(weight) for o in others):
+            return None
+        if provenance.origin(weight) is not None or provenance.derived(weight) is not None:
+            return f"{operand.node.primitive} at {operand.node.source}"
+        operand = weight
+    return None
+
+
+def _unlike_product(node: Node, provenance: Provenance) -> str | None:
+    """Why an equation that multiplies data by a matrix of weights, but is no product of two matrices, is left."""
+    if node.primitive in (prims.conv_general_dilated_p, compat.RAGGED_DOT):
+        if _matrix_origin(node.inputs[1], provenance) is None:
+            return None
+        if node.primitive is compat.RAGGED_DOT:
+            return "one product for each group of tokens, as experts have, which is not followed"
+        return "a convolution, which is not followed"
+    return _summed_product(node, provenance) if node.primitive is prims.reduce_sum_p else None
+
+
+def _summed_product(node: Node, provenance: Provenance) -> str | None:
+    summed: Any = node.inputs[0]
+    while _made_by(summed, prims.convert_element_type_p):
+        summed = summed.node.inputs[0]
+    if not _made_by(summed, prims.mul_p):
+        return None
+    axes = node.params["axes"]
+    for weight, x in (summed.node.inputs, summed.node.inputs[::-1]):
+        if not isinstance(x, Value) or provenance.origin(x) is not None or _matrix_origin(weight, provenance) is None:
+            continue
+        assert isinstance(weight, Value)
+        lengths = [n for d, n in enumerate(weight.shape) if d not in axes]
+        if x.shape and math.prod(lengths) > 1 and any(weight.shape[d] > 1 and x.shape[d] > 1 for d in axes):
+            return "a product spelled as a sum of products, which is not followed; spell it with @ or einsum"
+    return None
+
+
+def _made_by(operand: Any, primitive: Any) -> bool:
+    return isinstance(operand, Value) and operand.node is not None and operand.node.primitive is primitive
+
+
+def _size(value: Value) -> int:
+    return math.prod(value.shape)
 
 
 def _unentered(node: Node, provenance: Provenance) -> list[Loose]:
     """Equations with sub-jaxprs that are not entered, when a matrix of weights goes in."""
-    if not any(_matrix_origin(operand, provenance) is not None for operand in node.inputs):
-        return []
-    if not any(_has_products(jaxpr) for _, jaxpr in compat.sub_jaxprs(node.eqn)):
+    if not _takes_matrix(node, provenance) or not any(_has_products(j) for _, j in compat.sub_jaxprs(node.eqn)):
         return []
     return [Loose(node, f"{node.primitive} is not entered; what is inside is left as it is")]
+
+
+def _in_condition(node: Node, provenance: Provenance) -> list[Loose]:
+    """A while whose condition has products, when a matrix of weights goes in."""
+    if not _takes_matrix(node, provenance) or not _has_products(compat.while_parts(node.eqn).cond_jaxpr):
+        return []
+    return [Loose(node, "the condition of a while is not entered; what is inside is left as it is")]
+
+
+def _takes_matrix(node: Node, provenance: Provenance) -> bool:
+    return any(
+        isinstance(o, Value) and len(o.shape) >= 2 and (provenance.origin(o) or provenance.derived(o))
+        for o in node.inputs
+    )
 
 
 def _has_products(jaxpr: Any) -> bool:
