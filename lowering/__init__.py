@@ -5,6 +5,7 @@ activations, and usable under ``vmap``, ``scan``, ``jit`` and ``jax.export``.
 """
 
 from hire_xform.lowering.da_top_k import da_top_k, da_top_k_p
+from hire_xform.lowering.own_sparsity import among_largest, kth_largest, moments, moments_bytes, pack_moments
 from hire_xform.lowering.predictors import (
     LowRank,
     Packed,
@@ -26,12 +27,17 @@ __all__ = [
     "Quantized",
     "Selection",
     "UpProduct",
+    "among_largest",
     "choose",
     "combine_rows",
     "da_top_k",
     "da_top_k_p",
     "ffn",
     "ffn_bytes",
+    "kth_largest",
+    "moments",
+    "moments_bytes",
+    "pack_moments",
     "pack_predictor",
     "packed_shapes",
     "predict_scores",

@@ -84,8 +84,8 @@ class UpProduct:
     rows: jax.Array
     # Where the m rows begin in `rows`, a multiple of the group size.
     first_row: jax.Array | int = 0
-    # The predictor of the m rows.
-    packed: Packed
+    # The predictor of the m rows; None when no score hangs on this product.
+    packed: Packed | None
     # Its spec.
     spec: PredictorSpec
     # dtype of the dense product's result, which the region expects.
@@ -99,7 +99,8 @@ def ffn(
     *,
     units: int | None = None,
     first_row: jax.Array | int = 0,
-    down_norms: jax.Array,
+    down_norms: jax.Array | None,
+    score: Callable[[list[jax.Array | None]], jax.Array] | None = None,
     active: int,
     group_size: int = 1,
     out_dtype: jax.typing.DTypeLike,
@@ -108,7 +109,8 @@ def ffn(
     """A feed-forward block, ``region(ups) @ down``, with only the chosen hidden units computed.
 
     Units are scored by the size of what they would add: |predicted activation| times the norm of their down row. A
-    group's score is the sum of squares of its units'.
+    group's score is the sum of squares of its units'. Where the model itself chooses units, by a top-k or a threshold,
+    ``score`` gives what it chooses by, and a group's score is that of its best unit.
 
     Args:
       ups: the products into the hidden units, in the order the region takes them.
@@ -120,7 +122,9 @@ def ffn(
       down: ``[m, d_out]``, or a taller matrix that holds these rows from ``first_row`` on.
       units: ``m``; None takes all of ``down``.
       first_row: where the ``m`` rows begin in ``down``, a multiple of ``group_size``.
-      down_norms: f32 ``[m]``, the norm of each row of ``down``.
+      down_norms: f32 ``[m]``, the norm of each row of ``down``; not read, and may be None, when there is a ``score``.
+      score: from the predicted ``[T, m]`` of each of ``ups`` (None for those without predictor) the units' scores,
+        ``[T, m]``. The chosen units then reach ``region`` in ascending order, as ties of a top-k are broken.
       active: how many *groups* each token may have computed, ``1 <= active <= m / group_size``.
       group_size: neighbouring units chosen together, a divisor of ``m``.
       out_dtype: dtype of the result.
@@ -130,7 +134,7 @@ def ffn(
       ``[T, d_out]`` of ``out_dtype``.
 
     Raises:
-      ValueError: a size does not fit.
+      ValueError: a size does not fit, or there is nothing to score by.
     """
     if not ups:
         raise ValueError("ffn: no product into the hidden units; expected at least one")
@@ -140,12 +144,22 @@ def ffn(
     tokens, n_groups = ups[0].x.shape[0], m // group_size
     selection = choose(tokens, n_groups, active, shards)
     with jax.named_scope("predict"):
-        predicted = [_full_width(up, m) for up in ups]
-        activation = region(list(predicted), lambda values: values)
-        scores = jnp.square(activation.astype(jnp.float32) * down_norms)
-        scores = scores.reshape(tokens, n_groups, group_size).sum(axis=-1)
+        predicted = [
+            None if up.packed is None else predict_scores(up.x, up.packed, up.spec, m).astype(up.dtype) for up in ups
+        ]
+        if score is not None:
+            scores = score(predicted).astype(jnp.float32)
+            scores = scores.reshape(tokens, n_groups, group_size).max(axis=-1)
+        else:
+            if down_norms is None or any(p is None for p in predicted):
+                raise ValueError("ffn: without a score every product needs its predictor, and down its norms")
+            activation = region([p for p in predicted if p is not None], lambda values: values)
+            scores = jnp.square(activation.astype(jnp.float32) * down_norms)
+            scores = scores.reshape(tokens, n_groups, group_size).sum(axis=-1)
     with jax.named_scope("select"):
         index = select(jax.lax.stop_gradient(scores), selection, shards)
+        if score is not None:
+            index = jnp.sort(index, axis=-1)
         chosen = (index[..., None] * group_size + jnp.arange(group_size, dtype=index.dtype)).reshape(
             *index.shape[:-1], -1
         )
@@ -172,11 +186,6 @@ def ffn(
         )
 
 
-def _full_width(up: UpProduct, m: int) -> jax.Array:
-    """The predicted product of all hidden units, in the dense dtype."""
-    return predict_scores(up.x, up.packed, up.spec, m).astype(up.dtype)
-
-
 def vocab_bytes(
     tokens: int,
     vocab: int,
@@ -195,12 +204,13 @@ def vocab_bytes(
 def ffn_bytes(
     tokens: int,
     m: int,
-    ups: Sequence[tuple[int, jax.typing.DTypeLike, PredictorSpec]],
+    ups: Sequence[tuple[int, jax.typing.DTypeLike, PredictorSpec | None]],
     d_out: int,
     down_dtype: jax.typing.DTypeLike,
     *,
     active: int,
     group_size: int = 1,
+    own_choice: bool = False,
     shards: int = 1,
 ) -> int:
     """Weight bytes one call of :func:`ffn` reads: predictors, chosen up and down rows, and the down norms.
@@ -208,19 +218,20 @@ def ffn_bytes(
     Args:
       tokens: ``T``.
       m: hidden units.
-      ups: ``(d, dtype, spec)`` of each product into them.
+      ups: ``(d, dtype, spec)`` of each product into them; the spec is None where nothing is predicted.
       d_out: columns of the down matrix.
       down_dtype: its dtype.
       active: groups each token may have computed.
       group_size: units in a group.
+      own_choice: whether a ``score`` takes the place of the down norms.
       shards: as in :func:`ffn`.
 
     Returns:
       Bytes.
     """
     units = choose(tokens, m // group_size, active, shards).rows_read(tokens) * group_size
-    total = 4 * m + units * d_out * jnp.dtype(down_dtype).itemsize
+    total = (0 if own_choice else 4 * m) + units * d_out * jnp.dtype(down_dtype).itemsize
     for d, dtype, spec in ups:
         row = d * jnp.dtype(dtype).itemsize
-        total += predictor_bytes(m, d, spec, dtype) + units * row
+        total += (0 if spec is None else predictor_bytes(m, d, spec, dtype)) + units * row
     return total

@@ -11,12 +11,14 @@ from dataclasses import dataclass
 from jax.extend.core import primitives as prims
 
 from hire_xform.passes import compat
+from hire_xform.passes.expand import may_follow_product, trace_region
 from hire_xform.passes.follow import Fate, follow
 from hire_xform.passes.layout import Layout, row_major, whole
 from hire_xform.passes.pointwise import STEPS
+from hire_xform.passes.probe import Probe
 from hire_xform.passes.products import Product, find_products, matrix, normal_form
 from hire_xform.passes.provenance import Provenance, Recipe, Reshape, Slice, Transpose
-from hire_xform.passes.region import Apply, Region, Up, may_follow_product, trace_region
+from hire_xform.passes.region import Apply, Region, Up
 from hire_xform.passes.walk import Frame, Graph, Node, Value
 
 # A vocabulary is at least this many times as wide as the activation that is projected to it.
@@ -134,24 +136,30 @@ def detect(graph: Graph, provenance: Provenance) -> Detection:
     taken: set[Product] = set()
     matches: list[VocabMatch | FfnMatch] = []
     reasons: dict[Product, str] = {}
+    probe = Probe()
     for product in products:
-        found = _ffn(product, by_node, taken)
+        found = _ffn(product, by_node, taken, probe)
         if isinstance(found, FfnMatch):
             matches.append(found)
             taken.update(found.products)
         elif found is not None:
             reasons.setdefault(product, found)
+    vocabularies: list[tuple[Product, Fate]] = []
     for product in products:
         if product in taken:
             continue
         fate = follow(product, narrow=product.width < WIDE * product.contracted)
         reason = _not_vocabulary(product, fate, by_node)
         if reason is None:
-            matches.append(VocabMatch(product))
-            taken.add(product)
+            vocabularies.append((product, fate))
         elif product not in reasons or fate.first("contracted", "multiplied") is not None:
             # What follows a product says more than what leads to it: an attention projection is named as one.
             reasons[product] = reason
+    combined = _combined(vocabularies)
+    reasons.update(combined)
+    alone = [product for product, _ in vocabularies if product not in combined]
+    matches += [VocabMatch(product) for product in alone]
+    taken.update(alone)
     rejections = [Rejection(p.node, p, reasons[p]) for p in products if p not in taken]
     rejections += [Rejection(item.node, None, item.reason) for item in loose]
     rejections.sort(key=lambda r: order[r.node])
@@ -159,7 +167,27 @@ def detect(graph: Graph, provenance: Provenance) -> Detection:
     return Detection(matches, rejections, products, order)
 
 
-def _ffn(down: Product, by_node: dict[Node, Product], taken: set[Product]) -> FfnMatch | str | None:
+def _combined(vocabularies: list[tuple[Product, Fate]]) -> dict[Product, str]:
+    """Of vocabulary projections whose logits meet in one pointwise equation, all but the largest, and why.
+
+    Each has candidates of its own, so with two of them hardly any entry of what they make together would be exact.
+    """
+    reasons: dict[Product, str] = {}
+    ranked = sorted(vocabularies, key=lambda pair: -pair[0].nbytes)
+    for i, (product, fate) in enumerate(ranked):
+        for larger, theirs in ranked[:i]:
+            both = (n for n in fate.joins if n in theirs.joins and fate.joins[n].isdisjoint(theirs.joins[n]))
+            meet = next(both, None)
+            if meet is not None and larger not in reasons:
+                reasons[product] = (
+                    f"its output meets that of {larger.path} in {meet.primitive} at {meet.source}: the candidates of "
+                    "one are not those of the other, so this one is computed whole"
+                )
+                break
+    return reasons
+
+
+def _ffn(down: Product, by_node: dict[Node, Product], taken: set[Product], probe: Probe) -> FfnMatch | str | None:
     """The block that ends in ``down``; a reason when there is nearly one; None when nothing points to one."""
     if down in taken or not down.width or not down.contracted or not down.tokens:
         return None
@@ -175,7 +203,7 @@ def _ffn(down: Product, by_node: dict[Node, Product], taken: set[Product]) -> Ff
         sizes = [hidden.shape[d] for d in dims]
         for d, atom in zip(dims, row_major(space, sizes), strict=True):
             layout[d] = whole([atom], hidden.shape[d])
-    region = trace_region(down, tuple(layout), by_node)
+    region = trace_region(down, tuple(layout), by_node, probe)
     if region is None:
         return None
     leak = _leak(region, hidden, down) or _lost_derivative(region, down)
@@ -237,6 +265,8 @@ def _keeps_derivative(frame: Frame) -> bool:
 
 def _is_linear(region: Region) -> bool:
     """True when the activation is a weighted sum of the products into the units, with no function of them between."""
+    if region.own is not None:
+        return False
     depends: list[bool] = []
     for e in region.exprs:
         if not isinstance(e, Apply):
@@ -281,7 +311,7 @@ def _not_vocabulary(product: Product, fate: Fate, by_node: dict[Node, Product]) 
     event = fate.first("contracted", "multiplied")
     if event is not None and event[1] is not None:
         how = "contracted by" if event[0] == "contracted" else "an operand of"
-        mixing = fate.first("reduced", "mixed")
+        mixing = fate.first("reduced", "mixed", "gathered", "moved")
         if mixing is not None and mixing[1] is not None:
             node = mixing[1]
             return f"its output axis is mixed by {node.primitive} at {node.source} and then {how} another product"

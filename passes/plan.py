@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from hire_xform.lowering import choose, ffn_bytes, vocab_bytes
+from hire_xform.lowering import PredictorSpec, choose, ffn_bytes, moments_bytes, vocab_bytes
 from hire_xform.passes.detect import Detection, FfnMatch, VocabMatch, up_rows, vocab_rows
 from hire_xform.passes.provenance import Origin, Recipe, Ref, Root
+from hire_xform.passes.region import Region
 from hire_xform.passes.settings import Choice, Ffn, Vocab
 from hire_xform.passes.walk import Node
 
@@ -41,6 +42,7 @@ class Site:
       computed: rows computed exactly per call: for one shared set its size, else the sum over tokens.
       shared: True when all tokens share one set of rows.
       activation: the pointwise operations between the products of an FFN.
+      own: the model's own choice of units, such as "top 512"; empty when it makes none.
       forced: True when a rule overrode the cost model.
     """
 
@@ -57,6 +59,7 @@ class Site:
     computed: int
     shared: bool
     activation: str = ""
+    own: str = ""
     forced: bool = False
 
 
@@ -83,7 +86,10 @@ class Refusal:
 
 @dataclass(frozen=True)
 class PackKey:
-    """One packed form of one weight: its ``"rows"``, the ``"norms"`` of its rows, or a predictor spec's arrays."""
+    """One packed form of one weight.
+
+    ``"rows"``, the ``"norms"`` of its rows, their ``"moments"``, or for a predictor spec its arrays.
+    """
 
     recipe: Recipe
     form: Any
@@ -106,8 +112,9 @@ class Decision:
       site: its public description.
       settings: its settings.
       count: rows (vocabulary) or groups (FFN) each token may have.
-      needs: packed forms. Vocabulary: rows, predictor. FFN: rows and predictor of each product into the units, then
-        rows and norms of the contracting one.
+      needs: packed forms. Vocabulary: rows, predictor. FFN: of each product into the units its rows, its predictor if
+        the score hangs on it, and its moments if the model's threshold does; of the contracting one its rows, and their
+        norms if the model has no choice of units of its own.
     """
 
     match: VocabMatch | FfnMatch
@@ -226,7 +233,8 @@ def _decide(
             return f"group_size={settings.group_size} does not divide its {units} hidden units"
         computed_each = settings.group_size
         groups = units // settings.group_size
-        count = max(1, math.ceil(settings.active * groups - 1e-9))
+        own = match.region.own
+        count = max(1, math.ceil(settings.active_of(own.share if own is not None else None) * groups - 1e-9))
     if tokens > settings.max_tokens:
         return f"{tokens} tokens in one call, more than max_tokens={settings.max_tokens}; a prefill runs dense"
     selection = choose(tokens, units // computed_each, count)
@@ -254,6 +262,7 @@ def _decide(
         computed=computed,
         shared=selection.mode == "shared",
         activation=activation,
+        own=match.region.own.name if isinstance(match, FfnMatch) and match.region.own is not None else "",
         forced=choice.force,
     )
     return Decision(match, site, settings, count, _needs(match, settings))
@@ -271,11 +280,22 @@ def _sparse_bytes(
         exact = computed * product.contracted * np.dtype(dtype).itemsize
         return total - exact, exact
     assert isinstance(settings, Ffn)
-    ups = [(up.product.contracted, up.product.weight.aval.dtype, spec) for up in match.region.ups]
-    down = match.down
+    region, down = match.region, match.down
+    ups = [
+        (up.product.contracted, up.product.weight.aval.dtype, spec if scored else None)
+        for up, scored in zip(region.ups, region.scored, strict=True)
+    ]
     total = ffn_bytes(
-        tokens, match.units, ups, down.width, down.weight.aval.dtype, active=count, group_size=settings.group_size
+        tokens,
+        match.units,
+        ups,
+        down.width,
+        down.weight.aval.dtype,
+        active=count,
+        group_size=settings.group_size,
+        own_choice=region.own is not None,
     )
+    total += sum(moments_bytes(up[0]) for up, read in zip(ups, region.totalled, strict=True) if read)
     rows = sum(d * np.dtype(dtype).itemsize for d, dtype, _ in ups)
     rows += down.width * np.dtype(down.weight.aval.dtype).itemsize
     return total - computed * rows, computed * rows
@@ -290,9 +310,18 @@ def _needs(match: VocabMatch | FfnMatch, settings: Vocab | Ffn) -> tuple[Need, .
         origin = match.product.origin
         return need(vocab_rows(match), "rows", origin), need(vocab_rows(match), spec, origin)
     found: list[Need] = []
-    for up in match.region.ups:
-        origin = up.product.origin
-        found += [need(up_rows(up), "rows", origin), need(up_rows(up), spec, origin)]
-    origin = match.down.origin
-    found += [need(match.down_rows(), "rows", origin), need(match.down_rows(), "norms", origin)]
+    region = match.region
+    for up, scored, totalled in zip(region.ups, region.scored, region.totalled, strict=True):
+        found += [need(up_rows(up), form, up.product.origin) for form in up_forms(spec, scored, totalled)]
+    found += [need(match.down_rows(), form, match.down.origin) for form in down_forms(region)]
     return tuple(found)
+
+
+def up_forms(spec: PredictorSpec, scored: bool, totalled: bool) -> list[Any]:
+    """The packed forms that a site reads of a product into the units, in their order."""
+    return ["rows", *([spec] if scored else []), *(["moments"] if totalled else [])]
+
+
+def down_forms(region: Region) -> list[Any]:
+    """The packed forms that a site reads of the contracting product, in their order."""
+    return ["rows"] if region.own is not None else ["rows", "norms"]

@@ -60,6 +60,10 @@ class Vocab:
         _check_common("Vocab", self.predictor, self.certify, self.max_tokens)
 
 
+# What `Ffn(active=None)` computes of a block, and of one whose model chooses units itself, as a multiple of its share.
+ACTIVE, OWN_MARGIN = 0.25, 1.5
+
+
 @dataclass(frozen=True, kw_only=True)
 class Ffn:
     """Settings of a feed-forward block.
@@ -70,8 +74,10 @@ class Ffn:
       ValueError: a value is out of range; the message names it.
     """
 
-    # Share of the hidden units (or of their groups) computed for each token: a fraction, 0 < active <= 1.
-    active: float = 0.25
+    # Share of the hidden units (or of their groups) computed for each token: a fraction, 0 < active <= 1. None is 0.25,
+    # but for blocks whose model keeps a top-k, or what is above a threshold: there it is that share, and half as much
+    # again for the predictor to err in.
+    active: float | None = None
     # Neighbouring units chosen together and read as one slab. Above 1 only for models trained or calibrated for it.
     group_size: int = 1
     # How the units are scored.
@@ -86,12 +92,22 @@ class Ffn:
     def __post_init__(self) -> None:
         """Checks every field."""
         number = isinstance(self.active, (int, float)) and not isinstance(self.active, bool)
-        if not number or not math.isfinite(self.active) or not 0 < self.active <= 1:
-            refuse("Ffn", "active", self.active, "a fraction, 0 < active <= 1")
+        if self.active is not None and (not number or not math.isfinite(self.active) or not 0 < self.active <= 1):
+            refuse("Ffn", "active", self.active, "None or a fraction, 0 < active <= 1")
         _check_count("Ffn", "group_size", self.group_size)
         if self.activations not in ("zeroing", "any"):
             refuse("Ffn", "activations", self.activations, "'zeroing' or 'any'")
         _check_common("Ffn", self.predictor, self.certify, self.max_tokens)
+
+    def active_of(self, own_share: float | None) -> float:
+        """The share of a block's units to compute.
+
+        Args:
+          own_share: what the model itself keeps; None when it keeps all, or what it keeps is not known.
+        """
+        if self.active is not None:
+            return self.active
+        return ACTIVE if own_share is None else min(1.0, OWN_MARGIN * own_share)
 
 
 @dataclass(frozen=True, kw_only=True)

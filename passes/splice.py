@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from hire_xform.lowering import UpProduct, ffn, vocab_logits
+from hire_xform.lowering import UpProduct, among_largest, ffn, kth_largest, moments, vocab_logits
+from hire_xform.passes import sums
 from hire_xform.passes.detect import FfnMatch, VocabMatch
 from hire_xform.passes.environment import PackedView
 from hire_xform.passes.layout import Layout, row_major, to_canonical, whole
-from hire_xform.passes.plan import Decision
+from hire_xform.passes.plan import Decision, down_forms, up_forms
 from hire_xform.passes.products import Product
-from hire_xform.passes.region import replay
+from hire_xform.passes.region import Region, Up, replay
 from hire_xform.passes.settings import Ffn, Vocab
 from hire_xform.passes.treatment import DenseRows
 from hire_xform.passes.walk import Operand
@@ -79,34 +81,74 @@ def _ffn(decision: Decision, match: FfnMatch, operands: Sequence[Any], views: Se
     settings = decision.settings
     assert isinstance(settings, Ffn)
     region, tokens = match.region, match.tokens
-    ups = []
-    for i, (up, x) in enumerate(zip(region.ups, operands, strict=False)):
-        rows, first = views[2 * i].rows()
+    ups: list[UpProduct] = []
+    mean: dict[int, Any] = {}
+    variance: Any = None
+    given = iter(views)
+    numbers = [i for i, e in enumerate(region.exprs) if isinstance(e, Up)]
+    described = zip(region.ups, region.scored, region.totalled, numbers, operands, strict=False)
+    for up, scored, totalled, number, operand in described:
+        forms = {form: next(given) for form in up_forms(settings.predictor, scored, totalled)}
+        rows, first = forms["rows"].rows()
+        x = forms["rows"].filled(canonical_activation(up.product, operand, up.layout, tokens))
+        packed = forms[settings.predictor].whole() if scored else None
         ups.append(
             UpProduct(
-                x=views[2 * i].filled(canonical_activation(up.product, x, up.layout, tokens)),
-                rows=rows,
-                first_row=first,
-                packed=views[2 * i + 1].whole(),
-                spec=settings.predictor,
-                dtype=up.product.out.aval.dtype,
+                x=x, rows=rows, first_row=first, packed=packed, spec=settings.predictor, dtype=up.product.out.aval.dtype
             )
         )
+        if totalled:
+            mean[number], variance = moments(x, forms["moments"].whole())
     values = operands[len(ups) :]
     sides = [_side(v, side.layout, tokens, match.units) for v, side in zip(values, region.sides, strict=True)]
-    down, down_first = views[-2].rows()
+    statistics = _OfChosen(mean, variance)
+    last = {form: next(given) for form in down_forms(region)}
+    down, down_first = last["rows"].rows()
+
+    def score(predicted: Sequence[Any]) -> Any:
+        assert region.own is not None
+        return replay(region, predicted, sides, lambda v: v, jax.nn.relu, statistics, region.own.score)
+
     result = ffn(
         ups,
-        lambda hiddens, gather: replay(region, hiddens, sides, gather, jax.nn.relu),
+        lambda hiddens, gather: replay(region, hiddens, sides, gather, jax.nn.relu, statistics),
         down,
         units=match.units,
         first_row=down_first,
-        down_norms=views[-1].whole(),
+        down_norms=last["norms"].whole() if region.own is None else None,
+        score=None if region.own is None else score,
         active=decision.count,
         group_size=settings.group_size,
         out_dtype=match.down.out.aval.dtype,
     )
-    return result_shape(match.down, views[-2].filled(result))
+    return result_shape(match.down, last["rows"].filled(result))
+
+
+@dataclass(frozen=True)
+class _OfChosen:
+    """The model's own choice of units among the chosen ones; sums are those of all units, from their moments.
+
+    Attributes:
+      mean: mean over all units of the products (by expression) that are summed, ``[T, 1]``.
+      variance: variance of the one that is.
+    """
+
+    mean: dict[int, Any]
+    variance: Any
+
+    def kth(self, values: Any, rank: int) -> Any:
+        return kth_largest(values, rank)
+
+    def kept(self, values: Any, k: int) -> Any:
+        return among_largest(values, k)
+
+    def total(self, region: Region, operand: int, values: Sequence[Any]) -> Any:
+        def value(number: int) -> Any:
+            return values[number][:, :1] if jnp.ndim(values[number]) == 2 else values[number]
+
+        return sums.total(
+            region.exprs, region.varies, operand, value, self.mean.__getitem__, self.variance, region.units
+        )
 
 
 def _side(value: Any, layout: Layout, tokens: int, units: int) -> Any:

@@ -1,0 +1,142 @@
+"""Tries a region on numbers: does it leave zeros as its equations say, and does a model's own choice keep the largest?
+
+The structural match proposes, the trial disposes: a region that keeps its small units, or that is zero at a few points
+only, is not taken for one that leaves units out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from statistics import NormalDist
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hire_xform.lowering import among_largest, kth_largest
+from hire_xform.passes import sums
+from hire_xform.passes.known import known_scalar
+from hire_xform.passes.pointwise import known_number
+from hire_xform.passes.region import Kept, Kth, OwnSparsity, Region, Total, Up, needed, replay
+
+# Values of a unit that are tried: none is zero, and the spread is that of normally distributed units.
+_LIMIT, _COUNT = 6.0, 1200
+# The model's own k on them.
+_KEPT = _COUNT // 4
+# A region leaves zeros when this share of the values gives one.
+_ZERO_SHARE = 0.05
+
+
+@dataclass(eq=False)
+class Probe:
+    """Trials of one program's regions; regions that compute the same function are tried once."""
+
+    _tried: dict[Any, Any] = field(default_factory=dict)
+
+    def leaves_zeros(self, region: Region) -> bool:
+        """True when a range of values of one of its products makes the activation exactly zero."""
+        return self._once(("zeros", region.signature()), lambda: _leaves_zeros(region), False)
+
+    def profile(self, region: Region, score: int) -> Any:
+        """(score, activation) for each value tried, two f64 arrays; None when it can't be tried."""
+        key = ("profile", region.signature(), score, tuple(_side_scalars(region)))
+        return self._once(key, lambda: _profile(region, score), None)
+
+    def _once(self, key: Any, trial: Callable[[], Any], failed: Any) -> Any:
+        if key not in self._tried:
+            try:
+                with jax.ensure_compile_time_eval():
+                    self._tried[key] = trial()
+            except Exception:  # whatever an equation raises on numbers it was not written for: not verified
+                self._tried[key] = failed
+        return self._tried[key]
+
+
+def own_sparsity(region: Region, probe: Probe) -> OwnSparsity | None:
+    """The model's own choice of units in a region that has a top-k or totals; None when it is no such choice."""
+    chosen = {e.operand for e in region.exprs if isinstance(e, (Kth, Kept))}
+    totals = {_summed(region, e) for e in region.exprs if isinstance(e, Total)}
+    if len(chosen) + len(totals) != 1:
+        return None
+    score = next(iter(chosen or totals))
+    tried = probe.profile(region, score)
+    if tried is None:
+        return None
+    scores, activation = tried
+    kept = activation != 0.0
+    if not kept.any() or kept.mean() > 1.0 - _ZERO_SHARE:
+        return None
+    least = scores[kept].min()
+    # Every unit kept scores at least as high as every unit left out, but for the odd zero among the large.
+    if (scores[~kept] > least).sum() > 0.1 * (scores >= least).sum():
+        return None
+    if totals:
+        # Of a threshold the units are normally distributed, as its authors take them to be.
+        z = float(least) - _LIMIT / _COUNT
+        return OwnSparsity(score, 1.0 - NormalDist().cdf(z), f"above mean + {z:.2f} deviations", (score,))
+    ranks = [e.rank if isinstance(e, Kth) else e.k for e in region.exprs if isinstance(e, (Kth, Kept))]
+    return OwnSparsity(score, max(ranks) / region.units, f"top {max(ranks):,}", ())
+
+
+def _summed(region: Region, total: Total) -> int:
+    return sums.product_summed(region.exprs, region.varies, total.operand)
+
+
+class _Assumed:
+    """Stands for all units: the values tried, of mean 0 and variance 1."""
+
+    def kth(self, values: Any, rank: int) -> Any:
+        return kth_largest(values, _KEPT)
+
+    def kept(self, values: Any, k: int) -> Any:
+        return among_largest(values, _KEPT)
+
+    def total(self, region: Region, operand: int, values: Sequence[Any]) -> Any:
+        def value(number: int) -> Any:
+            return values[number][:, :1] if jnp.ndim(values[number]) == 2 else values[number]
+
+        return sums.total(region.exprs, region.varies, operand, value, lambda _: 0.0, 1.0, region.units)
+
+
+def _values() -> np.ndarray:
+    step = 2 * _LIMIT / _COUNT
+    return np.linspace(-_LIMIT + step / 2, _LIMIT - step / 2, _COUNT)[None]
+
+
+def _side_scalars(region: Region) -> list[float | None]:
+    """The one number that each side input is everywhere; None where it is not known."""
+    return [known_scalar(side.value) if not side.value.shape else known_number(side.value) for side in region.sides]
+
+
+def _tried_sides(region: Region) -> list[Any]:
+    found = []
+    for side, number in zip(region.sides, _side_scalars(region), strict=True):
+        shape = (1, 1) if side.value.shape else ()
+        found.append(jnp.full(shape, 1.0 if number is None else number, side.value.aval.dtype))
+    return found
+
+
+def _run(region: Region, varied: int, root: int | None) -> np.ndarray:
+    """Expression ``root`` with the values tried in product ``varied`` of ``region.ups``, and ones in the others."""
+    hiddens = [
+        jnp.asarray(_values() if i == varied else np.ones((1, _COUNT)), up.product.out.aval.dtype)
+        for i, up in enumerate(region.ups)
+    ]
+    sides = _tried_sides(region)
+    out = replay(region, hiddens, sides, lambda x: x, jax.nn.relu, _Assumed(), root)
+    return np.asarray(jnp.broadcast_to(out, (1, _COUNT)), np.float64)[0]
+
+
+def _leaves_zeros(region: Region) -> bool:
+    return any((_run(region, i, None) == 0.0).mean() >= _ZERO_SHARE for i in range(len(region.ups)))
+
+
+def _profile(region: Region, score: int) -> tuple[np.ndarray, np.ndarray] | None:
+    numbers = [i for i, e in enumerate(region.exprs) if isinstance(e, Up)]
+    wanted = needed(region.exprs, score)
+    for varied, number in enumerate(numbers):
+        if number in wanted:
+            return _run(region, varied, score), _run(region, varied, None)
+    return None
