@@ -92,9 +92,12 @@ SMALL = {
         "max_position_embeddings": 16,
     },
 }
+SMALL["Whisper"] = {**SMALL["Bart"], "max_source_positions": SOURCE, "max_target_positions": 16, "num_mel_bins": 4}
+del SMALL["Whisper"]["max_position_embeddings"]
 SMALL["Mistral"] = SMALL["Llama"]
 SMALL["Gemma"] = {**SMALL["Llama"], "head_dim": 16, "max_position_embeddings": 32}
 HEADS = {
+    "Whisper": "ForConditionalGeneration",
     "GPT2": "LMHeadModel",
     "Bert": "ForMaskedLM",
     "T5": "ForConditionalGeneration",
@@ -104,7 +107,7 @@ HEADS = {
 
 def make(family, **changes):
     """The published model, without weights."""
-    options = {key: changes.pop(key) for key in ("gradient_checkpointing",) if key in changes}
+    options = {key: changes.pop(key) for key in ("gradient_checkpointing", "dtype") if key in changes}
     config = getattr(transformers, f"{family}Config")(**{"vocab_size": V, **SMALL[family], **changes})
     published = getattr(transformers, f"Flax{family}{HEADS.get(family, 'ForCausalLM')}")
     return published(config, _do_init=False, **options)
@@ -159,6 +162,32 @@ def decode(family, positions=True, **changes):
 
     cache = partly_filled(jax.eval_shape(lambda: model.init_cache(BATCH, LENGTH)))
     return step, (random_params(model), cache, some_tokens(BATCH, 1), jnp.full((BATCH, 1), PROMPT, jnp.int32))
+
+
+def model_itself(family, **changes):
+    """No function around the model: its own call, weights as its fourth argument."""
+    model = make(family, **changes)
+    return model, (some_tokens(BATCH, PROMPT), None, None, random_params(model))
+
+
+def trained_step(family, **changes):
+    """With dropout, as in training; T5 has one on the hidden units."""
+    model = make(family, **changes)
+
+    def run(params, input_ids, key):
+        return model(input_ids, decoder_input_ids=input_ids, params=params, dropout_rng=key, train=True).logits
+
+    return run, (random_params(model), some_tokens(BATCH, PROMPT), jax.random.PRNGKey(0))
+
+
+def sixteen_bit(family, **changes):
+    """Weights and computation in bfloat16."""
+    model = make(family, dtype=jnp.bfloat16, **changes)
+
+    def run(params, input_ids):
+        return model(input_ids, params=params).logits
+
+    return run, (model.to_bf16(random_params(model)), some_tokens(BATCH, PROMPT))
 
 
 def apply_module(family, **changes):
@@ -218,8 +247,17 @@ def generate(family, options=(), **changes):
     return run, (random_params(model), some_tokens(BATCH, PROMPT))
 
 
+def generate_itself(family, **changes):
+    """No function around ``generate``: its own call, weights as its fifth argument."""
+    model = make(family, **changes)
+    how = transformers.GenerationConfig(max_new_tokens=3, pad_token_id=0, eos_token_id=1)
+    return model.generate, (some_tokens(BATCH, PROMPT), how, None, True, random_params(model))
+
+
 def case(model, nesting, build, family, ffn, vocab, refusals, **changes):
-    return Case("transformers", model, nesting, partial(build, family, **changes), ffn, vocab, refusals)
+    about = {key: changes.pop(key) for key in ("weights", "jit", "tolerance") if key in changes}
+    about["options"] = about.pop("jit", ())
+    return Case("transformers", model, nesting, partial(build, family, **changes), ffn, vocab, refusals, **about)
 
 
 # Refusals: GPT-2 and BLOOM have one product for query, key and value and one for the output of attention; all others
@@ -253,6 +291,21 @@ CASES = [
     case("OPT", LOOP, generate, "OPT", 2 * L, 2, 2 * 4 * L, **UNTIED),
     case("OPT", "generate, beams", generate, "OPT", 2 * L, 2, 2 * 4 * L, options=(("num_beams", 2),), **UNTIED),
     case("OPT", "generate, sampling", generate, "OPT", 2 * L, 2, 2 * 4 * L, options=SAMPLING, **UNTIED),
+    case("OPT", "the model itself", model_itself, "OPT", L, 1, 4 * L, weights=3, **UNTIED),
+    case(
+        "OPT",
+        "model.generate itself",
+        generate_itself,
+        "OPT",
+        2 * L,
+        2,
+        2 * 4 * L,
+        weights=4,
+        jit=(("static_argnums", (1, 3)),),
+        **UNTIED,
+    ),
+    case("OPT, bfloat16", PREFILL, sixteen_bit, "OPT", L, 1, 4 * L, tolerance=4e-2, **TIED),
+    case("Llama, bfloat16", PREFILL, sixteen_bit, "Llama", L, 1, 4 * L, tolerance=4e-2),
     case("Llama", PREFILL, forward, "Llama", L, 1, 4 * L),
     case("Llama", STEP, decode, "Llama", L, 1, 4 * L),
     case("Mistral", STEP, decode, "Mistral", L, 1, 4 * L),
@@ -281,5 +334,7 @@ CASES = [
         **UNTIED,
     ),
     case("T5, ReLU, tied head", LOOP, generate, "T5", L + L, 1, 4 * L + 8 * L, feed_forward_proj="relu", **TIED),
+    case("T5, ReLU", "dropout", trained_step, "T5", 2 * L, 1, 12 * L, feed_forward_proj="relu", **UNTIED),
+    case("Whisper, tied head", STEP, decode_from_encoded, "Whisper", L, 1, 8 * L, positions=True, **TIED),
     case("BART, tied head", STEP, decode_from_encoded, "Bart", L, 1, 8 * L, positions=True, **TIED),
 ]
