@@ -205,6 +205,7 @@ def _moved(node: Node, value: Value, dims: frozenset[int], fate: Fate) -> list[t
         for result in node.outputs:
             for have, left in ((value.shape[d], result.shape[d]) for d in dims):
                 if left == 1 < have:
+                    fate.events.append(("gathered", node))
                     fate.drawn.add(result)
                 elif left < have and (p is compat.SPLIT or (left and have % left == 0)):
                     # Equal parts are gates or heads; a vocabulary is cut to its true size.

@@ -267,6 +267,11 @@ def _of_split(node: Any, result: int, layout: Layout) -> Layout:
     return cut(layout, shape, start, (1,) * len(shape))
 
 
+def _of_unstack(node: Any, result: int, layout: Layout) -> Layout:
+    axis, shape = node.params["axis"], node.inputs[0].aval.shape
+    return (*layout[:axis], Dim((), shape[axis], start=result), *layout[axis:])
+
+
 _RULES: dict[Any, Callable[[Any, int, Layout], Layout]] = {
     prims.reshape_p: _of_reshape,
     prims.squeeze_p: _of_reshape,  # its "dimensions" are the axes dropped, which shapes tell as well
@@ -274,4 +279,5 @@ _RULES: dict[Any, Callable[[Any, int, Layout], Layout]] = {
     prims.broadcast_in_dim_p: _of_broadcast,
     prims.slice_p: _of_slice,
     compat.SPLIT: _of_split,
+    compat.UNSTACK: _of_unstack,
 }

@@ -10,12 +10,9 @@ import numpy as np
 from jax.extend.core import primitives as prims
 
 from hire_xform.passes import compat
-from hire_xform.passes.pointwise import POINTWISE, is_pointwise
+from hire_xform.passes.pointwise import POINTWISE
 from hire_xform.passes.provenance import Convert, Origin, Provenance, Recipe, Reshape, Slice, Transpose
 from hire_xform.passes.walk import Graph, Node, Operand, Value
-
-# From a product back to where data changed its weight.
-MAX_CHANGES = 8
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -204,33 +201,14 @@ def _derived_weight(node: Node, provenance: Provenance) -> Loose | None:
         how = provenance.derived(operand)
         if how is not None and isinstance(operand, Value) and len(operand.shape) >= 2:
             return Loose(node, f"its weight is computed inside the program, by {how}")
-        how = _changed_by_data(operand, provenance)
-        if how is not None:
-            return Loose(node, f"its weight depends on the data, by {how}, so another product than one with a weight")
-    return None
-
-
-def _changed_by_data(operand: Operand, provenance: Provenance) -> str | None:
-    """The equation that scales or shifts a weight by something smaller that depends on the data."""
-    for _ in range(MAX_CHANGES):
-        if not isinstance(operand, Value) or operand.node is None or not is_pointwise(operand.node):
-            return None
-        inputs = sorted((o for o in operand.node.inputs if isinstance(o, Value)), key=_size)
-        if not inputs:
-            return None
-        weight, others = inputs[-1], inputs[:-1]
-        if len(weight.shape) < 2 or any(_size(o) >= _size(weight) for o in others):
-            return None
-        if provenance.origin(weight) is not None or provenance.derived(weight) is not None:
-            return f"{operand.node.primitive} at {operand.node.source}"
-        operand = weight
     return None
 
 
 def _unlike_product(node: Node, provenance: Provenance) -> str | None:
     """Why an equation that multiplies data by a matrix of weights, but is no product of two matrices, is left."""
     if node.primitive in (prims.conv_general_dilated_p, compat.RAGGED_DOT):
-        if _matrix_origin(node.inputs[1], provenance) is None:
+        kernel = node.inputs[1]
+        if _matrix_origin(kernel, provenance) is None and provenance.derived(kernel) is None:
             return None
         if node.primitive is compat.RAGGED_DOT:
             return "one product for each group of tokens, as experts have, which is not followed"
@@ -257,10 +235,6 @@ def _summed_product(node: Node, provenance: Provenance) -> str | None:
 
 def _made_by(operand: Any, primitive: Any) -> bool:
     return isinstance(operand, Value) and operand.node is not None and operand.node.primitive is primitive
-
-
-def _size(value: Value) -> int:
-    return math.prod(value.shape)
 
 
 def _unentered(node: Node, provenance: Provenance) -> list[Loose]:
