@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import types
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -102,6 +103,13 @@ class Sparsified:
         """Runs the rewritten function."""
         entry, leaves, packed = self._entry(args, kwargs)
         return entry.run(leaves, packed)
+
+    def __get__(self, instance: Any, owner: type | None = None) -> Any:
+        """Decorates a method as well: called on an instance, that is the first argument, and so the weights.
+
+        As for ``jax.jit``, only calls are bound: it is ``type(model).step.trace(model, x)``.
+        """
+        return self if instance is None else types.MethodType(self, instance)
 
     def program(self, *args: Any, **kwargs: Any) -> tuple[Callable, tuple[Any, ...]]:
         """The jitted function that a call with these arguments runs, and the operands it is given.

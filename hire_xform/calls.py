@@ -252,6 +252,8 @@ def abstract_call(signature: Signature, args: tuple[Any, ...], kwargs: dict[str,
         key = argument_of(path)
         if not signature.traces(path, leaf):
             check_static(leaf, path)
+            if len(path) == 2:
+                check_holds_arrays(signature, leaf, key)
             statics.append((position, leaf))
             continue
         avals.append(aval_of(leaf))
@@ -277,3 +279,17 @@ def check_static(leaf: Any, path: Sequence[Any]) -> None:
         raise TypeError(
             f"sparsify: the leaf at argument {where} is a {type(leaf).__name__}; expected an array, or a hashable value"
         ) from None
+
+
+def check_holds_arrays(signature: Signature, leaf: Any, key: int | str) -> None:
+    """Raises TypeError when a whole weights argument is one opaque object: the wrong argument, or no pytree.
+
+    Arrays inside it would be taken for constants, and changes to them would go unseen.
+    """
+    number = signature.weight_number(key)
+    if number is None or isinstance(leaf, (str, bytes)):
+        return
+    raise TypeError(
+        f"sparsify: argument {key!r} is in weights_argnums={signature.weights}, but JAX sees no arrays in a "
+        f"{type(leaf).__name__}; expected a pytree of arrays, or weights_argnums=() where all weights are closed over"
+    )

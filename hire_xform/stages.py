@@ -15,7 +15,9 @@ from hire_xform import explain as _explain
 from hire_xform.calls import Abstract, Signature, is_array, merge, unwrap_statics
 from hire_xform.config import Config
 from hire_xform.errors import PackedMismatchError
+from hire_xform.in_place import changed_weights, warn_if_lost, weight_leaves
 from hire_xform.packing import pack_keys
+from hire_xform.passes import compat
 from hire_xform.passes.detect import Detection, detect
 from hire_xform.passes.pack import Holding, Packed, PackLayout, decide_holding, pack_shapes, unpack_rows
 from hire_xform.passes.plan import Need, PackKey, Plan, make_plan
@@ -52,17 +54,25 @@ class Traced:
         """Traces, detects and plans; see ``Sparsified.trace``."""
         self.signature, self.call, self._options = signature, call, options
         shapes: list[Any] = []
+        changed: dict[tuple[Any, ...], Any] = {}
 
         def flat(*leaves: Any) -> list[Any]:
             args, kwargs = unwrap_statics(*call.rebuild(leaves))
             out, tree = jax.tree.flatten(signature.fun(*args, **kwargs))
             shapes.append(tree)
-            return out
+            before = weight_leaves(signature, *call.rebuild(leaves))
+            # Trees may refuse to be flattened once used, as Equinox's State does.
+            with contextlib.suppress(Exception):
+                changed.update(changed_weights(before, weight_leaves(signature, args, kwargs), out))
+            return [*out, *changed.values()]
 
         self._rewriters: dict[Any, Rewriter] = {}
         with collector_paused():
             self.jaxpr = jax.make_jaxpr(flat)(*[_struct(a) for a in call.avals])
             self.out_tree = shapes[0]
+            if changed:
+                warn_if_lost(signature, self.jaxpr, call.roots, list(changed))
+                self.jaxpr = compat.without_last_outputs(self.jaxpr, len(changed))
             self._graph: Graph = walk(self.jaxpr)
             self._provenance = Provenance(self._graph, call.roots)
             self._detection: Detection = detect(self._graph, self._provenance)
@@ -91,7 +101,14 @@ class Traced:
 
     def explain(self) -> str:
         """Each site and each refusal as text: path, source line, kind, bytes before and after, reasons."""
-        return _explain.explain(self.plan)
+        text = _explain.explain(self.plan)
+        if self.plan.sites or self.plan.refusals:
+            return text
+        weights = sum(root is not None for root in self.call.roots) + len(self._provenance.consts)
+        return (
+            f"{text}\nNo product with a weight was found. Weights are the arrays in weights_argnums="
+            f"{self.signature.weights} and those that are closed over: {weights or 'none'} here."
+        )
 
     @cached_property
     def sparse_jaxpr(self) -> Any:

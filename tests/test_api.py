@@ -509,6 +509,36 @@ def test_a_method_and_a_partial_can_be_sparsified():
     assert_same(hx.sparsify(jax.jit(net), config=FULL)(params, inputs()), want)
 
 
+def test_a_method_is_decorated_like_a_function():
+    class Model(Module):
+        @hx.sparsify(config=FULL)
+        def step(self, x):
+            return self(x)
+
+    jax.tree_util.register_pytree_node(Model, Model.tree_flatten, Model.tree_unflatten)
+    model = Model(make_weights(), jax.nn.relu)
+    assert_same(model.step(inputs()), model(inputs()))
+    assert kinds(Model.step.trace(model, inputs()).plan) == ["ffn"]
+
+
+def test_weights_changed_in_place_are_told_when_the_change_is_lost():
+    def fun(params, x, returns):
+        params["count"] = params["count"] + 1
+        params["cache"] = params["cache"] + x
+        logits = jax.jit(net)(params, x)
+        return (logits, params["cache"]) if returns else logits
+
+    params = {**make_weights(), "cache": inputs(), "count": jnp.int32(0)}
+    step = hx.sparsify(fun, config=FULL, static_argnums=2)
+    with pytest.warns(hx.HireWarning, match=r"params\['cache'\] changed in place but not returned"):
+        logits = step(params, inputs(), False)
+    assert_same(logits, net(params, inputs()))
+    assert kinds(step.trace(params, inputs(), False).plan) == ["ffn", "vocab"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert_same(step(params, inputs(), True), (logits, 2 * inputs()))
+
+
 def test_empty_and_none_arguments_pass():
     def fun(params, x, extra, nothing):
         assert nothing is None
@@ -601,6 +631,13 @@ def test_a_function_without_weights_or_products_passes():
     step = hx.sparsify(lambda x: jnp.sin(x) + 1)
     assert_same(step(inputs()), jnp.sin(inputs()) + 1)
     assert hx.sparsify(lambda: jnp.ones(3))().shape == (3,)
+
+
+def test_explain_says_where_weights_were_looked_for():
+    step = hx.sparsify(lambda graph, params, x: net(params, x))
+    assert "in weights_argnums=(0,) and those that are closed over: none here" in (
+        step.trace((), make_weights(), inputs()).explain()
+    )
 
 
 def test_explain_names_paths_weights_sources_and_reasons():

@@ -17,3 +17,18 @@ def test_a_closed_over_array_is_found_in_every_form():
     graph = walk(jax.make_jaxpr(jax.jit(lambda x: x @ weight))(weight))
     consts = [o.const for n in graph.top.nodes for o in n.inputs if getattr(o, "const", None) is not None]
     assert any(c is weight for c in consts)
+
+
+def test_a_line_of_a_library_of_layers_is_told_as_the_line_that_uses_it():
+    import jax
+
+    library = {}
+    code = "def dense(w, x):\n    return x @ w\n"
+    exec(compile(code, "/home/me/.venv/lib/python3.11/site-packages/flax/linen/linear.py", "exec"), library)
+
+    def model(w, x):
+        return library["dense"](w, x)
+
+    line = compat.source_line(jax.make_jaxpr(model)(jax.numpy.ones((2, 2)), jax.numpy.ones(2)).eqns[0])
+    assert "test_compat.py" in line
+    assert "model" in line

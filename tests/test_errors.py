@@ -190,3 +190,11 @@ def test_a_failed_call_leaves_the_function_usable():
     with pytest.raises(TypeError):
         step(W, np.ones((1, 5), np.float32))
     np.testing.assert_allclose(step(W, X), block(W, X))
+
+
+def test_weights_that_are_one_opaque_object_are_refused():
+    class Model:
+        weights = W
+
+    with pytest.raises(TypeError, match=r"argument 0 is in weights_argnums=\(0,\), but JAX sees no arrays in a Model"):
+        hx.sparsify(lambda model, x: block(model.weights, x))(Model(), X)
