@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import types
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ import jax
 from hire_xform.calls import Abstract, Signature, abstract_call
 from hire_xform.config import Config
 from hire_xform.entry import Entry, take_packed
+from hire_xform.errors import HireWarning
 from hire_xform.memory import PackMemory
 from hire_xform.passes import compat
 from hire_xform.passes.pack import Packed
@@ -165,4 +167,20 @@ class Sparsified:
             backend = self.options.get("backend") or jax.default_backend()
             platform = "gpu" if backend in ("gpu", "cuda", "rocm") else str(backend)
             self._traces[key] = Traced(self.signature, self.config, call, platform, self.jit_options)
+            self._tell_unmatched(self._traces[key])
         return self._traces[key]
+
+    def _tell_unmatched(self, traced: Traced) -> None:
+        """Warns once, at the first trace, of rules that match nothing in it."""
+        plan = traced.plan
+        if not plan.unmatched_rules or len(self._traces) > 1:
+            return
+        rules = ", ".join(map(repr, plan.unmatched_rules))
+        paths = traced.rule_paths
+        there = ", ".join(paths[:8]) + (f" and {len(paths) - 8} more" if len(paths) > 8 else "") or "none"
+        warnings.warn(
+            f"{self!r}: rules that match no feed-forward block and no vocabulary projection: {rules}. A block goes by "
+            f"the path of its last product. Paths there are: {there}",
+            HireWarning,
+            stacklevel=4,
+        )

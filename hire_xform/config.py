@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -90,6 +91,11 @@ class Config:
             settings = own if own is not None else (settings if settings is not None else getattr(self, kind))
             force = force or rule.force
         return Choice(settings=settings, force=force, reason=reason)
+
+    def unmatched(self, paths: Sequence[str]) -> tuple[Rule, ...]:
+        """The rules that match none of these paths; "*", which is meant for whatever there is, is never one of them."""
+        named = [rule for rule in self.rules if rule.path_glob.strip("*")]
+        return tuple(rule for rule in named if not any(rule.matches(path) for path in paths))
 
 
 def _check_settings(owner: str, vocab: Any, ffn: Any) -> None:

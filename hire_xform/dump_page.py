@@ -71,6 +71,8 @@ def _site(number: int, site: Site, side: str) -> str:
     ]
     if site.activation:
         facts.append(f"activation: {site.activation}")
+    if site.own:
+        facts.append(f"the model's own choice: {site.own}")
     facts.append(", ".join(site.weights))
     if site.forced:
         facts.append("forced by a rule")

@@ -35,6 +35,9 @@ def explain(plan: Plan) -> str:
         lines.append(f"{count} dense ({size(plan.refused_bytes)} read):")
         for refusals in _grouped(plan.refusals, lambda r: (r.reason, r.source, r.kind)):
             lines += _refusal(refusals)
+    if plan.unmatched_rules:
+        lines.append("")
+        lines.append(f"Rules that match nothing here: {', '.join(map(repr, plan.unmatched_rules))}")
     return "\n".join(lines)
 
 
@@ -48,7 +51,7 @@ def describe(settings: Vocab | Ffn) -> str:
 
 def _site_key(site: Site) -> tuple:
     same = (site.kind, site.source, site.tokens, site.dense_bytes, site.sparse_bytes, site.settings, site.inputs)
-    return (*same, site.units, site.computed, site.activation, site.forced)
+    return (*same, site.units, site.computed, site.activation, site.own, site.forced)
 
 
 def _grouped(items: tuple, key) -> list[list]:  # type: ignore[no-untyped-def]
@@ -79,6 +82,8 @@ def _site(sites: list[Site]) -> list[str]:
         f"         {describe(site.settings)}" + (f"; activation: {site.activation}" if site.activation else ""),
         f"         weights: {', '.join(site.weights)}" + (" and alike" if len(sites) > 1 else ""),
     ]
+    if site.own:
+        lines.append(f"         the model's own choice: {site.own}")
     if site.forced:
         lines.append("         forced by a rule, whatever the cost model says")
     return lines

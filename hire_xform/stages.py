@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -76,7 +76,14 @@ class Traced:
             self._graph: Graph = walk(self.jaxpr)
             self._provenance = Provenance(self._graph, call.roots)
             self._detection: Detection = detect(self._graph, self._provenance)
-            self.plan: Plan = make_plan(self._detection, config.choose, platform, self._name_of)
+            plan = make_plan(self._detection, config.choose, platform, self._name_of)
+            unmatched = config.unmatched(self.rule_paths)
+            self.plan: Plan = replace(plan, unmatched_rules=tuple(rule.path_glob for rule in unmatched))
+
+    @property
+    def rule_paths(self) -> list[str]:
+        """What a rule's pattern is matched with: the path of each block's last product, and of each vocabulary's."""
+        return [match.node.path for match in self._detection.matches]
 
     @cached_property
     def _names(self) -> dict[Root, str]:

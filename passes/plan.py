@@ -131,12 +131,16 @@ class Decision:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is rewritten (``sites``) and what is not (``refusals``), each in program order."""
+    """What is rewritten (``sites``) and what is not (``refusals``), each in program order.
+
+    ``unmatched_rules`` are the path patterns of rules that match no block and no vocabulary projection.
+    """
 
     sites: tuple[Site, ...]
     refusals: tuple[Refusal, ...]
     platform: str
     decisions: tuple[Decision, ...] = field(default=(), repr=False, compare=False)
+    unmatched_rules: tuple[str, ...] = ()
 
     @property
     def dense_bytes(self) -> int:
@@ -154,13 +158,14 @@ class Plan:
         return sum(r.dense_bytes for r in self.refusals)
 
     def to_json(self, indent: int | None = 2) -> str:
-        """The plan as JSON: ``{"platform", "sites": [...], "refusals": [...]}``."""
+        """The plan as JSON: ``{"platform", "sites": [...], "refusals": [...], "unmatched_rules": [...]}``."""
         sites = []
         for site in self.sites:
             entry = {k: v for k, v in asdict(site).items() if k != "settings"}
             entry["settings"] = {**asdict(site.settings), "predictor": repr(site.settings.predictor)}
             sites.append(entry)
         found = {"platform": self.platform, "sites": sites, "refusals": [asdict(r) for r in self.refusals]}
+        found["unmatched_rules"] = list(self.unmatched_rules)
         return json.dumps(found, indent=indent)
 
 

@@ -100,7 +100,7 @@ def leaves_zeros(
         # where(u > 0, u, 0): the choice must hang on the units. Zeros inside a branch may be those not chosen (ELU).
         literal_zero = operand_hidden[0] and any(v == 0.0 for v in operand_value[1:])
         return literal_zero or (all(zero_at[1:]) and any(operand_zero[1:]))
-    if p in _COMPARES:
+    if p in COMPARES:
         # u * (u > 0): false over a range.
         return any(operand_hidden)
     if p is prims.and_p:
@@ -112,7 +112,7 @@ def leaves_zeros(
     return False
 
 
-_COMPARES = frozenset({prims.gt_p, prims.ge_p, prims.lt_p, prims.le_p})
+COMPARES = frozenset({prims.gt_p, prims.ge_p, prims.lt_p, prims.le_p})
 
 _ZERO_TO_ZERO: frozenset[Any] = frozenset(
     p

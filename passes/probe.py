@@ -14,12 +14,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend.core import primitives as prims
 
 from hire_xform.lowering import among_largest, kth_largest
 from hire_xform.passes import sums
 from hire_xform.passes.known import known_scalar
-from hire_xform.passes.pointwise import known_number
-from hire_xform.passes.region import Kept, Kth, OwnSparsity, Region, Total, Up, needed, replay
+from hire_xform.passes.pointwise import COMPARES, known_number
+from hire_xform.passes.region import Apply, Kept, Kth, OwnSparsity, Place, Region, Total, Up, needed, replay
 
 # Values of a unit that are tried: none is zero, and the spread is that of normally distributed units.
 _LIMIT, _COUNT = 6.0, 1200
@@ -58,7 +59,7 @@ def own_sparsity(region: Region, probe: Probe) -> OwnSparsity | None:
     """The model's own choice of units in a region that has a top-k or totals; None when it is no such choice."""
     chosen = {e.operand for e in region.exprs if isinstance(e, (Kth, Kept))}
     totals = {_summed(region, e) for e in region.exprs if isinstance(e, Total)}
-    if len(chosen) + len(totals) != 1:
+    if len(chosen) + len(totals) != 1 or _is_normalised(region):
         return None
     score = next(iter(chosen or totals))
     tried = probe.profile(region, score)
@@ -75,9 +76,27 @@ def own_sparsity(region: Region, probe: Probe) -> OwnSparsity | None:
     if totals:
         # Of a threshold the units are normally distributed, as its authors take them to be.
         z = float(least) - _LIMIT / _COUNT
-        return OwnSparsity(score, 1.0 - NormalDist().cdf(z), f"above mean + {z:.2f} deviations", (score,))
+        return OwnSparsity(score, 1.0 - NormalDist().cdf(z), f"units above mean + {z:.2f} deviations", (score,))
     ranks = [e.rank if isinstance(e, Kth) else e.k for e in region.exprs if isinstance(e, (Kth, Kept))]
     return OwnSparsity(score, max(ranks) / region.units, f"top {max(ranks):,}", ())
+
+
+def _is_normalised(region: Region) -> bool:
+    """True when units are scaled by something taken from all of them, as a norm does, and not just compared."""
+    common: list[bool] = []
+    scaled: list[bool] = []
+    for varies, e in zip(region.varies, region.exprs, strict=True):
+        if not isinstance(e, Apply):
+            common.append(isinstance(e, (Kth, Total)))
+            scaled.append(isinstance(e, Place) and e.update is not None and scaled[e.update])
+            continue
+        common.append(not varies and any(common[o] for o in e.operands))
+        here = varies and e.node.primitive in _SCALES and any(common[o] for o in e.operands)
+        scaled.append((here or any(scaled[o] for o in e.operands)) and e.node.primitive not in COMPARES)
+    return scaled[region.root]
+
+
+_SCALES = frozenset({prims.mul_p, prims.div_p})
 
 
 def _summed(region: Region, total: Total) -> int:

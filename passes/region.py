@@ -99,7 +99,7 @@ class OwnSparsity:
     Attributes:
       score: the number of the expression whose largest values are kept.
       share: the share of the units that are kept; of a threshold, for normally distributed units; None if not known.
-      name: for reports: "top 512" or "mean + 1.64 deviations".
+      name: for reports: "top 512" or "units above mean + 1.64 deviations".
       totalled: numbers of the expressions (products) whose mean and variance are read.
     """
 

@@ -9,6 +9,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import models
 import numpy as np
 import pytest
 from checks import FORCE, assert_same, full_width, kinds, narrow, primitives_of
@@ -712,6 +713,31 @@ def test_settings_of_a_rule_apply_where_it_matches():
     plan = hx.sparsify(net, config=hx.Config(rules=rules)).trace(make_weights(), inputs()).plan
     assert plan.sites[0].computed == M // 2
     assert plan.sites[1].computed == V  # candidates=256 are more than there are
+
+
+def test_rules_that_match_nothing_are_told_once_and_listed():
+    rules = (*FORCE, hx.Rule("scan[7]/*", skip=True), hx.Rule("dot_general[1]"), hx.Rule("jit:mlp*"))
+    step = hx.sparsify(models.relu_ffn, config=hx.Config(rules=rules))
+    w, x = models.list_params()["layers"][0], jnp.ones((1, models.D))
+    where = r"'scan\[7\]/\*', 'jit:mlp\*'\. .*Paths there are: dot_general\[1\]"
+
+    def run():
+        step(w, x)
+        step.trace(w, jnp.ones((2, models.D)))
+        return step.trace(w, x)
+
+    with pytest.warns(hx.HireWarning, match=where) as told:
+        traced = run()
+    assert len(told) == 1
+    assert traced.plan.unmatched_rules == ("scan[7]/*", "jit:mlp*")
+    assert "Rules that match nothing here: 'scan[7]/*', 'jit:mlp*'" in traced.explain()
+    assert '"unmatched_rules"' in traced.plan.to_json()
+
+
+def test_a_rule_for_everything_need_not_match(recwarn):
+    step = hx.sparsify(lambda w, x: x, config=hx.Config(rules=FORCE))
+    step(jnp.ones(2), jnp.ones(2))
+    assert not recwarn
 
 
 def test_debug_callbacks_run_once_a_call():
