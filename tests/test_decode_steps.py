@@ -265,6 +265,18 @@ def test_a_row_looked_up_is_no_matrix():
     assert_same(step(w, 1), jax.jit(fun)(w, 1))
 
 
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_tokens_looked_up_are_data_however_few(tokens):
+    w, keys = {**stacks(), "square": jnp.ones((8, 8))}, jnp.ones((5, 8))
+
+    def fun(w, keys, i):
+        return w["embed"][i] @ w["square"] @ keys.T
+
+    plan = hx.sparsify(fun).trace(w, keys, jnp.arange(tokens)).plan
+    assert (plan.sites, len(plan.refusals)) == ((), 1)
+    assert "w['square']" in plan.refusals[0].weights
+
+
 def test_what_is_indexed_in_another_way_is_refused():
     w, x = stacks(), jnp.ones((2, 8))
     ways = (

@@ -13,6 +13,8 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 # Script -> (the package it needs, the extra that installs it, sites it must report).
 SCRIPTS = {
     "plain_jax.py": ("jax", "test", 2),
+    "flax_linen.py": ("flax", "flax", 2),
+    "flax_nnx.py": ("flax", "flax", 3),
     "equinox_decoder.py": ("equinox", "equinox", 3),
     "haiku_decoder.py": ("haiku", "haiku", 2),
     "keras_decoder.py": ("keras", "keras", 3),
