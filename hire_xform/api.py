@@ -99,7 +99,8 @@ class Sparsified:
 
     def __repr__(self) -> str:
         """Names the function."""
-        return f"sparsify({getattr(self.signature.fun, '__qualname__', self.signature.fun)!s})"
+        fun = self.signature.fun
+        return f"sparsify({getattr(fun, '__qualname__', None) or type(fun).__qualname__})"
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the rewritten function."""

@@ -216,7 +216,7 @@ def expand_packed(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[
 
 def is_array(leaf: Any) -> bool:
     """True for a leaf that jax.jit would trace."""
-    return isinstance(leaf, ARRAY_TYPES) or hasattr(leaf, "__jax_array__") or isinstance(leaf, jax.core.ShapedArray)
+    return isinstance(leaf, (*ARRAY_TYPES, jax.core.ShapedArray))
 
 
 def aval_of(leaf: Any) -> Any:
@@ -271,7 +271,12 @@ def _is_packed(value: Any) -> bool:
 
 
 def check_static(leaf: Any, path: Sequence[Any]) -> None:
-    """Raises TypeError for a leaf that can be neither traced nor compared."""
+    """Raises TypeError for a leaf that can be neither traced nor compared, or that hides an array."""
+    if hasattr(leaf, "__jax_array__") and not isinstance(leaf, type):
+        raise TypeError(
+            f"sparsify: the leaf at argument {jax.tree_util.keystr(tuple(path[1:]))} is a {type(leaf).__name__}, which "
+            "stands for an array but which JAX does not trace; expected the array (of a Keras variable, its .value)"
+        )
     try:
         hash(leaf)
     except TypeError:

@@ -178,9 +178,8 @@ class Packed:
     @property
     def nbytes(self) -> int:
         """Bytes of all arrays it holds."""
-        return sum(
-            int(np.prod(x.shape)) * np.dtype(x.dtype).itemsize for x in jax.tree.leaves((self._kept, self._forms))
-        )
+        # NumPy has no dtype for random keys; they know their own size.
+        return sum(math.prod(x.shape) * x.dtype.itemsize for x in self.leaves)
 
     def __repr__(self) -> str:
         """A one-line summary."""

@@ -138,6 +138,11 @@ WRONG = {
     "unhashable_static": (lambda: sparse(static_argnums=1)(W, [1]), ValueError, ["static", "hashable", "list"]),
     "unhashable_leaf": (lambda: sparse()({**W, "note": {1}}, X), TypeError, ["note", "set", "array"]),
     "unhashable_leaf_traced": (lambda: sparse().trace({**W, "note": {1}}, X), TypeError, ["note", "set", "array"]),
+    "a_leaf_that_stands_for_an_array": (
+        lambda: sparse()({**W, "note": StandsForAnArray()}, X),
+        TypeError,
+        ["note", "StandsForAnArray", "value"],
+    ),
     "a_string_where_an_array_belongs": (lambda: sparse()(W, "x"), TypeError, []),
     "too_few_arguments": (lambda: sparse()(W), TypeError, ["missing|required", "x"]),
     "weights_not_in_the_call": (
@@ -152,6 +157,11 @@ WRONG = {
     ),
     "traced_weights": (lambda: jax.jit(sparse())(W, X), hx.TracedWeightsError, ["params", "tracer", "pack"]),
 }
+
+
+class StandsForAnArray:
+    def __jax_array__(self):
+        return jnp.ones(3)
 
 
 def _stripped():
