@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PYTEST_ARGS ?=
 
-.PHONY: demo test fast lint typecheck bench wheel clean
+.PHONY: demo test fast lint typecheck bench models wheel clean
 
 # One stamp a set of extras: installing again only when pyproject.toml changed.
 $(VENV)/.created:
@@ -52,6 +52,11 @@ bench: $(VENV)/.examples
 	$(BIN)/python benchmarks/kernels.py
 	$(BIN)/python benchmarks/billion.py
 	$(BIN)/python benchmarks/overhead.py
+
+# The table of frameworks, models and nestings in the docs.
+models: $(VENV)/.test
+	PYTHONPATH=tests $(BIN)/python tests/frameworks/table.py > docs/models.md.new
+	mv docs/models.md.new docs/models.md
 
 wheel: $(VENV)/.dev
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
