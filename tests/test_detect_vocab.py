@@ -89,6 +89,17 @@ def test_every_consumer_of_logits_fires_once(name):
     fires_once(PICKS[name])
 
 
+def test_scores_that_a_loop_carries_and_joins_to_others_fire_once():
+    def fun(p, x):
+        def body(_, best):
+            kept = lax.top_k(jnp.concatenate([best, best / 2], axis=-1), 4)[0]
+            return jnp.maximum(kept, lax.top_k(x @ p["h"], 4)[0])
+
+        return lax.fori_loop(0, 3, body, jnp.zeros((3, 4)))
+
+    fires_once(fun)
+
+
 @pytest.mark.parametrize("count", [1, 3, 8])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["f32", "bf16"])
 def test_every_size_and_dtype_fires_once(count, dtype):
