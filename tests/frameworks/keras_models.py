@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from contextlib import contextmanager
 from functools import partial
 
@@ -147,7 +148,7 @@ def policy(name):
         keras.config.set_dtype_policy(before)
 
 
-def made(dtype="float32", **options):
+def made(dtype="float32", change=lambda model: None, **options):
     """A built decoder with random weights, biases included."""
     keras.utils.set_random_seed(0)
     with policy(dtype):
@@ -156,7 +157,18 @@ def made(dtype="float32", **options):
     for i, variable in enumerate(model.trainable_variables):
         if len(variable.shape) == 1:
             variable.assign_add(0.1 * jax.random.normal(jax.random.key(i), variable.shape))
+    change(model)
     return model
+
+
+def with_lora(model):
+    for ffn in model.ffns:
+        ffn.up.enable_lora(2)
+
+
+def quantized(model):
+    with warnings.catch_warnings(action="ignore"):  # layers without weights to quantize say so
+        model.quantize("int8")
 
 
 def build(jitted=False, **options):
@@ -217,6 +229,9 @@ def build_greedy():
     return step, (*lists, *data())
 
 
+COMPUTED = "LoRA: its weight is computed inside the program"
+INTEGERS = "its weights are integers"
+
 _case = partial(Case, "Keras", ffn=L, vocab=1, refusals=4 * L, weights=(0, 1))
 
 CASES = [
@@ -232,6 +247,15 @@ CASES = [
     _case("decoder", "keras.Sequential blocks", partial(build, make_ffn=sequential)),
     _case("decoder, mixed_bfloat16", "stateless_call", partial(build, dtype="mixed_bfloat16"), tolerance=4e-2),
     _case("decoder, bfloat16", "stateless_call", partial(build, dtype="bfloat16"), tolerance=4e-2),
+    # For each block the product of the two factors, the product with the sum, and the product that contracts.
+    _case("decoder, LoRA", "enable_lora", partial(build, change=with_lora), refusals=7 * L, missed=(COMPUTED,) * L),
+    _case(
+        "decoder, int8 weights",
+        'quantize("int8")',
+        partial(build, change=quantized),
+        refusals=6 * L + 1,
+        missed=(INTEGERS,) * (L + 1),
+    ),
     _case("generation, greedy", "keras.ops.while_loop", build_greedy),
     _case("functional, MultiHeadAttention", "stateless_call", build_functional),
     _case("functional, MultiHeadAttention, GELU", "stateless_call", partial(build_functional, activation="gelu")),
