@@ -56,9 +56,15 @@ def warn_if_lost(
     provenance = Provenance(graph, roots)
     values = graph.top.outputs[len(graph.top.outputs) - len(paths) :]
 
+    looped = {result: node for node in graph.program_order() if node.children for result in node.outputs}
+
     def holds_data(value: Any) -> bool:
-        known = not isinstance(value, Value) or value.const is not None
-        return not known and provenance.origin(value) is None and provenance.derived(value) is None
+        if not isinstance(value, Value) or value.const is not None:
+            return False
+        if value not in looped:
+            return provenance.origin(value) is None and provenance.derived(value) is None
+        number = looped[value].outputs.index(value)
+        return any(holds_data(body.outputs[number]) for body in looped[value].children)
 
     lost = [path for path, value in zip(paths, values, strict=True) if holds_data(value)]
     if not lost:

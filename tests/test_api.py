@@ -525,11 +525,12 @@ def test_a_method_is_decorated_like_a_function():
 def test_weights_changed_in_place_are_told_when_the_change_is_lost():
     def fun(params, x, returns):
         params["count"] = params["count"] + 1
+        params["stack"] = jax.lax.scan(lambda carry, w: (carry, w), 0, params["stack"])[1]
         params["cache"] = params["cache"] + x
         logits = jax.jit(net)(params, x)
         return (logits, params["cache"]) if returns else logits
 
-    params = {**make_weights(), "cache": inputs(), "count": jnp.int32(0)}
+    params = {**make_weights(), "cache": inputs(), "count": jnp.int32(0), "stack": jnp.ones((2, D))}
     step = hx.sparsify(fun, config=FULL, static_argnums=2)
     with pytest.warns(hx.HireWarning, match=r"params\['cache'\] changed in place but not returned"):
         logits = step(params, inputs(), False)

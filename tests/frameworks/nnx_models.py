@@ -379,7 +379,7 @@ def generated_by_scan():
             tokens = next_token(model, tokens)
             return tokens, tokens
 
-        return some(model, tokens)[1]
+        return some(model, tokens)[1], nnx.state(model, nnx.Cache)
 
     return generate, (decoder(tied=True), TOKENS)
 
