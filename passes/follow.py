@@ -113,6 +113,7 @@ def _step(node: Node, value: Value, dims: frozenset[int], fate: Fate) -> list[tu
     if p in _REDUCTIONS:
         axes = set(node.params["axes"])
         if axes & dims:
+            _in_parts(value, dims, axes, fate)
             fate.events.append(("reduced", node))
             return []
         return [(node.outputs[0], _without(dims, axes))]
@@ -122,6 +123,7 @@ def _step(node: Node, value: Value, dims: frozenset[int], fate: Fate) -> list[tu
     if moved is not None:
         return moved
     if p is prims.sort_p:
+        _in_parts(value, dims, {node.params["dimension"]}, fate)
         return _drawn(node, [(r, dims) for r, o in zip(node.outputs, node.inputs, strict=True) if o is value], fate)
     if p in (prims.top_k_p, prims.approx_top_k_p):
         return _drawn(node, [(node.outputs[0], dims)], fate)
@@ -205,17 +207,19 @@ def _moved(node: Node, value: Value, dims: frozenset[int], fate: Fate) -> list[t
     whole = value in fate.drawn  # what was drawn may be cut as it likes
     if p is prims.slice_p or p is compat.SPLIT:
         for result in node.outputs:
-            for have, left in ((value.shape[d], result.shape[d]) for d in dims):
+            for d in dims:
+                have, left = value.shape[d], result.shape[d]
                 if left == 1 < have:
                     fate.events.append(("gathered", node))
                     fate.drawn.add(result)
-                elif left < have and (p is compat.SPLIT or (left and have % left == 0)):
-                    # Equal parts are gates or heads; a vocabulary is cut to its true size.
+                elif left < have and (p is compat.SPLIT or (left and have % left == 0) or _cut_twice(value, d)):
+                    # Parts are gates, heads or classes of two kinds; a vocabulary is cut once, to its true size.
                     fate.intact = fate.intact and whole
         return [(r, dims) for r in node.outputs]
     if p in (prims.reshape_p, prims.squeeze_p):
         found = _reshaped(value.shape, node.outputs[0].shape, dims)
-        if len(found) > len(dims):
+        result = node.outputs[0]
+        if sum(result.shape[d] > 1 for d in found) > sum(value.shape[d] > 1 for d in dims):
             # Split, as heads are. Merged with others, as beams are with their tokens, it is whole inside.
             fate.intact = fate.intact and whole
         return [(node.outputs[0], found)]
@@ -235,6 +239,22 @@ def _moved(node: Node, value: Value, dims: frozenset[int], fate: Fate) -> list[t
             fate.intact = fate.intact and whole
         return [(r, _without(dims, {params["axis"]})) for r in node.outputs]
     return None
+
+
+def _cut_twice(value: Value, axis: int) -> bool:
+    """True when several slices of a value take different parts of an axis."""
+    cuts = [n.params for n in value.consumers if _cuts(n, axis)]
+    return len({(cut["start_indices"][axis], cut["limit_indices"][axis]) for cut in cuts}) > 1
+
+
+def _cuts(node: Node, axis: int) -> bool:
+    return node.primitive is prims.slice_p and node.outputs[0].shape[axis] not in (1, node.inputs[0].aval.shape[axis])
+
+
+def _in_parts(value: Value, dims: frozenset[int], along: set[int], fate: Fate) -> None:
+    """Notes that part of a split axis is treated as one, as each of several codebooks is."""
+    if value not in fate.drawn and any(value.shape[d] > 1 for d in dims - along):
+        fate.intact = False
 
 
 def _reshaped(before: tuple[int, ...], after: tuple[int, ...], dims: frozenset[int]) -> frozenset[int]:
@@ -285,6 +305,7 @@ def _outwards(value: Value, dims: frozenset[int], fate: Fate) -> list[tuple[Valu
         return []
     node = value.scope.node
     if node is None:
+        _in_parts(value, dims, {max(dims)}, fate)
         fate.events.append(("returned", None))
         return []
     if fate.narrow:
