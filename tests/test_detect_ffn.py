@@ -116,12 +116,6 @@ def test_only_zeroing_activations_pass_by_default(name):
         assert [r.kind for r in plan.refusals] == ["ffn", "ffn"]
 
 
-@pytest.mark.parametrize("count", [1, 3, 8])
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["f32", "bf16"])
-def test_every_size_and_dtype_fires_once(count, dtype):
-    fires_once(lambda p, x: jax.nn.relu(x @ p["w1"] + p["b1"]) @ p["w2"] + p["b2"], count, dtype)
-
-
 def gated(act):
     return lambda p, x: (act(x @ p["wg"]) * (x @ p["w1"])) @ p["w2"]
 
@@ -226,11 +220,6 @@ def test_every_spelling_fires_once(name):
     fires_once(SPELLINGS[name])
 
 
-@pytest.mark.parametrize("name", ["reglu", "f32_accumulation", "fused_split", "einsum_heads", "weight_left"])
-def test_bfloat16_spellings_fire_once(name):
-    fires_once(SPELLINGS[name], 1, jnp.bfloat16)
-
-
 @pytest.mark.parametrize("lead", [(2,), (2, 1)], ids=str)
 def test_leading_axes_are_tokens(lead):
     fires_once(lambda p, x: jax.nn.relu(x @ p["w1"] + p["b1"]) @ p["w2"] + p["b2"], x=tokens(3, lead=lead))
@@ -261,35 +250,6 @@ def test_groups_count_units():
 # Near misses: one change each that forbids the rewrite.
 
 
-def test_softmax_along_the_hidden_axis_is_refused():
-    refused(lambda p, x: jax.nn.softmax(x @ p["w1"]) @ p["w2"], "mixed by", "reduce_max", count=2)
-
-
-def test_layer_norm_along_the_hidden_axis_is_refused():
-    def block(p, x):
-        u = jax.nn.relu(x @ p["w1"])
-        u = (u - u.mean(-1, keepdims=True)) / jnp.sqrt(u.var(-1, keepdims=True) + 1e-6)
-        return u @ p["w2"]
-
-    refused(block, "reduce_sum", count=2)
-
-
-def test_cumsum_along_the_hidden_axis_is_refused():
-    refused(lambda p, x: jnp.cumsum(jax.nn.relu(x @ p["w1"]), axis=1) @ p["w2"], "cumsum", count=2)
-
-
-def test_a_roll_of_the_hidden_axis_is_refused():
-    refused(lambda p, x: jnp.roll(jax.nn.relu(x @ p["w1"]), 1, axis=-1) @ p["w2"], count=2)
-
-
-def test_a_returned_hidden_is_refused():
-    def block(p, x):
-        u = jax.nn.relu(x @ p["w1"])
-        return u @ p["w2"], u
-
-    refused(block, "returned", count=2)
-
-
 def test_a_reused_hidden_is_refused():
     def block(p, x):
         u = jax.nn.relu(x @ p["w1"])
@@ -314,20 +274,8 @@ def test_a_hidden_contracted_twice_is_refused():
     refused(block, "also read by dot_general", count=3)
 
 
-def test_a_weight_that_depends_on_the_data_is_refused():
-    refused(lambda p, x: jax.nn.relu(x @ p["w1"]) @ (p["w2"] * x.sum()), "another product")
-
-
 def test_a_weight_computed_in_the_program_is_refused():
     refused(lambda p, x: jax.nn.relu(x @ p["w1"]) @ (p["w2"] * p["b1"][:, None]), "computed inside the program", "mul")
-
-
-def test_attention_is_refused():
-    def block(p, x):
-        q, k, v = x @ p["w1"], x @ p["wg"], x @ p["stack"][0]
-        return jax.nn.softmax(q @ k.T) @ v @ p["w2"]
-
-    refused(block, "another product", count=4)
 
 
 def test_two_factors_of_one_matrix_are_refused():
@@ -340,17 +288,6 @@ def test_linear_attention_is_refused():
         return (q @ (k.T @ v)) @ p["w2"]
 
     refused(block, "another product", count=4)
-
-
-def test_a_convolution_is_no_site():
-    rng = np.random.default_rng(0)
-    p = {"k1": jnp.asarray(rng.normal(size=(3, D, M)), jnp.float32), "w2": weights()["w2"]}
-
-    def block(p, x):
-        u = lax.conv_general_dilated(x[None], p["k1"], (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC"))
-        return jax.nn.relu(u)[0] @ p["w2"]
-
-    refused(block, p=p)
 
 
 def test_batched_experts_are_refused():

@@ -100,20 +100,6 @@ def test_scores_that_a_loop_carries_and_joins_to_others_fire_once():
     fires_once(fun)
 
 
-@pytest.mark.parametrize("count", [1, 3, 8])
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["f32", "bf16"])
-def test_every_size_and_dtype_fires_once(count, dtype):
-    fires_once(LOGITS["tied"], count, dtype)
-
-
-def test_padded_rows_sliced_off_fire_once():
-    fires_once(lambda p, x: (x @ p["p"].T)[:, :V], width=PADDED)
-
-
-def test_padded_rows_masked_fire_once():
-    fires_once(lambda p, x: jnp.where(jnp.arange(PADDED) < V, x @ p["p"].T, -jnp.inf), width=PADDED)
-
-
 def test_no_token_axis_is_one_token():
     fires_once(LOGITS["tied"], x=tokens(1)[0])
 
@@ -156,10 +142,6 @@ def test_the_fill_stands_where_no_candidate_is(fill):
 # Near misses.
 
 
-def test_logits_contracted_again_are_refused():
-    refused(lambda p, x: jax.nn.softmax(x @ p["h"]) @ p["down"], "contracted", count=2)
-
-
 def test_logits_returned_and_contracted_are_refused():
     def fun(p, x):
         logits = x @ p["h"]
@@ -194,14 +176,6 @@ def test_the_second_of_two_factors_is_the_vocabulary(name):
     assert kinds(traced.plan) == ["vocab"], traced.explain()
     assert ["a weight's as well" in r.reason for r in traced.plan.refusals] == [True]
     assert_same(step(p, x), jax.jit(FACTORS[name])(p, x))
-
-
-def test_a_cumulative_sum_of_it_is_refused():
-    refused(lambda p, x: jnp.cumsum(x @ p["h"], axis=-1), "cumsum", "not followed")
-
-
-def test_a_split_to_heads_is_refused():
-    refused(lambda p, x: (x @ p["p"].T).reshape(3, 4, 16), "split or merged", "heads")
 
 
 def test_chunks_of_it_are_refused():

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from checks import assert_same, full_width, tolerance
+from checks import FORCE, assert_same, full_width, tolerance
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -341,3 +341,26 @@ def test_full_width_is_the_dense_result(start):
     for case, one, other in zip(cases, got, want, strict=True):
         limit = tolerance(jnp.bfloat16 if case.activation == "cast_down" else case.dtype)
         assert_same(one, other, limit)
+
+
+# Every other four units are dead, whatever the input: what is left of a block is exact at half its width.
+DEAD = np.arange(M) // 4 % 2 == 0
+SIDES = {"b_up": DEAD, "b_gate": DEAD, "b_both": np.tile(DEAD, 2)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("group_size", [1, 4])
+@pytest.mark.parametrize("activation", ["relu", "reglu"])
+def test_half_the_units_are_enough_where_the_others_are_dead(activation, group_size):
+    forms = [form for form in FORMS if form != "interleaved"]
+    cases = [Case(activation, form, "f32", True, count) for form in forms for count in (1, 3)]
+    params = {name: dict(leaves) for name, leaves in ALL_WEIGHTS.items()}
+    for name, dead in SIDES.items():
+        params["float32"][name] = jnp.where(dead, -100.0, params["float32"][name])
+    config = hx.Config(ffn=hx.Ffn(active=0.5, group_size=group_size), rules=FORCE)
+    step = hx.sparsify(program(cases), config=config)
+    plan = step.trace(params, ALL_TOKENS).plan
+    assert [s.kind for s in plan.sites] == ["ffn"] * len(cases)
+    assert all(s.computed == M // 2 if s.tokens == 1 else s.computed < 3 * M for s in plan.sites)
+    for one, other in zip(step(params, ALL_TOKENS), program(cases)(params, ALL_TOKENS), strict=True):
+        assert_same(one, other)
