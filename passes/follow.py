@@ -12,6 +12,7 @@ from jax.extend.core import primitives as prims
 from hire_xform.passes import compat
 from hire_xform.passes.pointwise import is_pointwise
 from hire_xform.passes.products import Product
+from hire_xform.passes.provenance import shape_of
 from hire_xform.passes.walk import Node, Value, carried_inputs
 
 # A vocabulary's logits may go through a long chain of sampling; of any other product only the first few are told.
@@ -248,7 +249,7 @@ def _cut_twice(value: Value, axis: int) -> bool:
 
 
 def _cuts(node: Node, axis: int) -> bool:
-    return node.primitive is prims.slice_p and node.outputs[0].shape[axis] not in (1, node.inputs[0].aval.shape[axis])
+    return node.primitive is prims.slice_p and node.outputs[0].shape[axis] not in (1, shape_of(node.inputs[0])[axis])
 
 
 def _in_parts(value: Value, dims: frozenset[int], along: set[int], fate: Fate) -> None:
