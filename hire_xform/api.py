@@ -123,6 +123,16 @@ class Sparsified:
         entry, leaves, packed = self._entry(args, kwargs)
         return entry.jitted, entry.operands(leaves, packed)
 
+    def with_fallbacks(self, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, jax.Array]]:
+        """A call that also says how often each certified site ran its dense product.
+
+        Returns:
+          What the call returns, and for each certified site's path an int32 count: 0 or 1, inside a loop up to its
+          iterations.
+        """
+        entry, leaves, packed = self._entry(args, kwargs)
+        return entry.counted(*entry.operands(leaves, packed))
+
     def _entry(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Entry, list[Any], list[Packed]]:
         """The way through for calls of this shape, all leaves of this one, and its Packed arguments."""
         if self.signature.static:

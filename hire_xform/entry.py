@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 
 from hire_xform.calls import Abstract, abstract_call, argument_of, aval_of, unwrap_statics
+from hire_xform.counting import Counts, count_fallbacks
 from hire_xform.errors import TracedWeightsError
 from hire_xform.passes import compat
 from hire_xform.passes.pack import Packed, PackedToken
@@ -82,6 +83,7 @@ class Entry:
                 self._rest.append(position)
         donate = (4,) if self._donated else ()
         self.jitted = jax.jit(_named(self._body, signature.fun), donate_argnums=donate, **owner.options)
+        self.counted = jax.jit(self._counted, **{k: v for k, v in owner.options.items() if k != "out_shardings"})
         # Whose weights were packed, and their forms; replaced as one, so that threads see a pair that belongs together.
         self._current: _Current | None = None
         self._keys: dict[PackKey, None] = {}
@@ -137,6 +139,12 @@ class Entry:
         current.watch.extend(weakref.ref(w, self._forget) for w in weights)
         self._current = current
         return current
+
+    def _counted(self, *operands: Any) -> tuple[Any, Counts]:
+        """The call, and how often each certified site ran its dense product."""
+        program, shape = jax.make_jaxpr(self.jitted, return_shape=True)(*operands)
+        results, counts = count_fallbacks(program, jax.tree.leaves(operands))
+        return jax.tree.unflatten(jax.tree.structure(shape), results), counts
 
     def _forget(self, _: Any) -> None:
         """A weight died: its identity may be used again by another array."""

@@ -4,7 +4,10 @@ Nothing here knows the program it is spliced into. Everything is portable JAX: t
 activations, and usable under ``vmap``, ``scan``, ``jit`` and ``jax.export``.
 """
 
+from hire_xform.lowering.bounds import bounds_bytes, pack_bounds
+from hire_xform.lowering.certified import certified_logits
 from hire_xform.lowering.da_top_k import da_top_k, da_top_k_p
+from hire_xform.lowering.fallback import fallback_p, mark_fallback
 from hire_xform.lowering.own_sparsity import among_largest, kth_largest, moments, moments_bytes, pack_moments
 from hire_xform.lowering.predictors import (
     LowRank,
@@ -28,15 +31,20 @@ __all__ = [
     "Selection",
     "UpProduct",
     "among_largest",
+    "bounds_bytes",
+    "certified_logits",
     "choose",
     "combine_rows",
     "da_top_k",
     "da_top_k_p",
+    "fallback_p",
     "ffn",
     "ffn_bytes",
     "kth_largest",
+    "mark_fallback",
     "moments",
     "moments_bytes",
+    "pack_bounds",
     "pack_moments",
     "pack_predictor",
     "packed_shapes",

@@ -118,7 +118,7 @@ def predictor_bytes(n: int, d: int, spec: PredictorSpec, dtype: jax.typing.DType
     return sum(s.size * s.dtype.itemsize for s in packed_shapes(n, d, spec, dtype).values())
 
 
-def _quantize(values: jax.Array, levels: int) -> tuple[jax.Array, jax.Array]:
+def quantize(values: jax.Array, levels: int) -> tuple[jax.Array, jax.Array]:
     """Symmetric quantisation along the last axis.
 
     Returns:
@@ -179,10 +179,10 @@ def pack_predictor(rows: jax.Array, spec: PredictorSpec) -> dict[str, jax.Array]
         )
     match spec:
         case Quantized(bits=8):
-            q, scale = _quantize(rows, 127)
+            q, scale = quantize(rows, 127)
             return {"q": q, "scale": scale}
         case Quantized(bits=4):
-            q, scale = _quantize(rows, 7)
+            q, scale = quantize(rows, 7)
             return {"q": _pack_nibbles(q), "scale": scale}
         case LowRank():
             return _pack_low_rank(rows, spec)
@@ -213,11 +213,11 @@ def _pack_low_rank(rows: jax.Array, spec: LowRank) -> dict[str, jax.Array]:
         block = jnp.where(finite, block, 0).astype(jnp.float32)
         a = jnp.matmul(block, basis / size, precision=lax.Precision.HIGHEST)
         a = jnp.where(finite, a, jnp.nan)
-        return _quantize(a, 127) if spec.bits == 8 else (a.astype(factor_dtype(rows.dtype)),)
+        return quantize(a, 127) if spec.bits == 8 else (a.astype(factor_dtype(rows.dtype)),)
 
     parts = map_row_blocks(factor, _PACK_BLOCK, rows)
     if spec.bits == 8:
-        basis_q, basis_scale = _quantize((basis * size).T, 127)
+        basis_q, basis_scale = quantize((basis * size).T, 127)
         return {"q": parts[0], "scale": parts[1], "basis_q": basis_q, "basis_scale": basis_scale}
     return {"a": parts[0], "basis": basis}
 
@@ -252,28 +252,74 @@ def predict_scores(x: jax.Array, packed: Packed, spec: PredictorSpec, n: int) ->
 @partial(jax.custom_jvp, nondiff_argnums=(3,))
 def _quantized_scores(x: jax.Array, q: jax.Array, scale: jax.Array, bits: int) -> jax.Array:
     """Integer products of quantised tokens and quantised rows, then both scales."""
-    tokens, token_scale = _quantize(x, 127)
+    tokens, token_scale = quantize(x, 127)
+    return integer_scores(tokens, q, bits).astype(jnp.float32) * token_scale[:, None] * scale[None, :]
+
+
+def integer_scores(tokens: jax.Array, q: jax.Array, bits: int) -> jax.Array:
+    """``int8 [T, d]`` times quantised rows, int32 ``[T, n]``: exact up to d = 2^17."""
     if bits == 8:
-        raw = skinny_dot(tokens, q)
-    else:
-        half = q.shape[1]
-        first, second = tokens[:, :half], tokens[:, half:]
-        second = jnp.pad(second, ((0, 0), (0, half - second.shape[1])))
+        return skinny_dot(tokens, q)
+    half = q.shape[1]
+    first, second = tokens[:, :half], tokens[:, half:]
+    second = jnp.pad(second, ((0, 0), (0, half - second.shape[1])))
 
-        def block_dot(block: jax.Array) -> jax.Array:
-            low, high = _unpack_nibbles(block)
-            return (skinny_dot(first, low) + skinny_dot(second, high)).T
+    def block_dot(block: jax.Array) -> jax.Array:
+        low, high = _unpack_nibbles(block)
+        return (skinny_dot(first, low) + skinny_dot(second, high)).T
 
-        raw = map_row_blocks(block_dot, max(1, _NIBBLE_BLOCK_BYTES // (2 * half)), q).T
-    return raw.astype(jnp.float32) * token_scale[:, None] * scale[None, :]
+    return map_row_blocks(block_dot, max(1, _NIBBLE_BLOCK_BYTES // (2 * half)), q).T
 
 
 @_quantized_scores.defjvp
 def _quantized_scores_jvp(bits: int, primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
     """Straight through the rounding of ``x``; the packed arrays have no derivative."""
     x, q, scale = primals
-    dx = tangents[0].astype(jnp.float32)
-    if bits == 4:
-        q = jnp.concatenate(_unpack_nibbles(q), axis=1)[:, : x.shape[1]]
-    product = skinny_dot(dx, q.astype(jnp.float32)) * scale[None, :]
-    return _quantized_scores(x, *primals[1:], bits), product
+    return _quantized_scores(x, q, scale, bits), _scores_of_change(tangents[0], q, scale, bits)
+
+
+def _scores_of_change(dx: jax.Array, q: jax.Array, scale: jax.Array, bits: int) -> jax.Array:
+    entries = _entries(q, bits, dx.shape[1]).astype(jnp.float32)
+    return skinny_dot(dx.astype(jnp.float32), entries) * scale[None, :]
+
+
+def _entries(q: jax.Array, bits: int, d: int) -> jax.Array:
+    """The integers of quantised rows, int8 ``[n, d]``."""
+    return q if bits == 8 else jnp.concatenate(_unpack_nibbles(q), axis=1)[:, :d]
+
+
+def unpacked_rows(packed: Packed, spec: Quantized, d: int) -> jax.Array:
+    """The rows of ``d`` columns that a quantised predictor stands for, f32 ``[n, d]``."""
+    return _entries(packed["q"], spec.bits, d).astype(jnp.float32) * packed["scale"][:, None]
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(3,))
+def fine_scores(x: jax.Array, q: jax.Array, scale: jax.Array, bits: int) -> tuple[jax.Array, jax.Array]:
+    """As ``predict_scores`` with ``Quantized``, but each token in two 8-bit limbs: the second has what the first lost.
+
+    One token costs no more than with one limb, since fast integer products take two at least.
+
+    Args:
+      x: f32 ``[T, d]``.
+      q: the predictor's entries.
+      scale: their scales.
+      bits: bits of an entry.
+
+    Returns:
+      Scores, f32 ``[T, n]``, and the tokens as they were kept, f32 ``[T, d]``.
+    """
+    first, token_scale = quantize(x, 127)
+    step = token_scale[:, None]
+    rest = (x - first.astype(jnp.float32) * step) / jnp.where(step > 0.0, step, 1.0)
+    second = jnp.clip(jnp.round(rest * 254.0), -127.0, 127.0).astype(jnp.int8)
+    raw = integer_scores(jnp.concatenate([first, second]), q, bits).astype(jnp.float32)
+    sums = raw[: x.shape[0]] + raw[x.shape[0] :] / 254.0
+    kept = (first.astype(jnp.float32) + second.astype(jnp.float32) / 254.0) * step
+    return sums * step * scale[None, :], kept
+
+
+@fine_scores.defjvp
+def _fine_scores_jvp(bits: int, primals: tuple, tangents: tuple) -> tuple[tuple, tuple]:
+    """Straight through the rounding of ``x``; the packed arrays have no derivative."""
+    x, q, scale = primals
+    return fine_scores(x, q, scale, bits), (_scores_of_change(tangents[0], q, scale, bits), tangents[0])

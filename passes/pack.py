@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hire_xform.lowering import pack_moments, pack_predictor
+from hire_xform.lowering import pack_bounds, pack_moments, pack_predictor
 from hire_xform.passes import compat
 from hire_xform.passes.detect import Detection
 from hire_xform.passes.plan import PackKey, Plan
@@ -42,6 +42,8 @@ def _finish(form: Any, rows: Any) -> Any:
         return rows
     if form == "norms":
         return jnp.sqrt(jnp.sum(jnp.square(rows.astype(jnp.float32)), axis=-1))
+    if isinstance(form, tuple):
+        return pack_bounds(rows, form[1])
     if form == "moments":
         return pack_moments(rows)
     return pack_predictor(rows, form)

@@ -9,8 +9,9 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
+from jax.lax import Precision
 
-from hire_xform.lowering import PredictorSpec, choose, ffn_bytes, moments_bytes, vocab_bytes
+from hire_xform.lowering import PredictorSpec, bounds_bytes, choose, ffn_bytes, moments_bytes, vocab_bytes
 from hire_xform.passes.detect import Detection, FfnMatch, VocabMatch, up_rows, vocab_rows
 from hire_xform.passes.provenance import Origin, Recipe, Ref, Root
 from hire_xform.passes.region import Region
@@ -88,7 +89,8 @@ class Refusal:
 class PackKey:
     """One packed form of one weight.
 
-    ``"rows"``, the ``"norms"`` of its rows, their ``"moments"``, or for a predictor spec its arrays.
+    ``"rows"``, the ``"norms"`` of its rows, their ``"moments"``, for a predictor spec its arrays, and for
+    ``("bounds", spec)`` how far they can be from the rows.
     """
 
     recipe: Recipe
@@ -112,9 +114,10 @@ class Decision:
       site: its public description.
       settings: its settings.
       count: rows (vocabulary) or groups (FFN) each token may have.
-      needs: packed forms. Vocabulary: rows, predictor. FFN: of each product into the units its rows, its predictor if
-        the score hangs on it, and its moments if the model's threshold does; of the contracting one its rows, and their
-        norms if the model has no choice of units of its own.
+      needs: packed forms. Vocabulary: rows, predictor, and if certified its bounds. FFN: of each product into the units
+        its rows, its predictor if the score hangs on it, and its moments if the model's threshold does; of the
+        contracting one its rows, and their norms if the model has no choice of units of its own.
+      input_bits: significant bits that a certified product's dense form keeps of its inputs.
     """
 
     match: VocabMatch | FfnMatch
@@ -122,6 +125,7 @@ class Decision:
     settings: Vocab | Ffn
     count: int
     needs: tuple[Need, ...]
+    input_bits: int = 24
 
     @property
     def node(self) -> Node:
@@ -220,11 +224,19 @@ def _decide(
     dtypes = {np.dtype(p.weight.aval.dtype).name for p in match.products}
     if not dtypes <= {"float32", "bfloat16", "float16", "float64"}:
         return f"its weights are {', '.join(sorted(dtypes))}; only floating-point weights are predicted"
+    input_bits = 24
     if isinstance(match, VocabMatch):
         assert isinstance(settings, Vocab)
         product = match.product
         tokens, units, inputs = product.tokens, product.width, product.contracted
         count, computed_each, activation = min(settings.candidates, units), 1, ""
+        if settings.certify:
+            bits = _input_bits(product.node.params["precision"], platform)
+            if bits is None:
+                return f"certify=True does not know what precision={product.node.params['precision']} rounds to"
+            input_bits = bits
+        if settings.certify and "float64" in dtypes | {product.x.aval.dtype.name, product.out.aval.dtype.name}:
+            return "certify=True is proved for float32, bfloat16 and float16; this product has float64"
     else:
         assert isinstance(settings, Ffn)
         tokens, units, inputs = match.tokens, match.units, match.region.ups[0].product.contracted
@@ -270,7 +282,18 @@ def _decide(
         own=match.region.own.name if isinstance(match, FfnMatch) and match.region.own is not None else "",
         forced=choice.force,
     )
-    return Decision(match, site, settings, count, _needs(match, settings))
+    return Decision(match, site, settings, count, _needs(match, settings), input_bits)
+
+
+def _input_bits(precision: Any, platform: str) -> int | None:
+    """Significant bits that a dense product keeps of f32 inputs on a platform; None when that is not known."""
+    stated = set(precision) if isinstance(precision, (tuple, list)) else {precision}
+    if not stated <= {None, *Precision}:
+        return None
+    if platform == "cpu" or stated == {Precision.HIGHEST}:
+        return 24
+    # TPU: one pass of bf16, at HIGH three. GPU: TF32.
+    return {"tpu": 16 if stated == {Precision.HIGH} else 8, "gpu": 11}.get(platform)
 
 
 def _sparse_bytes(
@@ -283,7 +306,8 @@ def _sparse_bytes(
         dtype = product.weight.aval.dtype
         total = vocab_bytes(tokens, product.width, product.contracted, dtype, spec, candidates=count)
         exact = computed * product.contracted * np.dtype(dtype).itemsize
-        return total - exact, exact
+        proof = bounds_bytes(product.width) if settings.certify else 0
+        return total - exact + proof, exact
     assert isinstance(settings, Ffn)
     region, down = match.region, match.down
     ups = [
@@ -313,7 +337,8 @@ def _needs(match: VocabMatch | FfnMatch, settings: Vocab | Ffn) -> tuple[Need, .
     spec = settings.predictor
     if isinstance(match, VocabMatch):
         origin = match.product.origin
-        return need(vocab_rows(match), "rows", origin), need(vocab_rows(match), spec, origin)
+        forms = ["rows", spec, *([("bounds", spec)] if settings.certify else [])]
+        return tuple(need(vocab_rows(match), form, origin) for form in forms)
     found: list[Need] = []
     region = match.region
     for up, scored, totalled in zip(region.ups, region.scored, region.totalled, strict=True):

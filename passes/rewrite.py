@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from hire_xform.lowering import mark_fallback
 from hire_xform.passes import compat, control
 from hire_xform.passes.environment import Env, PackedView, Views, read
 from hire_xform.passes.liveness import Liveness
@@ -107,7 +108,12 @@ class Rewriter:
             function = site_function(decision)
             function.__name__ = function.__qualname__ = f"hire_{decision.site.kind}"
             self._calls[key] = jax.jit(function)
-        return self._calls[key](site_operands(decision, lambda o: read(env, o)), seen)
+        result = self._calls[key](site_operands(decision, lambda o: read(env, o)), seen)
+        if not decision.settings.certify:
+            return result
+        value, fallback = result
+        mark_fallback(fallback, decision.site.path)
+        return value
 
     def _call(self, frame: Frame, env: Env, views: Views) -> None:
         needs = self._frame_needs(frame)

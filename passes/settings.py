@@ -26,8 +26,12 @@ def _check_count(owner: str, field: str, value: Any) -> None:
 def _check_common(owner: str, predictor: Any, certify: Any, max_tokens: Any) -> None:
     if not isinstance(predictor, (Quantized, LowRank)):
         refuse(owner, "predictor", predictor, "hx.Quantized(bits) or hx.LowRank(rank, bits)")
-    if certify is not False:
-        refuse(owner, "certify", certify, "False; certified selection is not in this version")
+    if not isinstance(certify, bool):
+        refuse(owner, "certify", certify, "True or False")
+    if certify and owner == "Ffn":
+        refuse(owner, "certify", certify, "False; certified feed-forward blocks are not in this version")
+    if certify and not isinstance(predictor, Quantized):
+        refuse(owner, "predictor", predictor, "hx.Quantized(bits) with certify=True; the bounds are of that one")
     _check_count(owner, "max_tokens", max_tokens)
 
 
@@ -47,7 +51,8 @@ class Vocab:
     predictor: PredictorSpec = Quantized(bits=8)
     # What stands for the other logits: the predictor's scores (the softmax normaliser stays right), or -inf.
     fill: str = "predicted"
-    # Prove for every input that the arg max is the dense one. Not in this version.
+    # Prove for every input that the arg max of the logits is the dense one, or run the dense product. Takes
+    # `Quantized` and weights of f32, bf16 or f16.
     certify: bool = False
     # Calls with more tokens than this (prefill) run dense.
     max_tokens: int = 8

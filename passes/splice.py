@@ -11,7 +11,16 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from hire_xform.lowering import UpProduct, among_largest, ffn, kth_largest, moments, vocab_logits
+from hire_xform.lowering import (
+    Quantized,
+    UpProduct,
+    among_largest,
+    certified_logits,
+    ffn,
+    kth_largest,
+    moments,
+    vocab_logits,
+)
 from hire_xform.passes import sums
 from hire_xform.passes.detect import FfnMatch, VocabMatch
 from hire_xform.passes.environment import PackedView
@@ -63,6 +72,8 @@ def _vocab(decision: Decision, match: VocabMatch, operands: Sequence[Any], views
     product, settings = match.product, decision.settings
     assert isinstance(settings, Vocab)
     rows, first = views[0].rows()
+    if settings.certify:
+        return _certified(decision, match, operands, views)
     logits = vocab_logits(
         flat_activation(product, operands[0]),
         rows,
@@ -75,6 +86,41 @@ def _vocab(decision: Decision, match: VocabMatch, operands: Sequence[Any], views
         out_dtype=product.out.aval.dtype,
     )
     return result_shape(product, views[0].filled(logits))
+
+
+def _certified(decision: Decision, match: VocabMatch, operands: Sequence[Any], views: Sequence[PackedView]) -> Any:
+    """Logits and whether the dense product was run."""
+    product, settings = match.product, decision.settings
+    assert isinstance(settings, Vocab)
+    assert isinstance(settings.predictor, Quantized)
+    rows, first = views[0].rows()
+    params = product.node.params
+
+    def dense(x: Any, rows: Any) -> Any:
+        found = lax.dot_general(
+            x,
+            rows,
+            (((1,), (1,)), ((), ())),
+            precision=params["precision"],
+            preferred_element_type=params["preferred_element_type"],
+        )
+        return found.astype(product.out.aval.dtype)
+
+    logits, fallback = certified_logits(
+        flat_activation(product, operands[0]),
+        rows,
+        views[1].whole(),
+        views[2].whole(),
+        settings.predictor,
+        dense,
+        candidates=decision.count,
+        vocab=product.width,
+        first_row=first,
+        fill=settings.fill,  # type: ignore[arg-type]
+        out_dtype=product.out.aval.dtype,
+        input_bits=decision.input_bits,
+    )
+    return result_shape(product, views[0].filled(logits)), fallback
 
 
 def _ffn(decision: Decision, match: FfnMatch, operands: Sequence[Any], views: Sequence[PackedView]) -> Any:

@@ -1,0 +1,118 @@
+"""How far a predicted product can be from the exact one, and from what floating point makes of it: proved.
+
+For a row w kept as q (its quantised entries times its scale) and a token x kept as y, with score ``s = q . y``,
+
+    w . x - s = (w - q) . x + q . (x - y),   so   |w . x - s| <= |w - q| |x| + |q| |x - y|        (Cauchy-Schwarz)
+
+The first norm is the row's *error*, the second its *size*; both are kept. ``y`` is x in two 8-bit limbs, ``t (a + b /
+254)``, so that ``|x - y|`` is some ten-thousandths of ``|x|``.
+
+Rounding, with u = 2^-24 and d columns:
+
+- A product of two f32 vectors summed in f32 in any order is within ``d u / (1 - d u) |w| |x|`` of the exact one
+  (Higham, Accuracy and Stability of Numerical Algorithms, section 3.1). 16-bit inputs are exact in f32; a 16-bit
+  *result* is rounded once, which keeps order and is applied to both ends of an interval.
+- The integer products are exact. Making s of them rounds each limb's sum, the two scales and the addition: within
+  ``8 u (1 + sqrt(d) / 64) |q| |x|``.
+- Norms are scaled by their largest entry before squaring, so that nothing overflows or vanishes, and are rounded up by
+  ``1 + (d + 16) u``.
+- Whatever is flushed to zero is less than 2^-126 each time, times at most ``2^15 d`` where an integer product follows.
+
+``slack`` and ``tiny`` add these up with room to spare. They hold for dense products accumulated in f32 or better, which
+CPUs do; where products of f32 are rounded to fewer bits first (``input_bits``: 8 on TPU, 11 on GPU with TF32) the term
+of the inputs is added.
+"""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from hire_xform.lowering.predictors import Packed, Quantized, fine_scores, pack_predictor, unpacked_rows
+
+__all__ = ["Bounds", "ScoresWithBounds", "bounds_bytes", "pack_bounds", "scores_with_bounds"]
+
+_U = 2.0**-24
+# {"error": f32 [n], "size": f32 [n]}, stack axes in front.
+Bounds = dict[str, jax.Array]
+
+
+def slack(d: int, input_bits: int = 24) -> float:
+    """The relative rounding of a product of ``d`` terms and of a score, to be multiplied by both norms."""
+    inputs = 2.1 * 2.0**-input_bits if input_bits < 24 else 0.0
+    return 1.02 * (d + 2.0 * d**0.5 + 48.0) * _U + inputs
+
+
+def tiny(d: int) -> float:
+    """What may be lost to zero in a product of ``d`` terms and in a score."""
+    return d * 2.0**-108
+
+
+def norm(values: jax.Array) -> jax.Array:
+    """An upper bound of the Euclidean norm along the last axis, f32; NaN or infinite where an entry is."""
+    values = values.astype(jnp.float32)
+    d = values.shape[-1]
+    peak = jnp.max(jnp.abs(values), axis=-1, keepdims=True)
+    divisor = jnp.where(peak > 0.0, peak, 1.0)
+    squares = jnp.sum(jnp.square(values / divisor), axis=-1)
+    return peak[..., 0] * jnp.sqrt(squares) * (1.0 + (d + 16.0) * _U) + 2.0**-118
+
+
+def pack_bounds(rows: jax.Array, spec: Quantized) -> Bounds:
+    """The error and the size of every row of ``rows [n, d]`` as ``spec`` keeps it."""
+    packed = pack_predictor(rows, spec)
+    kept = unpacked_rows(packed, spec, rows.shape[1])
+    exact = rows.astype(jnp.float32)
+    # The difference is rounded once, by at most u of either term.
+    error = norm(exact - kept) * (1.0 + 4.0 * _U) + 2.0 * _U * norm(exact)
+    return {"error": error, "size": norm(kept)}
+
+
+def bounds_bytes(n: int) -> int:
+    """Bytes of the bounds of ``n`` rows."""
+    return 8 * n
+
+
+@dataclass(frozen=True)
+class ScoresWithBounds:
+    """Scores and what is proved of them.
+
+    Attributes:
+      scores: f32 ``[T, n]``.
+      upper: f32 ``[T, n]``: no dense product, in f32 and any order of summation, is above it. NaN where nothing is
+        known.
+      exact_error: f32 ``[T, n]``: a product of the same row and token, in f32 and any order, is within this of any
+        other.
+    """
+
+    scores: jax.Array
+    upper: jax.Array
+    exact_error: jax.Array
+
+
+def scores_with_bounds(
+    x: jax.Array, packed: Packed, bounds: Bounds, spec: Quantized, *, input_bits: int = 24
+) -> ScoresWithBounds:
+    """Predicts products with every row and bounds them.
+
+    Args:
+      x: ``[T, d]``, f32 or 16 bits.
+      packed: from ``pack_predictor(rows, spec)``.
+      bounds: from :func:`pack_bounds`.
+      spec: the predictor.
+      input_bits: significant bits that the dense product keeps of its f32 inputs.
+    """
+    x = x.astype(jnp.float32)
+    d = x.shape[1]
+    scores, kept = fine_scores(x, packed["q"], packed["scale"], spec.bits)
+    x, kept = lax.stop_gradient((x, kept))
+    size = norm(x)[:, None]
+    # What was kept of x is computed with a rounding of at most 4 u of x.
+    left = norm(x - kept)[:, None] + 8.0 * _U * size
+    error, row = bounds["error"][None, :], bounds["size"][None, :]
+    rounding = slack(d, input_bits) * (error + row) * size + tiny(d)
+    upper = lax.stop_gradient(scores) + (error * size + row * left) * (1.0 + 8.0 * _U) + rounding
+    # The sum above is rounded, too: by at most 4 u of its largest term.
+    upper = upper + 4.0 * _U * jnp.abs(upper)
+    return ScoresWithBounds(scores, upper, 2.0 * rounding)

@@ -1,0 +1,214 @@
+"""The certified arg max is the dense one, or the dense product is run: no mismatch, on adversarial inputs either."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from hire_xform.lowering import Quantized, certified_logits, pack_bounds, pack_predictor
+from hire_xform.lowering.bounds import norm, scores_with_bounds
+
+V, D = 300, 48
+
+
+def rng(seed=0):
+    return np.random.default_rng(seed)
+
+
+def dense(x, rows, out=jnp.float32):
+    return lax.dot_general(x, rows, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32).astype(out)
+
+
+def run(x, rows, *, candidates=16, bits=8, out=jnp.float32, **options):
+    spec = Quantized(bits)
+    packed, bounds = pack_predictor(rows, spec), pack_bounds(rows, spec)
+    step = jax.jit(
+        lambda x: certified_logits(
+            x,
+            rows,
+            packed,
+            bounds,
+            spec,
+            lambda x, rows: dense(x, rows, out),
+            candidates=candidates,
+            out_dtype=out,
+            **options,
+        )
+    )
+    return step(x)
+
+
+def assert_certified(x, rows, out=jnp.float32, **options) -> bool:
+    """The arg max is the dense one; returns whether the dense product was run."""
+    logits, fallback = run(x, rows, out=out, **options)
+    want = jax.jit(lambda x: dense(x, rows, out))(x)
+    np.testing.assert_array_equal(np.argmax(np.asarray(logits), -1), np.argmax(np.asarray(want), -1))
+    assert logits.dtype == want.dtype
+    return bool(fallback)
+
+
+def trained_like(seed=0, dtype=jnp.float32, tokens=1, scale=1.0):
+    """Rows and a token that one of them fits well, as trained models have it."""
+    r = rng(seed)
+    rows = r.normal(size=(V, D))
+    x = r.normal(size=(tokens, D)) * 0.3 + rows[r.integers(0, V, tokens)]
+    return jnp.asarray(x * scale, dtype), jnp.asarray(rows, dtype)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16], ids=["f32", "bf16", "f16"])
+def test_bounds_hold_for_every_row(dtype):
+    for seed in range(20):
+        x, rows = trained_like(seed, dtype, tokens=3, scale=10.0 ** (seed % 5 - 2))
+        for bits in (8, 4):
+            spec = Quantized(bits)
+            found = scores_with_bounds(x, pack_predictor(rows, spec), pack_bounds(rows, spec), spec)
+            exact = np.asarray(x, np.float64) @ np.asarray(rows, np.float64).T
+            assert (exact <= np.asarray(found.upper, np.float64)).all()
+            assert (np.abs(exact - np.asarray(dense(x, rows), np.float64)) <= np.asarray(found.exact_error) / 2).all()
+            # The bound is worth having: within some of the score for 8 bits.
+            width = np.asarray(found.upper) - np.asarray(found.scores)
+            assert np.median(width) < (0.02 if bits == 8 else 0.3) * float(norm(x).max() * norm(rows).max())
+
+
+def test_most_inputs_are_proved_and_none_is_wrong():
+    fallbacks = 0
+    for seed in range(60):
+        fallbacks += assert_certified(*trained_like(seed))
+    assert fallbacks <= 2
+
+
+def test_planted_ties_go_to_the_lowest_row():
+    for seed in range(20):
+        x, rows = trained_like(seed)
+        best = int(jnp.argmax(x @ rows.T))
+        copies = rng(seed).choice(V, size=3, replace=False)
+        rows = rows.at[copies].set(rows[best])
+        assert assert_certified(x, rows)  # equal rows can't be told apart by any interval: dense, as it breaks ties
+
+
+def test_ties_of_rounded_logits_are_broken_as_dense_breaks_them():
+    fallbacks = 0
+    for seed in range(40):
+        r = rng(seed)
+        # Small integers: products are exact, and many round to the same bfloat16.
+        rows = jnp.asarray(r.integers(-8, 9, size=(V, D)), jnp.bfloat16)
+        x = jnp.asarray(r.integers(-8, 9, size=(1, D)), jnp.bfloat16)
+        fallbacks += assert_certified(x, rows, out=jnp.bfloat16)
+    assert fallbacks < 40
+
+
+def test_a_row_just_above_another_is_told_from_it_or_dense_is_run():
+    for step in (1e-1, 1e-3, 1e-5, 1e-6, 1e-7):
+        for seed in range(10):
+            x, rows = trained_like(seed)
+            best = int(jnp.argmax(x @ rows.T))
+            other = (best * 7 + 1) % V
+            rows = rows.at[other].set(rows[best] * (1 + step))
+            fallback = assert_certified(x, rows)
+            assert fallback or step >= 1e-5
+
+
+@pytest.mark.parametrize("scale", [1e-44, 1e-38, 1e-30, 1e-15, 1e15, 1e18, 1e30, 3e38])
+def test_huge_and_tiny_values(scale):
+    for seed in range(5):
+        x, rows = trained_like(seed)
+        assert_certified((x * scale).astype(jnp.float32), rows)
+        assert_certified(x, (rows * scale).astype(jnp.float32))
+        assert_certified((x * scale).astype(jnp.float32), (rows / scale).astype(jnp.float32))
+
+
+def test_rows_of_very_different_norms():
+    for seed in range(20):
+        x, rows = trained_like(seed)
+        norms = jnp.asarray(10.0 ** rng(seed).uniform(-6, 6, size=(V, 1)), jnp.float32)
+        assert_certified(x, rows * norms)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("where", ["x", "row"])
+def test_what_is_not_finite_goes_to_the_dense_product(bad, where):
+    x, rows = trained_like(tokens=2)
+    if where == "x":
+        x = x.at[1, 3].set(bad)
+    else:
+        rows = rows.at[7, 3].set(bad)
+    logits, fallback = run(x, rows)
+    assert bool(fallback)
+    np.testing.assert_array_equal(np.asarray(logits), np.asarray(dense(x, rows)))
+
+
+def test_zeros_and_one_row_and_all_rows():
+    x, rows = trained_like()
+    assert assert_certified(jnp.zeros_like(x), rows)
+    assert_certified(x, jnp.zeros_like(rows))
+    assert not assert_certified(x, rows[:1], candidates=1)
+    assert not assert_certified(x, rows, candidates=V)
+    logits, fallback = run(x, rows, candidates=V)
+    np.testing.assert_allclose(logits, dense(x, rows), rtol=1e-5, atol=1e-5)
+    assert not bool(fallback)
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 8])
+def test_one_failing_token_runs_one_dense_product_for_all(tokens):
+    x, rows = trained_like(3, tokens=tokens)
+    assert not assert_certified(x, rows, candidates=32)
+    x = x.at[0].set(0.0)
+    logits, fallback = run(x, rows, candidates=32)
+    assert bool(fallback)
+    np.testing.assert_allclose(logits, dense(x, rows), rtol=1e-6, atol=1e-6)
+
+
+def test_vmap_takes_the_tokens_of_all_examples_together():
+    x, rows = trained_like(4, tokens=6)
+    spec = Quantized(8)
+    packed, bounds = pack_predictor(rows, spec), pack_bounds(rows, spec)
+
+    def step(x):
+        return certified_logits(x, rows, packed, bounds, spec, dense, candidates=32, out_dtype=jnp.float32)
+
+    batched = jax.vmap(step)
+    text = jax.jit(batched).lower(x.reshape(3, 2, D)).as_text()
+    assert text.count("stablehlo.case") == 1  # a branch is taken, where vmap of a cond would run both sides
+    logits, fallback = jax.jit(batched)(x.reshape(3, 2, D))
+    together, _ = step(x)
+    np.testing.assert_allclose(logits.reshape(6, V), together, rtol=1e-5, atol=1e-5)
+    assert fallback.shape == (3,)
+    twice, _ = jax.jit(jax.vmap(batched))(x.reshape(1, 3, 2, D))
+    np.testing.assert_allclose(twice.reshape(6, V), together, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("candidates", [8, V])
+def test_the_derivative_is_that_of_the_dense_product(candidates):
+    x, rows = trained_like(5)
+    slope = jax.grad(lambda x: run(x, rows, candidates=candidates)[0].sum())(x)
+    np.testing.assert_allclose(slope, rows.sum(0)[None], rtol=1e-4, atol=1e-4)
+    change = jax.jvp(lambda x: run(x, rows, candidates=candidates, fill="-inf")[0], (x,), (x,))[1]
+    assert int((change != 0).sum()) == candidates
+
+
+def test_vmap_over_the_rows_as_well():
+    x, rows = trained_like(8, tokens=2)
+    several = jnp.stack([rows, rows[::-1]])
+    logits, fallback = jax.vmap(lambda rows: run(x, rows, candidates=32))(several)
+    np.testing.assert_array_equal(logits.argmax(-1), jax.vmap(lambda rows: dense(x, rows))(several).argmax(-1))
+    assert fallback.shape == (2,)
+
+
+def test_fill_with_minus_infinity_keeps_the_arg_max():
+    x, rows = trained_like(6)
+    assert not assert_certified(x, rows, fill="-inf")
+    logits, _ = run(x, rows, fill="-inf")
+    assert int(jnp.isfinite(logits).sum()) == 16
+
+
+def test_fewer_bits_of_the_dense_inputs_widen_the_intervals():
+    x, rows = trained_like(7)
+    spec = Quantized(8)
+    made = (x, pack_predictor(rows, spec), pack_bounds(rows, spec), spec)
+    exact, tpu = scores_with_bounds(*made), scores_with_bounds(*made, input_bits=8)
+    assert (tpu.upper > exact.upper).all()
+    rounded = np.asarray(x.astype(jnp.bfloat16), np.float64) @ np.asarray(rows.astype(jnp.bfloat16), np.float64).T
+    full = np.asarray(x, np.float64) @ np.asarray(rows, np.float64).T
+    assert (np.abs(rounded - full) <= np.asarray(tpu.exact_error)).all()
+    assert (rounded <= np.asarray(tpu.upper)).all()
