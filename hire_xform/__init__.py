@@ -9,7 +9,7 @@ Method: HiRE, arXiv 2402.09360.
 """
 
 from hire_xform.api import Sparsified, sparsify
-from hire_xform.config import Config, Ffn, Rule, Vocab
+from hire_xform.config import Config, Ffn, Rule, Vocab, lossless
 from hire_xform.errors import HireWarning, PackedMismatchError, TracedWeightsError
 from hire_xform.lowering import LowRank, Quantized
 from hire_xform.passes.pack import Packed
@@ -34,5 +34,6 @@ __all__ = [
     "Traced",
     "TracedWeightsError",
     "Vocab",
+    "lossless",
     "sparsify",
 ]

@@ -9,7 +9,7 @@ from typing import Any
 
 from hire_xform.passes.settings import Choice, Ffn, Vocab, refuse
 
-__all__ = ["Config", "Ffn", "Rule", "Vocab"]
+__all__ = ["Config", "Ffn", "Rule", "Vocab", "lossless"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +96,18 @@ class Config:
         """The rules that match none of these paths; "*", which is meant for whatever there is, is never one of them."""
         named = [rule for rule in self.rules if rule.path_glob.strip("*")]
         return tuple(rule for rule in named if not any(rule.matches(path) for path in paths))
+
+
+def lossless(*, rules: tuple[Rule, ...] = ()) -> Config:
+    """Settings under which a decode step loses nothing: greedy tokens and hidden units are proved for every input.
+
+    Vocabulary projections keep their arg max, and ReLU blocks leave out units only that are proved to be zero; what is
+    not proved runs dense inside the same program. See ``Vocab.certify`` and ``Ffn.certify``.
+
+    Args:
+      rules: exceptions by path, as for ``Config``.
+    """
+    return Config(vocab=Vocab(certify=True), ffn=Ffn(certify=True), rules=rules)
 
 
 def _check_settings(owner: str, vocab: Any, ffn: Any) -> None:

@@ -6,6 +6,7 @@ activations, and usable under ``vmap``, ``scan``, ``jit`` and ``jax.export``.
 
 from hire_xform.lowering.bounds import bounds_bytes, pack_bounds
 from hire_xform.lowering.certified import certified_logits
+from hire_xform.lowering.certified_ffn import CertifiedBlock, CertifiedOperands, certified_ffn, largest_norm
 from hire_xform.lowering.da_top_k import da_top_k, da_top_k_p
 from hire_xform.lowering.fallback import fallback_p, mark_fallback
 from hire_xform.lowering.own_sparsity import among_largest, kth_largest, moments, moments_bytes, pack_moments
@@ -13,6 +14,7 @@ from hire_xform.lowering.predictors import (
     LowRank,
     Packed,
     PredictorSpec,
+    Projected,
     Quantized,
     pack_predictor,
     packed_shapes,
@@ -21,17 +23,21 @@ from hire_xform.lowering.predictors import (
 )
 from hire_xform.lowering.rows import combine_rows, select_rows_dot
 from hire_xform.lowering.selection import Selection, choose, select
-from hire_xform.lowering.subgraph import UpProduct, ffn, ffn_bytes, vocab_bytes, vocab_logits
+from hire_xform.lowering.subgraph import UpProduct, ffn, ffn_bytes, group_scores, vocab_bytes, vocab_logits
 
 __all__ = [
+    "CertifiedBlock",
+    "CertifiedOperands",
     "LowRank",
     "Packed",
     "PredictorSpec",
+    "Projected",
     "Quantized",
     "Selection",
     "UpProduct",
     "among_largest",
     "bounds_bytes",
+    "certified_ffn",
     "certified_logits",
     "choose",
     "combine_rows",
@@ -40,7 +46,9 @@ __all__ = [
     "fallback_p",
     "ffn",
     "ffn_bytes",
+    "group_scores",
     "kth_largest",
+    "largest_norm",
     "mark_fallback",
     "moments",
     "moments_bytes",

@@ -15,7 +15,7 @@ from hire_xform.lowering.predictors import Packed, PredictorSpec, predict_scores
 from hire_xform.lowering.rows import combine_rows, select_rows_dot
 from hire_xform.lowering.selection import choose, select
 
-__all__ = ["UpProduct", "ffn", "ffn_bytes", "vocab_bytes", "vocab_logits"]
+__all__ = ["UpProduct", "chosen_units", "ffn", "ffn_bytes", "group_scores", "vocab_bytes", "vocab_logits"]
 
 # A pointwise region of a feed-forward block on some of its hidden units: `region(hiddens, gather)`; see `ffn`.
 Gather = Callable[[jax.Array], jax.Array]
@@ -144,30 +144,73 @@ def ffn(
     tokens, n_groups = ups[0].x.shape[0], m // group_size
     selection = choose(tokens, n_groups, active, shards)
     with jax.named_scope("predict"):
-        predicted = [
-            None if up.packed is None else predict_scores(up.x, up.packed, up.spec, m).astype(up.dtype) for up in ups
-        ]
-        if score is not None:
-            scores = score(predicted).astype(jnp.float32)
-            scores = scores.reshape(tokens, n_groups, group_size).max(axis=-1)
-        else:
-            if down_norms is None or any(p is None for p in predicted):
-                raise ValueError("ffn: without a score every product needs its predictor, and down its norms")
-            activation = region([p for p in predicted if p is not None], lambda values: values)
-            scores = jnp.square(activation.astype(jnp.float32) * down_norms)
-            scores = scores.reshape(tokens, n_groups, group_size).sum(axis=-1)
+        scores = group_scores(ups, region, units=m, down_norms=down_norms, score=score, group_size=group_size)
     with jax.named_scope("select"):
         index = select(jax.lax.stop_gradient(scores), selection, shards)
         if score is not None:
             index = jnp.sort(index, axis=-1)
-        chosen = (index[..., None] * group_size + jnp.arange(group_size, dtype=index.dtype)).reshape(
-            *index.shape[:-1], -1
-        )
+    return chosen_units(
+        ups, region, down, index, units=m, first_row=first_row, group_size=group_size, out_dtype=out_dtype
+    )
+
+
+def group_scores(
+    ups: Sequence[UpProduct],
+    region: Region,
+    *,
+    units: int,
+    down_norms: jax.Array | None,
+    score: Callable[[list[jax.Array | None]], jax.Array] | None = None,
+    group_size: int = 1,
+) -> jax.Array:
+    """What groups of hidden units are chosen by, from the predictors alone.
+
+    Args:
+      ups, region, units, down_norms, score, group_size: as in :func:`ffn`; rows are not read.
+
+    Returns:
+      f32 ``[T, units / group_size]``.
+    """
+    grouped = (ups[0].x.shape[0], units // group_size, group_size)
+    predicted = [
+        None if up.packed is None else predict_scores(up.x, up.packed, up.spec, units).astype(up.dtype) for up in ups
+    ]
+    if score is not None:
+        return score(predicted).astype(jnp.float32).reshape(grouped).max(axis=-1)
+    if down_norms is None or any(p is None for p in predicted):
+        raise ValueError("ffn: without a score every product needs its predictor, and down its norms")
+    activation = region([p for p in predicted if p is not None], lambda values: values)
+    scores = jnp.square(activation.astype(jnp.float32) * down_norms)
+    return scores.reshape(grouped).sum(axis=-1)
+
+
+def chosen_units(
+    ups: Sequence[UpProduct],
+    region: Region,
+    down: jax.Array,
+    index: jax.Array,
+    *,
+    units: int,
+    first_row: jax.Array | int = 0,
+    group_size: int = 1,
+    out_dtype: jax.typing.DTypeLike,
+) -> jax.Array:
+    """The part of a feed-forward block that some of its hidden units make, computed exactly.
+
+    Args:
+      ups, region, down, units, first_row, group_size, out_dtype: as in :func:`ffn`; predictors are not read.
+      index: the chosen groups of units, ``[K]`` for all tokens or ``[T, K]``.
+
+    Returns:
+      ``[T, d_out]`` of ``out_dtype``.
+    """
+    tokens = ups[0].x.shape[0]
+    chosen = (index[..., None] * group_size + jnp.arange(group_size, dtype=index.dtype)).reshape(*index.shape[:-1], -1)
 
     def gather(values: jax.Array) -> jax.Array:
         if chosen.ndim == 1 or values.ndim == 1:
             return values.at[..., chosen].get(mode="promise_in_bounds")
-        values = jnp.broadcast_to(values, (tokens, m))
+        values = jnp.broadcast_to(values, (tokens, units))
         return jnp.take_along_axis(values, chosen, axis=1, mode="promise_in_bounds")
 
     def groups_from(row: jax.Array | int) -> jax.Array:
@@ -210,7 +253,7 @@ def ffn_bytes(
     *,
     active: int,
     group_size: int = 1,
-    own_choice: bool = False,
+    norms: bool = True,
     shards: int = 1,
 ) -> int:
     """Weight bytes one call of :func:`ffn` reads: predictors, chosen up and down rows, and the down norms.
@@ -223,14 +266,14 @@ def ffn_bytes(
       down_dtype: its dtype.
       active: groups each token may have computed.
       group_size: units in a group.
-      own_choice: whether a ``score`` takes the place of the down norms.
+      norms: whether the down norms are read.
       shards: as in :func:`ffn`.
 
     Returns:
       Bytes.
     """
     units = choose(tokens, m // group_size, active, shards).rows_read(tokens) * group_size
-    total = (0 if own_choice else 4 * m) + units * d_out * jnp.dtype(down_dtype).itemsize
+    total = (4 * m if norms else 0) + units * d_out * jnp.dtype(down_dtype).itemsize
     for d, dtype, spec in ups:
         row = d * jnp.dtype(dtype).itemsize
         total += (0 if spec is None else predictor_bytes(m, d, spec, dtype)) + units * row

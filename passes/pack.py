@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hire_xform.lowering import pack_bounds, pack_moments, pack_predictor
+from hire_xform.lowering import largest_norm, pack_bounds, pack_moments, pack_predictor
 from hire_xform.passes import compat
 from hire_xform.passes.detect import Detection
 from hire_xform.passes.plan import PackKey, Plan
@@ -44,6 +44,8 @@ def _finish(form: Any, rows: Any) -> Any:
         return jnp.sqrt(jnp.sum(jnp.square(rows.astype(jnp.float32)), axis=-1))
     if isinstance(form, tuple):
         return pack_bounds(rows, form[1])
+    if form == "largest":
+        return largest_norm(rows)
     if form == "moments":
         return pack_moments(rows)
     return pack_predictor(rows, form)

@@ -9,12 +9,12 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
-from jax.lax import Precision
 
-from hire_xform.lowering import PredictorSpec, bounds_bytes, choose, ffn_bytes, moments_bytes, vocab_bytes
+from hire_xform.lowering import bounds_bytes, choose, ffn_bytes, moments_bytes, vocab_bytes
+from hire_xform.passes.certify import ALL_BITS, input_bits, not_certifiable
 from hire_xform.passes.detect import Detection, FfnMatch, VocabMatch, up_rows, vocab_rows
+from hire_xform.passes.forms import down_forms, up_forms, vocab_forms
 from hire_xform.passes.provenance import Origin, Recipe, Ref, Root
-from hire_xform.passes.region import Region
 from hire_xform.passes.settings import Choice, Ffn, Vocab
 from hire_xform.passes.walk import Node
 
@@ -89,8 +89,8 @@ class Refusal:
 class PackKey:
     """One packed form of one weight.
 
-    ``"rows"``, the ``"norms"`` of its rows, their ``"moments"``, for a predictor spec its arrays, and for
-    ``("bounds", spec)`` how far they can be from the rows.
+    ``"rows"``, the ``"norms"`` of its rows, the ``"largest"`` of them, their ``"moments"``, for a predictor spec its
+    arrays, and for ``("bounds", spec)`` how far they can be from the rows.
     """
 
     recipe: Recipe
@@ -114,9 +114,8 @@ class Decision:
       site: its public description.
       settings: its settings.
       count: rows (vocabulary) or groups (FFN) each token may have.
-      needs: packed forms. Vocabulary: rows, predictor, and if certified its bounds. FFN: of each product into the units
-        its rows, its predictor if the score hangs on it, and its moments if the model's threshold does; of the
-        contracting one its rows, and their norms if the model has no choice of units of its own.
+      needs: packed forms, as ``passes/forms.py`` orders them: of each product into the units, then of the contracting
+        one; of a vocabulary projection those of its one.
       input_bits: significant bits that a certified product's dense form keeps of its inputs.
     """
 
@@ -224,19 +223,13 @@ def _decide(
     dtypes = {np.dtype(p.weight.aval.dtype).name for p in match.products}
     if not dtypes <= {"float32", "bfloat16", "float16", "float64"}:
         return f"its weights are {', '.join(sorted(dtypes))}; only floating-point weights are predicted"
-    input_bits = 24
+    if settings.certify and (why := not_certifiable(match, platform)) is not None:
+        return why
     if isinstance(match, VocabMatch):
         assert isinstance(settings, Vocab)
         product = match.product
         tokens, units, inputs = product.tokens, product.width, product.contracted
         count, computed_each, activation = min(settings.candidates, units), 1, ""
-        if settings.certify:
-            bits = _input_bits(product.node.params["precision"], platform)
-            if bits is None:
-                return f"certify=True does not know what precision={product.node.params['precision']} rounds to"
-            input_bits = bits
-        if settings.certify and "float64" in dtypes | {product.x.aval.dtype.name, product.out.aval.dtype.name}:
-            return "certify=True is proved for float32, bfloat16 and float16; this product has float64"
     else:
         assert isinstance(settings, Ffn)
         tokens, units, inputs = match.tokens, match.units, match.region.ups[0].product.contracted
@@ -282,18 +275,7 @@ def _decide(
         own=match.region.own.name if isinstance(match, FfnMatch) and match.region.own is not None else "",
         forced=choice.force,
     )
-    return Decision(match, site, settings, count, _needs(match, settings), input_bits)
-
-
-def _input_bits(precision: Any, platform: str) -> int | None:
-    """Significant bits that a dense product keeps of f32 inputs on a platform; None when that is not known."""
-    stated = set(precision) if isinstance(precision, (tuple, list)) else {precision}
-    if not stated <= {None, *Precision}:
-        return None
-    if platform == "cpu" or stated == {Precision.HIGHEST}:
-        return 24
-    # TPU: one pass of bf16, at HIGH three. GPU: TF32.
-    return {"tpu": 16 if stated == {Precision.HIGH} else 8, "gpu": 11}.get(platform)
+    return Decision(match, site, settings, count, _needs(match, settings), input_bits(match, platform) or ALL_BITS)
 
 
 def _sparse_bytes(
@@ -310,9 +292,10 @@ def _sparse_bytes(
         return total - exact + proof, exact
     assert isinstance(settings, Ffn)
     region, down = match.region, match.down
+    forms = up_forms(region, settings)
     ups = [
-        (up.product.contracted, up.product.weight.aval.dtype, spec if scored else None)
-        for up, scored in zip(region.ups, region.scored, strict=True)
+        (up.product.contracted, up.product.weight.aval.dtype, spec if spec in read else None)
+        for up, read in zip(region.ups, forms, strict=True)
     ]
     total = ffn_bytes(
         tokens,
@@ -322,36 +305,26 @@ def _sparse_bytes(
         down.weight.aval.dtype,
         active=count,
         group_size=settings.group_size,
-        own_choice=region.own is not None,
+        norms="norms" in down_forms(region, settings),
     )
-    total += sum(moments_bytes(up[0]) for up, read in zip(ups, region.totalled, strict=True) if read)
+    total += sum(moments_bytes(up[0]) for up, read in zip(ups, forms, strict=True) if "moments" in read)
+    total += bounds_bytes(match.units) if settings.certify else 0
     rows = sum(d * np.dtype(dtype).itemsize for d, dtype, _ in ups)
     rows += down.width * np.dtype(down.weight.aval.dtype).itemsize
     return total - computed * rows, computed * rows
 
 
 def _needs(match: VocabMatch | FfnMatch, settings: Vocab | Ffn) -> tuple[Need, ...]:
-    def need(recipe: Recipe, form: Any, origin: Origin) -> Need:
-        return Need(PackKey(recipe, form), origin.refs)
+    def needs(recipe: Recipe, forms: list[Any], origin: Origin) -> list[Need]:
+        return [Need(PackKey(recipe, form), origin.refs) for form in forms]
 
-    spec = settings.predictor
     if isinstance(match, VocabMatch):
-        origin = match.product.origin
-        forms = ["rows", spec, *([("bounds", spec)] if settings.certify else [])]
-        return tuple(need(vocab_rows(match), form, origin) for form in forms)
-    found: list[Need] = []
+        assert isinstance(settings, Vocab)
+        return tuple(needs(vocab_rows(match), vocab_forms(settings), match.product.origin))
+    assert isinstance(settings, Ffn)
     region = match.region
-    for up, scored, totalled in zip(region.ups, region.scored, region.totalled, strict=True):
-        found += [need(up_rows(up), form, up.product.origin) for form in up_forms(spec, scored, totalled)]
-    found += [need(match.down_rows(), form, match.down.origin) for form in down_forms(region)]
+    found: list[Need] = []
+    for up, forms in zip(region.ups, up_forms(region, settings), strict=True):
+        found += needs(up_rows(up), forms, up.product.origin)
+    found += needs(match.down_rows(), down_forms(region, settings), match.down.origin)
     return tuple(found)
-
-
-def up_forms(spec: PredictorSpec, scored: bool, totalled: bool) -> list[Any]:
-    """The packed forms that a site reads of a product into the units, in their order."""
-    return ["rows", *([spec] if scored else []), *(["moments"] if totalled else [])]
-
-
-def down_forms(region: Region) -> list[Any]:
-    """The packed forms that a site reads of the contracting product, in their order."""
-    return ["rows"] if region.own is not None else ["rows", "norms"]

@@ -28,8 +28,6 @@ def _check_common(owner: str, predictor: Any, certify: Any, max_tokens: Any) -> 
         refuse(owner, "predictor", predictor, "hx.Quantized(bits) or hx.LowRank(rank, bits)")
     if not isinstance(certify, bool):
         refuse(owner, "certify", certify, "True or False")
-    if certify and owner == "Ffn":
-        refuse(owner, "certify", certify, "False; certified feed-forward blocks are not in this version")
     if certify and not isinstance(predictor, Quantized):
         refuse(owner, "predictor", predictor, "hx.Quantized(bits) with certify=True; the bounds are of that one")
     _check_count(owner, "max_tokens", max_tokens)
@@ -87,7 +85,8 @@ class Ffn:
     group_size: int = 1
     # How the units are scored.
     predictor: PredictorSpec = Quantized(bits=8)
-    # Prove for every input that units left out are zero. Not in this version.
+    # Prove for every input that the units left out are zero, or run the dense block. For ReLU, squared ReLU and ReGLU;
+    # takes `Quantized` and weights of f32, bf16 or f16.
     certify: bool = False
     # "zeroing": only blocks whose units not chosen are exactly zero over a range (ReLU and its kin). "any": all.
     activations: str = "zeroing"

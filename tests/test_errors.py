@@ -74,7 +74,7 @@ WRONG = {
     "ffn_activations": (lambda: hx.Ffn(activations="all"), ValueError, ["activations='all'", "'zeroing' or 'any'"]),
     "ffn_predictor": (lambda: hx.Ffn(predictor=8), ValueError, ["predictor=8", "hx.Quantized"]),
     "ffn_predictor_class": (lambda: hx.Ffn(predictor=hx.Quantized), ValueError, ["predictor=", "hx.Quantized"]),
-    "ffn_certify": (lambda: hx.Ffn(certify=True), ValueError, ["certify=True", "not in this version"]),
+    "ffn_certify": (lambda: hx.Ffn(certify=1), ValueError, ["certify=1", "True or False"]),
     "ffn_max_tokens": (lambda: hx.Ffn(max_tokens=0), ValueError, ["max_tokens=0", "at least 1"]),
     "ffn_positional": (lambda: hx.Ffn(0.5), TypeError, ["positional"]),
     "vocab_candidates": (lambda: hx.Vocab(candidates=0), ValueError, [r"Vocab\(candidates=0\)", "at least 1"]),

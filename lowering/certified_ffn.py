@@ -1,0 +1,223 @@
+"""A feed-forward block that leaves out only units proved to be zero; where too many are not, the dense block is run.
+
+A unit of a ReLU, squared-ReLU or ReGLU block is zero wherever its gate, the product (and bias) that goes into the ReLU,
+is at most zero. The predictor's upper bound of the gate proves that without reading the unit. The units left open are
+computed exactly, so the result is the dense one but for the order of its sum. Section 5 of the design; the bounds are
+derived in ``lowering/bounds.py``.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from hire_xform.lowering.bounds import Bounds, norm, scores_with_bounds
+from hire_xform.lowering.predictors import Packed, Quantized
+from hire_xform.lowering.selection import choose, select
+from hire_xform.lowering.subgraph import UpProduct, chosen_units
+
+__all__ = ["CertifiedBlock", "CertifiedOperands", "certified_ffn", "largest_norm"]
+
+# A region of some of the units, as in `lowering/subgraph.py`, but given its side inputs as well: they are operands.
+SideRegion = Callable[[list[jax.Array], list[jax.Array], Callable[[jax.Array], jax.Array]], jax.Array]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CertifiedBlock:
+    """What is static of a certified block.
+
+    Attributes:
+      units: hidden units, m.
+      gate: which of the products into the units the gate rises with.
+      region: what the model does to the units: ``region(hiddens, sides, gather)``.
+      gate_value: the gate from ``(hiddens, sides)``, ``[T, m]``; only the hidden of product ``gate`` is given.
+      dense_up: the dense product number ``i`` into the units: ``dense_up(i, x, rows)``, ``[T, m]``.
+      dense_down: the dense contracting product, ``[T, d_out]``.
+      spec: the gate's predictor.
+      active: groups of units each token may have computed.
+      group_size: units in a group.
+      up_dtypes: dtypes of the products into the units.
+      out_dtype: dtype of the result.
+      input_bits: significant bits that the dense product keeps of f32 inputs.
+    """
+
+    units: int
+    gate: int
+    region: SideRegion
+    gate_value: Callable[[list[jax.Array | None], list[jax.Array]], jax.Array]
+    dense_up: Callable[[int, jax.Array, jax.Array], jax.Array]
+    dense_down: Callable[[jax.Array, jax.Array], jax.Array]
+    spec: Quantized
+    active: int
+    group_size: int
+    up_dtypes: tuple[jnp.dtype, ...]
+    out_dtype: jnp.dtype
+    input_bits: int = 24
+
+
+class CertifiedOperands(NamedTuple):
+    """The arrays of a certified block: ``u`` products into the units.
+
+    Attributes:
+      xs: the tokens, ``[T, d]`` for each product.
+      sides: side inputs in canonical form: ``[T or 1, m or 1]``, or scalars.
+      rows: ``[m, d]`` for each product, or taller matrices.
+      first_rows: where the rows begin in them.
+      down: ``[m, d_out]``, or taller.
+      first_down: where its rows begin.
+      packed: the gate's predictor.
+      bounds: the gate's bounds.
+      largest: for each product but the gate, and for ``down``, the largest norm of a row, f32 scalars.
+    """
+
+    xs: list[jax.Array]
+    sides: list[jax.Array]
+    rows: list[jax.Array]
+    first_rows: list[jax.Array]
+    down: jax.Array
+    first_down: jax.Array
+    packed: Packed
+    bounds: Bounds
+    largest: list[jax.Array]
+
+
+def largest_norm(rows: jax.Array) -> jax.Array:
+    """An upper bound of the norm of every row of ``[n, d]``, f32 scalar; NaN or infinite where an entry is."""
+    return jnp.max(norm(rows))
+
+
+def certified_ffn(block: CertifiedBlock, operands: CertifiedOperands) -> tuple[jax.Array, jax.Array]:
+    """A block with the units left out that are proved zero, for every token; else the dense block.
+
+    Under ``vmap`` over tokens and side inputs the tokens of all examples are taken together.
+
+    Returns:
+      ``[T, d_out]``, and a bool scalar: whether the dense block was run.
+    """
+
+    @jax.custom_batching.custom_vmap
+    def run(o: CertifiedOperands) -> tuple[jax.Array, jax.Array]:
+        sparse, proved = _attempt(block, o)
+        fallback = jnp.logical_not(proved)
+        return lax.cond(fallback, lambda: _dense(block, o), lambda: sparse), fallback
+
+    @run.def_vmap
+    def _batched(size: int, in_batched: list, o: CertifiedOperands) -> tuple:
+        batched = in_batched[0]
+        if any(jax.tree.leaves(batched[2:])):
+            each = jax.tree.map(lambda a, b: a if b else jnp.broadcast_to(a, (size, *jnp.shape(a))), o, batched)
+            return lax.map(run, each), (True, True)
+        tokens = o.xs[0].shape[1 if batched.xs[0] else 0]
+        xs = [_together(x, b, size, tokens) for x, b in zip(o.xs, batched.xs, strict=True)]
+        sides = [_together(s, b, size, tokens) for s, b in zip(o.sides, batched.sides, strict=True)]
+        out, fallback = run(o._replace(xs=xs, sides=sides))
+        return (out.reshape(size, tokens, -1), jnp.broadcast_to(fallback, (size,))), (True, True)
+
+    @jax.custom_jvp
+    def differentiable(o: CertifiedOperands) -> tuple[jax.Array, jax.Array]:
+        return run(o)
+
+    @differentiable.defjvp
+    def _jvp(primals: tuple, tangents: tuple) -> tuple:
+        """The dense block's, which reads every row."""
+        (o,), (do,) = primals, tangents
+
+        def dense(xs: list, sides: list, rows: list, down: jax.Array) -> jax.Array:
+            return _dense(block, o._replace(xs=xs, sides=sides, rows=rows, down=down))
+
+        wanted = (o.xs, o.sides, o.rows, o.down)
+        _, change = jax.jvp(dense, wanted, (do.xs, do.sides, do.rows, do.down))
+        out, fallback = differentiable(o)
+        return (out, fallback), (change, np.zeros(fallback.shape, jax.dtypes.float0))
+
+    return differentiable(operands)
+
+
+def _together(value: jax.Array, batched: bool, size: int, tokens: int) -> jax.Array:
+    """An operand of all examples' tokens: ``[T, n]`` for each of ``size`` examples becomes ``[size * T, n]``."""
+    if not batched and (value.ndim == 0 or (value.shape[0] == 1 and tokens != 1)):
+        return value  # the same for all tokens
+    full = value if batched else jnp.broadcast_to(value, (size, *value.shape))
+    if full.ndim == 1:
+        full = full[:, None, None]
+    return jnp.broadcast_to(full, (size, tokens, full.shape[2])).reshape(size * tokens, full.shape[2])
+
+
+def _dense(block: CertifiedBlock, o: CertifiedOperands) -> jax.Array:
+    def own(rows: jax.Array, first: jax.Array) -> jax.Array:
+        return rows if rows.shape[0] == block.units else lax.dynamic_slice_in_dim(rows, first, block.units)
+
+    hiddens = [
+        block.dense_up(i, x, own(rows, first))
+        for i, (x, rows, first) in enumerate(zip(o.xs, o.rows, o.first_rows, strict=True))
+    ]
+    activation = block.region(hiddens, o.sides, lambda values: values)
+    return block.dense_down(activation, own(o.down, o.first_down))
+
+
+def _attempt(block: CertifiedBlock, o: CertifiedOperands) -> tuple[jax.Array, jax.Array]:
+    """The block of the open units, and whether all others are proved zero for every token."""
+    tokens, groups = o.xs[0].shape[0], block.units // block.group_size
+    selection = choose(tokens, groups, block.active)
+    xs, sides = lax.stop_gradient((o.xs, o.sides))
+    with jax.named_scope("predict"):
+        found = scores_with_bounds(xs[block.gate], o.packed, o.bounds, block.spec, input_bits=block.input_bits)
+        hiddens: list[jax.Array | None] = [None] * len(xs)
+        hiddens[block.gate] = _rounded_up(found.upper, block.up_dtypes[block.gate])
+        gate = block.gate_value(hiddens, sides).astype(jnp.float32)
+        gate = jnp.broadcast_to(gate, (tokens, block.units)).reshape(tokens, groups, block.group_size).max(axis=-1)
+    with jax.named_scope("select"):
+        index = select(gate, selection)
+    with jax.named_scope("prove"):
+        at = (slice(None), index) if index.ndim == 1 else (jnp.arange(tokens)[:, None], index)
+        outside = gate.at[at].set(-jnp.inf, unique_indices=True, mode="promise_in_bounds")
+        # A NaN is above nothing: not proved.
+        proved = jnp.max(outside) <= 0.0
+        for finite in _stays_finite(block, xs, sides, o.largest):
+            proved = proved & finite
+    ups = [
+        UpProduct(x=x, rows=rows, first_row=_start(rows, first, block), packed=None, spec=block.spec, dtype=dtype)
+        for x, rows, first, dtype in zip(o.xs, o.rows, o.first_rows, block.up_dtypes, strict=True)
+    ]
+    out = chosen_units(
+        ups,
+        lambda hiddens, gather: block.region(hiddens, o.sides, gather),
+        o.down,
+        index,
+        units=block.units,
+        first_row=_start(o.down, o.first_down, block),
+        group_size=block.group_size,
+        out_dtype=block.out_dtype,
+    )
+    return out, proved
+
+
+def _start(rows: jax.Array, first: jax.Array, block: CertifiedBlock) -> jax.Array | int:
+    return 0 if rows.shape[0] == block.units else first
+
+
+def _rounded_up(values: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """f32 values in another dtype, never below themselves."""
+    if jnp.finfo(dtype).bits >= 32:
+        return values.astype(dtype)
+    kind = jnp.finfo(dtype)
+    return (values + jnp.abs(values) * float(kind.eps) + float(kind.tiny)).astype(dtype)
+
+
+def _stays_finite(
+    block: CertifiedBlock, xs: list[jax.Array], sides: list[jax.Array], largest: list[jax.Array]
+) -> Iterator[jax.Array]:
+    """That zero times whatever else there is, is zero: bool scalars, all of which must hold."""
+    smallest = min((float(jnp.finfo(d).max) for d in (*block.up_dtypes, block.out_dtype)), default=1.0)
+    limit = smallest / 64.0
+    others = [x for i, x in enumerate(xs) if i != block.gate]
+    for x, size in zip(others, largest, strict=False):
+        yield jnp.max(norm(x)) * size < limit
+    yield largest[-1] < jnp.inf
+    for side in sides:
+        if jnp.issubdtype(side.dtype, jnp.floating):
+            yield jnp.max(jnp.abs(side)) < limit

@@ -1,0 +1,51 @@
+"""Brings a site's operands and result between the shapes of the user's equations and the subgraphs' ``[T, n]``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+
+from hire_xform.passes.layout import Layout, row_major, to_canonical, whole
+from hire_xform.passes.products import Product
+
+
+def canonical_side(value: Any, layout: Layout, tokens: int, units: int) -> Any:
+    """A side input as ``[T or 1, m or 1]``; a scalar stays one."""
+    return value if jnp.ndim(value) == 0 else to_canonical(value, layout, tokens, units)
+
+
+def flat_activation(product: Product, x: Any) -> Any:
+    """A product's activation as ``[T, d]``, columns in the order of the weight's contracted dimensions."""
+    perm = (*product.x_free, *product.x_contract)
+    return jnp.transpose(x, perm).reshape(product.tokens, product.contracted)
+
+
+def canonical_activation(product: Product, x: Any, layout: Layout, tokens: int) -> Any:
+    """A product's activation as ``[T, d]``, tokens in the order of the block's contracting product.
+
+    Args:
+      product: a product into the hidden units.
+      x: its activation.
+      layout: layout of the product's result.
+      tokens: T of the block.
+    """
+    dims: list[Any] = [None] * len(product.x.shape)
+    for d, out in zip(product.x_free, product.out_x_dims, strict=True):
+        dims[d] = layout[out]
+    sizes = [product.x.shape[d] for d in product.x_contract]
+    for d, atom in zip(product.x_contract, row_major("h", sizes), strict=True):
+        dims[d] = whole([atom], product.x.shape[d])
+    canonical = to_canonical(x, tuple(dims), tokens, product.contracted)
+    return jnp.broadcast_to(canonical, (tokens, product.contracted))
+
+
+def result_shape(product: Product, flat: Any) -> Any:
+    """``[T, width]`` as the product's result: its token and weight dimensions, in their order."""
+    x_shape = [product.x.shape[d] for d in product.x_free]
+    w_shape = [product.weight.shape[d] for d in product.w_free]
+    shaped = flat.reshape(*x_shape, *w_shape)
+    if product.weight_left:
+        lead = range(len(x_shape), len(x_shape) + len(w_shape))
+        shaped = jnp.transpose(shaped, (*lead, *range(len(x_shape))))
+    return shaped

@@ -1,0 +1,53 @@
+"""Whether a site can be certified on a platform, and how exact its dense form is there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jax.lax import Precision
+
+from hire_xform.passes.detect import FfnMatch, VocabMatch
+from hire_xform.passes.zeros import gate_of
+
+# Significant bits of an f32 input: all of them. Fewer where a product rounds its inputs first.
+ALL_BITS = 24
+_PROVED = ("float32", "bfloat16", "float16")
+
+
+def not_certifiable(match: VocabMatch | FfnMatch, platform: str) -> str | None:
+    """Why a site can't be certified; None when it can."""
+    for product in match.products:
+        values = (product.x, product.weight, product.out)
+        other = next((v.aval.dtype.name for v in values if v.aval.dtype.name not in _PROVED), None)
+        if other is not None:
+            return f"certify=True is proved for float32, bfloat16 and float16; this has {other}"
+    if input_bits(match, platform) is None:
+        return f"certify=True does not know what precision={_precision(match)} rounds to on {platform}"
+    if isinstance(match, FfnMatch):
+        if match.region.own is not None:
+            return f"certify=True proves zeros of max(u, 0), not the model's own choice ({match.region.own.name})"
+        if gate_of(match.region) is None:
+            return (
+                f"certify=True proves zeros of max(u, 0), alone, squared, or times another product; not of this "
+                f"activation ({match.region.activation})"
+            )
+    return None
+
+
+def input_bits(match: VocabMatch | FfnMatch, platform: str) -> int | None:
+    """Significant bits that the product to be bounded keeps of f32 inputs on a platform; None when not known."""
+    precision = _precision(match)
+    stated = set(precision) if isinstance(precision, (tuple, list)) else {precision}
+    if not stated <= {None, *Precision}:
+        return None
+    if platform == "cpu" or stated == {Precision.HIGHEST}:
+        return ALL_BITS
+    # TPU: one pass of bf16, at HIGH three. GPU: TF32.
+    return {"tpu": 16 if stated == {Precision.HIGH} else 8, "gpu": 11}.get(platform)
+
+
+def _precision(match: VocabMatch | FfnMatch) -> Any:
+    if isinstance(match, VocabMatch):
+        return match.product.node.params["precision"]
+    gate = gate_of(match.region)
+    return match.region.ups[gate.up if gate is not None else 0].product.node.params["precision"]

@@ -1,0 +1,121 @@
+"""Puts the certified subgraphs where a site stood. Each gives its result, and whether the dense form was run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from hire_xform.lowering import CertifiedBlock, CertifiedOperands, Quantized, certified_ffn, certified_logits
+from hire_xform.passes.canonical import canonical_activation, canonical_side, flat_activation, result_shape
+from hire_xform.passes.detect import FfnMatch, VocabMatch
+from hire_xform.passes.environment import PackedView
+from hire_xform.passes.forms import down_forms, up_forms
+from hire_xform.passes.of_chosen import OfChosen
+from hire_xform.passes.plan import Decision
+from hire_xform.passes.products import Product
+from hire_xform.passes.region import replay
+from hire_xform.passes.settings import Ffn, Vocab
+from hire_xform.passes.zeros import gate_of
+
+
+def certified_function(decision: Decision) -> Callable[[list[Any], list[PackedView]], Any]:
+    """The certified site as a function of ``site_operands`` and its packed forms, in the order of ``needs``."""
+    match = decision.match
+    if isinstance(match, VocabMatch):
+        return lambda operands, views: _vocab(decision, match, operands, views)
+    return lambda operands, views: _ffn(decision, match, operands, views)
+
+
+def dense_product(product: Product, x: Any, rows: Any, contracted_first: bool = False) -> Any:
+    """The product of ``[T, d]`` with its rows as the program has it, but for the layout."""
+    params = product.node.params
+    found = lax.dot_general(
+        x,
+        rows,
+        (((1,), (0 if contracted_first else 1,)), ((), ())),
+        precision=params["precision"],
+        preferred_element_type=params["preferred_element_type"],
+    )
+    return found.astype(product.out.aval.dtype)
+
+
+def _vocab(decision: Decision, match: VocabMatch, operands: Sequence[Any], views: Sequence[PackedView]) -> Any:
+    product, settings = match.product, decision.settings
+    assert isinstance(settings, Vocab)
+    assert isinstance(settings.predictor, Quantized)
+    rows, first = views[0].rows()
+    logits, fallback = certified_logits(
+        flat_activation(product, operands[0]),
+        rows,
+        views[1].whole(),
+        views[2].whole(),
+        settings.predictor,
+        lambda x, rows: dense_product(product, x, rows),
+        candidates=decision.count,
+        vocab=product.width,
+        first_row=first,
+        fill=settings.fill,  # type: ignore[arg-type]
+        out_dtype=product.out.aval.dtype,
+        input_bits=decision.input_bits,
+    )
+    return result_shape(product, views[0].filled(logits)), fallback
+
+
+def _ffn(decision: Decision, match: FfnMatch, operands: Sequence[Any], views: Sequence[PackedView]) -> Any:
+    settings, region, tokens = decision.settings, match.region, match.tokens
+    gate = gate_of(region)
+    assert isinstance(settings, Ffn)
+    assert isinstance(settings.predictor, Quantized)
+    assert gate is not None
+    statistics = OfChosen({}, None)
+    given = iter(views)
+    xs, rows, first_rows, largest = [], [], [], []
+    packed: Any = None
+    bounds: Any = None
+    for up, read, operand in zip(region.ups, up_forms(region, settings), operands, strict=False):
+        forms = {form: next(given) for form in read}
+        own, first = forms["rows"].rows()
+        rows.append(own)
+        first_rows.append(jnp.asarray(first, jnp.int32))
+        xs.append(forms["rows"].filled(canonical_activation(up.product, operand, up.layout, tokens)))
+        if "largest" in forms:
+            largest.append(forms["largest"].whole())
+        else:
+            packed, bounds = forms[settings.predictor].whole(), forms["bounds", settings.predictor].whole()
+    last = {form: next(given) for form in down_forms(region, settings)}
+    down, first_down = last["rows"].rows()
+    values = operands[len(region.ups) :]
+    sides = [canonical_side(v, s.layout, tokens, match.units) for v, s in zip(values, region.sides, strict=True)]
+    block = CertifiedBlock(
+        units=match.units,
+        gate=gate.up,
+        region=lambda hiddens, sides, gather: replay(region, hiddens, sides, gather, jax.nn.relu, statistics),
+        gate_value=lambda hiddens, sides: replay(
+            region, hiddens, sides, lambda v: v, jax.nn.relu, statistics, gate.expr
+        ),
+        dense_up=lambda i, x, rows: dense_product(region.ups[i].product, x, rows),
+        dense_down=lambda h, rows: dense_product(match.down, h, rows, contracted_first=True),
+        spec=settings.predictor,
+        active=decision.count,
+        group_size=settings.group_size,
+        up_dtypes=tuple(up.product.out.aval.dtype for up in region.ups),
+        out_dtype=match.down.out.aval.dtype,
+        input_bits=decision.input_bits,
+    )
+    made = CertifiedOperands(
+        xs=xs,
+        sides=[jnp.asarray(s) for s in sides],
+        rows=rows,
+        first_rows=first_rows,
+        down=down,
+        first_down=jnp.asarray(first_down, jnp.int32),
+        packed=packed,
+        bounds=bounds,
+        largest=[*largest, last["largest"].whole()],
+    )
+    result, fallback = certified_ffn(block, made)
+    return result_shape(match.down, last["rows"].filled(result)), fallback
