@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PYTEST_ARGS ?=
 
-.PHONY: demo test fast lint typecheck bench models wheel clean
+.PHONY: demo test fast random lint typecheck bench models wheel clean
 
 # One stamp a set of extras: installing again only when pyproject.toml changed.
 $(VENV)/.created:
@@ -35,6 +35,14 @@ test: $(VENV)/.test
 
 fast: $(VENV)/.test
 	$(BIN)/python -m pytest -q -m "not slow" $(PYTEST_ARGS)
+
+# Many random programs, spread over processes; every EVALUATE-th is evaluated, the others are rewritten and looked at.
+N ?= 20000
+JOBS ?= $(shell nproc)
+SEED ?= 0
+EVALUATE ?= 1
+random: $(VENV)/.test
+	$(BIN)/python tests/run_random_programs.py --examples $(N) --jobs $(JOBS) --seed $(SEED) --evaluate $(EVALUATE)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

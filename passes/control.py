@@ -85,17 +85,29 @@ def emit_while(rewriter: Rewriter, node: Node, env: Env, views: Views) -> list[A
         v: jnp.zeros(v.shape, v.aval.dtype) for i, v in enumerate(carry) if v.outer is not None and i not in reads
     }
 
-    def condition(state: list[Any]) -> Any:
+    def going(state: list[Any]) -> Any:
         known = {**unread, **constant, **dict(zip(changing, state, strict=True))}
         return jaxpr_as_fun(loop.cond_jaxpr)(*tested, *(known[v] for v in carry))[0]
 
     def body(state: list[Any]) -> list[Any]:
         results = rewriter.run_scope(child, {**constant, **dict(zip(changing, state, strict=True))}, inside)
-        return [r for v, r in zip(carry, results, strict=True) if v.outer is None]
+        after = [r for v, r in zip(carry, results, strict=True) if v.outer is None]
+        if not batched:
+            return after
+        turning = going(state)
+        return [jnp.where(_lead(turning, jnp.ndim(r)), r, before) for r, before in zip(after, state, strict=True)]
 
+    # A while that was batched by its condition has one for each element: those that are done wait for the others.
+    batched = bool(loop.cond_jaxpr.out_avals[0].shape)
+    condition = (lambda state: jnp.any(going(state))) if batched else going
     final = lax.while_loop(condition, body, [read(env, start[v]) for v in changing])
     done = dict(zip(changing, final, strict=True))
     return [done[v] if v in done else constant.get(v) for v in carry]
+
+
+def _lead(mask: Any, ndim: int) -> Any:
+    """A mask over the leading axes, with as many axes as what it chooses."""
+    return mask.reshape(mask.shape + (1,) * (ndim - mask.ndim))
 
 
 def emit_cond(rewriter: Rewriter, node: Node, env: Env, views: Views) -> list[Any]:

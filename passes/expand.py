@@ -207,7 +207,8 @@ class _Builder:
         w_dims = [layout[d] for d in product.out_w_dims]
         if any(a.space != "t" for d in x_dims for a in d.atoms) or any(a.space != "h" for d in w_dims for a in d.atoms):
             return self.side(product.out, layout)
-        if not all(d.full for d in x_dims) or product.batched or _units(layout) != self.region.units:
+        followed = not product.batched and product.contracted and _units(layout) == self.region.units
+        if not followed or not all(d.full for d in x_dims):
             return self.side(product.out, layout)
         self.region.nodes.add(product.node)
         self.region.inner.add(product.out)

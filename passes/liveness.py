@@ -15,7 +15,7 @@ from hire_xform.passes.detect import VocabMatch
 from hire_xform.passes.plan import Decision
 from hire_xform.passes.provenance import IndexSlice
 from hire_xform.passes.treatment import Treatment
-from hire_xform.passes.walk import Frame, Graph, Node, Operand, Scope, Value, carried_inputs
+from hire_xform.passes.walk import Graph, Node, Operand, Scope, Value, carried_inputs
 
 
 class Liveness:
@@ -46,6 +46,10 @@ class Liveness:
             # Loops are marked whether or not their results are read: their bodies may have effects.
             if node.eqn.effects or any(v in self.values for v in node.outputs):
                 self.nodes.add(node)
+                # The derivative rule of a custom call around it reads the call's own operands, weights included.
+                for frame in node.frame.ancestors():
+                    if frame.kind == "custom" and not frame.inline:
+                        self._need(frame.inputs)
                 if not node.children and node not in self._treatments:
                     self._need(node.inputs)
                     continue
@@ -70,10 +74,6 @@ class Liveness:
                 for ref in need.refs:
                     if isinstance(ref, IndexSlice):
                         yield ref.index, ref.node.scope
-            # The derivative rule of a custom call around it reads the call's own operands, weights included.
-            for frame in _frames_around(node):
-                if frame.kind == "custom" and not frame.inline:
-                    yield from ((operand, frame.scope) for operand in frame.inputs)
             return
         inner: list[Operand] = []
         for child in node.children:
@@ -107,14 +107,6 @@ class Liveness:
             changing = value.outer is None
             if changing or value in self.values or value in tested or results.get(value) in self.values:
                 yield operand
-
-
-def _frames_around(node: Node) -> Iterable[Frame]:
-    """All calls, loops and branches an equation stands in, innermost first."""
-    at: Node | None = node
-    while at is not None:
-        yield from at.frame.ancestors()
-        at = at.scope.node
 
 
 def state_read(loop: compat.WhileParts) -> set[int]:

@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -21,105 +20,8 @@ from jax.extend.core import primitives as prims
 
 from hire_xform.passes import compat
 from hire_xform.passes.compat import Literal
-from hire_xform.passes.walk import Graph, Node, Operand, Scope, Value
-
-
-@dataclass(frozen=True)
-class Root:
-    """Where a weight comes from.
-
-    Attributes:
-      kind: "const" for a closed-over array, else the argument: "arg0", "arg1", ...
-      index: the array's identity (``id``), or the number of the leaf among the argument's array leaves.
-    """
-
-    kind: str
-    index: int
-
-
-@dataclass(frozen=True)
-class Transpose:
-    """Axis permutation."""
-
-    perm: tuple[int, ...]
-
-    def apply(self, x: Any) -> Any:
-        """The step on an array."""
-        return jnp.transpose(x, self.perm)
-
-
-@dataclass(frozen=True)
-class Reshape:
-    """Row-major reshape."""
-
-    shape: tuple[int, ...]
-
-    def apply(self, x: Any) -> Any:
-        """The step on an array."""
-        return jnp.reshape(x, self.shape)
-
-
-@dataclass(frozen=True)
-class Convert:
-    """Change of dtype."""
-
-    dtype: Any
-
-    def apply(self, x: Any) -> Any:
-        """The step on an array."""
-        return lax.convert_element_type(x, self.dtype)
-
-
-@dataclass(frozen=True)
-class Slice:
-    """Static strided slice."""
-
-    start: tuple[int, ...]
-    limit: tuple[int, ...]
-    strides: tuple[int, ...]
-
-    def apply(self, x: Any) -> Any:
-        """The step on an array."""
-        return lax.slice(x, self.start, self.limit, self.strides)
-
-
-@dataclass(frozen=True)
-class Stack:
-    """The leading axis is a stack of matrices, of which the program sees one at a time. ``size`` is its length."""
-
-    size: int
-
-
-Step = Transpose | Reshape | Convert | Slice | Stack
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """A weight as the program uses it: a leaf and the steps from it. Hashable; equal recipes are equal arrays."""
-
-    root: Root
-    steps: tuple[Step, ...] = ()
-
-    def then(self, *steps: Step) -> Recipe:
-        """This recipe with more steps, those that do nothing left out by the caller."""
-        return Recipe(self.root, self.steps + steps)
-
-    @property
-    def is_leaf(self) -> bool:
-        """True when it makes the leaf itself: no steps but stacks that are taken as they lie."""
-        return all(isinstance(s, Stack) for s in self.steps)
-
-    def apply(self, leaf: Any, finish: Callable[[Any], Any] = lambda x: x) -> Any:
-        """Runs the steps, then ``finish``, on the leaf; over stack axes by ``vmap``, which the result leads with."""
-        return _apply(self.steps, leaf, finish)
-
-
-def _apply(steps: Sequence[Step], x: Any, finish: Callable[[Any], Any]) -> Any:
-    for i, step in enumerate(steps):
-        if isinstance(step, Stack):
-            return jax.vmap(lambda y: _apply(steps[i + 1 :], y, finish))(x)  # noqa: B023 - used before i moves on
-        x = step.apply(x)
-    return finish(x)
+from hire_xform.passes.recipe import Convert, Recipe, Reshape, Root, Slice, Stack, Step, Transpose
+from hire_xform.passes.walk import Graph, Node, Operand, Scope, Value, carried_inputs
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -176,6 +78,7 @@ class Provenance:
     def __init__(self, graph: Graph, roots: Sequence[Root | None]):
         self._origins: dict[Value, Origin] = {}
         self._derived: dict[Value, str] = {}
+        self._fixed: set[Value] = set()
         self.consts: dict[int, Any] = {}
         for value, root in zip(graph.top.inputs, roots, strict=True):
             if root is not None:
@@ -210,18 +113,66 @@ class Provenance:
         for node in scope.nodes:
             self._node(node)
             for child in node.children:
-                self._scope(child)
+                self._child(child)
+            self._leave(node)
+
+    def _child(self, scope: Scope) -> None:
+        """An inner scope. Weights in its state that it changes count as computed, if it makes them of weights."""
+        node = scope.node
+        if node is None or scope.kind not in ("scan", "while"):
+            self._scope(scope)
+            return
+        carry = carried_inputs(node)
+        first = len(node.inputs) - len(scope.inputs) + (scope.inputs.index(carry[0]) if carry else 0)
+        guessed = {
+            i: value
+            for i, value in enumerate(carry)
+            if value.outer is None and self._is_weight_matrix(node.inputs[first + i])
+        }
+        while True:
+            self._derived.update((value, f"{node.primitive} at {node.source}") for value in guessed.values())
+            self._scope(scope)
+            wrong = [i for i in guessed if not self._is_weight_matrix(scope.outputs[i])]
+            if not wrong:
+                return
+            self._forget(scope)
+            for i in wrong:
+                del guessed[i]
+
+    def _leave(self, node: Node) -> None:
+        """Results of a loop or branch that are weights again, whichever way they were come by."""
+        if not node.children:
+            return
+        for i, result in enumerate(node.outputs):
+            made = [child.outputs[i] for child in node.children]
+            stacked = node.children[0].kind == "scan" and i >= len(carried_inputs(node))
+            if not stacked and all(self._is_weight_matrix(value) for value in made):
+                self._derived[result] = f"{node.primitive} at {node.source}"
+
+    def _forget(self, scope: Scope) -> None:
+        for value in scope.inputs:
+            self._origins.pop(value, None)
+            self._derived.pop(value, None)
+        for node in scope.nodes:
+            for value in node.outputs:
+                self._origins.pop(value, None)
+                self._derived.pop(value, None)
+            for child in node.children:
+                self._forget(child)
+
+    def _is_weight_matrix(self, operand: Operand) -> bool:
+        if not _is_matrix(operand):
+            return False
+        return self.origin(operand) is not None or self.derived(operand) is not None
 
     def _node(self, node: Node) -> None:
-        if not node.inputs or node.children:
+        if node.children:
             return
         if node.primitive is compat.OPTIMIZATION_BARRIER:
             for operand, result in zip(node.inputs, node.outputs, strict=True):
                 self._set(result, self.origin(operand))
             return
-        if not isinstance(node.inputs[0], Value):
-            return
-        origin = self.origin(node.inputs[0])
+        origin = self.origin(node.inputs[0]) if node.inputs else None
         rule = _RULES.get(node.primitive)
         if origin is not None and rule is not None:
             results = rule(node, origin)
@@ -236,17 +187,28 @@ class Provenance:
             self._origins[value] = origin
 
     def _mark_derived(self, node: Node) -> None:
-        some = False
-        # Which part of a weight is picked may hang on the data; that it is a part of a weight does not.
-        for v in node.inputs[:1] if _picks_matrix(node) else node.inputs:
-            if isinstance(v, Value):
-                if v.const is None and v not in self._origins and v not in self._derived:
-                    return
-                some = True
-        if some:
+        """Marks what is made of weights alone. Data may say which part of a weight is taken, and how it is scaled."""
+        made_of = [v for v in node.inputs if isinstance(v, Value)]
+        if _picks_matrix(node):
+            made_of = made_of[:1]
+        elif any(_is_matrix(v) for v in made_of) and node.primitive not in _READS_BY_DATA:
+            made_of = [v for v in made_of if math.prod(v.shape) > 1]
+        made_of = [v for v in made_of if v not in self._fixed]
+        if not made_of:
+            self._fixed.update(node.outputs)
+        elif all(v.const is not None or v in self._origins or v in self._derived for v in made_of):
             how = f"{node.primitive} at {node.source}"
             for result in node.outputs:
                 self._derived[result] = how
+
+
+# With one row of data these give data: a product, and the look-up of one token.
+_READS_BY_DATA = (prims.dot_general_p, prims.gather_p, prims.dynamic_slice_p)
+
+
+def _is_matrix(operand: Operand) -> bool:
+    """True for what has two axes longer than one."""
+    return sum(size > 1 for size in shape_of(operand)) >= 2
 
 
 def shape_of(operand: Operand) -> tuple[int, ...]:
@@ -317,6 +279,16 @@ def _split(node: Node, origin: Origin) -> list[Origin]:
     return found
 
 
+def _unstack(node: Node, origin: Origin) -> list[Origin]:
+    axis, shape, found = node.params["axis"], shape_of(node.inputs[0]), []
+    for i, result in enumerate(node.outputs):
+        start, limit = [0] * len(shape), list(shape)
+        start[axis], limit[axis] = i, i + 1
+        cut = Slice(tuple(start), tuple(limit), (1,) * len(shape))
+        found.extend(_extended(origin, cut, Reshape(result.shape)))
+    return found
+
+
 def _dynamic_slice(node: Node, origin: Origin) -> list[Origin] | None:
     shape, sizes = shape_of(node.inputs[0]), tuple(node.params["slice_sizes"])
     indexed = [axis for axis, (have, take) in enumerate(zip(shape, sizes, strict=True)) if have != take]
@@ -371,6 +343,7 @@ _RULES: dict[Any, Rule] = {
     prims.broadcast_in_dim_p: _broadcast,
     prims.slice_p: _slice,
     compat.SPLIT: _split,
+    compat.UNSTACK: _unstack,
     prims.dynamic_slice_p: _dynamic_slice,
     prims.gather_p: _gather,
     prims.copy_p: _same,

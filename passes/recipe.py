@@ -1,0 +1,109 @@
+"""How a weight as the program uses it is computed from an argument leaf or a closed-over array, when packing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+@dataclass(frozen=True)
+class Root:
+    """Where a weight comes from.
+
+    Attributes:
+      kind: "const" for a closed-over array, else the argument: "arg0", "arg1", ...
+      index: the array's identity (``id``), or the number of the leaf among the argument's array leaves.
+    """
+
+    kind: str
+    index: int
+
+
+@dataclass(frozen=True)
+class Transpose:
+    """Axis permutation."""
+
+    perm: tuple[int, ...]
+
+    def apply(self, x: Any) -> Any:
+        """The step on an array."""
+        return jnp.transpose(x, self.perm)
+
+
+@dataclass(frozen=True)
+class Reshape:
+    """Row-major reshape."""
+
+    shape: tuple[int, ...]
+
+    def apply(self, x: Any) -> Any:
+        """The step on an array."""
+        return jnp.reshape(x, self.shape)
+
+
+@dataclass(frozen=True)
+class Convert:
+    """Change of dtype."""
+
+    dtype: Any
+
+    def apply(self, x: Any) -> Any:
+        """The step on an array."""
+        return lax.convert_element_type(x, self.dtype)
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Static strided slice."""
+
+    start: tuple[int, ...]
+    limit: tuple[int, ...]
+    strides: tuple[int, ...]
+
+    def apply(self, x: Any) -> Any:
+        """The step on an array."""
+        return lax.slice(x, self.start, self.limit, self.strides)
+
+
+@dataclass(frozen=True)
+class Stack:
+    """The leading axis is a stack of matrices, of which the program sees one at a time. ``size`` is its length."""
+
+    size: int
+
+
+Step = Transpose | Reshape | Convert | Slice | Stack
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A weight as the program uses it: a leaf and the steps from it. Hashable; equal recipes are equal arrays."""
+
+    root: Root
+    steps: tuple[Step, ...] = ()
+
+    def then(self, *steps: Step) -> Recipe:
+        """This recipe with more steps, those that do nothing left out by the caller."""
+        return Recipe(self.root, self.steps + steps)
+
+    @property
+    def is_leaf(self) -> bool:
+        """True when it makes the leaf itself: no steps but stacks that are taken as they lie."""
+        return all(isinstance(s, Stack) for s in self.steps)
+
+    def apply(self, leaf: Any, finish: Callable[[Any], Any] = lambda x: x) -> Any:
+        """Runs the steps, then ``finish``, on the leaf; over stack axes by ``vmap``, which the result leads with."""
+        return _apply(self.steps, leaf, finish)
+
+
+def _apply(steps: Sequence[Step], x: Any, finish: Callable[[Any], Any]) -> Any:
+    for i, step in enumerate(steps):
+        if isinstance(step, Stack):
+            return jax.vmap(lambda y: _apply(steps[i + 1 :], y, finish))(x)  # noqa: B023 - used before i moves on
+        x = step.apply(x)
+    return finish(x)

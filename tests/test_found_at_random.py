@@ -1,0 +1,92 @@
+"""What random programs found: each cause once, as small as it gets."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from checks import assert_same, full_width, kinds
+from jax import lax
+
+import hire_xform as hx
+
+D, M = 6, 16
+
+
+def weights():
+    rng = np.random.default_rng(0)
+    shapes = {"up": (D, M), "down": (M, D), "other": (D, M), "square": (D, D), "none": (0, D)}
+    return {name: jnp.asarray(rng.normal(size=shape), jnp.float32) for name, shape in shapes.items()}
+
+
+def block(w, x):
+    return jax.nn.relu(x @ w["up"]) @ w["down"]
+
+
+def test_a_custom_derivative_stays_when_its_call_has_weights_that_are_not_read():
+    @jax.custom_vjp
+    def square(w, x):
+        return x @ w["square"]
+
+    square.defvjp(lambda w, x: (square(w, x), w), lambda w, g: (jax.tree.map(jnp.zeros_like, w), 3 * g))
+    w, x = weights(), jnp.ones((1, D))
+    for fun in (lambda w, x: square(w, x).sum(), lambda w, x: block(w, square(w, x)).sum()):
+        step = hx.sparsify(fun, config=full_width())
+        packed = step.trace(w, x).pack(w)
+        assert_same(jax.grad(step, 1)(packed, x), jax.grad(fun, 1)(w, x))
+
+
+def test_a_while_whose_condition_is_batched():
+    def one(w, x):
+        return lax.while_loop(lambda x: x[0] < 5, lambda x: (x + jnp.tanh(block(w, x[None])[0])).at[0].set(x[0] + 1), x)
+
+    w, x = weights(), jnp.arange(3.0)[:, None] + jnp.ones((3, D))
+    many = jax.vmap(one, (None, 0))
+    step = hx.sparsify(many, config=full_width())
+    assert kinds(step.trace(w, x).plan) == ["ffn"]
+    assert_same(step(w, x), jax.jit(many)(w, x))
+
+
+def test_a_block_into_which_nothing_goes_is_no_site():
+    def fun(w, x):
+        return jax.nn.relu(x[:, :0] @ w["none"]) @ w["square"]
+
+    step = hx.sparsify(fun, config=full_width())
+    assert not step.trace(weights(), jnp.ones((2, D))).plan.sites
+    assert_same(step(weights(), jnp.ones((2, D))), fun(weights(), jnp.ones((2, D))))
+
+
+def changing(w, x, _):
+    """Weights that a loop changes, and weights that change places in it."""
+
+    def turn(state, _):
+        square, first, second, x = state
+        return (square / 2, second, first, x @ square + (x @ first).sum()), None
+
+    return lax.scan(turn, (w["square"], w["up"], w["other"], x), None, length=2)[0][-1]
+
+
+def in_condition(w, x, _):
+    return lax.while_loop(lambda x: (jnp.sum(x @ w["square"]) < 1e3) & (x[0, 0] < 5), lambda x: x + 1, x)
+
+
+# Weights that are computed inside by what hangs on the data: (function, products, word of the reason).
+COMPUTED = {
+    "scaled": (lambda w, x, i: x @ (w["up"] * i), 1, "mul"),
+    "masked": (lambda w, x, i: x @ jnp.triu(w["up"]), 1, "select_n"),
+    "chosen": (lambda w, x, i: x @ jnp.where(i > 0, w["up"], w["other"]), 1, "select_n"),
+    "branch": (lambda w, x, i: x @ lax.cond(i > 0, lambda: w["up"], lambda: w["other"]), 1, "cond"),
+    "changing": (changing, 2, "scan"),
+    "condition": (in_condition, 1, "condition of a while"),
+}
+
+
+@pytest.mark.parametrize("name", COMPUTED)
+def test_a_product_with_computed_weights_is_a_refusal(name):
+    fun, count, word = COMPUTED[name]
+    w, x = weights(), jnp.ones((2, D))
+    step = hx.sparsify(fun, config=full_width())
+    plan = step.trace(w, x, 2.0).plan
+    assert not plan.sites
+    assert len(plan.refusals) == count
+    assert all(word in refusal.reason for refusal in plan.refusals)
+    assert_same(step(w, x, 2.0), jax.jit(fun)(w, x, 2.0))
