@@ -53,14 +53,11 @@ def fold_row_blocks(fun: Callable[..., Any], block: int, *arrays: jax.Array) -> 
       The sum of what ``fun`` returns.
     """
     n = arrays[0].shape[0]
-    full, tail = divmod(n, block)
-    if full + (tail > 0) <= 1:
+    full = (n - 1) // block
+    if not full:
         return fun(*arrays)
-    if tail:
-        total = fun(*(lax.slice_in_dim(a, full * block, n) for a in arrays))
-    else:
-        shapes = jax.eval_shape(fun, *(jax.ShapeDtypeStruct((block, *a.shape[1:]), a.dtype) for a in arrays))
-        total = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    # The last block starts the sum: zeros would lack the manual axes that the parts vary over inside a shard_map.
+    total = fun(*(lax.slice_in_dim(a, full * block, n) for a in arrays))
 
     def body(carry: Any, start: jax.Array) -> tuple[Any, None]:
         part = fun(*(lax.dynamic_slice_in_dim(a, start, block) for a in arrays))

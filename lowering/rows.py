@@ -5,6 +5,7 @@ A matrix is stored row after row, ``rows [n, d]``. Rows may be chosen in groups 
 axes holds each token's own choice.
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -180,5 +181,7 @@ def _walk_rows(h: jax.Array, rows: jax.Array, index: jax.Array, group_size: int)
                 total = total + share[:, slab * group_size + row, None] * taken[row].astype(total.dtype)
         return total, None
 
-    zero = jnp.zeros((tokens, d), jnp.promote_types(h.dtype, jnp.float32))
+    # Inside a shard_map, zeros that vary over the manual axes that any operand does.
+    dtype = jnp.promote_types(h.dtype, jnp.float32)
+    zero = functools.reduce(lax.add, [lax.full_like(a, 0, dtype, (tokens, d)) for a in (h, rows, index)])
     return lax.scan(step, zero, (starts, jnp.moveaxis(shares, 1, 0)))[0]

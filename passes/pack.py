@@ -236,8 +236,17 @@ def decide_holding(
     rows = [k for k in keys if k.form == "rows"]
     as_it_is = {k.recipe.root for k in rows if k.recipe.is_leaf}
     laid_out = {k.recipe.root for k in rows if not k.recipe.is_leaf} - as_it_is
-    found = treatments(detection, plan, lambda root: root not in laid_out, lambda key: key in keys)
-    needed = rewriter(found).needed_inputs()
+    backed = {k.recipe.root for k in rows if rounding_free(k.recipe)}
+    held: set[Root] = set()
+    while True:
+        absent = laid_out - held
+        found = treatments(detection, plan, lambda root: root not in absent, lambda key: key in keys)  # noqa: B023
+        needed = rewriter(found).needed_inputs()
+        # A leaf that has to be held is read wherever it is used, which may make more leaves read.
+        more = {r for r, read in zip(roots, needed, strict=True) if r is not None and read and r in absent - backed}
+        if not more:
+            break
+        held |= more
     holdings: dict[str, Holding] = {}
     for kind in dict.fromkeys(r.kind for r in roots if r is not None):
         mine = [k for k in keys if k.recipe.root.kind == kind and not (k.form == "rows" and k.recipe.is_leaf)]
@@ -251,7 +260,7 @@ def decide_holding(
             if root is None or root.kind != kind:
                 continue
             back = backs.get(root)
-            if root in as_it_is or (read and back is None):
+            if root in as_it_is or root in held or (read and back is None):
                 kept.append(root.index)
             elif back is not None:
                 restored.append((root.index, back))

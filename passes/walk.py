@@ -243,7 +243,7 @@ def _fill(frame: Frame, consts: Sequence[Any], scopes: list[Scope]) -> None:
     for own_path, eqn in numbered(jaxpr.eqns):
         path = f"{frame.path}{own_path}"
         operands = [read(a) for a in eqn.invars]
-        if eqn.primitive in compat.CALL_PRIMITIVES:
+        if eqn.primitive in compat.CALL_PRIMITIVES and not _means_its_derivative(eqn):
             inner, inner_consts = compat.close(compat.call_jaxpr(eqn))
             called = Frame(frame, eqn, compat.CALL_PRIMITIVES[eqn.primitive], f"{path}/", scope, inner)
             called.inputs = operands
@@ -261,6 +261,28 @@ def _fill(frame: Frame, consts: Sequence[Any], scopes: list[Scope]) -> None:
                 operand.consumers.append(node)
         _enter(node, f"{path}/", scopes)
     frame.outputs = [read(a) for a in jaxpr.outvars]
+
+
+def _means_its_derivative(eqn: Any) -> bool:
+    """True for a custom derivative of what hands an operand through, such as a clipped gradient.
+
+    Laid out, its result would be its operand, and the derivative that it is there for would be lost: it stays closed.
+    """
+    if compat.CALL_PRIMITIVES[eqn.primitive] != "custom":
+        return False
+    return any(i is not None for i in _handed_through(compat.close(compat.call_jaxpr(eqn))[0]))
+
+
+def _handed_through(jaxpr: Any) -> list[int | None]:
+    """For each result of a jaxpr the number of the operand that it is, if it is one."""
+    number: dict[Any, int] = {v: i for i, v in enumerate(jaxpr.invars)}
+    for eqn in jaxpr.eqns:
+        if eqn.primitive in compat.CALL_PRIMITIVES:
+            inner = _handed_through(compat.close(compat.call_jaxpr(eqn))[0])
+            for var, i in zip(eqn.outvars, inner, strict=True):
+                if i is not None and not isinstance(eqn.invars[i], Literal) and eqn.invars[i] in number:
+                    number[var] = number[eqn.invars[i]]
+    return [None if isinstance(v, Literal) else number.get(v) for v in jaxpr.outvars]
 
 
 def _enter(node: Node, prefix: str, scopes: list[Scope]) -> None:

@@ -79,7 +79,9 @@ def main() -> int:
         told = json.loads(done.stdout.strip().splitlines()[-1])
         versions.add(told["jax"])
         tally.update(told["tally"])
-        failures.extend(f"lot {seed}: {text}" for text in told["failures"])
+        for text in told["failures"]:
+            failures.append(f"lot {seed}: {text}")
+            print(failures[-1], flush=True)
         print(f"{time.time() - began:7.0f} s  {tally['programs']:>6} programs  {len(failures)} failures", flush=True)
 
     with ThreadPoolExecutor(options.jobs) as pool:
@@ -88,7 +90,7 @@ def main() -> int:
     for name, count in sorted(tally.items()):
         print(f"{count:>9,}  {name}")
     print(f"{len(failures):>9,}  failures")
-    for text in [*failures, *broken]:
+    for text in broken:
         print(text)
     return int(bool(failures or broken))
 

@@ -35,6 +35,31 @@ def test_a_custom_derivative_stays_when_its_call_has_weights_that_are_not_read()
         assert_same(jax.grad(step, 1)(packed, x), jax.grad(fun, 1)(w, x))
 
 
+def test_a_custom_derivative_of_what_changes_nothing_stays():
+    @jax.custom_vjp
+    def clipped(x):
+        return jax.jit(lambda x: x)(x)
+
+    clipped.defvjp(lambda x: (x, None), lambda _, g: (jnp.clip(g, -0.1, 0.1),))
+
+    @jax.custom_jvp
+    def doubled(x):
+        return x
+
+    doubled.defjvp(lambda primals, tangents: (doubled(*primals), 2 * tangents[0]))
+    w, x = weights(), jnp.ones((1, D))
+    for through in (clipped, doubled):
+        ways = (
+            (lambda w, x, through=through: block(w, through(x)).sum(), 1),
+            (lambda w, x, through=through: through(block(w, x)).sum(), 1),
+            (lambda w, x, through=through: (through(jax.nn.relu(x @ w["up"])) @ w["down"]).sum(), 0),
+        )
+        for fun, sites in ways:
+            step = hx.sparsify(fun, config=full_width())
+            assert len(step.trace(w, x).plan.sites) == sites
+            assert_same(jax.grad(step, 1)(w, x), jax.grad(fun, 1)(w, x))
+
+
 def test_a_while_whose_condition_is_batched():
     def one(w, x):
         return lax.while_loop(lambda x: x[0] < 5, lambda x: (x + jnp.tanh(block(w, x[None])[0])).at[0].set(x[0] + 1), x)
@@ -53,6 +78,22 @@ def test_a_block_into_which_nothing_goes_is_no_site():
     step = hx.sparsify(fun, config=full_width())
     assert not step.trace(weights(), jnp.ones((2, D))).plan.sites
     assert_same(step(weights(), jnp.ones((2, D))), fun(weights(), jnp.ones((2, D))))
+
+
+def test_what_is_packed_suffices_when_a_leaf_is_held_beside_its_rows():
+    def fun(w, x):
+        def turn(x, _):
+            (x @ w["other"]).sum()  # read by nobody, but an operand of the loop
+            return x + jax.nn.relu(x @ w["stack"][1]) @ w["down"], None
+
+        x, _ = lax.scan(turn, x, None, length=0)
+        return jax.nn.relu(x @ w["stack"][1]) @ w["down"] + w["stack"].sum()
+
+    w = {**weights(), "stack": jnp.stack([weights()["up"], weights()["other"]])}
+    step = hx.sparsify(fun, config=full_width())
+    traced = step.trace(w, jnp.ones((1, D)))
+    assert kinds(traced.plan) == ["ffn"]
+    assert_same(step(traced.pack(w), jnp.ones((1, D))), fun(w, jnp.ones((1, D))))
 
 
 def changing(w, x, _):
