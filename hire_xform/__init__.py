@@ -9,9 +9,11 @@ Method: HiRE, arXiv 2402.09360.
 """
 
 from hire_xform.api import Sparsified, sparsify
+from hire_xform.calibrating import calibrate
+from hire_xform.calibration import Calibration, SiteCalibration
 from hire_xform.config import Config, Ffn, Rule, Vocab, lossless
 from hire_xform.errors import HireWarning, PackedMismatchError, TracedWeightsError
-from hire_xform.lowering import LowRank, Quantized
+from hire_xform.lowering import LowRank, Projected, Quantized
 from hire_xform.passes.pack import Packed
 from hire_xform.passes.plan import Plan, Refusal, Site
 from hire_xform.stages import Traced
@@ -19,6 +21,7 @@ from hire_xform.stages import Traced
 __version__ = "0.1.0"
 
 __all__ = [
+    "Calibration",
     "Config",
     "Ffn",
     "HireWarning",
@@ -26,14 +29,17 @@ __all__ = [
     "Packed",
     "PackedMismatchError",
     "Plan",
+    "Projected",
     "Quantized",
     "Refusal",
     "Rule",
     "Site",
+    "SiteCalibration",
     "Sparsified",
     "Traced",
     "TracedWeightsError",
     "Vocab",
+    "calibrate",
     "lossless",
     "sparsify",
 ]

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 
+from hire_xform.calibration import Calibration
 from hire_xform.calls import Abstract, Signature, abstract_call
 from hire_xform.config import Config
 from hire_xform.entry import Entry, take_packed
@@ -38,7 +39,7 @@ def sparsify(
     *,
     config: Config | None = None,
     weights_argnums: int | Sequence[int] = 0,
-    calibration: Any = None,
+    calibration: Calibration | None = None,
     **jit_options: Any,
 ) -> Any:
     """Rewrites a function so that its feed-forward blocks and vocabulary projections read fewer weight bytes.
@@ -55,7 +56,8 @@ def sparsify(
       fun: the function; without it, a decorator is returned.
       config: what to rewrite and how; None is ``Config()``.
       weights_argnums: positions of the arguments that hold weights. Arrays that ``fun`` closes over are weights too.
-      calibration: not in this version; must be None.
+      calibration: from ``hx.calibrate`` on the same model. Its sizes take the place of the defaults, ``LowRank`` is
+        fitted to the inputs it saw, and ``Projected`` is possible; what ``config`` states wins.
       **jit_options: options of ``jax.jit``: static_argnums, static_argnames, donate_argnums, donate_argnames,
         out_shardings, keep_unused, device, backend, inline, compiler_options.
 
@@ -69,26 +71,46 @@ def sparsify(
         return functools.partial(
             sparsify, config=config, weights_argnums=weights_argnums, calibration=calibration, **jit_options
         )
+    config = check_function("sparsify", fun, config, jit_options)
+    if calibration is not None and not isinstance(calibration, Calibration):
+        raise TypeError(f"sparsify: calibration={calibration!r}; expected what hx.calibrate returns, or None")
+    return Sparsified(fun, config, weights_argnums, jit_options, calibration)
+
+
+def check_function(owner: str, fun: Any, config: Any, jit_options: dict[str, Any]) -> Config:
+    """The settings, the default ones for None.
+
+    Raises:
+      TypeError: an argument is of the wrong type; the message names it after ``owner``.
+    """
     if not callable(fun):
-        raise TypeError(f"sparsify: fun={fun!r}; expected a callable")
+        raise TypeError(f"{owner}: fun={fun!r}; expected a callable")
     if config is not None and not isinstance(config, Config):
-        raise TypeError(f"sparsify: config={config!r}; expected hx.Config(...) or None")
-    if calibration is not None:
-        raise TypeError(f"sparsify: calibration={calibration!r}; expected None, calibration is not in this version")
+        raise TypeError(f"{owner}: config={config!r}; expected hx.Config(...) or None")
     unknown = sorted(set(jit_options) - _JIT_OPTIONS)
     if unknown:
-        raise TypeError(f"sparsify: unknown option {unknown[0]!r}; expected options of jax.jit: {sorted(_JIT_OPTIONS)}")
-    return Sparsified(fun, config or Config(), weights_argnums, jit_options)
+        raise TypeError(f"{owner}: unknown option {unknown[0]!r}; expected options of jax.jit: {sorted(_JIT_OPTIONS)}")
+    return config or Config()
 
 
 class Sparsified:
     """A sparsified function. Call it like the original; ``trace`` shows what is done to it."""
 
-    def __init__(self, fun: Callable, config: Config, weights_argnums: Any, jit_options: dict[str, Any]):
+    traced_class: type[Traced] = Traced
+
+    def __init__(
+        self,
+        fun: Callable,
+        config: Config,
+        weights_argnums: Any,
+        jit_options: dict[str, Any],
+        calibration: Calibration | None = None,
+    ):
         """Use :func:`sparsify`."""
         functools.update_wrapper(self, fun, updated=())
         self.signature = Signature.of(fun, weights_argnums, jit_options)
         self.config = config
+        self.calibration = calibration
         named = ("static_argnums", "static_argnames", "donate_argnums", "donate_argnames")
         self.jit_options = dict(jit_options)
         self.options = {k: v for k, v in jit_options.items() if k not in named}
@@ -177,7 +199,9 @@ class Sparsified:
         if key not in self._traces:
             backend = self.options.get("backend") or jax.default_backend()
             platform = "gpu" if backend in ("gpu", "cuda", "rocm") else str(backend)
-            self._traces[key] = Traced(self.signature, self.config, call, platform, self.jit_options)
+            self._traces[key] = self.traced_class(
+                self.signature, self.config, call, platform, self.jit_options, self.calibration
+            )
             self._tell_unmatched(self._traces[key])
         return self._traces[key]
 

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 
 from hire_xform import explain as _explain
+from hire_xform.calibration import Calibration
 from hire_xform.calls import Abstract, Signature, is_array, merge, unwrap_statics
 from hire_xform.config import Config
 from hire_xform.errors import PackedMismatchError
@@ -50,7 +51,17 @@ class Traced:
       jaxpr: the original program.
     """
 
-    def __init__(self, signature: Signature, config: Config, call: Abstract, platform: str, options: dict[str, Any]):
+    rewriter_class: type[Rewriter] = Rewriter
+
+    def __init__(
+        self,
+        signature: Signature,
+        config: Config,
+        call: Abstract,
+        platform: str,
+        options: dict[str, Any],
+        calibration: Calibration | None = None,
+    ):
         """Traces, detects and plans; see ``Sparsified.trace``."""
         self.signature, self.call, self._options = signature, call, options
         shapes: list[Any] = []
@@ -76,7 +87,8 @@ class Traced:
             self._graph: Graph = walk(self.jaxpr)
             self._provenance = Provenance(self._graph, call.roots)
             self._detection: Detection = detect(self._graph, self._provenance)
-            plan = make_plan(self._detection, config.choose, platform, self._name_of)
+            measured = [calibration.measure(self._detection.matches, self._name_of)] if calibration else []
+            plan = make_plan(self._detection, config.choose, platform, self._name_of, *measured)
             unmatched = config.unmatched(self.rule_paths)
             self.plan: Plan = replace(plan, unmatched_rules=tuple(rule.path_glob for rule in unmatched))
 
@@ -171,7 +183,7 @@ class Traced:
         """The rewriter of some treatments, made once."""
         signature = tuple((node, type(treatment)) for node, treatment in todo.items())
         if signature not in self._rewriters:
-            self._rewriters[signature] = Rewriter(self._graph, todo)
+            self._rewriters[signature] = self.rewriter_class(self._graph, todo)
         return self._rewriters[signature]
 
     def needed_keys(self) -> list[PackKey]:

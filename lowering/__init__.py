@@ -14,14 +14,17 @@ from hire_xform.lowering.predictors import (
     LowRank,
     Packed,
     PredictorSpec,
+    Projected,
     Quantized,
     pack_predictor,
     packed_shapes,
     predict_scores,
     predictor_bytes,
 )
+from hire_xform.lowering.record import record, record_p
 from hire_xform.lowering.rows import combine_rows, select_rows_dot
 from hire_xform.lowering.selection import Selection, choose, select
+from hire_xform.lowering.statistics import covariance, ffn_statistics, vocab_statistics
 from hire_xform.lowering.subgraph import UpProduct, ffn, ffn_bytes, group_scores, vocab_bytes, vocab_logits
 
 __all__ = [
@@ -30,6 +33,7 @@ __all__ = [
     "LowRank",
     "Packed",
     "PredictorSpec",
+    "Projected",
     "Quantized",
     "Selection",
     "UpProduct",
@@ -39,11 +43,13 @@ __all__ = [
     "certified_logits",
     "choose",
     "combine_rows",
+    "covariance",
     "da_top_k",
     "da_top_k_p",
     "fallback_p",
     "ffn",
     "ffn_bytes",
+    "ffn_statistics",
     "group_scores",
     "kth_largest",
     "largest_norm",
@@ -56,8 +62,11 @@ __all__ = [
     "packed_shapes",
     "predict_scores",
     "predictor_bytes",
+    "record",
+    "record_p",
     "select",
     "select_rows_dot",
     "vocab_bytes",
     "vocab_logits",
+    "vocab_statistics",
 ]

@@ -1,7 +1,7 @@
 """Compressed copies of a matrix that say, cheaply, which of its rows give the largest products.
 
-A predictor is a *spec* (what to keep: :class:`Quantized`, :class:`LowRank`) and a dictionary of arrays made from the
-matrix once (:func:`pack_predictor`). :func:`predict_scores` reads only that dictionary:
+A predictor is a *spec* (what to keep: :class:`Quantized`, :class:`LowRank`, :class:`Projected`) and a dictionary of
+arrays made from the matrix once (:func:`pack_predictor`). :func:`predict_scores` reads only that dictionary:
 
     spec = Quantized(8)
     packed = pack_predictor(rows, spec)                  # rows [n, d]
@@ -21,12 +21,14 @@ import jax.numpy as jnp
 from jax import lax
 
 from hire_xform.lowering.blocks import fold_row_blocks, map_row_blocks
+from hire_xform.lowering.factors import matmul, principal_directions, weighted_factors
 from hire_xform.lowering.products import skinny_dot
 
 __all__ = [
     "LowRank",
     "Packed",
     "PredictorSpec",
+    "Projected",
     "Quantized",
     "pack_predictor",
     "packed_shapes",
@@ -53,7 +55,10 @@ class Quantized:
 
 @dataclass(frozen=True, kw_only=True)
 class LowRank:
-    """The best rank-r approximation, kept as two factors (HiRE-LR of arXiv 2402.09360)."""
+    """The best rank-r approximation, kept as two factors (HiRE-LR of arXiv 2402.09360).
+
+    With a calibration, the best for the inputs the model really sees: see :func:`pack_predictor`.
+    """
 
     # Directions kept: an int >= 1, or a float in (0, 1] for that fraction of the columns (rounded up).
     rank: int | float = field(kw_only=False)
@@ -63,25 +68,54 @@ class LowRank:
 
     def __post_init__(self) -> None:
         """Refuses a value out of range."""
-        rank = self.rank
-        if isinstance(rank, bool) or not isinstance(rank, (int, float)):
-            raise ValueError(f"LowRank: rank={rank!r} is not a number; expected an int >= 1 or a float in (0, 1]")
-        if isinstance(rank, int) and rank < 1:
-            raise ValueError(f"LowRank: rank={rank!r} is too small; expected an int >= 1 or a float in (0, 1]")
-        if isinstance(rank, float) and not 0.0 < rank <= 1.0:
-            raise ValueError(
-                f"LowRank: rank={rank!r} is not a fraction of the columns; expected an int >= 1 or a float in (0, 1]"
-            )
-        if isinstance(self.bits, bool) or self.bits not in (None, 8):
-            raise ValueError(f"LowRank: bits={self.bits!r} is not supported; expected None or 8")
+        _check_rank("LowRank", self.rank, self.bits)
 
     def rank_for(self, n: int, d: int) -> int:
         """The number of directions kept of an ``[n, d]`` matrix, never more than its full rank."""
-        rank = math.ceil(self.rank * d - 1e-9) if isinstance(self.rank, float) else self.rank
-        return max(1, min(rank, n, d))
+        return min(_directions(self.rank, d), n)
 
 
-PredictorSpec = Quantized | LowRank
+@dataclass(frozen=True, kw_only=True)
+class Projected:
+    """The rows on the principal directions of the inputs, as a calibration saw them; needs one.
+
+    Where trained models' inputs live near a subspace of few dimensions, little is lost by it.
+    """
+
+    # Directions kept: an int >= 1, or a float in (0, 1] for that fraction of the columns (rounded up).
+    rank: int | float = field(kw_only=False)
+    # None keeps the projected rows in the matrix's own dtype (f32, or bf16); 8 keeps them, and the directions, as
+    # `Quantized(8)` does.
+    bits: int | None = None
+
+    def __post_init__(self) -> None:
+        """Refuses a value out of range."""
+        _check_rank("Projected", self.rank, self.bits)
+
+    def rank_for(self, n: int, d: int) -> int:
+        """The number of directions kept of an ``[n, d]`` matrix."""
+        return _directions(self.rank, d)
+
+
+def _check_rank(owner: str, rank: int | float, bits: int | None) -> None:
+    if isinstance(rank, bool) or not isinstance(rank, (int, float)):
+        raise ValueError(f"{owner}: rank={rank!r} is not a number; expected an int >= 1 or a float in (0, 1]")
+    if isinstance(rank, int) and rank < 1:
+        raise ValueError(f"{owner}: rank={rank!r} is too small; expected an int >= 1 or a float in (0, 1]")
+    if isinstance(rank, float) and not 0.0 < rank <= 1.0:
+        raise ValueError(
+            f"{owner}: rank={rank!r} is not a fraction of the columns; expected an int >= 1 or a float in (0, 1]"
+        )
+    if isinstance(bits, bool) or bits not in (None, 8):
+        raise ValueError(f"{owner}: bits={bits!r} is not supported; expected None or 8")
+
+
+def _directions(rank: int | float, d: int) -> int:
+    return max(1, min(math.ceil(rank * d - 1e-9) if isinstance(rank, float) else rank, d))
+
+
+PredictorSpec = Quantized | LowRank | Projected
+_EXPECTED = "expected Quantized(...), LowRank(...) or Projected(...)"
 
 
 def factor_dtype(dtype: jax.typing.DTypeLike) -> jnp.dtype:
@@ -99,10 +133,10 @@ def packed_shapes(
             return {"q": struct((n, d), jnp.int8), "scale": struct((n,), jnp.float32)}
         case Quantized(bits=4):
             return {"q": struct((n, (d + 1) // 2), jnp.uint8), "scale": struct((n,), jnp.float32)}
-        case LowRank(bits=None):
+        case LowRank(bits=None) | Projected(bits=None):
             r = spec.rank_for(n, d)
             return {"a": struct((n, r), factor_dtype(dtype)), "basis": struct((d, r), jnp.float32)}
-        case LowRank():
+        case LowRank() | Projected():
             r = spec.rank_for(n, d)
             return {
                 "q": struct((n, r), jnp.int8),
@@ -110,7 +144,7 @@ def packed_shapes(
                 "basis_q": struct((r, d), jnp.int8),
                 "basis_scale": struct((r,), jnp.float32),
             }
-    raise TypeError(f"predictor {spec!r} is unknown; expected Quantized(...) or LowRank(...)")
+    raise TypeError(f"predictor {spec!r} is unknown; {_EXPECTED}")
 
 
 def predictor_bytes(n: int, d: int, spec: PredictorSpec, dtype: jax.typing.DTypeLike = jnp.float32) -> int:
@@ -160,18 +194,25 @@ _PACK_BLOCK = 4096
 _NIBBLE_BLOCK_BYTES = 4 * 2**20
 
 
-def pack_predictor(rows: jax.Array, spec: PredictorSpec) -> dict[str, jax.Array]:
+def pack_predictor(rows: jax.Array, spec: PredictorSpec, covariance: jax.Array | None = None) -> dict[str, jax.Array]:
     """Makes the predictor of a matrix: read everything once, keep little.
+
+    With the covariance C of the inputs, ``LowRank`` minimises ``|(W - A B) C^(1/2)|_F``, the error of the scores over
+    those inputs, instead of ``|W - A B|_F``: A B is the truncated SVD of ``W C^(1/2)``, times ``C^(-1/2)`` (Eckart and
+    Young in the norm of C). C is shrunk towards a multiple of the identity first, so that directions the inputs were
+    never seen in count a little.
 
     Args:
       rows: ``[n, d]``, floating; its rows are what a product is predicted for. `jax.vmap` packs a stack of them.
       spec: what to keep.
+      covariance: ``[d, d]``, the mean of ``x x'`` over inputs, of any scale; None where nothing is known of them.
+        ``Quantized`` does not read it, ``Projected`` needs it.
 
     Returns:
       Arrays as in :func:`packed_shapes`.
 
     Raises:
-      ValueError: ``rows`` is not a floating matrix with at least one row and column.
+      ValueError: ``rows`` is not a floating matrix with at least one row and column, or the covariance is missing.
     """
     if rows.ndim != 2 or 0 in rows.shape or not jnp.issubdtype(rows.dtype, jnp.floating):
         raise ValueError(
@@ -184,42 +225,48 @@ def pack_predictor(rows: jax.Array, spec: PredictorSpec) -> dict[str, jax.Array]
         case Quantized(bits=4):
             q, scale = quantize(rows, 7)
             return {"q": _pack_nibbles(q), "scale": scale}
-        case LowRank():
-            return _pack_low_rank(rows, spec)
-    raise TypeError(f"predictor {spec!r} is unknown; expected Quantized(...) or LowRank(...)")
+        case LowRank() | Projected():
+            return _pack_factors(rows, spec, covariance)
+    raise TypeError(f"predictor {spec!r} is unknown; {_EXPECTED}")
 
 
-def _pack_low_rank(rows: jax.Array, spec: LowRank) -> dict[str, jax.Array]:
-    """Eckart-Young through the Gram matrix: rows @ Q Q^T with Q its top eigenvectors, so only d x d is decomposed."""
+def _pack_factors(rows: jax.Array, spec: LowRank | Projected, covariance: jax.Array | None) -> dict[str, jax.Array]:
     n, d = rows.shape
-    r = spec.rank_for(n, d)
 
-    def gram(block: jax.Array) -> jax.Array:
+    def gram_of(block: jax.Array) -> jax.Array:
         finite = jnp.all(jnp.isfinite(block), axis=1, keepdims=True)
         block = jnp.where(finite, block, 0).astype(jnp.float32)
-        return jnp.matmul(block.T, block, precision=lax.Precision.HIGHEST)
+        return matmul(block.T, block)
 
-    values, vectors = jnp.linalg.eigh(fold_row_blocks(gram, _PACK_BLOCK, rows))
-    basis = vectors[:, d - r :]
-    if spec.bits == 8:
-        # Directions of equal size lose least to one scale per row, so each direction's size moves into the basis.
-        size = jnp.sqrt(jnp.maximum(values[d - r :] / n, 0.0))
-        size = jnp.where(size > 1e-6 * size[-1], size, 1.0)
+    gram = fold_row_blocks(gram_of, _PACK_BLOCK, rows)
+    rank = spec.rank_for(n, d)
+    if covariance is not None:
+        covariance = covariance.astype(jnp.float32)
+    elif isinstance(spec, Projected):
+        raise ValueError("pack_predictor: Projected without a covariance; expected that of the inputs, [d, d]")
+    if covariance is None or isinstance(spec, Projected):
+        of_rows = of_inputs = principal_directions(gram if covariance is None else covariance, rank)
     else:
-        size = jnp.ones((r,), jnp.float32)
+        of_rows, of_inputs = weighted_factors(gram, covariance, rank)
+    if spec.bits == 8:
+        # Directions of equal size lose least to one scale per row, so each direction's size moves into the inputs'.
+        squares = jnp.sum(of_rows * matmul(gram, of_rows), axis=0)
+        size = jnp.sqrt(jnp.maximum(squares / n, 0.0))
+        size = jnp.where(size > 1e-6 * jnp.max(size), size, 1.0)
+    else:
+        size = jnp.ones(of_rows.shape[1], jnp.float32)
 
     def factor(block: jax.Array) -> tuple[jax.Array, ...]:
         finite = jnp.all(jnp.isfinite(block), axis=1, keepdims=True)
         block = jnp.where(finite, block, 0).astype(jnp.float32)
-        a = jnp.matmul(block, basis / size, precision=lax.Precision.HIGHEST)
-        a = jnp.where(finite, a, jnp.nan)
+        a = jnp.where(finite, matmul(block, of_rows / size), jnp.nan)
         return quantize(a, 127) if spec.bits == 8 else (a.astype(factor_dtype(rows.dtype)),)
 
     parts = map_row_blocks(factor, _PACK_BLOCK, rows)
     if spec.bits == 8:
-        basis_q, basis_scale = quantize((basis * size).T, 127)
+        basis_q, basis_scale = quantize((of_inputs * size).T, 127)
         return {"q": parts[0], "scale": parts[1], "basis_q": basis_q, "basis_scale": basis_scale}
-    return {"a": parts[0], "basis": basis}
+    return {"a": parts[0], "basis": of_inputs}
 
 
 def predict_scores(x: jax.Array, packed: Packed, spec: PredictorSpec, n: int) -> jax.Array:
@@ -240,13 +287,13 @@ def predict_scores(x: jax.Array, packed: Packed, spec: PredictorSpec, n: int) ->
     match spec:
         case Quantized():
             return _quantized_scores(x, packed["q"], packed["scale"], spec.bits)
-        case LowRank():
+        case LowRank() | Projected():
             if spec.bits == 8:
                 z = _quantized_scores(x, packed["basis_q"], packed["basis_scale"], 8)
                 return _quantized_scores(z, packed["q"], packed["scale"], 8)
             z = jnp.matmul(x.astype(jnp.float32), packed["basis"], preferred_element_type=jnp.float32)
             return skinny_dot(z.astype(packed["a"].dtype), packed["a"]).astype(jnp.float32)
-    raise TypeError(f"predictor {spec!r} is unknown; expected Quantized(...) or LowRank(...)")
+    raise TypeError(f"predictor {spec!r} is unknown; {_EXPECTED}")
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(3,))

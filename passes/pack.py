@@ -13,9 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hire_xform.lowering import largest_norm, pack_bounds, pack_moments, pack_predictor
+from hire_xform.lowering import PredictorSpec, largest_norm, pack_bounds, pack_moments, pack_predictor
 from hire_xform.passes import compat
 from hire_xform.passes.detect import Detection
+from hire_xform.passes.measured import Fitted
 from hire_xform.passes.plan import PackKey, Plan
 from hire_xform.passes.products import rounding_free
 from hire_xform.passes.provenance import Recipe, Reshape, Root, Stack, Step, Transpose
@@ -28,13 +29,34 @@ def pack_array(key: PackKey, leaf: Any) -> Any:
     """One packed form: ``[*stack, n, d]`` rows, f32 ``[*stack, n]`` norms, or a predictor's dictionary of arrays."""
     # Under a trace around the call too: packed forms of concrete weights are remembered, so they must be concrete.
     with contextlib.nullcontext() if compat.is_tracer(leaf) else jax.ensure_compile_time_eval():
-        return _packer(key.recipe.steps, key.form)(leaf)
+        return _packer(key.recipe.steps, _own(key.form))(leaf, *_given(key.form))
 
 
 @functools.lru_cache(maxsize=256)
 def _packer(steps: tuple[Step, ...], form: Any) -> Callable[[Any], Any]:
     recipe = Recipe(Root("", 0), steps)
+    if isinstance(form, _FittedForm):
+        stacks = sum(isinstance(step, Stack) for step in steps)
+        fit = functools.partial(pack_predictor, spec=form.spec)
+        for _ in range(stacks):
+            fit = jax.vmap(fit)
+        return jax.jit(lambda leaf, covariance: fit(recipe.apply(leaf), covariance=covariance))
     return jax.jit(lambda leaf: recipe.apply(leaf, functools.partial(_finish, form)))
+
+
+@dataclass(frozen=True)
+class _FittedForm:
+    """``Fitted`` without the inputs, which the packer is given: one program serves all."""
+
+    spec: PredictorSpec
+
+
+def _own(form: Any) -> Any:
+    return _FittedForm(form.spec) if isinstance(form, Fitted) else form
+
+
+def _given(form: Any) -> tuple[Any, ...]:
+    return (form.inputs.covariance,) if isinstance(form, Fitted) else ()
 
 
 def _finish(form: Any, rows: Any) -> Any:
@@ -53,12 +75,13 @@ def _finish(form: Any, rows: Any) -> Any:
 
 def pack_shapes(key: PackKey, leaf: Any) -> Any:
     """Shapes and dtypes of ``pack_array``'s result; computes nothing."""
-    return _pack_shapes(key.recipe.steps, key.form, tuple(leaf.shape), np.dtype(leaf.dtype))
+    given = tuple((tuple(a.shape), np.dtype(a.dtype)) for a in _given(key.form))
+    return _pack_shapes(key.recipe.steps, _own(key.form), ((tuple(leaf.shape), np.dtype(leaf.dtype)), *given))
 
 
 @functools.lru_cache(maxsize=256)
-def _pack_shapes(steps: tuple[Step, ...], form: Any, shape: tuple[int, ...], dtype: Any) -> Any:
-    return jax.eval_shape(_packer(steps, form), jax.ShapeDtypeStruct(shape, dtype))
+def _pack_shapes(steps: tuple[Step, ...], form: Any, arrays: tuple[tuple[tuple[int, ...], Any], ...]) -> Any:
+    return jax.eval_shape(_packer(steps, form), *(jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in arrays))
 
 
 def unpack_rows(recipe: Recipe, leaf_shape: Sequence[int], rows: Any) -> Any:

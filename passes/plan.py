@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -14,6 +14,7 @@ from hire_xform.lowering import bounds_bytes, choose, ffn_bytes, moments_bytes, 
 from hire_xform.passes.certify import ALL_BITS, input_bits, not_certifiable
 from hire_xform.passes.detect import Detection, FfnMatch, VocabMatch, up_rows, vocab_rows
 from hire_xform.passes.forms import down_forms, up_forms, vocab_forms
+from hire_xform.passes.measured import Fitted, Inputs, Measure, Measurement, takes_inputs, unmeasured, with_sizes
 from hire_xform.passes.provenance import Origin, Recipe, Ref, Root
 from hire_xform.passes.settings import Choice, Ffn, Vocab
 from hire_xform.passes.walk import Node
@@ -45,6 +46,7 @@ class Site:
       activation: the pointwise operations between the products of an FFN.
       own: the model's own choice of units, such as "top 512"; empty when it makes none.
       forced: True when a rule overrode the cost model.
+      calibrated: what a calibration says of its size; empty without one.
     """
 
     kind: str
@@ -62,6 +64,7 @@ class Site:
     activation: str = ""
     own: str = ""
     forced: bool = False
+    calibrated: str = ""
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,8 @@ class PackKey:
     """One packed form of one weight.
 
     ``"rows"``, the ``"norms"`` of its rows, the ``"largest"`` of them, their ``"moments"``, for a predictor spec its
-    arrays, and for ``("bounds", spec)`` how far they can be from the rows.
+    arrays, for ``Fitted`` those of one fitted to its inputs, and for ``("bounds", spec)`` how far they can be from the
+    rows.
     """
 
     recipe: Recipe
@@ -177,6 +181,7 @@ def make_plan(
     choose_settings: Callable[[str, str], Choice],
     platform: str,
     name_of: Callable[[Root], str],
+    measure: Measure = lambda match, names: None,
 ) -> Plan:
     """Turns matches into decisions or refusals.
 
@@ -185,6 +190,7 @@ def make_plan(
       choose_settings: for a kind ("ffn", "vocab") and a path, the user's settings.
       platform: where it will run: "cpu", "gpu" or "tpu".
       name_of: the name of a weight, for reports.
+      measure: what a calibration says of a match.
     """
     decisions: list[Decision] = []
     refusals: list[tuple[Node, Refusal]] = []
@@ -193,7 +199,7 @@ def make_plan(
         choice = choose_settings(kind, match.node.path)
         names = tuple(name_of(p.origin.recipe.root) for p in match.products)
         dense = sum(p.nbytes for p in match.products) * match.node.scope.iterations
-        found = _decide(match, kind, choice, platform, names, dense)
+        found = _decide(match, kind, choice, platform, names, dense, measure(match, names))
         if isinstance(found, Decision):
             decisions.append(found)
             continue
@@ -212,12 +218,21 @@ def make_plan(
 
 
 def _decide(
-    match: VocabMatch | FfnMatch, kind: str, choice: Choice, platform: str, names: tuple[str, ...], dense: int
+    match: VocabMatch | FfnMatch,
+    kind: str,
+    choice: Choice,
+    platform: str,
+    names: tuple[str, ...],
+    dense: int,
+    measurement: Measurement | None,
 ) -> Decision | str:
     """A decision, or the reason to stay dense. Checks of meaning come first; the cost model is last."""
     settings = choice.settings
     if settings is None:
         return choice.reason
+    if (why := unmeasured(settings, measurement)) is not None:
+        return why
+    settings, calibrated = with_sizes(settings, measurement, _units(match))
     if not match.node.scope.iterations:
         return "the loop around it has no iterations"
     dtypes = {np.dtype(p.weight.aval.dtype).name for p in match.products}
@@ -229,7 +244,7 @@ def _decide(
         assert isinstance(settings, Vocab)
         product = match.product
         tokens, units, inputs = product.tokens, product.width, product.contracted
-        count, computed_each, activation = min(settings.candidates, units), 1, ""
+        count, computed_each, activation = settings.candidates_of(units), 1, ""
     else:
         assert isinstance(settings, Ffn)
         tokens, units, inputs = match.tokens, match.units, match.region.ups[0].product.contracted
@@ -274,8 +289,14 @@ def _decide(
         activation=activation,
         own=match.region.own.name if isinstance(match, FfnMatch) and match.region.own is not None else "",
         forced=choice.force,
+        calibrated=calibrated,
     )
-    return Decision(match, site, settings, count, _needs(match, settings), input_bits(match, platform) or ALL_BITS)
+    needs = _needs(match, settings, None if measurement is None else measurement.inputs)
+    return Decision(match, site, settings, count, needs, input_bits(match, platform) or ALL_BITS)
+
+
+def _units(match: VocabMatch | FfnMatch) -> int:
+    return match.product.width if isinstance(match, VocabMatch) else match.units
 
 
 def _sparse_bytes(
@@ -314,8 +335,10 @@ def _sparse_bytes(
     return total - computed * rows, computed * rows
 
 
-def _needs(match: VocabMatch | FfnMatch, settings: Vocab | Ffn) -> tuple[Need, ...]:
-    def needs(recipe: Recipe, forms: list[Any], origin: Origin) -> list[Need]:
+def _needs(match: VocabMatch | FfnMatch, settings: Vocab | Ffn, inputs: Sequence[Inputs] | None) -> tuple[Need, ...]:
+    def needs(recipe: Recipe, forms: list[Any], origin: Origin, number: int = 0) -> list[Need]:
+        if inputs is not None and takes_inputs(settings.predictor):
+            forms = [Fitted(form, inputs[number]) if form == settings.predictor else form for form in forms]
         return [Need(PackKey(recipe, form), origin.refs) for form in forms]
 
     if isinstance(match, VocabMatch):
@@ -324,7 +347,7 @@ def _needs(match: VocabMatch | FfnMatch, settings: Vocab | Ffn) -> tuple[Need, .
     assert isinstance(settings, Ffn)
     region = match.region
     found: list[Need] = []
-    for up, forms in zip(region.ups, up_forms(region, settings), strict=True):
-        found += needs(up_rows(up), forms, up.product.origin)
+    for number, (up, forms) in enumerate(zip(region.ups, up_forms(region, settings), strict=True)):
+        found += needs(up_rows(up), forms, up.product.origin, number)
     found += needs(match.down_rows(), down_forms(region, settings), match.down.origin)
     return tuple(found)

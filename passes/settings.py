@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from hire_xform.lowering import LowRank, PredictorSpec, Quantized
+from hire_xform.lowering import LowRank, PredictorSpec, Projected, Quantized
 
 
 def refuse(owner: str, field: str, value: Any, expected: str) -> None:
@@ -24,13 +24,18 @@ def _check_count(owner: str, field: str, value: Any) -> None:
 
 
 def _check_common(owner: str, predictor: Any, certify: Any, max_tokens: Any) -> None:
-    if not isinstance(predictor, (Quantized, LowRank)):
-        refuse(owner, "predictor", predictor, "hx.Quantized(bits) or hx.LowRank(rank, bits)")
+    if not isinstance(predictor, (Quantized, LowRank, Projected)):
+        expected = "hx.Quantized(bits), hx.LowRank(rank, bits) or hx.Projected(rank, bits)"
+        refuse(owner, "predictor", predictor, expected)
     if not isinstance(certify, bool):
         refuse(owner, "certify", certify, "True or False")
     if certify and not isinstance(predictor, Quantized):
         refuse(owner, "predictor", predictor, "hx.Quantized(bits) with certify=True; the bounds are of that one")
     _check_count(owner, "max_tokens", max_tokens)
+
+
+# What `Vocab(candidates=None)` computes.
+CANDIDATES = 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,8 +48,9 @@ class Vocab:
       ValueError: a value is out of range; the message names it.
     """
 
-    # Rows of the vocabulary computed exactly for each token; more than there are means all of them.
-    candidates: int = 256
+    # Rows of the vocabulary computed exactly for each token; more than there are means all of them. None is what a
+    # calibration found, without one 256.
+    candidates: int | None = None
     # How the other rows are scored, and the candidates found.
     predictor: PredictorSpec = Quantized(bits=8)
     # What stands for the other logits: the predictor's scores (the softmax normaliser stays right), or -inf.
@@ -57,10 +63,19 @@ class Vocab:
 
     def __post_init__(self) -> None:
         """Checks every field."""
-        _check_count("Vocab", "candidates", self.candidates)
+        if self.candidates is not None:
+            _check_count("Vocab", "candidates", self.candidates)
         if self.fill not in ("predicted", "-inf"):
             refuse("Vocab", "fill", self.fill, "'predicted' or '-inf'")
         _check_common("Vocab", self.predictor, self.certify, self.max_tokens)
+
+    def candidates_of(self, vocab: int) -> int:
+        """The rows of a vocabulary to compute for each token.
+
+        Args:
+          vocab: rows there are.
+        """
+        return min(CANDIDATES if self.candidates is None else self.candidates, vocab)
 
 
 # What `Ffn(active=None)` computes of a block, and of one whose model chooses units itself, as a multiple of its share.
@@ -77,9 +92,9 @@ class Ffn:
       ValueError: a value is out of range; the message names it.
     """
 
-    # Share of the hidden units (or of their groups) computed for each token: a fraction, 0 < active <= 1. None is 0.25,
-    # but for blocks whose model keeps a top-k, or what is above a threshold: there it is that share, and half as much
-    # again for the predictor to err in.
+    # Share of the hidden units (or of their groups) computed for each token: a fraction, 0 < active <= 1. None is what
+    # a calibration found; without one 0.25, but for blocks whose model keeps a top-k, or what is above a threshold:
+    # there it is that share, and half as much again for the predictor to err in.
     active: float | None = None
     # Neighbouring units chosen together and read as one slab. Above 1 only for models trained or calibrated for it.
     group_size: int = 1
