@@ -75,8 +75,8 @@ def _scan(eqn: Any, operands: list[Any]) -> list[Any]:
 def count_weight_products(closed: Any, weights: Sequence[bool]) -> int:
     """How many products of a program have a matrix of weights, or a matrix made of weights alone, as an operand.
 
-    A body is counted once for each place where it is called, all products in the condition of a while as one. A matrix
-    has two axes longer than one.
+    A body is counted once for each place where it is called; all products in the condition of a while as one, and so
+    those in a custom derivative that hands an operand through. A matrix has two axes longer than one.
 
     Args:
       closed: the jaxpr.
@@ -106,7 +106,10 @@ def _count(closed: Any, given: Sequence[str]) -> tuple[int, list[str]]:
 
 def _inside(eqn: Any, here: list[str]) -> tuple[int, list[str]]:
     if eqn.primitive in compat.CALL_PRIMITIVES:
-        return _count(compat.call_jaxpr(eqn), here)
+        count, results = _count(compat.call_jaxpr(eqn), here)
+        inner, _ = compat.close(compat.call_jaxpr(eqn))
+        custom = eqn.primitive in (prims.custom_jvp_call_p, prims.custom_vjp_call_p)
+        return (min(count, 1) if custom and set(_variables(inner.outvars)) & set(inner.invars) else count), results
     if eqn.primitive is prims.cond_p:
         each = [_count(branch, here[1:]) for branch in eqn.params["branches"]]
         return sum(count for count, _ in each), [_meet(kinds) for kinds in zip(*(r for _, r in each), strict=True)]
@@ -124,6 +127,10 @@ def _inside(eqn: Any, here: list[str]) -> tuple[int, list[str]]:
     product = eqn.primitive is prims.dot_general_p
     has_weight = any(k == "weight" and _is_matrix(a) for k, a in zip(here, eqn.invars, strict=True))
     return int(product and has_weight), [_kind(eqn, here, product)] * len(eqn.outvars)
+
+
+def _variables(atoms: Sequence[Any]) -> list[Any]:
+    return [a for a in atoms if not isinstance(a, Literal)]
 
 
 def _looped(jaxpr: Any, given: list[str], carry: slice) -> tuple[int, list[str]]:
