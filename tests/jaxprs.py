@@ -107,9 +107,8 @@ def _count(closed: Any, given: Sequence[str]) -> tuple[int, list[str]]:
 def _inside(eqn: Any, here: list[str]) -> tuple[int, list[str]]:
     if eqn.primitive in compat.CALL_PRIMITIVES:
         count, results = _count(compat.call_jaxpr(eqn), here)
-        inner, _ = compat.close(compat.call_jaxpr(eqn))
         custom = eqn.primitive in (prims.custom_jvp_call_p, prims.custom_vjp_call_p)
-        return (min(count, 1) if custom and set(_variables(inner.outvars)) & set(inner.invars) else count), results
+        return (min(count, 1) if custom and any(_passed(eqn)) else count), results
     if eqn.primitive is prims.cond_p:
         each = [_count(branch, here[1:]) for branch in eqn.params["branches"]]
         return sum(count for count, _ in each), [_meet(kinds) for kinds in zip(*(r for _, r in each), strict=True)]
@@ -129,8 +128,15 @@ def _inside(eqn: Any, here: list[str]) -> tuple[int, list[str]]:
     return int(product and has_weight), [_kind(eqn, here, product)] * len(eqn.outvars)
 
 
-def _variables(atoms: Sequence[Any]) -> list[Any]:
-    return [a for a in atoms if not isinstance(a, Literal)]
+def _passed(eqn: Any) -> list[Any]:
+    """For each result of a call the operand that it is, or None."""
+    jaxpr, _ = compat.close(compat.call_jaxpr(eqn))
+    same = dict(zip(jaxpr.invars, eqn.invars, strict=True))
+    for inner in jaxpr.eqns:
+        if inner.primitive in compat.CALL_PRIMITIVES:
+            pairs = zip(inner.outvars, _passed(inner), strict=True)
+            same.update((v, same[a]) for v, a in pairs if a is not None and not isinstance(a, Literal) and a in same)
+    return [None if isinstance(v, Literal) else same.get(v) for v in jaxpr.outvars]
 
 
 def _looped(jaxpr: Any, given: list[str], carry: slice) -> tuple[int, list[str]]:
