@@ -20,7 +20,7 @@ from hire_xform.config import Config, Ffn, Rule, Vocab
 from hire_xform.folding import Marks, Totals, fold
 from hire_xform.lowering import Quantized, record_p
 from hire_xform.passes import compat
-from hire_xform.passes.capture import Capture
+from hire_xform.passes.capture import Capture, CaptureInputs
 from hire_xform.passes.detect import FfnMatch
 from hire_xform.passes.measured import input_numbers, site_stack, takes_inputs
 from hire_xform.passes.pack import Packed
@@ -84,17 +84,17 @@ def calibrate(
         )
     show = sys.stderr.isatty() if progress is None else progress
 
-    def measured(config: Config, known: Calibration | None, label: str) -> Calibration:
-        step = _Capturing(fun, config, weights_argnums, jit_options, known)
+    def measured(kind: type[Sparsified], config: Config, known: Calibration | None, label: str) -> Calibration:
+        step = kind(fun, config, weights_argnums, jit_options, known)
         collected = _Collected()
         for number, batch in enumerate(_shown(batches, label, show)):
             collected.add(step, number, batch)
         return collected.calibration(float(recall), known)
 
     if not fitted:
-        return measured(_everywhere(config, _plainly), None, "calibrating")
-    first = measured(_everywhere(config, _unfitted), None, "inputs")
-    return measured(_everywhere(config, _plainly), first, "predictors")
+        return measured(_Capturing, _everywhere(config, _plainly), None, "sites")
+    first = measured(_CapturingInputs, _everywhere(config, _unfitted), None, "inputs")
+    return measured(_Capturing, _everywhere(config, _plainly), first, "predictors")
 
 
 class _CaptureTrace(Traced):
@@ -107,6 +107,18 @@ class _Capturing(Sparsified):
     """Traces a function for calibration; not called."""
 
     traced_class = _CaptureTrace
+
+
+class _InputTrace(Traced):
+    """A trace whose program records what predictors are fitted to, and is dense."""
+
+    rewriter_class = CaptureInputs
+
+
+class _CapturingInputs(Sparsified):
+    """Traces a function for the first pass; not called."""
+
+    traced_class = _InputTrace
 
 
 def _all_settings(config: Config) -> list[Vocab | Ffn]:
@@ -209,6 +221,7 @@ class _Collected:
         criterion = "argmax"
         if isinstance(match, FfnMatch):
             criterion = "units" if match.region.zeroing else "energy"
+        ranked = (*site_stack(match), site.units // (settings.group_size if isinstance(settings, Ffn) else 1))
         covariances = [self._mean(own["tokens"], own[f"covariance{i}"]) for i in firsts]
         return SiteCalibration(
             kind=site.kind,
@@ -221,7 +234,7 @@ class _Collected:
             predictor=settings.predictor,
             criterion=criterion,
             tokens=own["tokens"],
-            wanted=own["wanted"],
+            wanted=own.get("wanted", np.zeros(ranked, np.int64)),
             fired=own.get("fired"),
             energy=own.get("energy"),
             wanted_energy=own.get("wanted_energy"),

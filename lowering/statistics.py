@@ -26,7 +26,7 @@ def vocab_statistics(logits: jax.Array, scores: jax.Array) -> dict[str, jax.Arra
       scores: ``[T, V]``, the predictor's.
 
     Returns:
-      ``tokens``: int32, T. ``wanted``: int32 ``[V]``, by position, the tokens whose dense arg max stands there.
+      ``wanted``: int32 ``[V]``, by position, the tokens whose dense arg max stands there.
     """
     scores = _ranked(scores)
     best = jnp.argmax(logits, axis=1)[:, None]
@@ -34,8 +34,7 @@ def vocab_statistics(logits: jax.Array, scores: jax.Array) -> dict[str, jax.Arra
     # Of equal scores the lower index is chosen first, as `da_top_k` does.
     before = (scores > own) | ((scores == own) & (jnp.arange(scores.shape[1])[None, :] < best))
     position = jnp.sum(before, axis=1)
-    wanted = jnp.zeros(scores.shape[1], jnp.int32).at[position].add(1)
-    return {"tokens": jnp.int32(scores.shape[0]), "wanted": wanted}
+    return {"wanted": jnp.zeros(scores.shape[1], jnp.int32).at[position].add(1)}
 
 
 def ffn_statistics(
@@ -52,7 +51,7 @@ def ffn_statistics(
       group_size: neighbouring units chosen together.
 
     Returns:
-      ``tokens``: int32, T. ``fired``: int32 ``[m]``, tokens at which a unit is not zero. ``energy``: f32 ``[m]``.
+      ``fired``: int32 ``[m]``, tokens at which a unit is not zero. ``energy``: f32 ``[m]``.
       ``wanted``: int32 ``[m / group_size]``, by position, units that are not zero. ``wanted_energy``: f32, likewise.
     """
     tokens, units = activation.shape
@@ -65,7 +64,6 @@ def ffn_statistics(
         return jnp.take_along_axis(grouped, order, axis=1).sum(axis=0)
 
     return {
-        "tokens": jnp.int32(tokens),
         "fired": jnp.sum(fired, axis=0, dtype=jnp.int32),
         "energy": jnp.sum(energy, axis=0),
         "wanted": by_position(fired.astype(jnp.int32)),

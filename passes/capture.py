@@ -41,10 +41,13 @@ class Capture(Rewriter):
     ``ffn_statistics`` say, and ``covariance0``, ... of the inputs of each product into the units.
     """
 
+    # Whether predictors are run; without, only ``tokens`` and covariances are recorded.
+    ranks = True
+
     def _site(self, decision: Decision, env: Env, seen: list[PackedView]) -> Any:
         key = site_signature(decision), tuple(input_numbers(decision.match))
         if key not in self._calls:
-            self._calls[key] = jax.jit(_measured(decision))
+            self._calls[key] = jax.jit(_measured(decision, self.ranks))
         value, recorded = self._calls[key](site_operands(decision, lambda o: read(env, o)), seen)
         for values, first in zip(recorded, _first_views(decision), strict=True):
             view = seen[first]
@@ -54,6 +57,12 @@ class Capture(Rewriter):
     def _call_key(self, frame: Frame, passed: list[Any], needs: list[Need], seen: list[PackedView]) -> Any:
         """Calls of one function are not shared: what is recorded inside carries the path of one site."""
         return frame.path, super()._call_key(frame, passed, needs, seen)
+
+
+class CaptureInputs(Capture):
+    """Records of a site's inputs only: what predictors are fitted to."""
+
+    ranks = False
 
 
 def _first_views(decision: Decision) -> list[int]:
@@ -66,53 +75,57 @@ def _first_views(decision: Decision) -> list[int]:
     return [sum(lengths[:i]) for i in range(len(lengths))]
 
 
-def _measured(decision: Decision) -> Callable[[list[Any], list[PackedView]], tuple[Any, Recorded]]:
+def _measured(decision: Decision, ranks: bool) -> Callable[[list[Any], list[PackedView]], tuple[Any, Recorded]]:
     match = decision.match
     if isinstance(match, VocabMatch):
-        return lambda operands, views: _vocab(decision, match, operands, views)
-    return lambda operands, views: _ffn(decision, match, operands, views)
+        return lambda operands, views: _vocab(decision, match, operands, views, ranks)
+    return lambda operands, views: _ffn(decision, match, operands, views, ranks)
 
 
 def _vocab(
-    decision: Decision, match: VocabMatch, operands: Sequence[Any], views: Sequence[PackedView]
+    decision: Decision, match: VocabMatch, operands: Sequence[Any], views: Sequence[PackedView], ranks: bool
 ) -> tuple[Any, Recorded]:
     product, settings = match.product, decision.settings
     forms = dict(zip(vocab_forms(settings), views, strict=True))  # type: ignore[arg-type]
     x = flat_activation(product, operands[0])
     logits = dense_product(product, x, forms["rows"].whole())
-    scores = predict_scores(x, forms[settings.predictor].whole(), settings.predictor, product.width)
-    found = {**vocab_statistics(logits, scores), "covariance0": covariance(x)}
+    found = {"tokens": jnp.int32(x.shape[0]), "covariance0": covariance(x)}
+    if ranks:
+        scores = predict_scores(x, forms[settings.predictor].whole(), settings.predictor, product.width)
+        found.update(vocab_statistics(logits, scores))
     return result_shape(product, forms["rows"].filled(logits)), [found]
 
 
 def _ffn(
-    decision: Decision, match: FfnMatch, operands: Sequence[Any], views: Sequence[PackedView]
+    decision: Decision, match: FfnMatch, operands: Sequence[Any], views: Sequence[PackedView], ranks: bool
 ) -> tuple[Any, Recorded]:
     settings = decision.settings
     assert isinstance(settings, Ffn)
     parts = ffn_parts(decision, match, operands, views)
     region = parts.region(match)
     down = parts.down["rows"].whole()
-    norms = jnp.sqrt(jnp.sum(jnp.square(down.astype(jnp.float32)), axis=-1))
     hiddens = [
         dense_product(up.product, part.x, _own_rows(part, match.units))
         for up, part in zip(match.region.ups, parts.ups, strict=True)
     ]
     activation = region(hiddens, lambda values: values)
     result = dense_product(match.down, activation.astype(match.hidden.aval.dtype), down, contracted_first=True)
-    scores = group_scores(
-        parts.ups,
-        region,
-        units=match.units,
-        down_norms=norms,
-        score=parts.score(match),
-        group_size=settings.group_size,
-    )
     recorded: Recorded = [{} for _ in parts.ups]
+    recorded[0]["tokens"] = jnp.int32(match.tokens)
     for i, first in enumerate(input_numbers(match)):
         if first == i:
             recorded[i][f"covariance{i}"] = covariance(parts.ups[i].x)
-    recorded[0].update(ffn_statistics(activation, norms, scores, settings.group_size))
+    if ranks:
+        norms = jnp.sqrt(jnp.sum(jnp.square(down.astype(jnp.float32)), axis=-1))
+        scores = group_scores(
+            parts.ups,
+            region,
+            units=match.units,
+            down_norms=norms,
+            score=parts.score(match),
+            group_size=settings.group_size,
+        )
+        recorded[0].update(ffn_statistics(activation, norms, scores, settings.group_size))
     return result_shape(match.down, parts.down["rows"].filled(result)), recorded
 
 

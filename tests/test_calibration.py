@@ -452,7 +452,7 @@ def tiny():
     tiny_lm = importlib.import_module("tiny_lm")
     params = tiny_lm.load(examples / "tiny_lm" / "weights.safetensors")
     text = np.load(examples / "tiny_lm" / "heldout.npy").astype(np.int32)
-    windows = [jnp.asarray(text[i * 512 : (i + 1) * 512])[None] for i in range(32)]
+    windows = [jnp.asarray(text[i * 512 : (i + 1) * 512])[None] for i in range(24)]
     return tiny_lm, params, windows
 
 
