@@ -108,8 +108,9 @@ class SiteCalibration:
         if not tokens:
             return None, "no token of the calibration reached it; its size is the default"
         size = int(self.sizes.max())
-        what = "candidates" if self.kind == "vocab" else "units" if self.group_size == 1 else "groups"
-        return size, f"calibrated: {size:,} {what} for recall {self.recall:g} ({self.criterion}), {tokens:,} tokens"
+        what = "candidate" if self.kind == "vocab" else "unit" if self.group_size == 1 else "group"
+        sized = f"{size:,} {what}{'s' * (size > 1)}"
+        return size, f"calibrated: {sized} for recall {self.recall:g} ({self.criterion}), {tokens:,} tokens"
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import gc
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -14,6 +13,7 @@ import jax
 from hire_xform import explain as _explain
 from hire_xform.calibration import Calibration
 from hire_xform.calls import Abstract, Signature, is_array, merge, unwrap_statics
+from hire_xform.collector import collector_paused
 from hire_xform.config import Config
 from hire_xform.errors import PackedMismatchError
 from hire_xform.in_place import changed_weights, warn_if_lost, weight_leaves
@@ -334,22 +334,6 @@ class Traced:
     @cached_property
     def _const_keys(self) -> list[PackKey]:
         return [k for k in self.needed_keys() if k.recipe.root.kind == "const"]
-
-
-@contextlib.contextmanager
-def collector_paused() -> Iterator[None]:
-    """Pauses the garbage collector: programs are many small live objects, which full collections walk over and over.
-
-    It is a fifth of the time to trace and lower a deep model.
-    """
-    if not gc.isenabled():
-        yield
-        return
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
 
 
 def call_leaves(signature: Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
