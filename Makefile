@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# Processes that tests and random programs are spread over.
+JOBS ?= 2
 PYTEST_ARGS ?=
 
 .PHONY: demo test fast random lint typecheck bench models wheel clean
@@ -30,15 +32,14 @@ demo: $(VENV)/.examples
 
 # Fast tests first, so that a plain mistake shows within seconds; then the slow ones.
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -q -m "not slow" $(PYTEST_ARGS)
-	$(BIN)/python -m pytest -q -m slow $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal -m "not slow" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal -m slow $(PYTEST_ARGS)
 
 fast: $(VENV)/.test
-	$(BIN)/python -m pytest -q -m "not slow" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal -m "not slow" $(PYTEST_ARGS)
 
 # Many random programs, spread over processes; every EVALUATE-th is evaluated, the others are rewritten and looked at.
 N ?= 20000
-JOBS ?= $(shell nproc)
 SEED ?= 0
 EVALUATE ?= 1
 random: $(VENV)/.test

@@ -169,7 +169,9 @@ class Rewriter:
             (len(need.refs), len(view.index), view.factor is None, str(need.key.form))
             for need, view in zip(needs, seen, strict=True)
         )
-        return id(frame.jaxpr), tuple(pattern), wanted, inside, resolved
+        # A certified site's mark carries its path: its calls are functions of their own.
+        marked = any(isinstance(t, Decision) and t.settings.certify for t in self._frame_treatments(frame))
+        return id(frame.jaxpr), tuple(pattern), wanted, inside, resolved, frame.path if marked else ""
 
     def _wanted(self, operand: Operand) -> bool:
         return isinstance(operand, Value) and operand in self.live.values

@@ -184,6 +184,15 @@ def test_what_is_not_proved_is_refused(act):
     assert all("certify=True proves zeros of max(u, 0)" in r.reason for r in plan.refusals)
 
 
+def test_calls_of_one_jitted_layer_are_counted_apart():
+    stack = [weights(), weights(bias=2.0, seed=3)]
+    layer = jax.jit(lambda w, x: jnp.tanh(x + BLOCKS["relu"](w, x)))
+    step = hx.sparsify(lambda p, x: layer(p[1], layer(p[0], x)), config=certified(0.6))
+    result, counts = step.with_fallbacks(stack, tokens())
+    assert [int(n) for n in counts.values()] == [0, 1]
+    assert_same(result, layer(stack[1], layer(stack[0], tokens())))
+
+
 def test_a_lossless_step_has_the_dense_tokens_and_logits():
     model = models.MODELS[0]
     params = model.make_params()

@@ -1,5 +1,7 @@
 """The certified arg max is the dense one, or the dense product is run: no mismatch, on adversarial inputs either."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,29 +22,38 @@ def dense(x, rows, out=jnp.float32):
     return lax.dot_general(x, rows, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32).astype(out)
 
 
-def run(x, rows, *, candidates=16, bits=8, out=jnp.float32, **options):
-    spec = Quantized(bits)
-    packed, bounds = pack_predictor(rows, spec), pack_bounds(rows, spec)
-    step = jax.jit(
-        lambda x: certified_logits(
-            x,
-            rows,
-            packed,
-            bounds,
-            spec,
-            lambda x, rows: dense(x, rows, out),
-            candidates=candidates,
-            out_dtype=out,
-            **options,
-        )
+@functools.partial(jax.jit, static_argnames=("candidates", "bits", "out", "options"))
+def step(x, rows, packed, bounds, candidates, bits, out, options):
+    return certified_logits(
+        x,
+        rows,
+        packed,
+        bounds,
+        Quantized(bits),
+        lambda x, rows: dense(x, rows, out),
+        candidates=candidates,
+        out_dtype=out,
+        **dict(options),
     )
-    return step(x)
+
+
+def run(x, rows, *, candidates=16, bits=8, out=jnp.float32, **options):
+    packed, bounds = made(rows, bits)
+    return step(x, rows, packed, bounds, candidates, bits, out, tuple(options.items()))
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def made(rows, bits):
+    return pack_predictor(rows, Quantized(bits)), pack_bounds(rows, Quantized(bits))
+
+
+jitted_dense = jax.jit(dense, static_argnums=2)
 
 
 def assert_certified(x, rows, out=jnp.float32, **options) -> bool:
     """The arg max is the dense one; returns whether the dense product was run."""
     logits, fallback = run(x, rows, out=out, **options)
-    want = jax.jit(lambda x: dense(x, rows, out))(x)
+    want = jitted_dense(x, rows, out)
     np.testing.assert_array_equal(np.argmax(np.asarray(logits), -1), np.argmax(np.asarray(want), -1))
     assert logits.dtype == want.dtype
     return bool(fallback)
