@@ -6,6 +6,7 @@ import os
 import platform
 import re
 
+import conftest  # noqa: F401 - XLA as the suite has it: every program is run once
 import jax
 from case import FRAMEWORKS, cases_of
 from measure import Row, measure
