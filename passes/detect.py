@@ -238,17 +238,24 @@ def _leak(region: Region, hidden: Value, down: Product) -> str | None:
 def _lost_derivative(region: Region, down: Product) -> str | None:
     """Why a block that a custom_vjp stands in the middle of stays: the rewrite would drop the derivative it states."""
     around = set(down.node.frame.ancestors())
+    for frame in down.node.frame.ancestors():
+        outside = any(frame not in node.frame.ancestors() for node in region.nodes)
+        if outside and frame.kind == "custom" and not _keeps_derivative(frame):
+            return _partly_inside(frame)
     for node in sorted(region.nodes, key=lambda n: n.path):
         for frame in node.frame.ancestors():
             if frame in around:
                 break
             if frame.kind == "custom" and not _keeps_derivative(frame):
-                where = compat.source_line(frame.eqn)
-                return (
-                    f"part of the block is inside the {frame.eqn.primitive} at {where}, whose own derivative would be "
-                    "lost; put the whole block inside it, or none"
-                )
+                return _partly_inside(frame)
     return None
+
+
+def _partly_inside(frame: Frame) -> str:
+    return (
+        f"part of the block is inside the {frame.eqn.primitive} at {compat.source_line(frame.eqn)}, whose own "
+        "derivative would be lost; put the whole block inside it, or none"
+    )
 
 
 def _keeps_derivative(frame: Frame) -> bool:

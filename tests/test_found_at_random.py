@@ -131,3 +131,28 @@ def test_a_product_with_computed_weights_is_a_refusal(name):
     assert len(plan.refusals) == count
     assert all(word in refusal.reason for refusal in plan.refusals)
     assert_same(step(w, x, 2.0), jax.jit(fun)(w, x, 2.0))
+
+
+def test_a_block_that_ends_inside_a_custom_derivative_keeps_it():
+    @jax.custom_vjp
+    def ending(w, h):
+        return jnp.tanh(h @ w["other"])
+
+    def forward(w, h):
+        return jax.vjp(ending.fun, w, h)
+
+    def backward(pull, out_bar):
+        return jax.tree.map(lambda g: 3 * g, pull(out_bar))
+
+    ending.defvjp(forward, backward)
+
+    def fun(w, x):
+        return ending(w, jax.nn.relu(x @ w["square"]))
+
+    w, x = weights(), jnp.linspace(-1, 1, 2 * D).reshape(2, D)
+    step = hx.sparsify(fun, config=full_width())
+    traced = step.trace(w, x)
+    assert not [site for site in traced.plan.sites if site.kind == "ffn"], traced.explain()
+    packed = traced.pack(w)
+    slope = jax.grad(lambda x, f, w: f(w, x).sum())
+    assert_same(slope(x, step, packed), slope(x, fun, w))
