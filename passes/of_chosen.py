@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import jax.numpy as jnp
-
 from hire_xform.lowering import among_largest, kth_largest
 from hire_xform.passes import sums
 from hire_xform.passes.region import Region
@@ -35,10 +33,6 @@ class OfChosen:
 
     def total(self, region: Region, operand: int, values: Sequence[Any]) -> Any:
         """The sum over all units."""
-
-        def value(number: int) -> Any:
-            return values[number][:, :1] if jnp.ndim(values[number]) == 2 else values[number]
-
         return sums.total(
-            region.exprs, region.varies, operand, value, self.mean.__getitem__, self.variance, region.units
+            region.exprs, region.varies, operand, values, self.mean.__getitem__, self.variance, region.units
         )

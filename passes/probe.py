@@ -113,10 +113,7 @@ class _Assumed:
         return among_largest(values, _KEPT)
 
     def total(self, region: Region, operand: int, values: Sequence[Any]) -> Any:
-        def value(number: int) -> Any:
-            return values[number][:, :1] if jnp.ndim(values[number]) == 2 else values[number]
-
-        return sums.total(region.exprs, region.varies, operand, value, lambda _: 0.0, 1.0, region.units)
+        return sums.total(region.exprs, region.varies, operand, values, lambda _: 0.0, 1.0, region.units)
 
 
 def _values() -> np.ndarray:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax.numpy as jnp
 from jax.extend.core import primitives as prims
 
 from hire_xform.passes.region import Apply, Expr, Up
@@ -46,7 +47,7 @@ def total(
     exprs: Sequence[Expr],
     varies: Sequence[bool],
     number: int,
-    value: Callable[[int], Any],
+    values: Sequence[Any],
     mean: Callable[[int], Any],
     variance: Any,
     units: int,
@@ -57,11 +58,16 @@ def total(
       exprs: a region's expressions.
       varies: which of them differ by unit.
       number: the expression.
-      value: the value of an expression that does not differ by unit.
+      values: the values of the expressions before it, scalars or ``[T, K]``; of those that do not differ by unit one
+        column is read.
       mean: the mean of a product over all units.
       variance: its variance.
       units: how many there are.
     """
+
+    def value(of: int) -> Any:
+        return values[of][:, :1] if jnp.ndim(values[of]) == 2 else values[of]
+
     square, _, constant = _poly(exprs, varies, number, value, mean)
     return units * (constant if square is None else square * variance + constant)
 

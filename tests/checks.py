@@ -48,6 +48,18 @@ def assert_same(got, want, limit=2e-5) -> None:
         np.testing.assert_allclose(one, other, rtol=limit, atol=limit * scale)
 
 
+def assert_refused(fun, p, x, words, count, test_file) -> None:
+    """No site, ``count`` refusals of which one has the words, all from ``test_file``, and the result unchanged."""
+    step = hx.sparsify(fun, config=full_width())
+    plan = step.trace(p, x).plan
+    assert not plan.sites, plan.sites
+    reasons = [r.reason for r in plan.refusals]
+    assert len(reasons) == count, reasons
+    assert any(words in reason for reason in reasons), reasons
+    assert all(r.path and test_file in r.source for r in plan.refusals)
+    assert_same(step(p, x), jax.jit(fun)(p, x), 0.0)
+
+
 def primitives_of(jaxpr) -> list:
     """All primitives of a jaxpr, those inside others included."""
     inner = getattr(jaxpr, "jaxpr", jaxpr)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from checks import assert_same, full_width, kinds
+from checks import assert_refused, assert_same, full_width, kinds
 from jax import lax
 
 import hire_xform as hx
@@ -257,15 +257,7 @@ NEAR_MISSES = {
 @pytest.mark.parametrize("name", NEAR_MISSES)
 def test_a_near_miss_is_refused_with_its_reason(name):
     fun, words, count = NEAR_MISSES[name]
-    p, x = weights(), tokens()
-    step = hx.sparsify(fun, config=full_width())
-    plan = step.trace(p, x).plan
-    assert not plan.sites, plan.sites
-    reasons = [r.reason for r in plan.refusals]
-    assert len(reasons) == count, reasons
-    assert any(words in reason for reason in reasons), reasons
-    assert all(r.path and "test_near_misses" in r.source for r in plan.refusals)
-    assert_same(step(p, x), jax.jit(fun)(p, x), 0.0)
+    assert_refused(fun, weights(), tokens(), words, count, "test_near_misses")
 
 
 # Looks like a near miss and is a block after all: every unit goes its own way to the contraction.

@@ -1,12 +1,12 @@
 """Equinox's own transformations around a sparsified step, and what modules hold besides arrays."""
 
 import io
-import os
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import pytest
+from case import why_missing
 from checks import assert_same, full_width, kinds
 
 import hire_xform as hx
@@ -15,9 +15,7 @@ try:
     import equinox as eqx
     import equinox_models as models
 except ImportError as error:
-    if os.environ.get("HIRE_REQUIRE_EXTRAS", "0") == "1":
-        raise
-    pytest.skip(f"needs pip install 'hire-xform[equinox]': {error}", allow_module_level=True)
+    pytest.skip(why_missing("equinox", error), allow_module_level=True)
 
 pytestmark = pytest.mark.slow
 

@@ -1,9 +1,7 @@
 """Models of every framework, unedited: all blocks found, equal at full width, as few functions as before."""
 
-import os
-
 import pytest
-from case import FRAMEWORKS, Case, cases_of
+from case import FRAMEWORKS, Case, cases_of, why_missing
 from measure import measure
 
 
@@ -12,9 +10,7 @@ def collected():
         try:
             cases = cases_of(framework)
         except ImportError as error:
-            if os.environ.get("HIRE_REQUIRE_EXTRAS", "0") == "1":
-                raise
-            why = f"{framework} models need pip install 'hire-xform[{extra}]': {error}"
+            why = why_missing(extra, error)
             yield pytest.param(None, id=framework.replace(" ", "_"), marks=pytest.mark.skip(reason=why))
             continue
         yield from (pytest.param(case, id=repr(case)) for case in cases)
