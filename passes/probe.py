@@ -20,7 +20,21 @@ from hire_xform.lowering import among_largest, kth_largest
 from hire_xform.passes import sums
 from hire_xform.passes.known import known_scalar
 from hire_xform.passes.pointwise import COMPARES, known_number
-from hire_xform.passes.region import Apply, Kept, Kth, OwnSparsity, Place, Region, Total, Up, needed, replay
+from hire_xform.passes.region import (
+    Apply,
+    Kept,
+    Kth,
+    Number,
+    OwnSparsity,
+    Place,
+    Region,
+    Side,
+    Total,
+    Up,
+    needed,
+    replay,
+)
+from hire_xform.passes.zeros import gate_of
 
 # Values of a unit that are tried: none is zero, and the spread is that of normally distributed units.
 _LIMIT, _COUNT = 6.0, 1200
@@ -38,11 +52,13 @@ class Probe:
 
     def leaves_zeros(self, region: Region) -> bool:
         """True when a range of values of one of its products makes the activation exactly zero."""
+        if _is_plainly_gated(region):
+            return True
         return self._once(("zeros", region.signature()), lambda: _leaves_zeros(region), False)
 
     def profile(self, region: Region, score: int) -> Any:
         """(score, activation) for each value tried, two f64 arrays; None when it can't be tried."""
-        key = ("profile", region.signature(), score, tuple(_side_scalars(region)))
+        key = ("profile", region.signature(), score, tuple(map(_number, region.sides)))
         return self._once(key, lambda: _profile(region, score), None)
 
     def _once(self, key: Any, trial: Callable[[], Any], failed: Any) -> Any:
@@ -121,32 +137,48 @@ def _values() -> np.ndarray:
     return np.linspace(-_LIMIT + step / 2, _LIMIT - step / 2, _COUNT)[None]
 
 
-def _side_scalars(region: Region) -> list[float | None]:
-    """The one number that each side input is everywhere; None where it is not known."""
-    return [known_scalar(side.value) if not side.value.shape else known_number(side.value) for side in region.sides]
+def _number(side: Side) -> float | None:
+    """The one number that a side input is everywhere; None where it is not known."""
+    return known_number(side.value) if side.value.shape else known_scalar(side.value)
 
 
 def _tried_sides(region: Region) -> list[Any]:
     found = []
-    for side, number in zip(region.sides, _side_scalars(region), strict=True):
+    for side in region.sides:
+        number = _number(side)
         shape = (1, 1) if side.value.shape else ()
         found.append(jnp.full(shape, 1.0 if number is None else number, side.value.aval.dtype))
     return found
 
 
-def _run(region: Region, varied: int, root: int | None) -> np.ndarray:
-    """Expression ``root`` with the values tried in product ``varied`` of ``region.ups``, and ones in the others."""
+def _run(region: Region, varied: int, *roots: int) -> list[np.ndarray]:
+    """Expressions ``roots`` with the values tried in product ``varied`` of ``region.ups``, and ones in the others."""
     hiddens = [
         jnp.asarray(_values() if i == varied else np.ones((1, _COUNT)), up.product.out.aval.dtype)
         for i, up in enumerate(region.ups)
     ]
-    sides = _tried_sides(region)
-    out = replay(region, hiddens, sides, lambda x: x, jax.nn.relu, _Assumed(), root)
-    return np.asarray(jnp.broadcast_to(out, (1, _COUNT)), np.float64)[0]
+
+    # Compiled as one: run one by one, every operation would be compiled for itself.
+    @jax.jit
+    def run(hiddens: Any, sides: Any) -> Any:
+        made = [replay(region, hiddens, sides, lambda x: x, jax.nn.relu, _Assumed(), root) for root in roots]
+        return [jnp.broadcast_to(out, (1, _COUNT)) for out in made]
+
+    return [np.asarray(out, np.float64)[0] for out in run(hiddens, _tried_sides(region))]
 
 
 def _leaves_zeros(region: Region) -> bool:
-    return any((_run(region, i, None) == 0.0).mean() >= _ZERO_SHARE for i in range(len(region.ups)))
+    return any((_run(region, i, region.root)[0] == 0.0).mean() >= _ZERO_SHARE for i in range(len(region.ups)))
+
+
+def _is_plainly_gated(region: Region) -> bool:
+    """True when half of all values of a product leave zeros: its sign, after a cast or a bias, decides."""
+    gate = gate_of(region)
+    if gate is None:
+        return False
+    # A number added could move the gate out of reach, which a trial shows.
+    exprs = [region.exprs[e] for e in needed(region.exprs, gate.expr)]
+    return not any(isinstance(e, Number) or (isinstance(e, Side) and _number(e) is not None) for e in exprs)
 
 
 def _profile(region: Region, score: int) -> tuple[np.ndarray, np.ndarray] | None:
@@ -154,5 +186,6 @@ def _profile(region: Region, score: int) -> tuple[np.ndarray, np.ndarray] | None
     wanted = needed(region.exprs, score)
     for varied, number in enumerate(numbers):
         if number in wanted:
-            return _run(region, varied, score), _run(region, varied, None)
+            scores, activation = _run(region, varied, score, region.root)
+            return scores, activation
     return None
