@@ -8,6 +8,7 @@ entry here needs a private module either.
 from __future__ import annotations
 
 import contextlib
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -171,11 +172,63 @@ def _ragged_dot_p() -> Any:
     return jax.make_jaxpr(jax.lax.ragged_dot)(*operands).eqns[0].primitive
 
 
+def _shard_map_eqn() -> Eqn:
+    """A traced ``shard_map`` over an abstract mesh of one device, whose body marks its input as varying."""
+    mesh = jax.sharding.AbstractMesh((1,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec, whole = jax.sharding.PartitionSpec("d"), jax.sharding.PartitionSpec()
+    mapped = jax.shard_map(lambda x, y: x + y, mesh=mesh, in_specs=(spec, whole), out_specs=spec)
+    return jax.make_jaxpr(mapped)(jnp.zeros(2), jnp.zeros(2)).eqns[0]
+
+
 def _traced_primitives() -> tuple[Any, ...]:
     return _optimization_barrier_p(), _split_p(), _stack_p(), _unstack_p(), _ragged_dot_p()
 
 
 OPTIMIZATION_BARRIER, SPLIT, STACK, UNSTACK, RAGGED_DOT = _traced_primitives()
+
+# No public objects exist for ``shard_map_p`` and ``pvary_p`` (all versions): read off a traced call.
+SHARD_MAP, PVARY = (e.primitive for e in (_shard_map_eqn(), call_jaxpr(_shard_map_eqn()).eqns[0]))
+
+
+@dataclass(frozen=True)
+class ShardMapParts:
+    """A shard_map equation taken apart: its body and ``jax.shard_map``'s own arguments."""
+
+    jaxpr: Any
+    mesh: Any
+    in_specs: tuple[Any, ...]
+    out_specs: tuple[Any, ...]
+    check_vma: bool
+    axis_names: frozenset[str]
+
+    def split(self, number: int) -> tuple[tuple[int, int, Any], ...]:
+        """Each split dimension of an operand: (dimension, parts, mesh axes as the spec names them)."""
+        found = []
+        for dim, names in enumerate(self.in_specs[number]):
+            axes = () if names is None else (names,) if isinstance(names, str) else tuple(names)
+            parts = math.prod(self.mesh.shape[name] for name in axes)
+            if axes:
+                found.append((dim, parts, names))
+        return tuple(found)
+
+
+def shard_map_parts(eqn: Eqn) -> ShardMapParts:
+    """Reads a shard_map's parameters (the same on 0.10 to 0.12)."""
+    p = eqn.params
+    return ShardMapParts(
+        p["jaxpr"], p["mesh"], tuple(p["in_specs"]), tuple(p["out_specs"]), p["check_vma"], p["newly_manual_axes"]
+    )
+
+
+def vary(value: Any, axes: Sequence[str]) -> Any:
+    """``value`` marked as varying over those of the mesh axes that are manual here and that it does not vary over.
+
+    ``pcast`` refuses a value that varies already, and outside a shard_map there is nothing to mark.
+    """
+    manual = getattr(jax.sharding.get_abstract_mesh(), "manual_axes", ())
+    known: frozenset[str] = getattr(jax.typeof(value), "vma", frozenset())
+    missing = tuple(a for a in axes if a in manual and a not in known)
+    return jax.lax.pcast(value, missing, to="varying") if missing else value
 
 
 def public_primitive(name: str) -> Any | None:
@@ -248,6 +301,8 @@ def bind(eqn: Eqn, operands: Sequence[Any], params: dict[str, Any] | None = None
 
     From 0.10 ``get_bind_params`` returns one dict (before, a pair with the sub-functions apart).
     """
+    if eqn.primitive is PVARY:
+        return [vary(operand, eqn.params["axes"]) for operand in operands]
     bind_params = eqn.primitive.get_bind_params(eqn.params if params is None else params)
     out = eqn.primitive.bind(*operands, **bind_params)
     return list(out) if eqn.primitive.multiple_results else [out]
@@ -336,6 +391,11 @@ def self_test() -> list[str]:
     check("stack", str(STACK) in ("stack", "None"))
     check("unstack", str(UNSTACK) in ("unstack", "None"))
     check("ragged_dot", str(RAGGED_DOT) == "ragged_dot_general")
+    mapped = _shard_map_eqn()
+    shards = shard_map_parts(mapped)
+    check("shard_map", (str(SHARD_MAP), shards.axis_names, shards.split(0)) == ("shard_map", {"d"}, ((0, 1, "d"),)))
+    varies = call_jaxpr(mapped).eqns[0]
+    check("vary", (str(PVARY), tuple(varies.params["axes"])) == ("pvary", ("d",)) and vary(weight, ("d",)) is weight)
     added = jax.make_jaxpr(lambda x: x + 1)(1.0).eqns[0]
     with equation_context(added):
         check("bind", float(bind(added, [1.0, 2.0])[0]) == 3.0)

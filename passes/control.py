@@ -1,4 +1,4 @@
-"""Emits loops and branches again through public ``jax.lax`` control flow, with packed arrays reaching their bodies.
+"""Emits loops, branches and shard_maps again through public JAX, with packed arrays reaching their bodies.
 
 Packed arrays enter a loop whole, as constants of it; a scan's slices of them are taken inside by a counter. Slicing
 them as scanned operands would copy every row of a layer to read a few.
@@ -9,15 +9,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import jaxpr_as_fun
 from jax.extend.core import primitives as prims
+from jax.sharding import PartitionSpec
 
 from hire_xform.passes import compat
-from hire_xform.passes.environment import Env, Views, read
+from hire_xform.passes.environment import Env, PackedView, Views, read
 from hire_xform.passes.liveness import state_read
-from hire_xform.passes.provenance import ScanSlice
+from hire_xform.passes.provenance import ScanSlice, ShardSlice
 from hire_xform.passes.walk import Node, Value, carried_inputs
 
 if TYPE_CHECKING:
@@ -121,8 +123,51 @@ def emit_cond(rewriter: Rewriter, node: Node, env: Env, views: Views) -> list[An
     return lax.switch(read(env, node.inputs[0]), [branch(child) for child in node.children])
 
 
+def emit_shard_map(rewriter: Rewriter, node: Node, env: Env, views: Views) -> list[Any]:
+    """A shard_map. Packed arrays are operands of it; each device has its part of those that its specs cut."""
+    mapped, child = compat.shard_map_parts(node.eqn), node.inner
+    inside = rewriter.views_for(node, child, env, views)
+    needs = list(inside)
+    live = [i for i, v in enumerate(child.inputs) if v in rewriter.live.values]
+
+    def body(operands: list[Any], seen: list[PackedView]) -> list[Any]:
+        own = {need: _own_part(view, need, child) for need, view in zip(needs, seen, strict=True)}
+        return rewriter.run_scope(child, {child.inputs[i]: o for i, o in zip(live, operands, strict=True)}, own)
+
+    specs = [_cut(inside[need], need, child) for need in needs]
+    run = jax.shard_map(
+        body,
+        mesh=mapped.mesh,
+        in_specs=([mapped.in_specs[i] for i in live], specs),
+        out_specs=list(mapped.out_specs),
+        axis_names=mapped.axis_names,
+        check_vma=mapped.check_vma,
+    )
+    return run([read(env, node.inputs[i]) for i in live], list(inside.values()))
+
+
+def _is_part_of(ref: Any, scope: Any) -> bool:
+    return isinstance(ref, ShardSlice) and ref.scope is scope
+
+
+def _cut(view: PackedView, need: Any, scope: Any) -> Any:
+    """Specs of a view's arrays and indices: stack axes that ``scope`` cuts are cut, all else is whole everywhere."""
+    stack = [ref.axes if _is_part_of(ref, scope) else None for ref in need.refs]
+    arrays = jax.tree.map(lambda _: PartitionSpec(*stack), view.arrays)
+    whole = jax.tree.map(lambda _: PartitionSpec(), (view.index, view.factor))
+    return PackedView(arrays, *whole)
+
+
+def _own_part(view: PackedView, need: Any, scope: Any) -> PackedView:
+    """The view in a device's body: of stack axes that are cut there is one entry."""
+    while len(view.index) < len(need.refs) and _is_part_of(need.refs[len(view.index)], scope):
+        view = view.at(0)
+    return view
+
+
 EMIT: dict[Any, Callable[[Rewriter, Node, Env, Views], list[Any]]] = {
     prims.scan_p: emit_scan,
     prims.while_p: emit_while,
     prims.cond_p: emit_cond,
+    compat.SHARD_MAP: emit_shard_map,
 }

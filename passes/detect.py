@@ -14,6 +14,7 @@ from hire_xform.passes import compat
 from hire_xform.passes.expand import may_follow_product, trace_region
 from hire_xform.passes.follow import Fate, follow
 from hire_xform.passes.layout import Layout, row_major, whole
+from hire_xform.passes.parts import is_cut, parts_of_rows
 from hire_xform.passes.pointwise import STEPS
 from hire_xform.passes.probe import Probe
 from hire_xform.passes.products import Product, find_products, matrix, normal_form
@@ -148,7 +149,7 @@ def detect(graph: Graph, provenance: Provenance) -> Detection:
     for product in products:
         if product in taken:
             continue
-        fate = follow(product, narrow=product.width < WIDE * product.contracted)
+        fate = follow(product, narrow=not _is_wide(product))
         reason = _not_vocabulary(product, fate, by_node)
         if reason is None:
             vocabularies.append((product, fate))
@@ -298,9 +299,19 @@ def _factored(region: Region, down: Product) -> bool:
     no more than the inputs, or the second factor makes a vocabulary. Every unit is needed, and what follows the second
     factor decides what it is.
     """
-    if region.units <= max(up.product.contracted for up in region.ups):
+    if all(_whole_width(up.product) <= up.product.contracted for up in region.ups):
         return True
-    return down.width >= WIDE * down.contracted and _not_vocabulary(down, follow(down, narrow=False), {}) is None
+    return _is_wide(down) and _not_vocabulary(down, follow(down, narrow=False), {}) is None
+
+
+def _whole_width(product: Product) -> int:
+    """Outputs per token, over all devices of a shard_map around it."""
+    refs = product.origin.refs
+    return product.width * (parts_of_rows(product.rows_free(), refs) if is_cut(refs) else 1)
+
+
+def _is_wide(product: Product) -> bool:
+    return _whole_width(product) >= WIDE * product.contracted
 
 
 def _nodes(item: Node | Frame) -> list[Node]:
@@ -334,7 +345,7 @@ def _not_vocabulary(product: Product, fate: Fate, by_node: dict[Node, Product]) 
         return f"its output axis goes into {node.primitive} at {node.source}, which is not followed"
     if not fate.intact:
         return "its output axis is split or merged, as attention heads are"
-    if product.width < WIDE * product.contracted:
+    if not _is_wide(product):
         return (
             f"its output is {product.width} wide for {product.contracted} inputs: too narrow for a vocabulary, and "
             "not part of a feed-forward block"

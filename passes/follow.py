@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from jax.extend.core import primitives as prims
 
 from hire_xform.passes import compat
+from hire_xform.passes.layout import reshaped
 from hire_xform.passes.pointwise import is_pointwise
 from hire_xform.passes.products import Product
 from hire_xform.passes.provenance import shape_of
@@ -118,6 +118,8 @@ def _step(node: Node, value: Value, dims: frozenset[int], fate: Fate) -> list[tu
             fate.events.append(("reduced", node))
             return []
         return [(node.outputs[0], _without(dims, axes))]
+    if p is prims.all_gather_p:
+        return _gathered(node, dims, fate)
     if p is prims.dot_general_p:
         return _through_product(node, value, dims, fate)
     moved = _moved(node, value, dims, fate)
@@ -144,6 +146,16 @@ def _step(node: Node, value: Value, dims: frozenset[int], fate: Fate) -> list[tu
         return _into_scopes(node, value, dims, fate)
     fate.events.append(("reduced" if value in fate.drawn else "opaque", node))
     return []
+
+
+def _gathered(node: Node, dims: frozenset[int], fate: Fate) -> list[tuple[Value, frozenset[int]]]:
+    """All devices' parts: one after another along an axis, or stacked along a new one."""
+    at, tiled = node.params["all_gather_dimension"], node.params["tiled"]
+    if tiled:
+        if at in dims:
+            fate.events.append(("moved", node))
+        return [(node.outputs[0], dims)]
+    return [(node.outputs[0], frozenset(d + (d >= at) for d in dims))]
 
 
 def _drawn(node: Node, results: list[tuple[Value, frozenset[int]]], fate: Fate) -> list[tuple[Value, frozenset[int]]]:
@@ -218,7 +230,7 @@ def _moved(node: Node, value: Value, dims: frozenset[int], fate: Fate) -> list[t
                     fate.intact = fate.intact and whole
         return [(r, dims) for r in node.outputs]
     if p in (prims.reshape_p, prims.squeeze_p):
-        found = _reshaped(value.shape, node.outputs[0].shape, dims)
+        found = reshaped(value.shape, node.outputs[0].shape, dims)
         result = node.outputs[0]
         if sum(result.shape[d] > 1 for d in found) > sum(value.shape[d] > 1 for d in dims):
             # Split, as heads are. Merged with others, as beams are with their tokens, it is whole inside.
@@ -256,25 +268,6 @@ def _in_parts(value: Value, dims: frozenset[int], along: set[int], fate: Fate) -
     """Notes that part of a split axis is treated as one, as each of several codebooks is."""
     if value not in fate.drawn and any(value.shape[d] > 1 for d in dims - along):
         fate.intact = False
-
-
-def _reshaped(before: tuple[int, ...], after: tuple[int, ...], dims: frozenset[int]) -> frozenset[int]:
-    """Dimensions after a reshape that hold any part of the given dimensions before it."""
-    if 0 in before:
-        return frozenset()
-    found: set[int] = set()
-    i = j = 0
-    while i < len(before) and j < len(after):
-        left, right = [i], [j]
-        while math.prod(before[k] for k in left) != math.prod(after[k] for k in right):
-            if math.prod(before[k] for k in left) < math.prod(after[k] for k in right):
-                left.append(left[-1] + 1)
-            else:
-                right.append(right[-1] + 1)
-        if dims & set(left):
-            found |= set(right)
-        i, j = left[-1] + 1, right[-1] + 1
-    return frozenset(found)
 
 
 def _through_product(node: Node, value: Value, dims: frozenset[int], fate: Fate) -> list[tuple[Value, frozenset[int]]]:

@@ -281,3 +281,22 @@ _RULES: dict[Any, Callable[[Any, int, Layout], Layout]] = {
     compat.SPLIT: _of_split,
     compat.UNSTACK: _of_unstack,
 }
+
+
+def reshaped(before: tuple[int, ...], after: tuple[int, ...], dims: frozenset[int]) -> frozenset[int]:
+    """Dimensions after a reshape that hold any part of the given dimensions before it."""
+    if 0 in before:
+        return frozenset()
+    found: set[int] = set()
+    i = j = 0
+    while i < len(before) and j < len(after):
+        left, right = [i], [j]
+        while math.prod(before[k] for k in left) != math.prod(after[k] for k in right):
+            if math.prod(before[k] for k in left) < math.prod(after[k] for k in right):
+                left.append(left[-1] + 1)
+            else:
+                right.append(right[-1] + 1)
+        if dims & set(left):
+            found |= set(right)
+        i, j = left[-1] + 1, right[-1] + 1
+    return frozenset(found)

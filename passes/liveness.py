@@ -88,8 +88,11 @@ class Liveness:
         yield from ((o, None) for o in self._loop_operands(node))
 
     def _loop_operands(self, node: Node) -> Iterable[Operand]:
-        """Operands of a re-emitted loop or branch: those whose value inside is live, and what carries state."""
+        """Operands of what is emitted again: those whose value inside is live, and a loop's state."""
         child = node.children[0]
+        if node.primitive is compat.SHARD_MAP:
+            yield from (o for v, o in zip(child.inputs, node.inputs, strict=True) if v in self.values)
+            return
         if node.primitive is prims.cond_p:
             yield node.inputs[0]
             for i, operand in enumerate(node.inputs[1:]):

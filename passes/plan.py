@@ -15,6 +15,7 @@ from hire_xform.passes.certify import ALL_BITS, input_bits, not_certifiable
 from hire_xform.passes.detect import Detection, FfnMatch, VocabMatch, up_rows, vocab_rows
 from hire_xform.passes.forms import down_forms, up_forms, vocab_forms
 from hire_xform.passes.measured import Fitted, Inputs, Measure, Measurement, takes_inputs, unmeasured, with_sizes
+from hire_xform.passes.parts import parts_of_rows
 from hire_xform.passes.provenance import Origin, Recipe, Ref, Root
 from hire_xform.passes.settings import Choice, Ffn, Vocab
 from hire_xform.passes.walk import Node
@@ -244,7 +245,9 @@ def _decide(
         assert isinstance(settings, Vocab)
         product = match.product
         tokens, units, inputs = product.tokens, product.width, product.contracted
-        count, computed_each, activation = settings.candidates_of(units), 1, ""
+        # Each device of a shard_map that cuts the vocabulary takes its share.
+        parts = parts_of_rows(vocab_rows(match), product.origin.refs)
+        count, computed_each, activation = -(-settings.candidates_of(units * parts) // parts), 1, ""
     else:
         assert isinstance(settings, Ffn)
         tokens, units, inputs = match.tokens, match.units, match.region.ups[0].product.contracted

@@ -23,7 +23,7 @@ _POINTWISE_NAMES = (
 )
 POINTWISE = frozenset(
     p for p in (compat.public_primitive(f"{name}_p") for name in _POINTWISE_NAMES.split()) if p is not None
-)
+) | {compat.PVARY}
 
 # Flat almost everywhere, or of no derivative: one through them is zero.
 STEPS = frozenset(
@@ -62,7 +62,7 @@ def known_number(operand: Operand) -> float | None:
     return number if number is not None and number.is_integer() and abs(number) <= 128 else None
 
 
-_KEEP_NUMBER = frozenset({prims.broadcast_in_dim_p, prims.convert_element_type_p, prims.copy_p})
+_KEEP_NUMBER = frozenset({prims.broadcast_in_dim_p, prims.convert_element_type_p, prims.copy_p, compat.PVARY})
 
 
 def leaves_zeros(
@@ -114,7 +114,7 @@ def leaves_zeros(
 
 COMPARES = frozenset({prims.gt_p, prims.ge_p, prims.lt_p, prims.le_p})
 
-_ZERO_TO_ZERO: frozenset[Any] = frozenset(
+_ZERO_TO_ZERO: frozenset[Any] = frozenset({compat.PVARY}) | frozenset(
     p
     for p in (
         compat.public_primitive(f"{name}_p")

@@ -54,7 +54,8 @@ class Probe:
         """True when a range of values of one of its products makes the activation exactly zero."""
         if _is_plainly_gated(region):
             return True
-        return self._once(("zeros", region.signature()), lambda: _leaves_zeros(region), False)
+        key = ("zeros", region.signature(), tuple(map(_number, region.sides)))
+        return self._once(key, lambda: _leaves_zeros(region), False)
 
     def profile(self, region: Region, score: int) -> Any:
         """(score, activation) for each value tried, two f64 arrays; None when it can't be tried."""

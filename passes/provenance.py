@@ -1,8 +1,8 @@
 """Answers for a value: is it a weight, and how is it computed once, outside the program?
 
 A weight is an argument leaf marked as weights, or a closed-over array, reached only through layout and dtype
-operations, a scan's slicing of its leading axis, or indexing a stack. The steps from the leaf to the value are its
-``Recipe``: applied to the leaf when packing, never at run time.
+operations, a scan's slicing of its leading axis, a shard_map's cutting, or indexing a stack. The steps from the leaf to
+the value are its ``Recipe``: applied to the leaf when packing, never at run time.
 """
 
 from __future__ import annotations
@@ -53,7 +53,26 @@ class IndexSlice:
         return self.node.inputs[self.operand]
 
 
-Ref = ScanSlice | IndexSlice
+@dataclass(frozen=True, eq=False, repr=False)
+class ShardSlice:
+    """One stack axis, of which each device has one entry: that of a dimension that a shard_map cuts.
+
+    Attributes:
+      scope: the shard_map's body.
+      axes: the mesh axes, as its spec names them.
+      parts: over how many devices it is cut.
+      dim: the dimension.
+      shape: what one device has of the whole.
+    """
+
+    scope: Scope
+    axes: Any
+    parts: int
+    dim: int
+    shape: tuple[int, ...]
+
+
+Ref = ScanSlice | IndexSlice | ShardSlice
 
 
 @dataclass(frozen=True)
@@ -106,6 +125,8 @@ class Provenance:
             if origin is not None and value.scanned:
                 size = shape_of(value.outer)[0]
                 origin = Origin(origin.recipe.then(Stack(size)), (*origin.refs, ScanSlice(scope)))
+            if origin is not None and value.split:
+                origin = _sharded(origin, value)
             if origin is not None:
                 self._origins[value] = origin
             elif (how := self.derived(value.outer)) is not None:
@@ -223,6 +244,24 @@ def _dtype_of(operand: Operand) -> Any:
 
 
 Rule = Callable[[Node, Origin], "list[Origin] | None"]
+
+
+def _sharded(origin: Origin, value: Value) -> Origin:
+    """The part of a weight that one device of a shard_map sees: a stack of parts for each dimension that is cut."""
+    parts = {dim: count for dim, count, _ in value.split}
+    cut: list[int] = []
+    lead: list[int] = []
+    for dim, size in enumerate(value.shape):
+        if dim in parts:
+            lead.append(len(cut))
+            cut.append(parts[dim])
+        cut.append(size)
+    perm = (*lead, *(d for d in range(len(cut)) if d not in lead))
+    steps: list[Step] = [Reshape(tuple(cut))]
+    steps += [Transpose(perm)] if perm != tuple(range(len(cut))) else []
+    steps += [Stack(count) for _, count, _ in value.split]
+    refs = tuple(ShardSlice(value.scope, axes, count, dim, value.shape) for dim, count, axes in value.split)
+    return Origin(origin.recipe.then(*steps), (*origin.refs, *refs))
 
 
 def _extended(origin: Origin, *steps: Step) -> list[Origin]:
@@ -347,6 +386,7 @@ _RULES: dict[Any, Rule] = {
     prims.dynamic_slice_p: _dynamic_slice,
     prims.gather_p: _gather,
     prims.copy_p: _same,
+    compat.PVARY: _same,
     prims.name_p: _same,
     prims.stop_gradient_p: _same,
     prims.device_put_p: _same,

@@ -18,7 +18,7 @@ from jax.extend.core import primitives as prims
 
 from hire_xform.passes import compat
 from hire_xform.passes.layout import Layout
-from hire_xform.passes.pointwise import literal_number
+from hire_xform.passes.pointwise import known_number, literal_number
 from hire_xform.passes.products import Product
 from hire_xform.passes.provenance import shape_of
 from hire_xform.passes.walk import Node, Value
@@ -288,12 +288,18 @@ def _apply(region: Region, expr: Apply, values: Sequence[Any], shape: Any, relu:
         return compat.bind(expr.node.eqn, operands)[0]
 
 
+def _is_zero(expr: Expr) -> bool:
+    """True for a literal zero, or one that a shard_map marks as varying."""
+    if isinstance(expr, Side):
+        return known_number(expr.value) == 0.0
+    return isinstance(expr, Number) and literal_number(expr.operand) == 0.0
+
+
 def _is_relu(expr: Apply, region: Region) -> bool:
     second = region.exprs[expr.operands[-1]]
     return (
         expr.node.primitive is prims.max_p
         and expr.node.frame.kind in ("jit", "custom")
-        and isinstance(second, Number)
-        and literal_number(second.operand) == 0.0
+        and _is_zero(second)
         and any(frame.kind == "custom" for frame in expr.node.frame.ancestors())
     )

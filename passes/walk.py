@@ -1,9 +1,9 @@
 """Walks a jaxpr once and lays it out as a graph of values.
 
-A ``Scope`` is straight-line code: the whole program, the body of a scan or while, or a branch of a cond. Call-like
-equations (jit, remat, custom derivatives) do not open a scope: their bodies are laid out in the scope around them, so
-that a model cut into jitted pieces looks to the recognisers like one that is not. Where each equation really stands
-is kept in its ``Frame``; the rewriter re-emits frames as the calls they were.
+A ``Scope`` is straight-line code: the whole program, the body of a scan, while or shard_map, or a branch of a cond.
+Call-like equations (jit, remat, custom derivatives) do not open a scope: their bodies are laid out in the scope around
+them, so that a model cut into jitted pieces looks to the recognisers like one that is not. Where each equation really
+stands is kept in its ``Frame``; the rewriter re-emits frames as the calls they were.
 
 Every equation gets a stable path such as ``scan[0]/remat[0]/dot_general[3]``: the number counts equations of that name
 in the same body; a jitted call carries its function's name, ``jit:layer[1]``.
@@ -33,6 +33,7 @@ class Value:
       outer: for an input of an inner scope, the value of the scope around it that is passed in unchanged (or sliced,
         when ``scanned``); None when it changes from one iteration to the next.
       scanned: True when one slice of ``outer``'s leading axis arrives per iteration.
+      split: in a shard_map, which dimensions of ``outer`` are cut over devices: (dimension, parts, mesh axes).
       consumers: equations that read it.
       is_output: True when the scope returns it.
     """
@@ -43,6 +44,7 @@ class Value:
     const: Any = None
     outer: Operand | None = None
     scanned: bool = False
+    split: tuple[tuple[int, int, Any], ...] = ()
     consumers: list[Node] = field(default_factory=list)
     is_output: bool = False
 
@@ -116,7 +118,7 @@ class Node:
 
     @property
     def inner(self) -> Scope:
-        """The body of a scan or while."""
+        """The body of a scan, while or shard_map."""
         return self.children[0]
 
     @property
@@ -130,12 +132,13 @@ class Scope:
     """Straight-line code and where it stands.
 
     Attributes:
-      kind: "top", "scan", "while" or "cond".
+      kind: "top", "scan", "while", "cond" or "shard_map".
       node: the loop or branch equation that opened it (None at the top).
       root: its outermost frame.
       nodes: all equations, calls laid out, in program order.
       inputs: the values of the body's operands, in order.
-      iterations: how often the body runs per call of the program, loops around it counted; a while counts once.
+      iterations: how often the body runs per call of the program, loops around it counted; a while counts once, and
+        so does a shard_map, of which each device runs its own.
     """
 
     kind: str
@@ -286,7 +289,7 @@ def _handed_through(jaxpr: Any) -> list[int | None]:
 
 
 def _enter(node: Node, prefix: str, scopes: list[Scope]) -> None:
-    """Opens the scopes of a loop or branch; any other equation with sub-jaxprs stays closed."""
+    """Opens the scopes of a loop, branch or shard_map; any other equation with sub-jaxprs stays closed."""
     around = node.scope.iterations
     if node.primitive is prims.scan_p:
         scan = compat.scan_parts(node.eqn)
@@ -312,6 +315,12 @@ def _enter(node: Node, prefix: str, scopes: list[Scope]) -> None:
             scope = _open_scope("cond", node, around, body, consts, f"{prefix}branch[{i}]/", scopes)
             for value, operand in zip(scope.inputs, node.inputs[1:], strict=True):
                 value.outer = operand
+    elif node.primitive is compat.SHARD_MAP:
+        mapped = compat.shard_map_parts(node.eqn)
+        body, consts = compat.close(mapped.jaxpr)
+        scope = _open_scope("shard_map", node, around, body, consts, prefix, scopes)
+        for i, (value, operand) in enumerate(zip(scope.inputs, node.inputs, strict=True)):
+            value.outer, value.split = operand, mapped.split(i)
 
 
 def carried_inputs(node: Node) -> list[Value]:

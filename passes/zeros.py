@@ -6,11 +6,12 @@ from dataclasses import dataclass
 
 from jax.extend.core import primitives as prims
 
+from hire_xform.passes import compat
 from hire_xform.passes.pointwise import known_number, literal_number
 from hire_xform.passes.region import Apply, Number, Region, Side, Up
 
-_KEEP = frozenset({prims.convert_element_type_p, prims.copy_p, prims.neg_p, prims.square_p})
-_CASTS = frozenset({prims.convert_element_type_p, prims.copy_p})
+_KEEP = frozenset({prims.convert_element_type_p, prims.copy_p, prims.neg_p, prims.square_p, compat.PVARY})
+_CASTS = frozenset({prims.convert_element_type_p, prims.copy_p, compat.PVARY})
 _ADDS = frozenset({prims.add_p, prims.add_jaxvals_p})
 
 

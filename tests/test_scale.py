@@ -62,6 +62,22 @@ def test_a_jitted_layer_called_24_times_stays_one_function():
     assert functions(text) <= functions(jax.jit(step).lower(*shapes).as_text()) + 30
 
 
+def test_a_plain_relu_model_is_planned_and_lowered_without_compiling_anything():
+    step, shapes = deep(3)
+    compiled = []
+
+    def heard(event, duration, **_):
+        compiled.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(heard)
+    jax.clear_caches()
+    hx.sparsify(step, config=narrow()).trace(*shapes).lower()
+    assert any("trace" in event for event in compiled)
+    assert not any("backend_compile" in event for event in compiled)
+    jax.jit(lambda x: x + 1)(jnp.zeros(3)).block_until_ready()
+    assert any("backend_compile" in event for event in compiled)
+
+
 def test_equations_grow_in_step_with_depth():
     counts = []
     for depth in (3, 6, 12):
