@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from hire_xform.lowering import da_top_k_p
 from hire_xform.passes import compat
 from hire_xform.passes.plan import Plan
 from hire_xform.passes.walk import label, numbered
@@ -160,7 +161,8 @@ def _bodies(eqn: Any) -> Iterator[tuple[str, str, Any]]:
     if eqn.primitive in compat.CALL_PRIMITIVES:
         yield "", "", compat.call_jaxpr(eqn)
         return
-    found = compat.sub_jaxprs(eqn)
+    # What da_top_k carries says how it is partitioned, and nothing that its parameters do not.
+    found = compat.sub_jaxprs(eqn) if eqn.primitive is not da_top_k_p else []
     for i, (parameter, body) in enumerate(found):
         if parameter.startswith("branches"):
             yield f"branch[{i}]", f"branch[{i}]/", body

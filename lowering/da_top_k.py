@@ -4,9 +4,15 @@
 
 With one shard this is ``jax.lax.top_k``, but for two things: a NaN counts as the largest value whatever its sign (what
 cannot be ranked must be computed), and no dtype falls onto the slow full sort that XLA's CPU backend runs for all but
-f32. With the last axis split over ``shards`` devices no score leaves its device.
+f32. With the last axis split over ``shards`` devices, or fewer, no score leaves its device: each picks from the blocks
+it holds, and its picks stay with it. Other axes may be sharded at will.
+
+The primitive carries the partitioned form as a jaxpr, ``call_jaxpr``: JAX looks for ``custom_partitioning`` in the
+parameters of an equation to know that a program must be lowered with its devices at hand. On one device, and inside a
+``shard_map`` that is manual in every axis, the plain form is lowered.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,8 +20,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.core import ShapedArray
-from jax.extend.core import Primitive
+from jax.experimental.custom_partitioning import ArrayMapping, CompoundFactor, SdyShardingRule, custom_partitioning
+from jax.extend.core import ClosedJaxpr, Primitive, jaxpr_as_fun
 from jax.interpreters import ad, batching, mlir
+from jax.sharding import AbstractMesh, NamedSharding, use_abstract_mesh
 
 __all__ = ["da_top_k", "da_top_k_p"]
 
@@ -41,8 +49,13 @@ def da_top_k(scores: jax.Array, k: int, shards: int = 1) -> tuple[jax.Array, jax
     scores = jnp.asarray(scores)
     # Here too, since an eager call runs the implementation without the abstract rule.
     _check(scores.shape, scores.dtype, k, shards)
-    values, indices = da_top_k_p.bind(scores, k=int(k), shards=int(shards))
+    values, indices = _bind(scores, int(k), int(shards))
     return values, indices
+
+
+def _bind(scores: Any, k: int, shards: int) -> list[Any]:
+    own_form = _partitioned(scores.shape, jnp.dtype(scores.dtype), k, shards)
+    return da_top_k_p.bind(scores, k=k, shards=shards, call_jaxpr=own_form)
 
 
 def _check(shape: tuple[int, ...], dtype: jax.typing.DTypeLike, k: int, shards: int) -> None:
@@ -57,11 +70,27 @@ def _check(shape: tuple[int, ...], dtype: jax.typing.DTypeLike, k: int, shards: 
         raise ValueError(f"da_top_k: shards={shards} does not divide the last axis; expected a divisor of {n}")
 
 
-def _abstract(scores: ShapedArray, *, k: int, shards: int) -> tuple[ShapedArray, ShapedArray]:
+def _abstract(scores: ShapedArray, *, k: int, shards: int, call_jaxpr: ClosedJaxpr) -> tuple[ShapedArray, ShapedArray]:
     _check(scores.shape, scores.dtype, k, shards)
+    devices = _devices_along(scores.sharding, len(scores.shape) - 1)
+    if shards % devices:
+        raise ValueError(
+            f"da_top_k: shards={shards}, but the last axis is sharded over {devices} devices, which have to hold whole "
+            f"blocks of it; expected a multiple of {devices}"
+        )
     shape = (*scores.shape[:-1], shards * -(-k // shards))
     # `update` keeps the operand's sharding: along the last axis each device's share stays with it.
     return scores.update(shape=shape), scores.update(shape=shape, dtype=jnp.dtype(jnp.int32), weak_type=False)
+
+
+def _devices_along(sharding: Any, axis: int) -> int:
+    """How many devices a type says an axis is split over; 1 where it says nothing, as under Auto axes."""
+    names = sharding.spec[axis] if axis < len(sharding.spec) else None
+    names = names if isinstance(names, tuple) else () if names is None else (names,)
+    size = 1
+    for name in names:
+        size *= sharding.mesh.shape[name]
+    return size
 
 
 def _portable(scores: jax.Array, *, k: int, shards: int) -> tuple[jax.Array, jax.Array]:
@@ -82,15 +111,74 @@ def _portable(scores: jax.Array, *, k: int, shards: int) -> tuple[jax.Array, jax
     return values.astype(scores.dtype).reshape(*lead, size), indices.reshape(*lead, size)
 
 
-def _batch(args: Sequence[jax.Array], dims: Sequence[Any], *, k: int, shards: int) -> tuple[Any, Any]:
+@functools.lru_cache(maxsize=1024)
+def _partitioned(shape: tuple[int, ...], dtype: jnp.dtype, k: int, shards: int) -> ClosedJaxpr:
+    """``_portable`` for these sizes with its partition rule, for Shardy."""
+    fun = custom_partitioning(lambda scores: _portable(scores, k=k, shards=shards))
+    sizes = {"shard": shards, "score": shape[-1] // shards, "pick": -(-k // shards)}
+    lead = tuple(f"batch{i}" for i in range(len(shape) - 1))
+    given, picked = (_factors(sizes, "shard", last) for last in ("score", "pick"))
+    alone = {names[0] for names in (given, picked) if len(names) == 1}  # their sizes are those of a dimension
+    fun.def_partition(
+        partition=functools.partial(_partition, k=k, shards=shards),
+        # The blocks are what is split; inside a block, and among its picks, nothing is.
+        sharding_rule=SdyShardingRule(
+            (ArrayMapping(*lead, _dimension(given)),),
+            (ArrayMapping(*lead, _dimension(picked)),) * 2,
+            need_replication_factors=tuple(name for name in ("score", "pick") if name in (*given, *picked)),
+            **{name: sizes[name] for name in {*given, *picked} - alone},  # type: ignore[arg-type]
+        ),
+        infer_sharding_from_operands=lambda mesh, arguments, result: (arguments[0].sharding,) * 2,
+    )
+    # Of no mesh: it is traced once for all, whatever mesh or manual axes it is used under.
+    with use_abstract_mesh(AbstractMesh((), ())):
+        return jax.make_jaxpr(fun)(jax.ShapeDtypeStruct(shape, dtype))
+
+
+def _factors(sizes: dict[str, int], *names: str) -> list[str]:
+    """The factors a dimension is made of: those of one element may not stand beside others."""
+    return [name for name in names if sizes[name] > 1] or [names[0]]
+
+
+def _dimension(factors: list[str]) -> Any:
+    return factors[0] if len(factors) == 1 else CompoundFactor(*factors)
+
+
+def _partition(mesh: Any, arguments: Sequence[Any], results: Any, *, k: int, shards: int) -> tuple[Any, ...]:
+    """What one device runs: the plain form on the blocks it holds, its indices moved to where they stand."""
+    (scores,) = arguments
+    rank = len(scores.shape)
+    spec = (*scores.sharding.spec, *([None] * rank))[:rank]
+    block, own = scores.shape[-1] // shards, -(-k // shards)
+
+    def local(scores: jax.Array) -> tuple[jax.Array, jax.Array]:
+        here = scores.shape[-1] // block
+        values, indices = _portable(scores, k=here * own, shards=here)
+        if spec[-1] is not None:
+            indices = indices + lax.axis_index(spec[-1]) * scores.shape[-1]
+        return values, indices
+
+    sharding = NamedSharding(mesh, scores.sharding.spec)
+    return mesh, local, (sharding, sharding), (sharding,)
+
+
+def _lower(ctx: Any, scores: Any, *, k: int, shards: int, call_jaxpr: ClosedJaxpr) -> Any:
+    # Inside a shard_map the jaxpr, which was traced outside of one, would lack the manual axes of its constants.
+    if getattr(ctx.module_context.axis_context, "manual_axes", ()):
+        return mlir.lower_fun(functools.partial(_portable, k=k, shards=shards), multiple_results=True)(ctx, scores)
+    return mlir.lower_fun(jaxpr_as_fun(call_jaxpr), multiple_results=True)(ctx, scores)
+
+
+def _batch(args: Sequence[jax.Array], dims: Sequence[Any], *, k: int, shards: int, call_jaxpr: Any) -> tuple[Any, Any]:
     (scores,), (dim,) = args, dims
-    out = da_top_k_p.bind(jnp.moveaxis(scores, dim, 0), k=k, shards=shards)
-    return out, (0, 0)
+    return _bind(jnp.moveaxis(scores, dim, 0), k, shards), (0, 0)
 
 
-def _jvp(primals: Sequence[jax.Array], tangents: Sequence[Any], *, k: int, shards: int) -> tuple[Any, Any]:
+def _jvp(
+    primals: Sequence[jax.Array], tangents: Sequence[Any], *, k: int, shards: int, call_jaxpr: ClosedJaxpr
+) -> tuple[Any, Any]:
     """As for a gather of the chosen scores; the choice itself is constant almost everywhere."""
-    values, indices = da_top_k_p.bind(*primals, k=k, shards=shards)
+    values, indices = _bind(primals[0], k, shards)
     zero_indices = ad.Zero(ShapedArray(indices.shape, jax.dtypes.float0))
     if isinstance(tangents[0], ad.Zero):
         return (values, indices), (ad.Zero(tangents[0].aval.update(shape=values.shape)), zero_indices)
@@ -98,10 +186,11 @@ def _jvp(primals: Sequence[jax.Array], tangents: Sequence[Any], *, k: int, shard
     return (values, indices), (moved, zero_indices)
 
 
+# Unused, it is dropped: it has no effects, which is the rule that JAX applies by itself.
 da_top_k_p = Primitive("da_top_k")
 da_top_k_p.multiple_results = True
-da_top_k_p.def_impl(jax.jit(_portable, static_argnames=("k", "shards")))
+da_top_k_p.def_impl(jax.jit(da_top_k_p.bind, static_argnames=("k", "shards", "call_jaxpr")))
 da_top_k_p.def_abstract_eval(_abstract)
 batching.primitive_batchers[da_top_k_p] = _batch
 ad.primitive_jvps[da_top_k_p] = _jvp
-mlir.register_lowering(da_top_k_p, mlir.lower_fun(_portable, multiple_results=True))
+mlir.register_lowering(da_top_k_p, _lower)

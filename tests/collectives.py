@@ -1,0 +1,64 @@
+"""The collectives of a compiled program, and the bytes each device puts into them."""
+
+import math
+import re
+from dataclasses import dataclass
+
+_OPS = ("all-reduce", "all-gather", "all-to-all", "collective-permute", "reduce-scatter", "collective-broadcast")
+_LINE = re.compile(rf"= (?P<type>\(.*?\)|\S+) (?P<op>{'|'.join(_OPS)})(?P<start>-start)?\((?P<rest>.*)")
+_ARRAY = re.compile(r"([a-z]+)(\d+)?[a-z0-9]*\[([\d,]*)\]")
+
+
+@dataclass(frozen=True)
+class Collective:
+    """One collective; ``sent`` is the bytes that each device contributes."""
+
+    op: str
+    sent: int
+
+
+def _sizes(text):
+    """Bytes of every array type in a text."""
+    found = []
+    for kind, bits, dims in _ARRAY.findall(text):
+        size = 1 if kind == "pred" else int(bits or 32) // 8
+        found.append(size * math.prod(int(d) for d in dims.split(",") if d))
+    return found
+
+
+def _group(rest):
+    """Devices in a group of a collective."""
+    if found := re.search(r"replica_groups=\[(\d+),(\d+)\]", rest):
+        return int(found[2])
+    if found := re.search(r"replica_groups=\{\{([\d,]*)\}", rest):
+        return len(found[1].split(","))
+    if found := re.search(r"replica_groups=mesh\[(.*?)\] *\{(.*?)\}", rest):
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", found[1]))
+        return math.prod(int(sizes[name]) for name in re.findall(r"'(\w+)'", found[2]))
+    raise AssertionError(f"no replica groups in {rest}")
+
+
+def collectives(compiled):
+    """The collectives of a compiled program, in order."""
+    found = []
+    for line in compiled.as_text().splitlines():
+        match = _LINE.search(line)
+        if match is None:
+            continue
+        sizes = _sizes(match["type"])
+        if match["start"]:
+            # The result of a start is its operands, its results, and some scalars of the machine's own.
+            sizes = sizes[: max(1, len(sizes) // 2)] if match["op"] != "all-reduce" else sizes
+            found.append(Collective(match["op"], sum(sizes)))
+        elif match["op"] == "all-gather":
+            found.append(Collective(match["op"], sum(sizes) // _group(match["rest"])))
+        elif match["op"] == "reduce-scatter":
+            found.append(Collective(match["op"], sum(sizes) * _group(match["rest"])))
+        else:
+            found.append(Collective(match["op"], sum(sizes)))
+    return found
+
+
+def largest_array(compiled):
+    """Bytes of the largest array in a compiled program: what any one device holds at most at once."""
+    return max(size for line in compiled.as_text().splitlines() for size in _sizes(line.split(" metadata=")[0]))

@@ -1,0 +1,44 @@
+"""Runs checks in a process of its own that has eight devices: JAX's CPU backend can be split only before it starts."""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+import traceback
+
+DEVICES = 8
+
+
+def outcomes(module):
+    """Runs every ``check_*`` function of a test module; what each raised, or ""."""
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={DEVICES}"
+    paths = [os.path.dirname(sys.modules[module].__file__), os.path.dirname(__file__)]
+    done = subprocess.run(
+        [sys.executable, "-c", f"import devices; devices.run_checks({module!r})"],
+        env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+        | {"PYTHONPATH": os.pathsep.join([*paths, os.environ.get("PYTHONPATH", "")])},
+        capture_output=True,
+        text=True,
+    )
+    last = done.stdout.strip().splitlines()
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(last[-1])
+
+
+def checks(module):
+    """Names of the checks of a module."""
+    return [name for name in vars(sys.modules[module]) if name.startswith("check_")]
+
+
+def run_checks(module):
+    """In the process of its own: prints what each check raised."""
+    loaded = importlib.import_module(module)
+    found = {}
+    for name in checks(module):
+        try:
+            getattr(loaded, name)()
+            found[name] = ""
+        except Exception:
+            found[name] = traceback.format_exc()
+    print(json.dumps(found))
