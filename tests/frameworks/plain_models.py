@@ -2,9 +2,12 @@
 
 from functools import partial
 
+import jax
 import jax.numpy as jnp
 import models
+import numpy as np
 from case import Case
+from jax.sharding import Mesh, PartitionSpec
 
 LABELS = {
     "unrolled": ("decoder", "layers unrolled"),
@@ -36,4 +39,29 @@ def build(model):
 CASES = [
     Case("plain JAX", *LABELS[model.name], partial(build, model), model.ffn, model.vocab, model.refusals)
     for model in models.MODELS
+]
+
+
+def build_mapped(model):
+    """The decode step as the body of a shard_map that cuts the tokens, over the devices there are of one axis."""
+    fun, arguments = build(model)
+    mesh = Mesh(np.array(jax.devices()[:1]), ("data",))
+    whole, cut = PartitionSpec(), PartitionSpec("data")
+    cache = {"k": PartitionSpec(None, "data"), "v": PartitionSpec(None, "data"), "pos": whole}
+    mapped = jax.shard_map(fun, mesh=mesh, in_specs=(whole, cache, cut, whole), out_specs=(cut, cache))
+    return mapped, arguments
+
+
+CASES += [
+    Case(
+        "plain JAX",
+        "decoder",
+        f"shard_map of {LABELS[m.name][1]}",
+        partial(build_mapped, m),
+        m.ffn,
+        m.vocab,
+        m.refusals,
+    )
+    for m in models.MODELS
+    if m.name in ("scanned", "indexed", "remat_unrolled")
 ]
