@@ -150,7 +150,7 @@ class Sparsified:
 
         Returns:
           What the call returns, and for each certified site's path an int32 count: 0 or 1, inside a loop up to its
-          iterations.
+          iterations, and in a shard_map the sum over its devices.
         """
         entry, leaves, packed = self._entry(args, kwargs)
         return entry.counted(*entry.operands(leaves, packed))

@@ -29,4 +29,4 @@ def _add(eqn: Any, given: Sequence[Any], totals: Totals) -> Totals:
     return {**totals, path: totals[path] + jnp.sum(given[0]).astype(jnp.int32)}
 
 
-_FALLBACKS = Marks(fallback_p, lambda eqn: {eqn.params["path"]: jax.ShapeDtypeStruct((), jnp.int32)}, _add)
+_FALLBACKS = Marks(fallback_p, lambda eqn: {eqn.params["path"]: jax.ShapeDtypeStruct((), jnp.int32)}, _add, True)

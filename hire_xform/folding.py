@@ -1,4 +1,4 @@
-"""Evaluates a program and adds up what is marked in it, through calls, loops and branches."""
+"""Evaluates a program and adds up what is marked in it, through calls, loops, branches and shard_maps."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import jaxpr_as_fun
 from jax.extend.core import primitives as prims
+from jax.sharding import PartitionSpec
 
 from hire_xform.passes import compat
 
@@ -26,11 +27,13 @@ class Marks:
       primitive: marks; its results are the last of its operands.
       shapes: for a mark, its totals' names with their shapes and dtypes.
       add: from a mark, its operands and the totals so far, the totals after it; it changes those of ``shapes`` only.
+      over_devices: True when totals of the devices of a ``shard_map`` add up.
     """
 
     primitive: Any
     shapes: Callable[[Any], dict[Any, jax.ShapeDtypeStruct]]
     add: Callable[[Any, Sequence[Any], Totals], Totals]
+    over_devices: bool = False
 
 
 def fold(jaxpr: Any, operands: Sequence[Any], marks: Marks) -> tuple[list[Any], Totals]:
@@ -53,6 +56,8 @@ class _Fold:
     def __init__(self, marks: Marks):
         self._marks = marks
         self._loops = {prims.scan_p: self._scan, prims.while_p: self._while, prims.cond_p: self._cond}
+        if marks.over_devices:
+            self._loops[compat.SHARD_MAP] = self._shard_map
 
     def evaluate(self, jaxpr: Any, operands: Sequence[Any]) -> tuple[list[Any], Totals]:
         """The results, and the totals from zero."""
@@ -95,7 +100,7 @@ class _Fold:
                 results, own = self._loops[eqn.primitive](eqn, given, own)
                 totals = {**totals, **own}
             else:
-                raise NotImplementedError(f"sites inside {eqn.primitive} can't be counted; expected jax.lax loops")
+                raise NotImplementedError(f"sites inside {eqn.primitive} can't be measured; expected jax.lax loops")
             env.update(zip(eqn.outvars, results, strict=True))
         return [read(a) for a in inner.outvars], totals
 
@@ -125,6 +130,27 @@ class _Fold:
             return self._run(loop.body_jaxpr, [*consts, *state[0]], state[1])
 
         return lax.while_loop(going, body, (given[loop.cond_nconsts + loop.body_nconsts :], totals))
+
+    def _shard_map(self, eqn: Any, given: list[Any], totals: Totals) -> tuple[list[Any], Totals]:
+        mapped = compat.shard_map_parts(eqn)
+        axes = tuple(mapped.axis_names)
+
+        def body(operands: list[Any]) -> tuple[list[Any], Totals]:
+            zeros = {name: compat.vary(jnp.zeros(t.shape, t.dtype), axes) for name, t in totals.items()}
+            outs, own = self._run(mapped.jaxpr, operands, zeros)
+            return outs, {name: lax.psum(t, axes) for name, t in own.items()}
+
+        whole = dict.fromkeys(totals, PartitionSpec())
+        run = jax.shard_map(
+            body,
+            mesh=mapped.mesh,
+            in_specs=(list(mapped.in_specs),),
+            out_specs=(list(mapped.out_specs), whole),
+            axis_names=mapped.axis_names,
+            check_vma=mapped.check_vma,
+        )
+        outs, own = run(given)
+        return outs, {name: totals[name] + own[name] for name in totals}
 
     def _cond(self, eqn: Any, given: list[Any], totals: Totals) -> tuple[list[Any], Totals]:
         def run(branch: Any) -> Any:

@@ -236,6 +236,28 @@ def test_a_shard_map_inside_the_function_on_eight_devices():
     run_with_eight_devices("check_all_inside()")
 
 
+def check_certified(devices):
+    """Tokens are the dense ones, and every device's fallback is counted: of equal logits no one is proved the best."""
+    w, x = cut_weights(), state()
+    config = hx.Config(ffn=None, vocab=hx.Vocab(candidates=4, certify=True), rules=(hx.Rule("*", force=True),))
+    fun = forms(two_axes(devices))["most likely"]
+    step = hx.sparsify(fun, config=config)
+    for weights in (w, {**w, "head": jnp.zeros_like(w["head"])}):
+        packed = step.trace(weights, x).pack(weights)
+        tokens, fallbacks = step.with_fallbacks(packed, x)
+        np.testing.assert_array_equal(tokens, jax.jit(fun)(weights, x))
+    assert list(fallbacks.values()) == [devices]
+
+
+def test_a_certified_head_in_a_shard_map_on_one_device():
+    check_certified(1)
+
+
+@pytest.mark.slow
+def test_a_certified_head_in_a_shard_map_on_eight_devices():
+    run_with_eight_devices("check_certified(8)")
+
+
 COLLECTIVE = r"= (\S+) (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)\("
 
 
