@@ -9,7 +9,14 @@ from hire_xform.lowering.certified import certified_logits
 from hire_xform.lowering.certified_ffn import CertifiedBlock, CertifiedOperands, certified_ffn, largest_norm
 from hire_xform.lowering.da_top_k import da_top_k, da_top_k_p
 from hire_xform.lowering.fallback import fallback_p, mark_fallback
-from hire_xform.lowering.own_sparsity import among_largest, kth_largest, moments, moments_bytes, pack_moments
+from hire_xform.lowering.own_sparsity import (
+    among_largest,
+    kth_largest,
+    moments,
+    moments_bytes,
+    over_groups,
+    pack_moments,
+)
 from hire_xform.lowering.predictors import (
     LowRank,
     Packed,
@@ -56,6 +63,7 @@ __all__ = [
     "mark_fallback",
     "moments",
     "moments_bytes",
+    "over_groups",
     "pack_bounds",
     "pack_moments",
     "pack_predictor",

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-__all__ = ["Moments", "among_largest", "kth_largest", "moments", "moments_bytes", "pack_moments"]
+__all__ = ["Moments", "among_largest", "kth_largest", "moments", "moments_bytes", "over_groups", "pack_moments"]
 
 # {"mean": f32 [d], "gram": f32 [d, d]}, stack axes in front.
 Moments = dict[str, jax.Array]
@@ -49,6 +49,23 @@ def among_largest(values: jax.Array, k: int) -> jax.Array:
         .at[jnp.arange(tokens)[:, None], index]
         .set(True, unique_indices=True, mode="promise_in_bounds")
     )
+
+
+def over_groups(values: jax.Array, size: int, largest: bool) -> jax.Array:
+    """The sum, or the largest, of each group of ``size`` neighbouring values, at the place of every value of it.
+
+    Args:
+      values: ``[T, K]``, ``K`` a multiple of ``size``.
+      size: values in a group.
+      largest: the largest of a group instead of its sum.
+
+    Returns:
+      ``[T, K]``.
+    """
+    tokens, count = values.shape
+    groups = values.reshape(tokens, count // size, size)
+    made = groups.max(axis=-1) if largest else groups.sum(axis=-1)
+    return jnp.repeat(made, size, axis=-1)
 
 
 def pack_moments(rows: jax.Array) -> Moments:

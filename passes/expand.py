@@ -19,14 +19,13 @@ from hire_xform.passes.layout import (
     UnsupportedLayoutError,
     moves_only,
     operand_layout,
-    row_major,
     spaces,
     whole,
 )
 from hire_xform.passes.pointwise import HINTS, is_pointwise, known_number, leaves_zeros, literal_number
 from hire_xform.passes.probe import Probe, own_sparsity
 from hire_xform.passes.products import Product
-from hire_xform.passes.region import Apply, Kept, Kth, Number, Place, Region, Side, Total, Up
+from hire_xform.passes.region import Apply, Grouped, Kept, Kth, Number, Place, Region, Side, Total, Up
 from hire_xform.passes.sums import NoPolynomialError, product_summed
 from hire_xform.passes.top_k import Placed, TopK, placed, smallest_of, sorted_rank, top_k_of
 from hire_xform.passes.walk import Node, Operand, Value
@@ -38,6 +37,7 @@ MAX_TO_STATISTIC = 48
 
 _MIXING = frozenset({prims.top_k_p, prims.approx_top_k_p, prims.sort_p, prims.reduce_sum_p})
 _PLACING = frozenset({prims.scatter_p, prims.scatter_add_p, prims.reduce_max_p, prims.reduce_or_p, *_MIXING})
+_GROUPING = frozenset({prims.reduce_sum_p, prims.reduce_max_p})
 
 
 def trace_region(down: Product, layout: Layout, products: dict[Node, Product], probe: Probe) -> Region | None:
@@ -131,7 +131,7 @@ class _Builder:
     @property
     def mixes(self) -> bool:
         """True when the region holds more than pointwise equations."""
-        return any(isinstance(e, (Kth, Kept, Total)) for e in self.region.exprs)
+        return any(isinstance(e, (Grouped, Kth, Kept, Total)) for e in self.region.exprs)
 
     def add(
         self, expr: Any, depends: bool, zero: bool = False, number: float | None = None, varies: bool | None = None
@@ -230,7 +230,7 @@ class _Builder:
                 continue
             operands = [o for o in node.inputs if isinstance(o, Value) and o.shape]
             if node.primitive in _MIXING:
-                if any(self.region.units in o.shape for o in operands):
+                if any(n > 1 and self.region.units % n == 0 for o in operands for n in o.shape):
                     return True
             elif moves_only(node) or is_pointwise(node) or node.primitive is prims.reduce_min_p:
                 queue += [o for o in operands if o not in seen]
@@ -245,7 +245,8 @@ class _Builder:
                 raise _NotFollowedError
             dim = layout[top.axis]
             if any(a.space == "k" for a in dim.atoms):
-                return self.taken(node, value, self.expand(top.operand, self.spread(layout, top.axis)))
+                operand = top.operand
+                return self.taken(node, value, self.expand(operand, self.spread(layout, top.axis, operand)))
             return self.kth(node, value, layout, top.operand, top.axis, dim.start + 1) if not dim.atoms else None
         if node.primitive is prims.sort_p:
             axis = node.params["dimension"]
@@ -254,7 +255,7 @@ class _Builder:
                 raise _NotFollowedError
             return self.kth(node, value, layout, operand, axis, rank)
         smallest = smallest_of(node)
-        if smallest is not None and smallest.operand.shape[smallest.axis] == self.region.units:
+        if smallest is not None and self.group_of(smallest.operand, smallest.axis):
             self.include(smallest.node, smallest.node.outputs[0])
             full = (*layout[: smallest.axis], Dim((), 1), *layout[smallest.axis :])
             return self.kth(node, value, full, smallest.operand, smallest.axis, smallest.k)
@@ -263,25 +264,53 @@ class _Builder:
             return self.place(found, value, layout)
         if node.primitive is prims.reduce_sum_p and "h" not in spaces(layout):
             return self.total(node, value, layout)
+        if node.primitive in _GROUPING and "h" in spaces(layout):
+            return self.grouped(node, value, layout)
         return None
 
-    def spread(self, layout: Layout, axis: int) -> Layout:
-        """The layout with all units, in order, along one axis."""
-        units = self.region.units
-        return (*layout[:axis], whole(row_major("h", [units]), units), *layout[axis + 1 :])
+    def group_of(self, operand: Value, axis: int) -> int:
+        """How many neighbouring units an entry along an axis may stand for; zero when it can't be."""
+        size = operand.shape[axis]
+        return self.region.units // size if size > 1 and self.region.units % size == 0 else 0
+
+    def spread(self, layout: Layout, axis: int, operand: Value) -> Layout:
+        """The layout with all units, or all groups of neighbouring units, in order, along one axis."""
+        size = operand.shape[axis]
+        return (*layout[:axis], whole([Atom("h", self.group_of(operand, axis), size)], size), *layout[axis + 1 :])
 
     def kth(self, node: Node, value: Value, layout: Layout, operand: Value, axis: int, rank: int) -> int:
-        if operand.shape[axis] != self.region.units:
+        group = self.group_of(operand, axis)
+        if not group:
             return self.side(value, layout)
-        found = self.expand(operand, self.spread(layout, axis))
+        found = self.expand(operand, self.spread(layout, axis, operand))
         if not self.depends[found]:
             raise _NotFollowedError
         self.include(node, value)
-        return self.add(Kth(found, rank), True, varies=False)
+        # Each value of a group stands at all its units.
+        return self.add(Kth(found, rank * group), True, varies=False)
+
+    def grouped(self, node: Node, value: Value, layout: Layout) -> int | None:
+        """The sum or the largest over groups of neighbouring units; None when an equation is no such thing."""
+        axes, operand = tuple(node.params["axes"]), node.inputs[0]
+        if len(axes) != 1 or not isinstance(operand, Value):
+            return None
+        size = operand.shape[axes[0]]
+        if (
+            _units(layout) * size != self.region.units
+            or min(a.stride for d in layout for a in d.atoms if a.space == "h") != size
+        ):
+            return None
+        members = whole([Atom("h", 1, size)], size)
+        found = self.expand(operand, (*layout[: axes[0]], members, *layout[axes[0] :]))
+        if not self.depends[found]:
+            return None
+        self.include(node, value)
+        return self.add(Grouped(found, size, node.primitive is prims.reduce_max_p), True)
 
     def place(self, found: Placed, value: Value, layout: Layout) -> int:
         top: TopK = found.top
-        if layout != self.spread(layout, top.axis):
+        group = self.group_of(top.operand, top.axis)
+        if not group or layout != self.spread(layout, top.axis, top.operand):
             raise _NotFollowedError
         operand = self.expand(top.operand, layout)
         if not self.depends[operand]:
@@ -292,7 +321,7 @@ class _Builder:
             update = self.expand(found.update, (*layout[: top.axis], kept, *layout[top.axis + 1 :]))
         for node in found.nodes:
             self.include(node, *node.outputs)
-        mask = self.add(Kept(operand, top.k), True)
+        mask = self.add(Kept(operand, top.k * group), True)
         return self.add(Place(mask, update, found.number, value.aval.dtype), True, True)
 
     def total(self, node: Node, value: Value, layout: Layout) -> int | None:
@@ -300,7 +329,9 @@ class _Builder:
         if len(axes) != 1 or not isinstance(operand, Value) or operand.shape[axes[0]] != self.region.units:
             return None
         mark = len(self.region.exprs)
-        inside = self.expand(operand, self.spread((*layout[: axes[0]], Dim((), 1), *layout[axes[0] :]), axes[0]))
+        inside = self.expand(
+            operand, self.spread((*layout[: axes[0]], Dim((), 1), *layout[axes[0] :]), axes[0], operand)
+        )
         if not self.depends[inside]:
             self.forget(mark)
             return self.side(value, layout)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -257,11 +258,19 @@ def _decide(
                 f"its activation ({activation}) does not leave exact zeros, so units left out would change the result; "
                 'allow it with activations="any"'
             )
+        own = match.region.own
+        if own is not None and own.group > 1 and settings.group_size == 1:
+            # The model keeps whole groups; so do we.
+            settings = dataclasses.replace(settings, group_size=own.group)
+        if own is not None and settings.group_size % own.group:
+            return (
+                f"group_size={settings.group_size} is no multiple of the {own.group} units that the model itself keeps "
+                "or leaves out together"
+            )
         if units % settings.group_size:
             return f"group_size={settings.group_size} does not divide its {units} hidden units"
         computed_each = settings.group_size
         groups = units // settings.group_size
-        own = match.region.own
         count = max(1, math.ceil(settings.active_of(own.share if own is not None else None) * groups - 1e-9))
     if tokens > settings.max_tokens:
         return f"{tokens} tokens in one call, more than max_tokens={settings.max_tokens}; a prefill runs dense"

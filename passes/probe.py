@@ -22,6 +22,7 @@ from hire_xform.passes.known import known_scalar
 from hire_xform.passes.pointwise import COMPARES, known_number
 from hire_xform.passes.region import (
     Apply,
+    Grouped,
     Kept,
     Kth,
     Number,
@@ -37,7 +38,7 @@ from hire_xform.passes.region import (
 from hire_xform.passes.zeros import gate_of
 
 # Values of a unit that are tried: none is zero, and the spread is that of normally distributed units.
-_LIMIT, _COUNT = 6.0, 1200
+_LIMIT, _COUNT = 6.0, 1280
 # The model's own k on them.
 _KEPT = _COUNT // 4
 # A region leaves zeros when this share of the values gives one.
@@ -95,7 +96,9 @@ def own_sparsity(region: Region, probe: Probe) -> OwnSparsity | None:
         z = float(least) - _LIMIT / _COUNT
         return OwnSparsity(score, 1.0 - NormalDist().cdf(z), f"units above mean + {z:.2f} deviations", (score,))
     ranks = [e.rank if isinstance(e, Kth) else e.k for e in region.exprs if isinstance(e, (Kth, Kept))]
-    return OwnSparsity(score, max(ranks) / region.units, f"top {max(ranks):,}", ())
+    group = max((e.size for e in region.exprs if isinstance(e, Grouped)), default=1)
+    what = "" if group == 1 else f" groups of {group}"
+    return OwnSparsity(score, max(ranks) / region.units, f"top {max(ranks) // group:,}{what}", (), group)
 
 
 def _is_normalised(region: Region) -> bool:
@@ -105,7 +108,8 @@ def _is_normalised(region: Region) -> bool:
     for varies, e in zip(region.varies, region.exprs, strict=True):
         if not isinstance(e, Apply):
             common.append(isinstance(e, (Kth, Total)))
-            scaled.append(isinstance(e, Place) and e.update is not None and scaled[e.update])
+            made_of = e.update if isinstance(e, Place) else e.operand if isinstance(e, Grouped) else None
+            scaled.append(made_of is not None and scaled[made_of])
             continue
         common.append(not varies and any(common[o] for o in e.operands))
         here = varies and e.node.primitive in _SCALES and any(common[o] for o in e.operands)

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import primitives as prims
 
+from hire_xform.lowering import over_groups
 from hire_xform.passes import compat
 from hire_xform.passes.layout import Layout
 from hire_xform.passes.pointwise import known_number, literal_number
@@ -56,6 +57,18 @@ class Apply:
 
 
 @dataclass(frozen=True)
+class Grouped:
+    """The sum (or the largest) of an expression over a group of ``size`` neighbouring units: the same for all of them.
+
+    It is exact on chosen units as on all, as long as whole groups are chosen.
+    """
+
+    operand: int
+    size: int
+    largest: bool
+
+
+@dataclass(frozen=True)
 class Kth:
     """The ``rank``-th largest of an expression over the units of a token: the same for all of them."""
 
@@ -89,7 +102,7 @@ class Total:
     dtype: Any
 
 
-Expr = Up | Side | Number | Apply | Kth | Kept | Place | Total
+Expr = Up | Side | Number | Apply | Grouped | Kth | Kept | Place | Total
 
 
 @dataclass(frozen=True)
@@ -101,12 +114,14 @@ class OwnSparsity:
       share: the share of the units that are kept; of a threshold, for normally distributed units; None if not known.
       name: for reports: "top 512" or "units above mean + 1.64 deviations".
       totalled: numbers of the expressions (products) whose mean and variance are read.
+      group: neighbouring units that the model keeps or leaves out together.
     """
 
     score: int
     share: float | None
     name: str
     totalled: tuple[int, ...]
+    group: int = 1
 
 
 @dataclass(eq=False, repr=False)
@@ -164,7 +179,7 @@ class Region:
                 found.append((str(number.dtype), number.tobytes()))
             elif isinstance(e, Apply):
                 found.append((e.node.primitive, _hashable(e.node.params), e.operands, _is_relu(e, self)))
-            elif isinstance(e, (Kth, Kept, Place, Total)):
+            elif isinstance(e, (Grouped, Kth, Kept, Place, Total)):
                 found.append((type(e), e))
             else:
                 found.append(type(e))
@@ -215,7 +230,7 @@ def needed(exprs: Sequence[Expr], root: int) -> set[int]:
             queue += expr.operands
         elif isinstance(expr, Place):
             queue += [expr.kept] if expr.update is None else [expr.kept, expr.update]
-        elif isinstance(expr, (Kth, Kept, Total)):
+        elif isinstance(expr, (Grouped, Kth, Kept, Total)):
             queue.append(expr.operand)
     return found
 
@@ -261,6 +276,8 @@ def replay(
             values.append(jnp.broadcast_to(side, shape) if jnp.ndim(side) else side)
         elif isinstance(expr, Number):
             values.append(expr.operand.val)
+        elif isinstance(expr, Grouped):
+            values.append(over_groups(values[expr.operand], expr.size, expr.largest))
         elif isinstance(expr, Kth):
             values.append(jnp.broadcast_to(statistics.kth(values[expr.operand], expr.rank), shape))
         elif isinstance(expr, Kept):

@@ -263,7 +263,6 @@ TWINS = {
     "largest_left_out": lambda u: jnp.where(u >= lax.top_k(u, K)[0][..., -1:], 0, u),
     "moved": lambda u: jnp.zeros_like(u).at[rows(u), lax.top_k(u, K)[1][:, ::-1]].set(lax.top_k(u, K)[0]),
     "along_tokens": lambda u: jnp.where(u >= lax.top_k(u.T, 2)[0][..., -1:].T, u, 0),
-    "in_groups": lambda u: jnp.repeat(TOP_K["threshold"](u.reshape(-1, M // 4, 4).max(-1)), 4, axis=-1) * u,
     "onto_ones": lambda u: jnp.ones_like(u).at[rows(u), lax.top_k(u, K)[1]].set(lax.top_k(u, K)[0]),
     "biased_mean": lambda u: mean_and_std(u + jnp.arange(M) * 0.01),
     "median": lambda u: jax.nn.relu(u - jnp.median(u, -1, keepdims=True)),
