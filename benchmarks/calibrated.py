@@ -1,6 +1,6 @@
 """What calibration gives on the bundled model: loss, agreement and bytes, beside dense and the default sizes.
 
-    python benchmarks/calibrated.py              # two minutes on two cores
+    python benchmarks/calibrated.py              # ten minutes on two cores
 
 Calibrates on windows of the held-out text and measures on others: every position is decoded with the tokens before it.
 """
@@ -41,24 +41,38 @@ def sizes_table(params, fitting, unseen, recall: float) -> Table:
     """Dense, default sizes and calibrated sizes."""
     length = len(unseen[0])
     cache = lm.init_cache(lm.config_of(params), batch=1, length=length)
-    calibration = hx.calibrate(lm.forward, [(params, w[None]) for w in fitting], recall=recall)
+    batches = [(params, w[None]) for w in fitting]
+    rows = {
+        "default sizes": None,
+        f"recall {recall}, Quantized(8)": hx.calibrate(
+            lm.forward, batches, recall=recall, predictors=[hx.Quantized(8)]
+        ),
+        f"recall {recall}": hx.calibrate(lm.forward, batches, recall=recall),
+    }
     table = Table(title=f"{len(unseen) * (length - 1):,} held-out positions; calibrated on {fitting.size:,} others")
     for name in ("", "loss", "added", "same arg max", "MB of head and blocks", "exact units and rows"):
         table.add_column(name, justify="left" if not name else "right")
     dense = [jax.jit(score)(params, cache, w) for w in unseen]
     base = float(np.mean([loss for loss, _ in dense]))
     plan = None
-    for name, given in (("default sizes", None), (f"calibrated, recall {recall}", calibration)):
+    for name, given in rows.items():
         step = hx.sparsify(score, config=hx.Config(rules=FORCE), calibration=given)
         plan = step.trace(params, cache, unseen[0]).plan
         found = [step(params, cache, w) for w in unseen]
         loss = float(np.mean([one for one, _ in found]))
         same = np.mean([np.asarray(a[1] == b[1]).mean() for a, b in zip(found, dense, strict=True)])
         read = plan.sparse_bytes / (length - 1) / 1e6
-        exact = ", ".join(str(s.computed) for s in plan.sites)
+        exact = ", ".join(f"{s.computed} {_short(s.settings.predictor)}" for s in plan.sites)
         table.add_row(name, f"{loss:.5f}", f"{loss - base:+.5f}", f"{same:.2%}", f"{read:.2f}", exact)
     table.add_row("dense", f"{base:.5f}", "", "", f"{plan.dense_bytes / (length - 1) / 1e6:.2f}", "")
     return table
+
+
+def _short(predictor) -> str:
+    """A predictor in a few letters."""
+    if isinstance(predictor, hx.Quantized):
+        return f"q{predictor.bits}"
+    return f"{'lr' if isinstance(predictor, hx.LowRank) else 'p'}{predictor.rank:g}"
 
 
 def rank_table(params, fitting, unseen) -> Table:

@@ -96,7 +96,7 @@ def check_function(owner: str, fun: Any, config: Any, jit_options: dict[str, Any
 class Sparsified:
     """A sparsified function. Call it like the original; ``trace`` shows what is done to it."""
 
-    traced_class: type[Traced] = Traced
+    traced_class: Callable[..., Traced] = Traced
 
     def __init__(
         self,

@@ -11,14 +11,16 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from hire_xform.calibration import Calibration, SiteCalibration
+from hire_xform.calibration import Calibration
 from hire_xform.lowering import LowRank, PredictorSpec, Projected, Quantized
+from hire_xform.site_calibration import Curve, SiteCalibration
 
-FORMAT, VERSION = "hire_xform.calibration", 1
+FORMAT, VERSION = "hire_xform.calibration", 2
 _SPECS: dict[str, Any] = {spec.__name__: spec for spec in (Quantized, LowRank, Projected)}
-_TEXTS = ("kind", "path", "width", "units", "group_size", "criterion", "recall")
+_TEXTS = ("kind", "path", "width", "units", "group_size", "criterion", "row_bytes", "target", "recall")
 _LISTS = ("weights", "stack", "input_numbers")
-_ARRAYS = ("tokens", "wanted", "fired", "energy", "wanted_energy")
+_ARRAYS = ("tokens", "fired", "energy", "sizes")
+_CURVES = ("wanted", "wanted_energy", "kl")
 
 
 def write(calibration: Calibration, path: str | os.PathLike[str]) -> None:
@@ -28,13 +30,16 @@ def write(calibration: Calibration, path: str | os.PathLike[str]) -> None:
     sites = []
     for number, site in enumerate(calibration.sites.values()):
         entry: dict[str, Any] = {name: getattr(site, name) for name in (*_TEXTS, *_LISTS)}
-        entry["predictor"] = {"type": type(site.predictor).__name__, **vars(site.predictor)}
+        entry["predictor"] = _told(site.predictor)
         entry["covariances"] = len(site.covariances)
+        entry["curves"] = [{**_told(p), "predictor_bytes": c.predictor_bytes} for p, c in site.curves.items()]
         sites.append(entry)
         named = {name: getattr(site, name) for name in _ARRAYS}
         named.update({f"covariance{i}": c for i, c in enumerate(site.covariances)})
+        for i, curve in enumerate(site.curves.values()):
+            named.update({f"{name}{i}": getattr(curve, name) for name in _CURVES})
         arrays.update({f"{number}/{name}": np.asarray(a, order="C") for name, a in named.items() if a is not None})
-    told = {"recall": calibration.recall, "batches": calibration.batches, "sites": sites}
+    told = {"target": calibration.target, "batches": calibration.batches, "sites": sites}
     header = {"format": FORMAT, "version": str(VERSION), "calibration": json.dumps(told)}
     partial = path.with_name(path.name + ".partial")
     partial.write_bytes(save(arrays, metadata=header))
@@ -67,7 +72,7 @@ def read(path: str | os.PathLike[str]) -> Calibration:
     try:
         told = json.loads(header["calibration"])
         sites = [_site(number, entry, arrays) for number, entry in enumerate(told["sites"])]
-        return Calibration({site.path: site for site in sites}, float(told["recall"]), int(told["batches"]))
+        return Calibration({site.path: site for site in sites}, str(told["target"]), int(told["batches"]))
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"Calibration.load: {path} is damaged: {error}") from None
 
@@ -75,20 +80,45 @@ def read(path: str | os.PathLike[str]) -> Calibration:
 def _site(number: int, entry: dict[str, Any], arrays: dict[str, np.ndarray]) -> SiteCalibration:
     stack, units, width = tuple(entry["stack"]), entry["units"], entry["width"]
     made: dict[str, Any] = {name: entry[name] for name in _TEXTS} | {name: tuple(entry[name]) for name in _LISTS}
-    found: dict[str, Any] = {name: arrays.get(f"{number}/{name}") for name in _ARRAYS}
-    shapes = {"tokens": stack, "wanted": (*stack, units // entry["group_size"])}
-    if entry["kind"] == "ffn":
-        shapes |= {"fired": (*stack, units), "energy": (*stack, units), "wanted_energy": shapes["wanted"]}
-    for name, shape in shapes.items():
-        got = None if found[name] is None else found[name].shape
-        if got != shape:
+    block, ranked = entry["kind"] == "ffn", (*stack, units // entry["group_size"])
+
+    def array(name: str, shape: tuple[int, ...] | None) -> Any:
+        """One array, checked; None is that it should not be there, and -1 any length."""
+        found = arrays.get(f"{number}/{name}")
+        got = None if found is None else found.shape
+        if got != shape and not (got and shape and shape[-1] == -1 and got[:-1] == shape[:-1]):
             raise ValueError(f"{name} of {entry['path']} has shape {got}; expected {shape}")
-    covariances = tuple(arrays[f"{number}/covariance{i}"] for i in range(entry["covariances"]))
-    if covariances[0].shape != (*stack, width, width):
-        raise ValueError(f"covariance of {entry['path']} has shape {covariances[0].shape}")
-    return SiteCalibration(**made, **found, predictor=_spec(entry["predictor"]), covariances=covariances)
+        return found
+
+    of_units = (*stack, units) if block else None
+    found = {
+        "tokens": array("tokens", stack),
+        "sizes": array("sizes", stack),
+        "fired": array("fired", of_units),
+        "energy": array("energy", of_units),
+        "covariances": tuple(arrays[f"{number}/covariance{i}"] for i in range(entry["covariances"])),
+    }
+    curves = {
+        _spec(told): Curve(
+            wanted=array(f"wanted{i}", ranked),
+            wanted_energy=array(f"wanted_energy{i}", ranked if block else None),
+            kl=array(f"kl{i}", None if block else (*stack, -1)),
+            predictor_bytes=told["predictor_bytes"],
+        )
+        for i, told in enumerate(entry["curves"])
+    }
+    if found["covariances"][0].shape != (*stack, width, width):
+        raise ValueError(f"covariance of {entry['path']} has shape {found['covariances'][0].shape}")
+    predictor = _spec(entry["predictor"])
+    if predictor not in curves:
+        raise ValueError(f"predictor of {entry['path']} has no curve")
+    return SiteCalibration(**made, **found, predictor=predictor, curves=curves)
+
+
+def _told(spec: PredictorSpec) -> dict[str, Any]:
+    return {"type": type(spec).__name__, **vars(spec)}
 
 
 def _spec(entry: dict[str, Any]) -> PredictorSpec:
-    fields = dict(entry)
-    return _SPECS[fields.pop("type")](**fields)
+    fields = {name: value for name, value in entry.items() if name not in ("type", "predictor_bytes")}
+    return _SPECS[entry["type"]](**fields)

@@ -44,9 +44,9 @@ def explain(plan: Plan) -> str:
 def describe(settings: Vocab | Ffn) -> str:
     """Settings in a few words."""
     if isinstance(settings, Vocab):
-        return f"{settings.predictor}, fill={settings.fill!r}"
+        return f"{settings.spec}, fill={settings.fill!r}"
     group = f", groups of {settings.group_size}" if settings.group_size > 1 else ""
-    return f"{settings.predictor}{group}"
+    return f"{settings.spec}{group}"
 
 
 def _site_key(site: Site) -> tuple:

@@ -20,6 +20,7 @@ from hire_xform.in_place import changed_weights, warn_if_lost, weight_leaves
 from hire_xform.packing import pack_keys
 from hire_xform.passes import compat
 from hire_xform.passes.detect import Detection, detect
+from hire_xform.passes.measured import Measure
 from hire_xform.passes.pack import Holding, Packed, PackLayout, decide_holding, pack_shapes, unpack_rows
 from hire_xform.passes.plan import Need, PackKey, Plan, make_plan
 from hire_xform.passes.provenance import Provenance, Root
@@ -88,9 +89,12 @@ class Traced:
             self._provenance = Provenance(self._graph, call.roots)
             self._detection: Detection = detect(self._graph, self._provenance)
             measured = [calibration.measure(self._detection.matches, self._name_of)] if calibration else []
-            plan = make_plan(self._detection, config.choose, platform, self._name_of, *measured)
+            plan = self._plan(config, platform, *measured)
             unmatched = config.unmatched(self.rule_paths)
             self.plan: Plan = replace(plan, unmatched_rules=tuple(rule.path_glob for rule in unmatched))
+
+    def _plan(self, config: Config, platform: str, *measured: Measure) -> Plan:
+        return make_plan(self._detection, config.choose, platform, self._name_of, *measured)
 
     @property
     def rule_paths(self) -> list[str]:

@@ -31,10 +31,11 @@ from hire_xform.lowering.predictors import (
 from hire_xform.lowering.record import record, record_p
 from hire_xform.lowering.rows import combine_rows, select_rows_dot
 from hire_xform.lowering.selection import Selection, choose, select
-from hire_xform.lowering.statistics import covariance, ffn_statistics, vocab_statistics
+from hire_xform.lowering.statistics import KL_SIZES, covariance, unit_ranks, unit_totals, vocab_ranks
 from hire_xform.lowering.subgraph import UpProduct, ffn, ffn_bytes, group_scores, vocab_bytes, vocab_logits
 
 __all__ = [
+    "KL_SIZES",
     "CertifiedBlock",
     "CertifiedOperands",
     "LowRank",
@@ -56,7 +57,6 @@ __all__ = [
     "fallback_p",
     "ffn",
     "ffn_bytes",
-    "ffn_statistics",
     "group_scores",
     "kth_largest",
     "largest_norm",
@@ -74,7 +74,9 @@ __all__ = [
     "record_p",
     "select",
     "select_rows_dot",
+    "unit_ranks",
+    "unit_totals",
     "vocab_bytes",
     "vocab_logits",
-    "vocab_statistics",
+    "vocab_ranks",
 ]

@@ -1,7 +1,7 @@
-"""What is measured of a site's tokens: their inputs, which units fire, and where the predictor ranks what is wanted.
+"""What is measured of a site's tokens: their inputs, which units fire, and where a predictor ranks what is wanted.
 
 Everything is a sum over tokens, so that totals of batches are totals of all. A *position* is a place in the order in
-which the predictor's scores have rows (or groups of units) chosen: with the totals by position in hand, the recall of
+which a predictor's scores have rows (or groups of units) chosen: with the totals by position in hand, the recall of
 ``k`` candidates is the share of the first ``k`` positions, for every ``k`` at once.
 """
 
@@ -9,7 +9,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-__all__ = ["covariance", "ffn_statistics", "vocab_statistics"]
+__all__ = ["KL_SIZES", "covariance", "unit_ranks", "unit_totals", "vocab_ranks"]
+
+# Candidates up to which the KL divergence of a vocabulary projection is measured.
+KL_SIZES = 1024
 
 
 def covariance(x: jax.Array) -> jax.Array:
@@ -18,31 +21,74 @@ def covariance(x: jax.Array) -> jax.Array:
     return lax.dot_general(x, x, (((0,), (0,)), ((), ())), precision=lax.Precision.HIGHEST)
 
 
-def vocab_statistics(logits: jax.Array, scores: jax.Array) -> dict[str, jax.Array]:
-    """Totals of a vocabulary projection.
+def vocab_ranks(logits: jax.Array, scores: jax.Array) -> dict[str, jax.Array]:
+    """Totals of a vocabulary projection and a predictor.
+
+    With candidates C, logits z, scores s and ``p = softmax(z)``, what a sampler sees is ``q``, the softmax of z on C
+    and of s elsewhere. Then ``KL(p | q) = sum_{not C} p (z - s) + log Z_q - log Z_p``, Z being the sums of
+    exponentials, all of which running sums in the order of choice give for every number of candidates.
 
     Args:
       logits: ``[T, V]``, the dense ones.
       scores: ``[T, V]``, the predictor's.
 
     Returns:
-      ``wanted``: int32 ``[V]``, by position, the tokens whose dense arg max stands there.
+      ``wanted``: int32 ``[V]``, by position, the tokens whose dense arg max stands there. ``kl``: f32
+      ``[min(V, KL_SIZES)]``, the sum over tokens of the KL divergence in nats, of 1, 2, ... candidates.
     """
-    scores = _ranked(scores)
+    ranked = _ranked(scores)
     best = jnp.argmax(logits, axis=1)[:, None]
-    own = jnp.take_along_axis(scores, best, axis=1)
+    own = jnp.take_along_axis(ranked, best, axis=1)
     # Of equal scores the lower index is chosen first, as `da_top_k` does.
-    before = (scores > own) | ((scores == own) & (jnp.arange(scores.shape[1])[None, :] < best))
+    before = (ranked > own) | ((ranked == own) & (jnp.arange(ranked.shape[1])[None, :] < best))
     position = jnp.sum(before, axis=1)
-    return {"wanted": jnp.zeros(scores.shape[1], jnp.int32).at[position].add(1)}
+    wanted = jnp.zeros(ranked.shape[1], jnp.int32).at[position].add(1)
+    return {"wanted": wanted, "kl": _divergences(logits.astype(jnp.float32), scores, ranked)}
 
 
-def ffn_statistics(
-    activation: jax.Array, down_norms: jax.Array, scores: jax.Array, group_size: int
-) -> dict[str, jax.Array]:
-    """Totals of a feed-forward block.
+def _divergences(logits: jax.Array, scores: jax.Array, ranked: jax.Array) -> jax.Array:
+    sizes = min(logits.shape[1], KL_SIZES)
+    peak = jnp.maximum(logits.max(axis=1), scores.max(axis=1))[:, None]
+    exact, rough = jnp.exp(logits - peak), jnp.exp(scores - peak)
+    dense = exact.sum(axis=1, keepdims=True)
+    missed = exact / dense * (logits - scores)
+    order = lax.top_k(ranked, sizes)[1]
+
+    def chosen(values: jax.Array) -> jax.Array:
+        return jnp.take_along_axis(values, order, axis=1)
+
+    def not_chosen(values: jax.Array) -> jax.Array:
+        """Sums over all but the first 1, 2, ... in the order of choice, without taking large sums apart."""
+        first = chosen(values)
+        others = values.sum(axis=1, keepdims=True) - first.sum(axis=1, keepdims=True)
+        return lax.cumsum(first, axis=1, reverse=True) - first + others
+
+    total = jnp.cumsum(chosen(exact), axis=1) + jnp.maximum(not_chosen(rough), 0.0)
+    return jnp.maximum(not_chosen(missed) + jnp.log(total / dense), 0.0).sum(axis=0)
+
+
+def unit_totals(activation: jax.Array, down_norms: jax.Array) -> dict[str, jax.Array]:
+    """Totals of a feed-forward block's units.
 
     The energy of a unit is the square of what it adds: its activation times the norm of its down row.
+
+    Args:
+      activation: ``[T, m]``, of the dense block.
+      down_norms: f32 ``[m]``.
+
+    Returns:
+      ``fired``: int32 ``[m]``, tokens at which a unit is not zero. ``energy``: f32 ``[m]``.
+    """
+    return {
+        "fired": jnp.sum(activation != 0, axis=0, dtype=jnp.int32),
+        "energy": jnp.sum(_energy(activation, down_norms), axis=0),
+    }
+
+
+def unit_ranks(
+    activation: jax.Array, down_norms: jax.Array, scores: jax.Array, group_size: int
+) -> dict[str, jax.Array]:
+    """Totals of a feed-forward block and a predictor.
 
     Args:
       activation: ``[T, m]``, of the dense block.
@@ -51,24 +97,23 @@ def ffn_statistics(
       group_size: neighbouring units chosen together.
 
     Returns:
-      ``fired``: int32 ``[m]``, tokens at which a unit is not zero. ``energy``: f32 ``[m]``.
       ``wanted``: int32 ``[m / group_size]``, by position, units that are not zero. ``wanted_energy``: f32, likewise.
     """
     tokens, units = activation.shape
-    fired = activation != 0
-    energy = jnp.square(activation.astype(jnp.float32) * down_norms)
-    order = jnp.argsort(-_ranked(scores), axis=1, stable=True)
+    order = lax.top_k(_ranked(scores), scores.shape[1])[1]
 
     def by_position(values: jax.Array) -> jax.Array:
         grouped = values.reshape(tokens, units // group_size, group_size).sum(axis=2)
         return jnp.take_along_axis(grouped, order, axis=1).sum(axis=0)
 
     return {
-        "fired": jnp.sum(fired, axis=0, dtype=jnp.int32),
-        "energy": jnp.sum(energy, axis=0),
-        "wanted": by_position(fired.astype(jnp.int32)),
-        "wanted_energy": by_position(energy),
+        "wanted": by_position((activation != 0).astype(jnp.int32)),
+        "wanted_energy": by_position(_energy(activation, down_norms)),
     }
+
+
+def _energy(activation: jax.Array, down_norms: jax.Array) -> jax.Array:
+    return jnp.square(activation.astype(jnp.float32) * down_norms)
 
 
 def _ranked(scores: jax.Array) -> jax.Array:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
 import jax
@@ -12,11 +13,12 @@ from jax import lax
 from hire_xform.lowering import (
     UpProduct,
     covariance,
-    ffn_statistics,
     group_scores,
     predict_scores,
     record,
-    vocab_statistics,
+    unit_ranks,
+    unit_totals,
+    vocab_ranks,
 )
 from hire_xform.passes.canonical import flat_activation, result_shape
 from hire_xform.passes.detect import FfnMatch, VocabMatch
@@ -34,18 +36,39 @@ from hire_xform.passes.walk import Frame
 Recorded = list[dict[str, jax.Array]]
 
 
+@dataclass(frozen=True, eq=False, repr=False, kw_only=True)
+class Measured(Decision):
+    """A match that is measured with several predictors.
+
+    Attributes:
+      ways: a decision for each. ``needs`` are theirs, one after the other; all else is the first one's.
+    """
+
+    ways: tuple[Decision, ...]
+
+    @classmethod
+    def of(cls, ways: Sequence[Decision]) -> Measured:
+        """One measurement of decisions on one match; of decisions with the same settings the first is taken."""
+        different = tuple({way.settings: way for way in ways}.values())
+        values = {f.name: getattr(different[0], f.name) for f in fields(Decision)}
+        values["needs"] = tuple(need for way in different for need in way.needs)
+        return cls(**values, ways=different)
+
+
 class Capture(Rewriter):
     """Puts "dense, and statistics" where the rewriter would put the sparse subgraph.
 
-    Values are recorded (``lowering/record.py``) under the site's path: ``tokens`` and what ``vocab_statistics`` or
-    ``ffn_statistics`` say, and ``covariance0``, ... of the inputs of each product into the units.
+    Values are recorded (``lowering/record.py``) under the site's path: ``tokens``, of a block what ``unit_totals``
+    says, ``covariance0``, ... of the inputs of each product into the units, and for the predictor of each of a
+    measurement's ``ways``, by its number, what ``vocab_ranks`` or ``unit_ranks`` say.
     """
 
-    # Whether predictors are run; without, only ``tokens`` and covariances are recorded.
+    # Whether predictors are run; without, nothing is recorded of them.
     ranks = True
 
     def _site(self, decision: Decision, env: Env, seen: list[PackedView]) -> Any:
-        key = site_signature(decision), tuple(input_numbers(decision.match))
+        assert isinstance(decision, Measured)
+        key = tuple(site_signature(way) for way in decision.ways), tuple(input_numbers(decision.match))
         if key not in self._calls:
             self._calls[key] = jax.jit(_measured(decision, self.ranks))
         value, recorded = self._calls[key](site_operands(decision, lambda o: read(env, o)), seen)
@@ -60,7 +83,7 @@ class Capture(Rewriter):
 
 
 class CaptureInputs(Capture):
-    """Records of a site's inputs only: what predictors are fitted to."""
+    """Records what is known without a predictor: what some are fitted to, and which units fire."""
 
     ranks = False
 
@@ -75,33 +98,42 @@ def _first_views(decision: Decision) -> list[int]:
     return [sum(lengths[:i]) for i in range(len(lengths))]
 
 
-def _measured(decision: Decision, ranks: bool) -> Callable[[list[Any], list[PackedView]], tuple[Any, Recorded]]:
+def _measured(decision: Measured, ranks: bool) -> Callable[[list[Any], list[PackedView]], tuple[Any, Recorded]]:
     match = decision.match
     if isinstance(match, VocabMatch):
         return lambda operands, views: _vocab(decision, match, operands, views, ranks)
     return lambda operands, views: _ffn(decision, match, operands, views, ranks)
 
 
+def _by_way(decision: Measured, views: Sequence[PackedView]) -> list[tuple[Decision, Sequence[PackedView]]]:
+    given = iter(views)
+    return [(way, [next(given) for _ in way.needs]) for way in decision.ways]
+
+
+def _numbered(found: dict[str, jax.Array], number: int) -> dict[str, jax.Array]:
+    return {f"{name}{number}": value for name, value in found.items()}
+
+
 def _vocab(
-    decision: Decision, match: VocabMatch, operands: Sequence[Any], views: Sequence[PackedView], ranks: bool
+    decision: Measured, match: VocabMatch, operands: Sequence[Any], views: Sequence[PackedView], ranks: bool
 ) -> tuple[Any, Recorded]:
-    product, settings = match.product, decision.settings
-    forms = dict(zip(vocab_forms(settings), views, strict=True))  # type: ignore[arg-type]
+    product = match.product
     x = flat_activation(product, operands[0])
-    logits = dense_product(product, x, forms["rows"].whole())
+    logits = dense_product(product, x, views[0].whole())
     found = {"tokens": jnp.int32(x.shape[0]), "covariance0": covariance(x)}
-    if ranks:
-        scores = predict_scores(x, forms[settings.predictor].whole(), settings.predictor, product.width)
-        found.update(vocab_statistics(logits, scores))
-    return result_shape(product, forms["rows"].filled(logits)), [found]
+    for number, (way, own) in enumerate(_by_way(decision, views) if ranks else ()):
+        spec = way.settings.spec
+        forms = dict(zip(vocab_forms(way.settings), own, strict=True))  # type: ignore[arg-type]
+        scores = predict_scores(x, forms[spec].whole(), spec, product.width)
+        found.update(_numbered(vocab_ranks(logits, scores), number))
+    return result_shape(product, views[0].filled(logits)), [found]
 
 
 def _ffn(
-    decision: Decision, match: FfnMatch, operands: Sequence[Any], views: Sequence[PackedView], ranks: bool
+    decision: Measured, match: FfnMatch, operands: Sequence[Any], views: Sequence[PackedView], ranks: bool
 ) -> tuple[Any, Recorded]:
-    settings = decision.settings
-    assert isinstance(settings, Ffn)
-    parts = ffn_parts(decision, match, operands, views)
+    ways = [(way, ffn_parts(way, match, operands, own)) for way, own in _by_way(decision, views)]
+    parts = ways[0][1]
     region = parts.region(match)
     down = parts.down["rows"].whole()
     hiddens = [
@@ -115,17 +147,20 @@ def _ffn(
     for i, first in enumerate(input_numbers(match)):
         if first == i:
             recorded[i][f"covariance{i}"] = covariance(parts.ups[i].x)
-    if ranks:
-        norms = jnp.sqrt(jnp.sum(jnp.square(down.astype(jnp.float32)), axis=-1))
+    norms = jnp.sqrt(jnp.sum(jnp.square(down.astype(jnp.float32)), axis=-1))
+    recorded[0].update(unit_totals(activation, norms))
+    for number, (way, own) in enumerate(ways if ranks else ()):
+        settings = way.settings
+        assert isinstance(settings, Ffn)
         scores = group_scores(
-            parts.ups,
+            own.ups,
             region,
             units=match.units,
             down_norms=norms,
-            score=parts.score(match),
+            score=own.score(match),
             group_size=settings.group_size,
         )
-        recorded[0].update(ffn_statistics(activation, norms, scores, settings.group_size))
+        recorded[0].update(_numbered(unit_ranks(activation, norms, scores, settings.group_size), number))
     return result_shape(match.down, parts.down["rows"].filled(result)), recorded
 
 

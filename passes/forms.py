@@ -11,13 +11,13 @@ from hire_xform.passes.zeros import gate_of
 
 def vocab_forms(settings: Vocab) -> list[Any]:
     """Of a vocabulary projection: its rows, its predictor, and if certified its bounds."""
-    spec = settings.predictor
+    spec = settings.spec
     return ["rows", spec, *([("bounds", spec)] if settings.certify else [])]
 
 
 def up_forms(region: Region, settings: Ffn) -> list[list[Any]]:
     """Of each product into the units: its rows, its predictor if it is scored, what a proof or a threshold takes."""
-    spec = settings.predictor
+    spec = settings.spec
     if settings.certify:
         gate = gate_of(region)
         proved = ["rows", spec, ("bounds", spec)]

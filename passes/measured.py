@@ -41,11 +41,23 @@ class Measurement(Protocol):
     def inputs(self) -> Sequence[Inputs]:
         """Of each product into the units; of a vocabulary projection its one."""
 
-    def size(self, settings: Vocab | Ffn) -> tuple[int | None, str]:
-        """Candidates (rows, or groups of units) that reach the recall asked for with these settings, and how so.
+    def choose(self, settings: Vocab | Ffn) -> Chosen:
+        """What a site with these settings should have where they state nothing."""
 
-        None where these settings were not measured; the text then says so.
-        """
+
+@dataclass(frozen=True)
+class Chosen:
+    """What a calibration chose for a site, given what the settings state.
+
+    Attributes:
+      predictor: how rows are scored; None where that was not measured with these settings.
+      size: candidates (rows, or groups of units); None likewise.
+      how: what to tell of it.
+    """
+
+    predictor: PredictorSpec | None
+    size: int | None
+    how: str
 
 
 # Of a match and the names of its weights, what was measured.
@@ -59,32 +71,29 @@ def takes_inputs(spec: PredictorSpec) -> bool:
 
 def unmeasured(settings: Vocab | Ffn, measurement: Measurement | None) -> str | None:
     """Why a site's predictor can't be made without a calibration; None when it can."""
-    if isinstance(settings.predictor, Projected) and measurement is None:
+    if isinstance(settings.spec, Projected) and measurement is None:
         return (
-            f"predictor={settings.predictor} needs the principal directions of this site's inputs; pass "
+            f"predictor={settings.spec} needs the principal directions of this site's inputs; pass "
             "calibration=hx.calibrate(fun, batches)"
         )
     return None
 
 
-def with_sizes(settings: Vocab | Ffn, measurement: Measurement | None, units: int) -> tuple[Vocab | Ffn, str]:
-    """Settings with the size that was measured where they state none, and what to tell of it."""
+def with_choices(settings: Vocab | Ffn, measurement: Measurement | None, units: int) -> tuple[Vocab | Ffn, str]:
+    """Settings with the predictor and size a calibration chose where they state none, and what to tell of it."""
     if measurement is None:
-        return settings, ""
+        return dataclasses.replace(settings, predictor=settings.spec), ""
     if settings.certify:
-        return settings, "certified: its size is not taken from the calibration, which measures recall by score"
+        how = "certified: its size is not taken from the calibration, which measures recall by score"
+        return dataclasses.replace(settings, predictor=settings.spec), how
+    chosen = measurement.choose(settings)
     stated = settings.candidates if isinstance(settings, Vocab) else settings.active
-    if stated is not None:
-        return settings, f"calibrated, but {_NAMES[type(settings)]}={stated} is given"
-    size, how = measurement.size(settings)
-    if size is None:
-        return settings, how
+    settings = dataclasses.replace(settings, predictor=chosen.predictor or settings.spec)
+    if stated is not None or chosen.size is None:
+        return settings, chosen.how
     if isinstance(settings, Vocab):
-        return dataclasses.replace(settings, candidates=size), how
-    return dataclasses.replace(settings, active=size * settings.group_size / units), how
-
-
-_NAMES = {Vocab: "candidates", Ffn: "active"}
+        return dataclasses.replace(settings, candidates=chosen.size), chosen.how
+    return dataclasses.replace(settings, active=chosen.size * settings.group_size / units), chosen.how
 
 
 def site_stack(match: VocabMatch | FfnMatch) -> tuple[int, ...]:

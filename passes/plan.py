@@ -15,7 +15,7 @@ from hire_xform.lowering import bounds_bytes, choose, ffn_bytes, moments_bytes, 
 from hire_xform.passes.certify import ALL_BITS, input_bits, not_certifiable
 from hire_xform.passes.detect import Detection, FfnMatch, VocabMatch, up_rows, vocab_rows
 from hire_xform.passes.forms import down_forms, up_forms, vocab_forms
-from hire_xform.passes.measured import Fitted, Inputs, Measure, Measurement, takes_inputs, unmeasured, with_sizes
+from hire_xform.passes.measured import Fitted, Inputs, Measure, Measurement, takes_inputs, unmeasured, with_choices
 from hire_xform.passes.parts import parts_of_rows
 from hire_xform.passes.provenance import Origin, Recipe, Ref, Root
 from hire_xform.passes.settings import Choice, Ffn, Vocab
@@ -171,7 +171,7 @@ class Plan:
         sites = []
         for site in self.sites:
             entry = {k: v for k, v in asdict(site).items() if k != "settings"}
-            entry["settings"] = {**asdict(site.settings), "predictor": repr(site.settings.predictor)}
+            entry["settings"] = {**asdict(site.settings), "predictor": repr(site.settings.spec)}
             sites.append(entry)
         found = {"platform": self.platform, "sites": sites, "refusals": [asdict(r) for r in self.refusals]}
         found["unmatched_rules"] = list(self.unmatched_rules)
@@ -232,9 +232,9 @@ def _decide(
     settings = choice.settings
     if settings is None:
         return choice.reason
+    settings, calibrated = with_choices(settings, measurement, _units(match))
     if (why := unmeasured(settings, measurement)) is not None:
         return why
-    settings, calibrated = with_sizes(settings, measurement, _units(match))
     if not match.node.scope.iterations:
         return "the loop around it has no iterations"
     dtypes = {np.dtype(p.weight.aval.dtype).name for p in match.products}
@@ -277,7 +277,7 @@ def _decide(
     selection = choose(tokens, units // computed_each, count)
     computed = selection.rows_read(tokens) * computed_each
     iterations = match.node.scope.iterations
-    predicted, exact = _sparse_bytes(match, settings, count, tokens, computed)
+    predicted, exact = bytes_read(match, settings, count, tokens, computed)
     sparse = (predicted + exact) * iterations
     cost = (predicted + exact * ROW_COST.get(platform, 1.0) + FIXED_BYTES.get(platform, 1 << 20)) * iterations
     if cost >= dense and not choice.force:
@@ -311,11 +311,11 @@ def _units(match: VocabMatch | FfnMatch) -> int:
     return match.product.width if isinstance(match, VocabMatch) else match.units
 
 
-def _sparse_bytes(
+def bytes_read(
     match: VocabMatch | FfnMatch, settings: Vocab | Ffn, count: int, tokens: int, computed: int
 ) -> tuple[int, int]:
     """Bytes per execution: of the predictor (and norms), and of the rows computed exactly."""
-    spec = settings.predictor
+    spec = settings.spec
     if isinstance(match, VocabMatch):
         product = match.product
         dtype = product.weight.aval.dtype
@@ -349,8 +349,8 @@ def _sparse_bytes(
 
 def _needs(match: VocabMatch | FfnMatch, settings: Vocab | Ffn, inputs: Sequence[Inputs] | None) -> tuple[Need, ...]:
     def needs(recipe: Recipe, forms: list[Any], origin: Origin, number: int = 0) -> list[Need]:
-        if inputs is not None and takes_inputs(settings.predictor):
-            forms = [Fitted(form, inputs[number]) if form == settings.predictor else form for form in forms]
+        if inputs is not None and takes_inputs(settings.spec):
+            forms = [Fitted(form, inputs[number]) if form == settings.spec else form for form in forms]
         return [Need(PackKey(recipe, form), origin.refs) for form in forms]
 
     if isinstance(match, VocabMatch):

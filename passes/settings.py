@@ -23,19 +23,26 @@ def _check_count(owner: str, field: str, value: Any) -> None:
         refuse(owner, field, value, "an integer of at least 1")
 
 
-def _check_common(owner: str, predictor: Any, certify: Any, max_tokens: Any) -> None:
+def check_predictor(owner: str, predictor: Any, or_else: str = "") -> None:
+    """Raises the error for a value that is no predictor."""
     if not isinstance(predictor, (Quantized, LowRank, Projected)):
-        expected = "hx.Quantized(bits), hx.LowRank(rank, bits) or hx.Projected(rank, bits)"
+        expected = f"{or_else}hx.Quantized(bits), hx.LowRank(rank, bits) or hx.Projected(rank, bits)"
         refuse(owner, "predictor", predictor, expected)
+
+
+def _check_common(owner: str, predictor: Any, certify: Any, max_tokens: Any) -> None:
+    if predictor is not None:
+        check_predictor(owner, predictor, "None, ")
     if not isinstance(certify, bool):
         refuse(owner, "certify", certify, "True or False")
-    if certify and not isinstance(predictor, Quantized):
+    if certify and predictor is not None and not isinstance(predictor, Quantized):
         refuse(owner, "predictor", predictor, "hx.Quantized(bits) with certify=True; the bounds are of that one")
     _check_count(owner, "max_tokens", max_tokens)
 
 
-# What `Vocab(candidates=None)` computes.
+# What `Vocab(candidates=None)` computes, and what `predictor=None` is without a calibration.
 CANDIDATES = 256
+PREDICTOR = Quantized(bits=8)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,8 +58,9 @@ class Vocab:
     # Rows of the vocabulary computed exactly for each token; more than there are means all of them. None is what a
     # calibration found, without one 256.
     candidates: int | None = None
-    # How the other rows are scored, and the candidates found.
-    predictor: PredictorSpec = Quantized(bits=8)
+    # How the other rows are scored, and the candidates found. None is what a calibration chose, without one
+    # `Quantized(8)`.
+    predictor: PredictorSpec | None = None
     # What stands for the other logits: the predictor's scores (the softmax normaliser stays right), or -inf.
     fill: str = "predicted"
     # Prove for every input that the arg max of the logits is the dense one, or run the dense product. Takes
@@ -68,6 +76,11 @@ class Vocab:
         if self.fill not in ("predicted", "-inf"):
             refuse("Vocab", "fill", self.fill, "'predicted' or '-inf'")
         _check_common("Vocab", self.predictor, self.certify, self.max_tokens)
+
+    @property
+    def spec(self) -> PredictorSpec:
+        """The predictor: the one that is stated or was chosen, or else the default."""
+        return PREDICTOR if self.predictor is None else self.predictor
 
     def candidates_of(self, vocab: int) -> int:
         """The rows of a vocabulary to compute for each token.
@@ -98,8 +111,8 @@ class Ffn:
     active: float | None = None
     # Neighbouring units chosen together and read as one slab. Above 1 only for models trained or calibrated for it.
     group_size: int = 1
-    # How the units are scored.
-    predictor: PredictorSpec = Quantized(bits=8)
+    # How the units are scored. None is what a calibration chose, without one `Quantized(8)`.
+    predictor: PredictorSpec | None = None
     # Prove for every input that the units left out are zero, or run the dense block. For ReLU, squared ReLU and ReGLU;
     # takes `Quantized` and weights of f32, bf16 or f16.
     certify: bool = False
@@ -117,6 +130,11 @@ class Ffn:
         if self.activations not in ("zeroing", "any"):
             refuse("Ffn", "activations", self.activations, "'zeroing' or 'any'")
         _check_common("Ffn", self.predictor, self.certify, self.max_tokens)
+
+    @property
+    def spec(self) -> PredictorSpec:
+        """The predictor: the one that is stated or was chosen, or else the default."""
+        return PREDICTOR if self.predictor is None else self.predictor
 
     def active_of(self, own_share: float | None) -> float:
         """The share of a block's units to compute.

@@ -75,7 +75,7 @@ def _vocab(decision: Decision, match: VocabMatch, operands: Sequence[Any], views
         flat_activation(product, operands[0]),
         rows,
         views[1].whole(),
-        settings.predictor,
+        settings.spec,
         candidates=decision.count,
         vocab=product.width,
         first_row=first,
@@ -129,10 +129,10 @@ def ffn_parts(decision: Decision, match: FfnMatch, operands: Sequence[Any], view
         forms = {form: next(given) for form in read}
         rows, first = forms["rows"].rows()
         x = forms["rows"].filled(canonical_activation(up.product, operand, up.layout, tokens))
-        packed = forms[settings.predictor].whole() if settings.predictor in forms else None
+        packed = forms[settings.spec].whole() if settings.spec in forms else None
         ups.append(
             UpProduct(
-                x=x, rows=rows, first_row=first, packed=packed, spec=settings.predictor, dtype=up.product.out.aval.dtype
+                x=x, rows=rows, first_row=first, packed=packed, spec=settings.spec, dtype=up.product.out.aval.dtype
             )
         )
         if "moments" in forms:

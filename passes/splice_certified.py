@@ -46,14 +46,14 @@ def dense_product(product: Product, x: Any, rows: Any, contracted_first: bool = 
 def _vocab(decision: Decision, match: VocabMatch, operands: Sequence[Any], views: Sequence[PackedView]) -> Any:
     product, settings = match.product, decision.settings
     assert isinstance(settings, Vocab)
-    assert isinstance(settings.predictor, Quantized)
+    assert isinstance(settings.spec, Quantized)
     rows, first = views[0].rows()
     logits, fallback = certified_logits(
         flat_activation(product, operands[0]),
         rows,
         views[1].whole(),
         views[2].whole(),
-        settings.predictor,
+        settings.spec,
         lambda x, rows: dense_product(product, x, rows),
         candidates=decision.count,
         vocab=product.width,
@@ -69,7 +69,7 @@ def _ffn(decision: Decision, match: FfnMatch, operands: Sequence[Any], views: Se
     settings, region, tokens = decision.settings, match.region, match.tokens
     gate = gate_of(region)
     assert isinstance(settings, Ffn)
-    assert isinstance(settings.predictor, Quantized)
+    assert isinstance(settings.spec, Quantized)
     assert gate is not None
     statistics = OfChosen({}, None)
     given = iter(views)
@@ -85,7 +85,7 @@ def _ffn(decision: Decision, match: FfnMatch, operands: Sequence[Any], views: Se
         if "largest" in forms:
             largest.append(forms["largest"].whole())
         else:
-            packed, bounds = forms[settings.predictor].whole(), forms["bounds", settings.predictor].whole()
+            packed, bounds = forms[settings.spec].whole(), forms["bounds", settings.spec].whole()
     last = {form: next(given) for form in down_forms(region, settings)}
     down, first_down = last["rows"].rows()
     values = operands[len(region.ups) :]
@@ -99,7 +99,7 @@ def _ffn(decision: Decision, match: FfnMatch, operands: Sequence[Any], views: Se
         ),
         dense_up=lambda i, x, rows: dense_product(region.ups[i].product, x, rows),
         dense_down=lambda h, rows: dense_product(match.down, h, rows, contracted_first=True),
-        spec=settings.predictor,
+        spec=settings.spec,
         active=decision.count,
         group_size=settings.group_size,
         up_dtypes=tuple(up.product.out.aval.dtype for up in region.ups),

@@ -1,0 +1,255 @@
+"""Runs batches through a function whose sites are measured, and adds up what is recorded of each."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from hire_xform.api import Sparsified
+from hire_xform.calibration import Calibration
+from hire_xform.calls import abstract_call
+from hire_xform.config import Config
+from hire_xform.folding import Marks, Totals, fold
+from hire_xform.lowering import PredictorSpec, record_p
+from hire_xform.passes import compat
+from hire_xform.passes.capture import Capture, CaptureInputs, Measured
+from hire_xform.passes.detect import FfnMatch
+from hire_xform.passes.measured import Measure, input_numbers, site_stack
+from hire_xform.passes.pack import Packed
+from hire_xform.passes.plan import Decision, Plan, bytes_read
+from hire_xform.passes.settings import PREDICTOR, Ffn
+from hire_xform.site_calibration import Curve, SiteCalibration
+from hire_xform.stages import Traced, call_leaves
+
+# Sums over all batches, int64 or float64, by site path and name.
+Sums = dict[tuple[str, str], np.ndarray]
+
+
+class Measuring:
+    """Measures the sites of one function."""
+
+    def __init__(self, fun: Callable, weights_argnums: Any, jit_options: dict[str, Any]):
+        """For ``calibrate``'s arguments."""
+        self._function = fun, weights_argnums, jit_options
+
+    def inputs(self, batches: Iterable[Any], config: Config) -> Calibration:
+        """What is known of sites without a predictor: covariances of inputs, which units fire."""
+        return self._measured(_InputTrace, batches, config, (PREDICTOR,), None)
+
+    def predictors(
+        self, batches: Iterable[Any], config: Config, predictors: Sequence[PredictorSpec], known: Calibration | None
+    ) -> Calibration:
+        """The curves of predictors where the settings state none, fitted to the inputs that are known."""
+        return self._measured(_CaptureTrace, batches, config, predictors, known)
+
+    def _measured(
+        self,
+        kind: Any,
+        batches: Iterable[Any],
+        config: Config,
+        predictors: Sequence[PredictorSpec],
+        known: Calibration | None,
+    ) -> Calibration:
+        fun, weights_argnums, jit_options = self._function
+        step = Sparsified(fun, config, weights_argnums, jit_options, known)
+        step.traced_class = functools.partial(kind, tuple(predictors))
+        collected = _Collected()
+        for number, batch in enumerate(batches):
+            collected.add(step, number, batch)
+        return collected.calibration(known)
+
+
+class _CaptureTrace(Traced):
+    """A trace whose program is dense and records statistics; of several predictors where none is stated."""
+
+    rewriter_class = Capture
+
+    def __init__(self, predictors: tuple[PredictorSpec, ...], *args: Any):
+        self._predictors = predictors
+        super().__init__(*args)
+
+    def _plan(self, config: Config, platform: str, *measured: Measure) -> Plan:
+        plan_of = super()._plan
+        plans = [plan_of(_stating(config, p), platform, *measured) for p in self._predictors]
+        ways = zip(*(plan.decisions for plan in plans), strict=True)
+        return dataclasses.replace(plans[0], decisions=tuple(Measured.of(own) for own in ways))
+
+
+class _InputTrace(_CaptureTrace):
+    """A trace whose program is dense and records what predictors are fitted to."""
+
+    rewriter_class = CaptureInputs
+
+
+def _stating(config: Config, predictor: PredictorSpec) -> Config:
+    """The settings with a predictor wherever they have none."""
+
+    def stated(settings: Any) -> Any:
+        without = settings is None or settings.predictor is not None
+        return settings if without else dataclasses.replace(settings, predictor=predictor)
+
+    def both(owner: Any) -> Any:
+        return dataclasses.replace(owner, vocab=stated(owner.vocab), ffn=stated(owner.ffn))
+
+    return dataclasses.replace(both(config), rules=tuple(both(rule) for rule in config.rules))
+
+
+class _Collected:
+    """Sums over the batches so far."""
+
+    def __init__(self) -> None:
+        self._sums: Sums = {}
+        self._sites: dict[str, Measured] = {}
+        self._programs: dict[Traced, Callable] = {}
+        self._batches = 0
+
+    def add(self, step: Sparsified, number: int, batch: Any) -> None:
+        """Runs one batch."""
+        if not isinstance(batch, (tuple, list)):
+            raise TypeError(f"calibrate: batch {number} is a {type(batch).__name__}; expected a tuple of arguments")
+        if any(isinstance(a, Packed) for a in batch):
+            raise TypeError(f"calibrate: batch {number} has Packed weights; expected the plain ones")
+        args, kwargs = step.signature.wrap_statics(tuple(batch), {})
+        call = abstract_call(step.signature, args, kwargs)
+        leaves = call_leaves(step.signature, args, kwargs)
+        for leaf in leaves:
+            if compat.is_tracer(leaf) or isinstance(leaf, (jax.ShapeDtypeStruct, jax.core.ShapedArray)):
+                raise TypeError(f"calibrate: batch {number} holds a {type(leaf).__name__}; expected arrays")
+        traced = step.traced(call)
+        if not traced.plan.decisions:
+            raise ValueError(f"calibrate: batch {number} reaches no site that could be calibrated.\n{traced.explain()}")
+        self._note(traced, number)
+        plain = {r: leaf for r, leaf in zip(call.roots, leaves, strict=True) if r is not None}
+        data = [leaf for r, leaf in zip(call.roots, leaves, strict=True) if r is None]
+        forms = step.memory.forms(traced.needed_keys(), plain, traced)
+        if traced not in self._programs:
+            self._programs[traced] = _program(traced)
+        found = self._programs[traced](data, list(plain.values()), list(forms.values()))
+        for key, value in jax.device_get(found).items():
+            self._check(key, value, number)
+            wide = np.asarray(value, np.int64 if value.dtype.kind == "i" else np.float64)
+            self._sums[key] = np.asarray(self._sums[key] + wide) if key in self._sums else wide
+        self._batches += 1
+
+    def _note(self, traced: Traced, number: int) -> None:
+        for decision in traced.plan.decisions:
+            assert isinstance(decision, Measured)
+            known = self._sites.setdefault(decision.site.path, decision)
+            if known is not decision and _shape(known) != _shape(decision):
+                raise ValueError(
+                    f"calibrate: in batch {number} the site {decision.site.path} has other weights than in earlier ones"
+                )
+
+    def _check(self, key: tuple[str, str], value: np.ndarray, number: int) -> None:
+        if value.dtype.kind == "f" and not np.isfinite(value).all():
+            names = ", ".join(self._sites[key[0]].site.weights)
+            raise ValueError(
+                f"calibrate: batch {number}: what goes into {key[0]} ({names}), or comes out, holds NaN or infinity"
+            )
+
+    def calibration(self, known: Calibration | None) -> Calibration:
+        """What was measured; covariances are those known already, if any are. Nothing is chosen yet."""
+        if not self._batches:
+            raise ValueError("calibrate: batches is empty; expected at least one tuple of arguments")
+        sites = {path: self._site(path, d, known) for path, d in self._sites.items()}
+        return Calibration(sites, "", self._batches)
+
+    def _site(self, path: str, decision: Measured, known: Calibration | None) -> SiteCalibration:
+        match, settings, site = decision.match, decision.settings, decision.site
+        own = {name: value for (p, name), value in self._sums.items() if p == path}
+        numbers = input_numbers(match)
+        firsts = list(dict.fromkeys(numbers))
+        criterion = "argmax"
+        if isinstance(match, FfnMatch):
+            criterion = "units" if match.region.zeroing else "energy"
+        group_size = settings.group_size if isinstance(settings, Ffn) else 1
+        predicted = [bytes_read(way.match, way.settings, 1, 1, group_size) for way in decision.ways]
+        curves = {
+            way.settings.spec: Curve(
+                wanted=own[f"wanted{i}"],
+                wanted_energy=own.get(f"wanted_energy{i}"),
+                kl=own.get(f"kl{i}"),
+                predictor_bytes=predicted[i][0],
+            )
+            for i, way in enumerate(decision.ways)
+            if f"wanted{i}" in own
+        }
+        covariances = [self._mean(own["tokens"], own[f"covariance{i}"]) for i in firsts]
+        return SiteCalibration(
+            kind=site.kind,
+            path=path,
+            weights=site.weights,
+            width=site.inputs,
+            units=site.units,
+            stack=site_stack(match),
+            group_size=group_size,
+            criterion=criterion,
+            tokens=own["tokens"],
+            fired=own.get("fired"),
+            energy=own.get("energy"),
+            covariances=tuple(covariances) if known is None else known.sites[path].covariances,
+            input_numbers=tuple(firsts.index(i) for i in numbers),
+            curves=curves,
+            row_bytes=predicted[0][1],
+            predictor=settings.spec,
+            sizes=np.ones(site_stack(match), np.int64),
+            target="",
+            recall=None,
+        )
+
+    @staticmethod
+    def _mean(tokens: np.ndarray, total: np.ndarray) -> np.ndarray:
+        """The mean for each layer; where its weight is stacked otherwise, up to its scale, which does not matter."""
+        count = np.maximum(tokens, 1)
+        if total.shape[:-2] != count.shape:
+            count = np.full(total.shape[:-2], max(1, math.ceil(count.mean())))
+        return (total / count[..., None, None]).astype(np.float32)
+
+
+def _shape(decision: Decision) -> tuple[Any, ...]:
+    return decision.site.kind, decision.site.inputs, decision.site.units, site_stack(decision.match)
+
+
+def _program(traced: Traced) -> Callable:
+    """The totals of one batch as a jitted function of its data, weights and packed forms."""
+    roots = [r for r in traced.call.roots if r is not None]
+    keys = traced.needed_keys()
+
+    def program(data: list[Any], plain: list[Any], forms: list[Any]) -> Any:
+        rest = iter(data)
+        leaves = [None if root is not None else next(rest) for root in traced.call.roots]
+        given = dict(zip(roots, plain, strict=True))
+        return traced.evaluate(leaves, traced.supply({}, given, dict(zip(keys, forms, strict=True))))
+
+    @jax.jit
+    def totals(*operands: Any) -> Totals:
+        return fold(jax.make_jaxpr(program)(*operands), jax.tree.leaves(operands), _RECORDED)[1]
+
+    return totals
+
+
+def _shapes(eqn: Any) -> dict[tuple[str, str], jax.ShapeDtypeStruct]:
+    stack = eqn.params["stack"]
+    avals = [atom.aval for atom in eqn.invars[len(stack) :]]
+    return {
+        (eqn.params["path"], name): jax.ShapeDtypeStruct((*stack, *aval.shape), aval.dtype)
+        for name, aval in zip(eqn.params["names"], avals, strict=True)
+    }
+
+
+def _add(eqn: Any, given: Sequence[Any], totals: Totals) -> Totals:
+    depth = len(eqn.params["stack"])
+    added = dict(totals)
+    for name, value in zip(eqn.params["names"], given[depth:], strict=True):
+        key = eqn.params["path"], name
+        added[key] = totals[key].at[tuple(given[:depth])].add(value) if depth else totals[key] + value
+    return added
+
+
+_RECORDED = Marks(record_p, _shapes, _add)

@@ -1,0 +1,212 @@
+"""What was measured of one site, and what was chosen for it: ``SiteCalibration``."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+
+from hire_xform.lowering import PredictorSpec
+from hire_xform.passes.measured import Chosen, Inputs
+from hire_xform.passes.settings import Ffn, Vocab
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class Curve:
+    """What was measured of a predictor at a site. Sums over tokens, by position in the predictor's order.
+
+    Attributes:
+      wanted: int64 ``[*stack, units / g]``, what stands there of what recall counts: arg maxes, or units not zero.
+      wanted_energy: f64 ``[*stack, units / g]``; None for a vocabulary.
+      kl: f64 ``[*stack, K]``, sum over tokens of the KL divergence of 1, 2, ... candidates; None for a block.
+      predictor_bytes: bytes that one token reads of the predictor and of what goes with it.
+    """
+
+    wanted: np.ndarray
+    wanted_energy: np.ndarray | None
+    kl: np.ndarray | None
+    predictor_bytes: int
+
+    @cached_property
+    def found(self) -> np.ndarray:
+        """Share of what is wanted among the first k positions, ``[*stack, units / g]``; one where nothing is."""
+        return _share(self.wanted)
+
+    @cached_property
+    def found_energy(self) -> np.ndarray:
+        """Share of the energy among the first k positions, likewise."""
+        assert self.wanted_energy is not None
+        return _share(self.wanted_energy)
+
+
+def _share(counted: np.ndarray) -> np.ndarray:
+    sums = np.cumsum(counted.astype(np.float64), axis=-1)
+    total = sums[..., -1:]
+    return np.where(total > 0, sums / np.where(total > 0, total, 1), 1.0)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class SiteCalibration:
+    """What was measured of one site. Sums over tokens; where weights are stacked, one for each layer in front.
+
+    Attributes:
+      kind: "ffn" or "vocab".
+      path: the site's path in the program that was measured.
+      weights: names of its weights.
+      width: columns of the (first) weight, d.
+      units: the vocabulary V or the hidden width m.
+      stack: lengths of the stack axes, layers mostly; ``()`` for a weight of its own.
+      group_size: units that were ranked together, g.
+      criterion: what recall counts. "argmax": tokens whose dense arg max is among the candidates. "units": units that
+        are not zero and are chosen. "energy": the share of energy of the units chosen.
+      tokens: int64 ``[*stack]``.
+      fired: int64 ``[*stack, m]``, tokens at which a unit is not zero; None for a vocabulary.
+      energy: f64 ``[*stack, m]``, sum of the squares of activation times norm of the down row; None for a vocabulary.
+      covariances: mean of ``x x'``, f32 ``[*stack, d, d]`` each.
+      input_numbers: which of ``covariances`` each product into the units has.
+      curves: what was measured of each predictor.
+      row_bytes: bytes that one token reads of one candidate (or group of units) that is computed exactly.
+      predictor: the one that was chosen.
+      sizes: candidates (or groups of units) of each layer that were chosen, int64 ``[*stack]``.
+      target: what they were chosen for, such as "recall 0.99"; with recall, any predictor measured has a size.
+      recall: the recall that was asked for; None where it was something else.
+    """
+
+    kind: str
+    path: str
+    weights: tuple[str, ...]
+    width: int
+    units: int
+    stack: tuple[int, ...]
+    group_size: int
+    criterion: str
+    tokens: np.ndarray
+    fired: np.ndarray | None
+    energy: np.ndarray | None
+    covariances: tuple[np.ndarray, ...]
+    input_numbers: tuple[int, ...]
+    curves: Mapping[PredictorSpec, Curve]
+    row_bytes: int
+    predictor: PredictorSpec
+    sizes: np.ndarray
+    target: str
+    recall: float | None
+
+    @cached_property
+    def inputs(self) -> tuple[Inputs, ...]:
+        """The inputs of each product into the units."""
+        made = [Inputs(_digest(c), c) for c in self.covariances]
+        return tuple(made[i] for i in self.input_numbers)
+
+    def curve(self, predictor: PredictorSpec | None = None) -> Curve:
+        """What was measured of a predictor; None is the one that was chosen.
+
+        Raises:
+          ValueError: it was not measured.
+        """
+        predictor = self.predictor if predictor is None else predictor
+        if predictor not in self.curves:
+            raise ValueError(f"{self.path}: {predictor} was not measured; expected one of {list(self.curves)}")
+        return self.curves[predictor]
+
+    def _recall(self, predictor: PredictorSpec | None) -> np.ndarray:
+        curve = self.curve(predictor)
+        return curve.found_energy if self.criterion == "energy" else curve.found
+
+    def recall_at(self, size: int, predictor: PredictorSpec | None = None) -> np.ndarray:
+        """Measured recall of so many candidates (or groups of units), ``[*stack]``."""
+        recall = self._recall(predictor)
+        return recall[..., min(size, recall.shape[-1]) - 1]
+
+    def energy_at(self, size: int, predictor: PredictorSpec | None = None) -> np.ndarray:
+        """Share of a block's energy in the units chosen, were so many groups chosen, ``[*stack]``."""
+        if self.kind == "vocab":
+            raise ValueError(f"{self.path} is a vocabulary projection; energy is that of feed-forward blocks")
+        found = self.curve(predictor).found_energy
+        return found[..., min(size, found.shape[-1]) - 1]
+
+    def kl_at(self, size: int, predictor: PredictorSpec | None = None) -> np.ndarray:
+        """KL divergence of so many candidates and predicted others from the dense logits, nats a token, ``[*stack]``.
+
+        Beyond the sizes it was measured for, that of the largest of them, which is more.
+        """
+        kl = self.curve(predictor).kl
+        if kl is None:
+            raise ValueError(
+                f"{self.path} is a feed-forward block; the KL divergence is that of vocabulary projections"
+            )
+        total = kl[..., min(size, kl.shape[-1]) - 1] if size < self.units else np.zeros(self.stack)
+        return np.asarray(total / np.maximum(self.tokens, 1))
+
+    def bytes_at(self, size: int, predictor: PredictorSpec | None = None) -> int:
+        """Weight bytes that one token reads of one layer with so many candidates (or groups of units)."""
+        return self.curve(predictor).predictor_bytes + size * self.row_bytes
+
+    @property
+    def firing_rate(self) -> np.ndarray | None:
+        """Share of tokens at which each unit is not zero, ``[*stack, m]``; None for a vocabulary."""
+        return None if self.fired is None else self.fired / np.maximum(self.tokens, 1)[..., None]
+
+    def sizes_for(self, recall: float, predictor: PredictorSpec | None = None) -> np.ndarray:
+        """For each layer the fewest candidates (or groups) that reach a recall, int ``[*stack]``."""
+        return 1 + np.argmax(self._recall(predictor) >= recall - 1e-12, axis=-1)
+
+    def chosen_for(self, recall: float) -> SiteCalibration:
+        """With the predictor and sizes that reach a recall at the fewest bytes; of equals the first measured."""
+
+        def read(predictor: PredictorSpec) -> int:
+            return self.bytes_at(int(self.sizes_for(recall, predictor).max()), predictor)
+
+        best = min(self.curves, key=read)
+        sizes = np.asarray(self.sizes_for(recall, best), np.int64)
+        return replace(self, predictor=best, sizes=sizes, target=f"recall {recall:g} ({self.criterion})", recall=recall)
+
+    def choose(self, settings: Vocab | Ffn) -> Chosen:
+        """What these settings should have where they state nothing; the size is the largest of all layers'."""
+        if isinstance(settings, Ffn) and settings.group_size != self.group_size:
+            how = f"not calibrated with these groups but with groups of {self.group_size}; its size is the default"
+            return Chosen(None, None, how)
+        tokens = int(self.tokens.min())
+        if not tokens:
+            return Chosen(None, None, "no token of the calibration reached it; its size is the default")
+        name, stated = (
+            ("candidates", settings.candidates) if isinstance(settings, Vocab) else ("active", settings.active)
+        )
+        if stated is not None:
+            predictor = settings.predictor or self._best_at(self._stated_size(settings))
+            return Chosen(predictor, None, f"calibrated, but {name}={stated} is given")
+        predictor = settings.predictor or self.predictor
+        if predictor == self.predictor:
+            sizes = self.sizes
+        elif predictor in self.curves and self.recall is not None:
+            sizes = self.sizes_for(self.recall, predictor)
+        else:
+            for_that = f" for {self.target}" if predictor in self.curves else ""
+            how = f"not calibrated with this predictor{for_that} but with {self.predictor}; its size is the default"
+            return Chosen(None, None, how)
+        size = int(sizes.max())
+        what = "candidate" if self.kind == "vocab" else "unit" if self.group_size == 1 else "group"
+        sized = f"{size:,} {what}{'s' * (size > 1)}"
+        return Chosen(predictor, size, f"calibrated: {sized} for {self.target}, {tokens:,} tokens")
+
+    def _stated_size(self, settings: Vocab | Ffn) -> int:
+        if isinstance(settings, Vocab):
+            return settings.candidates_of(self.units)
+        return max(1, round(settings.active_of(None) * (self.units // self.group_size)))
+
+    def _best_at(self, size: int) -> PredictorSpec:
+        """For a size that is given: the fewest bytes of those that reach the recall, or else the highest recall."""
+        reached = {p: float(self.recall_at(size, p).min()) for p in self.curves}
+        enough = [p for p in self.curves if self.recall is not None and reached[p] >= self.recall]
+        if enough:
+            return min(enough, key=lambda p: self.curves[p].predictor_bytes)
+        return max(self.curves, key=lambda p: reached[p])
+
+
+def _digest(array: np.ndarray) -> str:
+    content = hashlib.sha256(np.ascontiguousarray(array).tobytes())
+    content.update(repr((array.shape, array.dtype.name)).encode())
+    return content.hexdigest()[:32]
