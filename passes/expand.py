@@ -245,8 +245,8 @@ class _Builder:
                 raise _NotFollowedError
             dim = layout[top.axis]
             if any(a.space == "k" for a in dim.atoms):
-                operand = top.operand
-                return self.taken(node, value, self.expand(operand, self.spread(layout, top.axis, operand)))
+                taken = self.expand(top.operand, self.spread(layout, top.axis, top.operand))
+                return self.taken(node, value, taken)
             return self.kth(node, value, layout, top.operand, top.axis, dim.start + 1) if not dim.atoms else None
         if node.primitive is prims.sort_p:
             axis = node.params["dimension"]
