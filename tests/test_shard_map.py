@@ -135,15 +135,20 @@ def forms(mesh):
     """Ways to write it."""
     cut = partial(jax.shard_map, mesh=mesh, in_specs=(CUT, TOKENS_CUT))
 
-    def in_a_scan(w, x):
-        specs = PartitionSpec(None, "model"), PartitionSpec("model", None), CUT["bias"], TOKENS_CUT
-        block = jax.shard_map(
-            lambda up, down, bias, x: lax.psum(jax.nn.relu(x @ up + bias) @ down, "model"),
-            mesh=mesh,
-            in_specs=specs,
-            out_specs=TOKENS_CUT,
-        )
+    block = jax.shard_map(
+        lambda up, down, bias, x: lax.psum(jax.nn.relu(x @ up + bias) @ down, "model"),
+        mesh=mesh,
+        in_specs=(PartitionSpec(None, "model"), PartitionSpec("model", None), CUT["bias"], TOKENS_CUT),
+        out_specs=TOKENS_CUT,
+    )
 
+    def in_a_fori_loop(w, x):
+        def layer(i, x):
+            return x + block(w["up"][i], lax.dynamic_index_in_dim(w["down"], i, keepdims=False), w["bias"], x)
+
+        return lax.fori_loop(0, w["up"].shape[0], layer, x) @ w["head"]
+
+    def in_a_scan(w, x):
         def layer(x, slices):
             return x + block(slices["up"], slices["down"], w["bias"], x), None
 
@@ -174,6 +179,7 @@ def forms(mesh):
         "remat": cut(jax.checkpoint(own_part), out_specs=BOTH_CUT),
         "jit": cut(jax.jit(own_part), out_specs=BOTH_CUT),
         "in a scan": in_a_scan,
+        "in a fori_loop": in_a_fori_loop,
         "nested": jax.jit(nested),
         "one manual axis": jax.jit(
             jax.shard_map(
