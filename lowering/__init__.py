@@ -31,7 +31,7 @@ from hire_xform.lowering.predictors import (
 from hire_xform.lowering.record import record, record_p
 from hire_xform.lowering.rows import combine_rows, select_rows_dot
 from hire_xform.lowering.selection import Selection, choose, select
-from hire_xform.lowering.statistics import KL_SIZES, covariance, unit_ranks, unit_totals, vocab_ranks
+from hire_xform.lowering.statistics import KL_SIZES, covariance, first_in_order, unit_ranks, unit_totals, vocab_ranks
 from hire_xform.lowering.subgraph import UpProduct, ffn, ffn_bytes, group_scores, vocab_bytes, vocab_logits
 
 __all__ = [
@@ -57,6 +57,7 @@ __all__ = [
     "fallback_p",
     "ffn",
     "ffn_bytes",
+    "first_in_order",
     "group_scores",
     "kth_largest",
     "largest_norm",
