@@ -510,7 +510,6 @@ def test_wrong_arguments_are_named():
         (lambda: hx.calibrate(lambda p, x: x + 1, ok), ValueError, "no site"),
         (lambda: hx.sparsify(block, calibration={}), TypeError, r"calibration=\{\}; expected what hx.calibrate"),
         (lambda: hx.Projected(1.5), ValueError, "Projected: rank=1.5"),
-        (lambda: hx.Vocab(certify=True, predictor=hx.Projected(0.5)), ValueError, "certify=True"),
     ]  # fmt: skip
     for call, kind, match in cases:
         with pytest.raises(kind, match=match):
