@@ -9,9 +9,12 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
+from hire_xform.passes import compat
 from hire_xform.passes.pack import Packed, PackedToken
 from hire_xform.passes.provenance import Root
+from hire_xform.passes.shards import is_explicit, placement_of, token_axes_of
 
 # What jax.jit traces; any other leaf (a function, a string, a dtype) is static.
 ARRAY_TYPES = (jax.Array, np.ndarray, np.generic, bool, int, float, complex, jax.ShapeDtypeStruct)
@@ -43,12 +46,16 @@ class Abstract:
       statics: (position, value) of the leaves that are not traced.
       avals: abstract values of the array leaves, in order.
       roots: for each array leaf, the root it is as a weight, or None.
+      placed: for each array leaf that is a weight over several devices, its sharding; None for the others.
+      token_axes: mesh axes that data comes in sharded over.
     """
 
     treedef: Any
     statics: tuple[tuple[int, Any], ...]
     avals: tuple[Any, ...]
     roots: tuple[Root | None, ...] = field(compare=False)
+    placed: tuple[Any, ...] = ()
+    token_axes: tuple[str, ...] = ()
     # Types of the static values: 1, 1.0 and True are equal.
     _types: tuple[type, ...] = field(init=False, repr=False)
 
@@ -202,6 +209,14 @@ def argument_of(path: Sequence[Any]) -> int | str:
     return path[1].idx if path[0].idx == 0 else path[1].key
 
 
+@dataclass(frozen=True)
+class _PlacedAval:
+    """A leaf that a ``Packed`` stands for: its abstract value, and where it was."""
+
+    aval: Any
+    sharding: Any
+
+
 def expand_packed(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The call with the plain weights' shapes where a ``Packed`` stands."""
 
@@ -209,25 +224,42 @@ def expand_packed(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[
         if not isinstance(value, (Packed, PackedToken)):
             return value
         layout = value.layout
-        return layout.treedef.unflatten(merge(layout.static, layout.avals))
+        leaves = [a if s is None else _PlacedAval(a, s) for a, s in zip(layout.avals, layout.placed, strict=True)]
+        return layout.treedef.unflatten(merge(layout.static, leaves))
 
     return tuple(plain(a) for a in args), {k: plain(v) for k, v in kwargs.items()}
 
 
 def is_array(leaf: Any) -> bool:
     """True for a leaf that jax.jit would trace."""
-    return isinstance(leaf, (*ARRAY_TYPES, jax.core.ShapedArray))
+    return isinstance(leaf, (*ARRAY_TYPES, jax.core.ShapedArray, _PlacedAval))
 
 
 def aval_of(leaf: Any) -> Any:
-    """The abstract value of an array leaf."""
-    if isinstance(leaf, jax.core.ShapedArray):
-        return leaf
-    return jax.typeof(leaf) if not isinstance(leaf, jax.ShapeDtypeStruct) else _aval_of_struct(leaf)
+    """The abstract value of an array leaf; of shardings only those that are part of its type."""
+    if isinstance(leaf, _PlacedAval):
+        return leaf.aval
+    aval = _aval_of_struct(leaf) if isinstance(leaf, jax.ShapeDtypeStruct) else leaf
+    aval = aval if isinstance(aval, jax.core.ShapedArray) else jax.typeof(leaf)
+    mesh = getattr(getattr(aval, "sharding", None), "mesh", None)
+    if mesh is None or mesh.empty or is_explicit(mesh) or getattr(mesh, "manual_axes", ()):
+        return aval
+    return jax.core.ShapedArray(aval.shape, aval.dtype, weak_type=aval.weak_type)
 
 
 def _aval_of_struct(leaf: jax.ShapeDtypeStruct) -> Any:
-    return jax.core.ShapedArray(leaf.shape, leaf.dtype, weak_type=getattr(leaf, "weak_type", False))
+    weak_type = getattr(leaf, "weak_type", False)
+    placed = placement_of(leaf)
+    if placed is None or not is_explicit(placed.mesh):
+        return jax.core.ShapedArray(leaf.shape, leaf.dtype, weak_type=weak_type)
+    entries = (*placed.spec, *[None] * len(leaf.shape))[: len(leaf.shape)]
+    sharding = NamedSharding(placed.mesh.abstract_mesh, PartitionSpec(*entries))
+    return jax.core.ShapedArray(leaf.shape, leaf.dtype, weak_type=weak_type, sharding=sharding)
+
+
+def _where(leaf: Any) -> Any:
+    """Where a leaf is, if that is known and over several devices."""
+    return None if compat.is_tracer(leaf) else placement_of(leaf)
 
 
 def abstract_call(signature: Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Abstract:
@@ -236,6 +268,7 @@ def abstract_call(signature: Signature, args: tuple[Any, ...], kwargs: dict[str,
     Raises:
       TypeError: a leaf is neither an array nor hashable, or a Packed is only part of an argument.
     """
+    axes = {name: None for p in [*args, *kwargs.values()] if _is_held(p) for name in p.layout.token_axes}
     args, kwargs = expand_packed(args, kwargs)
     inside = [p for p, v in jax.tree_util.tree_leaves_with_path((args, kwargs), is_leaf=_is_packed) if _is_packed(v)]
     if inside:
@@ -247,6 +280,8 @@ def abstract_call(signature: Signature, args: tuple[Any, ...], kwargs: dict[str,
     statics: list[tuple[int, Any]] = []
     avals: list[Any] = []
     roots: list[Root | None] = []
+    placed: list[Any] = []
+    data: list[Any] = []
     counts: dict[int, int] = {}
     for position, (path, leaf) in enumerate(found):
         key = argument_of(path)
@@ -258,12 +293,19 @@ def abstract_call(signature: Signature, args: tuple[Any, ...], kwargs: dict[str,
             continue
         avals.append(aval_of(leaf))
         number = signature.weight_number(key)
+        placed.append(None if number is None else _where(leaf))
         if number is None:
             roots.append(None)
+            data.append(_where(leaf))
             continue
         roots.append(Root(f"arg{number}", counts.get(number, 0)))
         counts[number] = counts.get(number, 0) + 1
-    return Abstract(treedef, tuple(statics), tuple(avals), tuple(roots))
+    token_axes = tuple(axes) or token_axes_of(data)
+    return Abstract(treedef, tuple(statics), tuple(avals), tuple(roots), tuple(placed), token_axes)
+
+
+def _is_held(value: Any) -> bool:
+    return isinstance(value, (Packed, PackedToken))
 
 
 def _is_packed(value: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from hire_xform.passes import compat
 from hire_xform.passes.pack import Packed, PackedToken
 from hire_xform.passes.plan import PackKey
 from hire_xform.passes.provenance import Root
+from hire_xform.passes.shards import placement_of, token_axes_of
 
 if TYPE_CHECKING:
     from hire_xform.api import Sparsified
@@ -82,12 +84,16 @@ class Entry:
             else:
                 self._rest.append(position)
         donate = (4,) if self._donated else ()
-        self.jitted = jax.jit(_named(self._body, signature.fun), donate_argnums=donate, **owner.options)
+        self._options = {"donate_argnums": donate, **owner.options}
+        self.jitted = jax.jit(_named(self._body, signature.fun), **self._options)
         self.counted = jax.jit(self._counted, **{k: v for k, v in owner.options.items() if k != "out_shardings"})
         # Whose weights were packed, and their forms; replaced as one, so that threads see a pair that belongs together.
         self._current: _Current | None = None
         self._keys: dict[PackKey, None] = {}
         self._weight_avals: list[Any] = []
+        # Where the weights are, and what data came in sharded over: not seen under jit, where axes are automatic.
+        self._placed: list[Any] = []
+        self._token_axes: tuple[str, ...] = ()
         # Plain weights that the traced programs read; the others are not passed on, which costs time at every call.
         self._passed: set[Root] = set()
 
@@ -112,6 +118,13 @@ class Entry:
 
     def _prepare(self, leaves: list[Any], weights: list[Any]) -> _Current:
         """Packs what the plans seen so far, and that for these shapes, read of these weights."""
+        placed = [None if compat.is_tracer(w) else placement_of(w) for w in weights]
+        data = [leaves[i] for i in (*self._rest, *self._donated)]
+        axes = token_axes_of(None if compat.is_tracer(d) else placement_of(d) for d in data)
+        if (placed, axes) != (self._placed, self._token_axes):
+            if self._current is not None:  # what was traced is for weights that were elsewhere
+                self.jitted = jax.jit(_named(self._body, self._owner.signature.fun), **self._options)
+            self._placed, self._token_axes, self._keys = placed, axes, {}
         traced = self._owner.traced(self._abstract(leaves))
         avals = [aval_of(w) for w in weights]
         if avals != self._weight_avals:
@@ -157,7 +170,12 @@ class Entry:
     def _abstract(self, leaves: list[Any]) -> Abstract:
         """The abstract plain call for this call's leaves."""
         avals = [None if i in self._statics else aval_of(leaf) for i, leaf in enumerate(leaves)]
-        return abstract_call(self._owner.signature, *self._rebuild(avals))
+        call = abstract_call(self._owner.signature, *self._rebuild(avals))
+        known = {r: p for r, p in zip(self._weight_roots, self._placed, strict=False) if p is not None}
+        if not known and not self._token_axes:
+            return call
+        placed = tuple(known.get(r, p) if r is not None else None for r, p in zip(call.roots, call.placed, strict=True))
+        return dataclasses.replace(call, placed=placed, token_axes=call.token_axes or self._token_axes)
 
     def _body(
         self, weights: list[Any], forms: dict[str, Any], packed: list[Any], rest: list[Any], donated: list[Any]

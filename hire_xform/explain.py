@@ -51,7 +51,7 @@ def describe(settings: Vocab | Ffn) -> str:
 
 def _site_key(site: Site) -> tuple:
     same = (site.kind, site.source, site.tokens, site.dense_bytes, site.sparse_bytes, site.settings, site.inputs)
-    return (*same, site.units, site.computed, site.activation, site.own, site.forced, site.calibrated)
+    return (*same, site.units, site.computed, site.activation, site.own, site.forced, site.calibrated, site.placed)
 
 
 def _grouped(items: tuple, key) -> list[list]:  # type: ignore[no-untyped-def]
@@ -82,6 +82,8 @@ def _site(sites: list[Site]) -> list[str]:
         f"         {describe(site.settings)}" + (f"; activation: {site.activation}" if site.activation else ""),
         f"         weights: {', '.join(site.weights)}" + (" and alike" if len(sites) > 1 else ""),
     ]
+    if site.placed:
+        lines.append(f"         each of {site.placed} its own share")
     if site.calibrated:
         lines.append(f"         {site.calibrated}")
     if site.own:

@@ -25,6 +25,7 @@ from hire_xform.passes.pack import Holding, Packed, PackLayout, decide_holding, 
 from hire_xform.passes.plan import Need, PackKey, Plan, make_plan
 from hire_xform.passes.provenance import Provenance, Root
 from hire_xform.passes.rewrite import Rewriter
+from hire_xform.passes.shards import is_explicit, place, placement_of
 from hire_xform.passes.treatment import Treatment, treatments
 from hire_xform.passes.walk import Graph, Node, walk
 
@@ -94,7 +95,20 @@ class Traced:
             self.plan: Plan = replace(plan, unmatched_rules=tuple(rule.path_glob for rule in unmatched))
 
     def _plan(self, config: Config, platform: str, *measured: Measure) -> Plan:
-        return make_plan(self._detection, config.choose, platform, self._name_of, *measured)
+        measure = measured[0] if measured else _no_measurement
+        return make_plan(self._detection, config.choose, platform, self._name_of, measure, self._place)
+
+    def _place(self, match: Any) -> Any:
+        """Where a match runs: where its weights are."""
+        if all(sharding is None for sharding in self.call.placed):
+            return None
+        return place(match, self._leaf, self.call.token_axes)
+
+    def _leaf(self, root: Root) -> Any:
+        """Shape and sharding of a weight; a closed-over array is a constant of the program, and on no mesh."""
+        number = self.call.roots.index(root) if root.kind != "const" else None
+        placed = None if number is None else self.call.placed[number]
+        return _struct(self.aval(root), placed)
 
     @property
     def rule_paths(self) -> list[str]:
@@ -262,7 +276,9 @@ class Traced:
         avals = self.call.avals[first : first + len(mine)]
         static = tuple((i, v) for i, v in enumerate(leaves) if v is not _ABSENT)
         holding = self._holdings.get(f"arg{number}", Holding((), (), ()))
-        return PackLayout(number, treedef, avals, static, holding.kept, holding.keys, holding.restored)
+        placed = self.call.placed[first : first + len(mine)]
+        held = holding.kept, holding.keys, holding.restored
+        return PackLayout(number, treedef, avals, static, *held, placed, self.call.token_axes)
 
     def _argument(self, call: tuple[Any, Any], number: int) -> Any:
         args, kwargs = call
@@ -282,8 +298,11 @@ class Traced:
             if f"arg{number}" not in self._holdings:
                 continue
             layout, holding = self._layout(number), self._holdings[f"arg{number}"]
-            kept = [_struct(layout.avals[i]) for i in holding.kept]
-            forms = [pack_shapes(k, layout.avals[k.recipe.root.index]) for k in holding.keys]
+            kept = [_struct(layout.avals[i], layout.placed[i]) for i in holding.kept]
+            forms = [
+                pack_shapes(k, layout.avals[k.recipe.root.index], layout.placed[k.recipe.root.index])
+                for k in holding.keys
+            ]
             packed = Packed(kept, forms, layout)
             if number < len(args):
                 args[number] = packed
@@ -385,7 +404,7 @@ def check_weights(number: int, weight: Any, layout: PackLayout) -> list[Any]:
             expected = f"{static[i]!r}" if i in static else "an array"
             raise TypeError(f"pack: weights{jax.tree_util.keystr(path)} is {leaf!r}; expected {expected} as traced")
     arrays = [(path, leaf) for i, (path, leaf) in enumerate(zip(paths, leaves, strict=True)) if i not in static]
-    for (path, leaf), aval in zip(arrays, layout.avals, strict=True):
+    for (path, leaf), aval, placed in zip(arrays, layout.avals, layout.placed, strict=True):
         got = jax.typeof(leaf) if not isinstance(leaf, jax.ShapeDtypeStruct) else leaf
         if isinstance(leaf, jax.ShapeDtypeStruct):
             raise TypeError(f"pack: weights{jax.tree_util.keystr(path)} is a ShapeDtypeStruct; expected an array")
@@ -394,8 +413,28 @@ def check_weights(number: int, weight: Any, layout: PackLayout) -> list[Any]:
                 f"pack: weights{jax.tree_util.keystr(path)} is {got.dtype}{list(got.shape)}; expected "
                 f"{aval.dtype}{list(aval.shape)} as traced"
             )
+        is_placed = None if compat.is_tracer(leaf) else placement_of(leaf)
+        same = is_placed == placed or (placed is not None and leaf.sharding.is_equivalent_to(placed, leaf.ndim))
+        if not same and not compat.is_tracer(leaf):
+            raise ValueError(
+                f"pack: weights{jax.tree_util.keystr(path)} is placed as {_placed_text(is_placed)}; expected "
+                f"{_placed_text(placed)}, as traced"
+            )
     return [leaf for _, leaf in arrays]
 
 
-def _struct(aval: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=getattr(aval, "weak_type", False))
+def _placed_text(sharding: Any) -> str:
+    return "one device's" if sharding is None else f"{sharding.spec} of {dict(sharding.mesh.shape)}"
+
+
+def _no_measurement(match: Any, names: Any) -> None:
+    return None
+
+
+def _struct(aval: Any, placed: Any = None) -> jax.ShapeDtypeStruct:
+    """Shape and dtype, and where it is; without that, what its type says of it."""
+    typed = getattr(aval, "sharding", None)
+    if placed is None and typed is not None and not typed.mesh.empty and is_explicit(typed.mesh):
+        placed = typed
+    weak_type = getattr(aval, "weak_type", False)
+    return jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=weak_type, sharding=placed)

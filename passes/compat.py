@@ -226,7 +226,8 @@ def vary(value: Any, axes: Sequence[str]) -> Any:
     ``pcast`` refuses a value that varies already, and outside a shard_map there is nothing to mark.
     """
     manual = getattr(jax.sharding.get_abstract_mesh(), "manual_axes", ())
-    known: frozenset[str] = getattr(jax.typeof(value), "vma", frozenset())
+    kind = getattr(jax.typeof(value), "manual_axis_type", None)
+    known: frozenset[str] = kind.varying if kind is not None else frozenset()
     missing = tuple(a for a in axes if a in manual and a not in known)
     return jax.lax.pcast(value, missing, to="varying") if missing else value
 
@@ -234,6 +235,20 @@ def vary(value: Any, axes: Sequence[str]) -> Any:
 def public_primitive(name: str) -> Any | None:
     """A primitive by its public name, or None on a version that does not have it."""
     return getattr(prims, name, None)
+
+
+@contextlib.contextmanager
+def _kept_mesh(manager: Any, mesh: Any) -> Iterator[None]:
+    with manager, jax.sharding.use_abstract_mesh(mesh):
+        yield
+
+
+def _within(manager: Any) -> Any:
+    """An equation's context, but for its mesh where that would lead out of a shard_map that stands around it now."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if manager is None or not getattr(mesh, "manual_axes", ()):
+        return manager
+    return _kept_mesh(manager, mesh)
 
 
 class EquationContexts:
@@ -260,7 +275,7 @@ class EquationContexts:
         context = getattr(eqn, "ctx", None)
         if context is not self._context:
             self._leave_context()
-            self._manager = getattr(context, "manager", None)
+            self._manager = _within(getattr(context, "manager", None))
             if self._manager is not None:
                 self._manager.__enter__()
             self._context = context
@@ -342,7 +357,7 @@ _TRACE_SETTINGS = (
 
 def trace_settings() -> tuple[Any, ...]:
     """The settings that change what a function traces to; ``jax.jit`` keys its own cache by them, too."""
-    return tuple(getattr(jax.config, name, None) for name in _TRACE_SETTINGS)
+    return jax.sharding.get_abstract_mesh(), *(getattr(jax.config, name, None) for name in _TRACE_SETTINGS)
 
 
 def is_tracer(value: Any) -> bool:

@@ -12,22 +12,29 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
-from hire_xform.lowering import PredictorSpec, largest_norm, pack_moments, pack_predictor, pack_proof
+from hire_xform.lowering import PredictorSpec, largest_norm, pack_bounds, pack_moments, pack_predictor
 from hire_xform.passes import compat
 from hire_xform.passes.detect import Detection
-from hire_xform.passes.forms import Proving
 from hire_xform.passes.measured import Fitted
 from hire_xform.passes.plan import PackKey, Plan
 from hire_xform.passes.products import rounding_free
 from hire_xform.passes.provenance import Recipe, Reshape, Root, Stack, Step, Transpose
 from hire_xform.passes.rewrite import Rewriter
+from hire_xform.passes.shards import as_automatic, placed_rows, placement_of, stacks_of
 from hire_xform.passes.treatment import Treatment, treatments
 from hire_xform.passes.walk import Node
 
 
 def pack_array(key: PackKey, leaf: Any) -> Any:
-    """One packed form: ``[*stack, n, d]`` rows, f32 ``[*stack, n]`` norms, or a predictor's dictionary of arrays."""
+    """One packed form: ``[*stack, n, d]`` rows, f32 ``[*stack, n]`` norms, or a predictor's dictionary of arrays.
+
+    Of a leaf that is sharded along the rows, each device packs those it holds, and holds what it packed.
+    """
+    sharding = placement_of(leaf) if not compat.is_tracer(leaf) else None
+    if sharding is not None:
+        return _pack_placed(key, leaf, sharding)
     # Under a trace around the call too: packed forms of concrete weights are remembered, so they must be concrete.
     with contextlib.nullcontext() if compat.is_tracer(leaf) else jax.ensure_compile_time_eval():
         return _packer(key.recipe.steps, _own(key.form))(leaf, *_given(key.form))
@@ -38,22 +45,72 @@ def _packer(steps: tuple[Step, ...], form: Any) -> Callable[[Any], Any]:
     recipe = Recipe(Root("", 0), steps)
     if isinstance(form, _FittedForm):
         stacks = sum(isinstance(step, Stack) for step in steps)
-        fit = functools.partial(_fit, form.form)
+        fit = functools.partial(pack_predictor, spec=form.spec)
         for _ in range(stacks):
             fit = jax.vmap(fit)
-        return jax.jit(lambda leaf, covariance: fit(recipe.apply(leaf), covariance))
+        return jax.jit(lambda leaf, covariance: fit(recipe.apply(leaf), covariance=covariance))
     return jax.jit(lambda leaf: recipe.apply(leaf, functools.partial(_finish, form)))
+
+
+def _pack_placed(key: PackKey, leaf: Any, sharding: NamedSharding) -> Any:
+    spec = packed_spec(sharding, leaf.shape, key)
+    mesh = as_automatic(sharding.mesh)
+    with jax.ensure_compile_time_eval(), jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        given = (jax.device_put(a, NamedSharding(mesh, PartitionSpec())) for a in _given(key.form))
+        packer = shard_packer(key.recipe.steps, _own(key.form), mesh, spec)
+        made = packer(jax.device_put(leaf, NamedSharding(mesh, sharding.spec)), *given)
+        return jax.device_put(made, NamedSharding(sharding.mesh, spec))
+
+
+@functools.lru_cache(maxsize=256)
+def shard_packer(steps: tuple[Step, ...], form: Any, mesh: Any, spec: PartitionSpec) -> Callable[..., Any]:
+    """What packs a leaf that is sharded over a mesh with automatic axes; the result is placed by ``spec``."""
+    rows = _packer(steps, "rows")
+    stacks = stacks_of(steps)
+
+    def finish(rows: Any, *given: Any) -> Any:
+        made = functools.partial(_finish, form)
+        if isinstance(form, _FittedForm):
+            made = functools.partial(pack_predictor, spec=form.spec, covariance=given[0])
+        for _ in range(stacks):
+            made = jax.vmap(made)
+        return made(rows)
+
+    def run(leaf: Any, *given: Any) -> Any:
+        laid_out = jax.lax.with_sharding_constraint(rows(leaf), NamedSharding(mesh, spec))
+        whole = tuple(PartitionSpec() for _ in given)
+        return jax.shard_map(finish, mesh=mesh, in_specs=(spec, *whole), out_specs=spec, check_vma=False)(
+            laid_out, *given
+        )
+
+    return jax.jit(run)
+
+
+def packed_spec(sharding: NamedSharding, shape: Sequence[int], key: PackKey) -> PartitionSpec:
+    """How a packed form of a placed leaf is placed.
+
+    Rows lie where they lay. All else is made of whole matrices, and lies where those of a stack do: each device has its
+    part of the rows as a matrix of that stack.
+    """
+    axes = placed_rows(sharding, shape, key.recipe)
+    # A weight that is placed otherwise belongs to no site that is split: it is packed whole, on every device.
+    if isinstance(axes, str) or axes[-1]:
+        return PartitionSpec()
+    kept = axes[: stacks_of(key.recipe.steps) + (key.form == "rows")]
+    while kept and not kept[-1]:
+        kept.pop()
+    return PartitionSpec(*(names or None for names in kept))
 
 
 @dataclass(frozen=True)
 class _FittedForm:
     """``Fitted`` without the inputs, which the packer is given: one program serves all."""
 
-    form: PredictorSpec | Proving
+    spec: PredictorSpec
 
 
 def _own(form: Any) -> Any:
-    return _FittedForm(form.form) if isinstance(form, Fitted) else form
+    return _FittedForm(form.spec) if isinstance(form, Fitted) else form
 
 
 def _given(form: Any) -> tuple[Any, ...]:
@@ -65,23 +122,23 @@ def _finish(form: Any, rows: Any) -> Any:
         return rows
     if form == "norms":
         return jnp.sqrt(jnp.sum(jnp.square(rows.astype(jnp.float32)), axis=-1))
+    if isinstance(form, tuple):
+        return pack_bounds(rows, form[1])
     if form == "largest":
         return largest_norm(rows)
     if form == "moments":
         return pack_moments(rows)
-    return _fit(form, rows, None)
+    return pack_predictor(rows, form)
 
 
-def _fit(form: PredictorSpec | Proving, rows: Any, covariance: Any) -> Any:
-    if isinstance(form, Proving):
-        return pack_proof(rows, form.spec, covariance)
-    return pack_predictor(rows, form, covariance)
-
-
-def pack_shapes(key: PackKey, leaf: Any) -> Any:
-    """Shapes and dtypes of ``pack_array``'s result; computes nothing."""
+def pack_shapes(key: PackKey, leaf: Any, sharding: NamedSharding | None = None) -> Any:
+    """Shapes and dtypes of ``pack_array``'s result, and where it is, of a leaf that is there; computes nothing."""
     given = tuple((tuple(a.shape), np.dtype(a.dtype)) for a in _given(key.form))
-    return _pack_shapes(key.recipe.steps, _own(key.form), ((tuple(leaf.shape), np.dtype(leaf.dtype)), *given))
+    made = _pack_shapes(key.recipe.steps, _own(key.form), ((tuple(leaf.shape), np.dtype(leaf.dtype)), *given))
+    if sharding is None:
+        return made
+    placed = NamedSharding(sharding.mesh, packed_spec(sharding, leaf.shape, key))
+    return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=placed), made)
 
 
 @functools.lru_cache(maxsize=256)
@@ -120,6 +177,8 @@ class PackLayout:
       kept: which array leaves it still holds.
       keys: the packed forms it holds.
       restored: leaves that are made from packed rows when read dense: (leaf, number of the key).
+      placed: where the original array leaves were, of those over several devices.
+      token_axes: mesh axes that data came in sharded over.
     """
 
     argnum: int
@@ -129,6 +188,8 @@ class PackLayout:
     kept: tuple[int, ...]
     keys: tuple[PackKey, ...]
     restored: tuple[tuple[int, int], ...]
+    placed: tuple[Any, ...] = ()
+    token_axes: tuple[str, ...] = ()
     _hash: int = field(default=0, repr=False)
     _numbers: dict[PackKey, int] = field(default_factory=dict, repr=False)
 
@@ -143,7 +204,8 @@ class PackLayout:
 
     def _fields(self) -> tuple[Any, ...]:
         types = tuple(type(value) for _, value in self.static)  # 1, 1.0 and True are equal
-        return self.argnum, self.treedef, self.avals, self.static, types, self.kept, self.keys, self.restored
+        held = self.kept, self.keys, self.restored, self.placed, self.token_axes
+        return self.argnum, self.treedef, self.avals, self.static, types, *held
 
     def __eq__(self, other: object) -> bool:
         """Equal when everything it describes is."""

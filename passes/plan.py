@@ -11,14 +11,15 @@ from typing import Any
 
 import numpy as np
 
-from hire_xform.lowering import choose, ffn_bytes, moments_bytes, predictor_bytes, proof_bytes, vocab_bytes
+from hire_xform.lowering import bounds_bytes, choose, ffn_bytes, moments_bytes, vocab_bytes
 from hire_xform.passes.certify import ALL_BITS, input_bits, not_certifiable
 from hire_xform.passes.detect import Detection, FfnMatch, VocabMatch, up_rows, vocab_rows
-from hire_xform.passes.forms import Proving, down_forms, up_forms, vocab_forms
+from hire_xform.passes.forms import down_forms, up_forms, vocab_forms
 from hire_xform.passes.measured import Fitted, Inputs, Measure, Measurement, takes_inputs, unmeasured, with_choices
 from hire_xform.passes.parts import parts_of_rows
 from hire_xform.passes.provenance import Origin, Recipe, Ref, Root
 from hire_xform.passes.settings import Choice, Ffn, Vocab
+from hire_xform.passes.shards import Placement, in_parts
 from hire_xform.passes.walk import Node
 
 # A row read out of order costs this many times what it costs in a streamed product. Measured by
@@ -49,6 +50,8 @@ class Site:
       own: the model's own choice of units, such as "top 512"; empty when it makes none.
       forced: True when a rule overrode the cost model.
       calibrated: what a calibration says of its size; empty without one.
+      shards: over how many devices its units are split; each reads, and picks from, its own.
+      placed: the mesh axes of those devices, for reports; empty without any.
     """
 
     kind: str
@@ -67,6 +70,8 @@ class Site:
     own: str = ""
     forced: bool = False
     calibrated: str = ""
+    shards: int = 1
+    placed: str = ""
 
 
 @dataclass(frozen=True)
@@ -95,7 +100,8 @@ class PackKey:
     """One packed form of one weight.
 
     ``"rows"``, the ``"norms"`` of its rows, the ``"largest"`` of them, their ``"moments"``, for a predictor spec its
-    arrays, for ``Proving`` also how far they can be from the rows, and for ``Fitted`` either, fitted to its inputs.
+    arrays, for ``Fitted`` those of one fitted to its inputs, and for ``("bounds", spec)`` how far they can be from the
+    rows.
     """
 
     recipe: Recipe
@@ -118,10 +124,11 @@ class Decision:
       match: the match.
       site: its public description.
       settings: its settings.
-      count: rows (vocabulary) or groups (FFN) each token may have.
+      count: rows (vocabulary) or groups (FFN) each token may have; of a sharded site, on each device.
       needs: packed forms, as ``passes/forms.py`` orders them: of each product into the units, then of the contracting
         one; of a vocabulary projection those of its one.
       input_bits: significant bits that a certified product's dense form keeps of its inputs.
+      placement: where it runs, when its weights are over several devices.
     """
 
     match: VocabMatch | FfnMatch
@@ -130,6 +137,7 @@ class Decision:
     count: int
     needs: tuple[Need, ...]
     input_bits: int = 24
+    placement: Placement | None = None
 
     @property
     def node(self) -> Node:
@@ -183,6 +191,7 @@ def make_plan(
     platform: str,
     name_of: Callable[[Root], str],
     measure: Measure = lambda match, names: None,
+    placed: Callable[[VocabMatch | FfnMatch], Placement | str | None] = lambda match: None,
 ) -> Plan:
     """Turns matches into decisions or refusals.
 
@@ -192,6 +201,7 @@ def make_plan(
       platform: where it will run: "cpu", "gpu" or "tpu".
       name_of: the name of a weight, for reports.
       measure: what a calibration says of a match.
+      placed: where a match runs; see ``place``.
     """
     decisions: list[Decision] = []
     refusals: list[tuple[Node, Refusal]] = []
@@ -200,7 +210,7 @@ def make_plan(
         choice = choose_settings(kind, match.node.path)
         names = tuple(name_of(p.origin.recipe.root) for p in match.products)
         dense = sum(p.nbytes for p in match.products) * match.node.scope.iterations
-        found = _decide(match, kind, choice, platform, names, dense, measure(match, names))
+        found = _decide(match, kind, choice, platform, names, dense, measure(match, names), placed(match))
         if isinstance(found, Decision):
             decisions.append(found)
             continue
@@ -226,6 +236,7 @@ def _decide(
     names: tuple[str, ...],
     dense: int,
     measurement: Measurement | None,
+    placement: Placement | str | None,
 ) -> Decision | str:
     """A decision, or the reason to stay dense. Checks of meaning come first; the cost model is last."""
     settings = choice.settings
@@ -241,6 +252,11 @@ def _decide(
         return f"its weights are {', '.join(sorted(dtypes))}; only floating-point weights are predicted"
     if settings.certify and (why := not_certifiable(match, platform)) is not None:
         return why
+    if isinstance(placement, str):
+        return placement
+    shards = 1 if placement is None else placement.shards
+    if placement is not None and settings.certify:
+        return f"its weights are sharded over {placement}, and certification is for one device in this version"
     if isinstance(match, VocabMatch):
         assert isinstance(settings, Vocab)
         product = match.product
@@ -273,16 +289,23 @@ def _decide(
         count = max(1, math.ceil(settings.active_of(own.share if own is not None else None) * groups - 1e-9))
     if tokens > settings.max_tokens:
         return f"{tokens} tokens in one call, more than max_tokens={settings.max_tokens}; a prefill runs dense"
-    selection = choose(tokens, units // computed_each, count)
-    computed = selection.rows_read(tokens) * computed_each
+    if isinstance(match, FfnMatch) and shards > 1 and match.region.own is not None:
+        return f"the model itself chooses among all its units, which are sharded over {placement}"
+    if units // shards % computed_each:
+        return f"group_size={computed_each} does not divide the {units // shards} hidden units of each device"
+    # From here on of one device, which has its share of the units, and of the tokens where data is sharded too.
+    here = tokens if placement is None else tokens // placement.size(placement.tokens)
+    count = -(-count // shards)
+    selection = choose(here, units // shards // computed_each, count)
+    computed = selection.rows_read(here) * computed_each
     iterations = match.node.scope.iterations
-    predicted, exact = bytes_read(match, settings, count, tokens, computed)
-    sparse = (predicted + exact) * iterations
+    predicted, exact = bytes_read(match, settings, count, here, computed, shards)
+    sparse = (predicted + exact) * iterations * shards
     cost = (predicted + exact * ROW_COST.get(platform, 1.0) + FIXED_BYTES.get(platform, 1 << 20)) * iterations
-    if cost >= dense and not choice.force:
+    if cost * shards >= dense and not choice.force:
         return (
-            f"it reads {dense:,} bytes dense and {sparse:,} sparse, which would not be faster on {platform}; a Rule "
-            "with force=True overrides this"
+            f"it reads {dense:,} bytes dense and {sparse:,} sparse{_over(placement)}, which would not be faster on "
+            f"{platform}; a Rule with force=True overrides this"
         )
     site = Site(
         kind=kind,
@@ -295,15 +318,21 @@ def _decide(
         weights=names,
         inputs=inputs,
         units=units,
-        computed=computed,
+        computed=computed * shards,
         shared=selection.mode == "shared",
         activation=activation,
         own=match.region.own.name if isinstance(match, FfnMatch) and match.region.own is not None else "",
         forced=choice.force,
         calibrated=calibrated,
+        shards=shards,
+        placed="" if placement is None else str(placement),
     )
-    needs = _needs(match, settings, None if measurement is None else measurement.inputs)
-    return Decision(match, site, settings, count, needs, input_bits(match, platform) or ALL_BITS)
+    needs = _needs(match, settings, None if measurement is None else measurement.inputs, shards)
+    return Decision(match, site, settings, count, needs, input_bits(match, platform) or ALL_BITS, placement)
+
+
+def _over(placement: Placement | None) -> str:
+    return "" if placement is None else f", over {placement}"
 
 
 def _units(match: VocabMatch | FfnMatch) -> int:
@@ -311,26 +340,27 @@ def _units(match: VocabMatch | FfnMatch) -> int:
 
 
 def bytes_read(
-    match: VocabMatch | FfnMatch, settings: Vocab | Ffn, count: int, tokens: int, computed: int
+    match: VocabMatch | FfnMatch, settings: Vocab | Ffn, count: int, tokens: int, computed: int, shards: int = 1
 ) -> tuple[int, int]:
-    """Bytes per execution: of the predictor (and norms), and of the rows computed exactly."""
+    """Bytes per execution on one device: of the predictor (and norms), and of the rows computed exactly."""
     spec = settings.spec
     if isinstance(match, VocabMatch):
         product = match.product
         dtype = product.weight.aval.dtype
-        total = vocab_bytes(tokens, product.width, product.contracted, dtype, spec, candidates=count)
+        total = vocab_bytes(tokens, product.width // shards, product.contracted, dtype, spec, candidates=count)
         exact = computed * product.contracted * np.dtype(dtype).itemsize
-        return total - exact + _proof_bytes(settings, product.width, product.contracted, dtype), exact
+        proof = bounds_bytes(product.width // shards) if settings.certify else 0
+        return total - exact + proof, exact
     assert isinstance(settings, Ffn)
     region, down = match.region, match.down
     forms = up_forms(region, settings)
     ups = [
-        (up.product.contracted, up.product.weight.aval.dtype, spec if spec in read or Proving(spec) in read else None)
+        (up.product.contracted, up.product.weight.aval.dtype, spec if spec in read else None)
         for up, read in zip(region.ups, forms, strict=True)
     ]
     total = ffn_bytes(
         tokens,
-        match.units,
+        match.units // shards,
         ups,
         down.width,
         down.weight.aval.dtype,
@@ -339,33 +369,30 @@ def bytes_read(
         norms="norms" in down_forms(region, settings),
     )
     total += sum(moments_bytes(up[0]) for up, read in zip(ups, forms, strict=True) if "moments" in read)
-    total += sum(_proof_bytes(settings, match.units, d, dtype) for d, dtype, predicted in ups if predicted is not None)
+    total += bounds_bytes(match.units // shards) if settings.certify else 0
     rows = sum(d * np.dtype(dtype).itemsize for d, dtype, _ in ups)
     rows += down.width * np.dtype(down.weight.aval.dtype).itemsize
     return total - computed * rows, computed * rows
 
 
-def _proof_bytes(settings: Vocab | Ffn, n: int, d: int, dtype: Any) -> int:
-    """What a proof reads more than its predictor alone; nothing where none is asked for."""
-    if not settings.certify:
-        return 0
-    return proof_bytes(n, d, settings.spec, dtype) - predictor_bytes(n, d, settings.spec, dtype)
-
-
-def _needs(match: VocabMatch | FfnMatch, settings: Vocab | Ffn, inputs: Sequence[Inputs] | None) -> tuple[Need, ...]:
-    def needs(recipe: Recipe, forms: list[Any], origin: Origin, number: int = 0) -> list[Need]:
-        fitted = (settings.spec, Proving(settings.spec))
+def _needs(
+    match: VocabMatch | FfnMatch, settings: Vocab | Ffn, inputs: Sequence[Inputs] | None, shards: int
+) -> tuple[Need, ...]:
+    def needs(recipe: Recipe, forms: list[Any], origin: Origin, columns: int, number: int = 0) -> list[Need]:
         if inputs is not None and takes_inputs(settings.spec):
-            forms = [Fitted(form, inputs[number]) if form in fitted else form for form in forms]
-        return [Need(PackKey(recipe, form), origin.refs) for form in forms]
+            forms = [Fitted(form, inputs[number]) if form == settings.spec else form for form in forms]
+        # Rows lie as they are, each device's part of them together; all else is made of each part by itself.
+        parts = in_parts(recipe, _units(match), columns, shards)
+        return [Need(PackKey(recipe if form == "rows" else parts, form), origin.refs) for form in forms]
 
     if isinstance(match, VocabMatch):
         assert isinstance(settings, Vocab)
-        return tuple(needs(vocab_rows(match), vocab_forms(settings), match.product.origin))
+        product = match.product
+        return tuple(needs(vocab_rows(match), vocab_forms(settings), product.origin, product.contracted))
     assert isinstance(settings, Ffn)
     region = match.region
     found: list[Need] = []
     for number, (up, forms) in enumerate(zip(region.ups, up_forms(region, settings), strict=True)):
-        found += needs(up_rows(up), forms, up.product.origin, number)
-    found += needs(match.down_rows(), down_forms(region, settings), match.down.origin)
+        found += needs(up_rows(up), forms, up.product.origin, up.product.contracted, number)
+    found += needs(match.down_rows(), down_forms(region, settings), match.down.origin, match.down.width)
     return tuple(found)

@@ -271,7 +271,7 @@ def replay(
         elif isinstance(expr, Up):
             values.append(hidden)
         elif isinstance(expr, Side):
-            if jnp.ndim(side) == 2 and side.shape[1] == region.units:
+            if jnp.ndim(side) == 2 and side.shape[1] > 1:
                 side = gather(side)
             values.append(jnp.broadcast_to(side, shape) if jnp.ndim(side) else side)
         elif isinstance(expr, Number):

@@ -22,6 +22,7 @@ from hire_xform.passes.liveness import Liveness
 from hire_xform.passes.plan import Decision, Need
 from hire_xform.passes.provenance import IndexSlice
 from hire_xform.passes.splice import dense_rows, site_function, site_operands, site_signature
+from hire_xform.passes.splice_sharded import sharded_function
 from hire_xform.passes.treatment import Treatment
 from hire_xform.passes.walk import Frame, Graph, Node, Operand, Scope, Value
 
@@ -105,7 +106,7 @@ class Rewriter:
         """A site's value. Sites that are rewritten alike call one function: it is traced and lowered once."""
         key = site_signature(decision)
         if key not in self._calls:
-            function = site_function(decision)
+            function = (site_function if decision.placement is None else sharded_function)(decision)
             function.__name__ = function.__qualname__ = f"hire_{decision.site.kind}"
             self._calls[key] = jax.jit(function)
         result = self._calls[key](site_operands(decision, lambda o: read(env, o)), seen)
@@ -219,7 +220,7 @@ class Rewriter:
 
 def _signature(treatment: Treatment) -> Any:
     if isinstance(treatment, Decision):
-        return treatment.settings, treatment.count, treatment.site.tokens
+        return treatment.settings, treatment.count, treatment.site.tokens, treatment.placement
     return "dense", treatment.contracted_first
 
 

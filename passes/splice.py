@@ -43,7 +43,7 @@ def site_operands(decision: Decision, read: Read) -> list[Any]:
 def site_signature(decision: Decision) -> Any:
     """Equal for two sites that are rewritten to the same function of their operands and packed arrays; hashable."""
     match = decision.match
-    settings = (decision.settings, decision.count, decision.site.tokens)
+    settings = (decision.settings, decision.count, decision.site.tokens, decision.placement)
     if isinstance(match, VocabMatch):
         return "vocab", settings, _product_signature(match.product)
     ups = tuple((_product_signature(up.product), up.layout) for up in match.region.ups)
@@ -68,21 +68,33 @@ def site_function(decision: Decision) -> Callable[[list[Any], list[PackedView]],
 
 
 def _vocab(decision: Decision, match: VocabMatch, operands: Sequence[Any], views: Sequence[PackedView]) -> Any:
+    return result_shape(match.product, flat_logits(decision, match, operands[0], views))
+
+
+def flat_logits(
+    decision: Decision,
+    match: VocabMatch,
+    operand: Any,
+    views: Sequence[PackedView],
+    shards: int = 1,
+    canonical: bool = False,
+) -> Any:
+    """The logits ``[T, V]``, or one device's part of them; ``canonical``: the operand is ``[T, d]`` already."""
     product, settings = match.product, decision.settings
     assert isinstance(settings, Vocab)
     rows, first = views[0].rows()
     logits = vocab_logits(
-        flat_activation(product, operands[0]),
+        operand if canonical else flat_activation(product, operand),
         rows,
         views[1].whole(),
         settings.spec,
         candidates=decision.count,
-        vocab=product.width,
+        vocab=product.width // shards,
         first_row=first,
         fill=settings.fill,  # type: ignore[arg-type]
         out_dtype=product.out.aval.dtype,
     )
-    return result_shape(product, views[0].filled(logits))
+    return views[0].filled(logits)
 
 
 @dataclass(frozen=True)
@@ -115,8 +127,22 @@ class FfnParts:
         )
 
 
-def ffn_parts(decision: Decision, match: FfnMatch, operands: Sequence[Any], views: Sequence[PackedView]) -> FfnParts:
-    """Sorts ``site_operands`` and the packed forms of ``needs``."""
+def ffn_parts(
+    decision: Decision,
+    match: FfnMatch,
+    operands: Sequence[Any],
+    views: Sequence[PackedView],
+    canonical: bool = False,
+) -> FfnParts:
+    """Sorts ``site_operands`` and the packed forms of ``needs``.
+
+    Args:
+      decision: the site.
+      match: its match.
+      operands: as ``site_operands`` gives them, or in canonical layout already.
+      views: the packed forms.
+      canonical: whether they are.
+    """
     settings = decision.settings
     assert isinstance(settings, Ffn)
     region, tokens = match.region, match.tokens
@@ -128,7 +154,8 @@ def ffn_parts(decision: Decision, match: FfnMatch, operands: Sequence[Any], view
     for up, read, number, operand in zip(region.ups, up_forms(region, settings), numbers, operands, strict=False):
         forms = {form: next(given) for form in read}
         rows, first = forms["rows"].rows()
-        x = forms["rows"].filled(canonical_activation(up.product, operand, up.layout, tokens))
+        x = operand if canonical else canonical_activation(up.product, operand, up.layout, tokens)
+        x = forms["rows"].filled(x)
         packed = forms[settings.spec].whole() if settings.spec in forms else None
         ups.append(
             UpProduct(
@@ -138,21 +165,29 @@ def ffn_parts(decision: Decision, match: FfnMatch, operands: Sequence[Any], view
         if "moments" in forms:
             mean[number], variance = moments(x, forms["moments"].whole())
     values = operands[len(ups) :]
-    sides = [canonical_side(v, side.layout, tokens, match.units) for v, side in zip(values, region.sides, strict=True)]
+    sides = [
+        v if canonical else canonical_side(v, side.layout, tokens, match.units)
+        for v, side in zip(values, region.sides, strict=True)
+    ]
     down = {form: next(given) for form in down_forms(region, settings)}
     return FfnParts(ups, sides, OfChosen(mean, variance), down)
 
 
 def _ffn(decision: Decision, match: FfnMatch, operands: Sequence[Any], views: Sequence[PackedView]) -> Any:
+    parts = ffn_parts(decision, match, operands, views)
+    return result_shape(match.down, flat_block(decision, match, parts))
+
+
+def flat_block(decision: Decision, match: FfnMatch, parts: FfnParts, shards: int = 1) -> Any:
+    """A feed-forward block of ``[T, d]``, or one device's part of the sum that it is."""
     settings = decision.settings
     assert isinstance(settings, Ffn)
-    parts = ffn_parts(decision, match, operands, views)
     down, down_first = parts.down["rows"].rows()
     result = ffn(
         parts.ups,
         parts.region(match),
         down,
-        units=match.units,
+        units=match.units // shards,
         first_row=down_first,
         down_norms=parts.down["norms"].whole() if match.region.own is None else None,
         score=parts.score(match),
@@ -160,7 +195,7 @@ def _ffn(decision: Decision, match: FfnMatch, operands: Sequence[Any], views: Se
         group_size=settings.group_size,
         out_dtype=match.down.out.aval.dtype,
     )
-    return result_shape(match.down, parts.down["rows"].filled(result))
+    return parts.down["rows"].filled(result)
 
 
 def dense_rows(treatment: DenseRows, read: Read, view: PackedView) -> Any:

@@ -1,0 +1,116 @@
+"""Puts a site on the devices that hold its weights: each predicts, picks its share and computes its own rows.
+
+The whole subgraph is the body of one ``shard_map`` that is manual in every axis, so that nothing is left for the
+compiler to move: a block ends with one sum over devices, as its dense form does, and logits stay where they are made.
+Where axes are explicit, what stands around the ``shard_map`` is run under automatic axes and its result is given the
+type that the program expects.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from hire_xform.passes import compat
+from hire_xform.passes.canonical import canonical_activation, canonical_side, flat_activation, result_shape
+from hire_xform.passes.detect import FfnMatch, VocabMatch
+from hire_xform.passes.environment import PackedView
+from hire_xform.passes.plan import Decision
+from hire_xform.passes.shards import Names, Placement, spec_of
+from hire_xform.passes.splice import ffn_parts, flat_block, flat_logits
+
+
+def sharded_function(decision: Decision) -> Callable[[list[Any], list[PackedView]], Any]:
+    """The rewritten site as a function of ``site_operands`` and its packed forms, on the devices of its placement."""
+    match, placement = decision.match, decision.placement
+    assert placement is not None
+
+    def run(operands: list[Any], views: list[PackedView]) -> Any:
+        given = _canonical(match, operands)
+        tokens = placement.tokens
+        specs = [_spec(value, number, match, placement) for number, value in enumerate(given)]
+        packed = [_packed_spec(view, placement) for view in views]
+
+        def body(given: list[Any], views: list[PackedView]) -> Any:
+            # Everything is made to vary over the same axes: the program's own equations do not mix what does not.
+            axes = (*placement.rows, *placement.tokens)
+            given, views = jax.tree.map(lambda value: compat.vary(value, axes), (given, views))
+            own = [_own_part(view, need.key.form, placement) for view, need in zip(views, decision.needs, strict=True)]
+            if isinstance(match, VocabMatch):
+                return flat_logits(decision, match, given[0], own, placement.shards, canonical=True)
+            parts = ffn_parts(decision, match, given, own, canonical=True)
+            part = flat_block(decision, match, parts, placement.shards)
+            return lax.psum(part, placement.rows) if placement.rows else part
+
+        columns: Names = placement.rows if isinstance(match, VocabMatch) else ()
+        mesh = jax.sharding.get_abstract_mesh()
+        mapped = jax.shard_map(
+            body,
+            mesh=placement.mesh if mesh.empty else mesh,
+            in_specs=(specs, packed),
+            out_specs=PartitionSpec(tokens or None, columns or None),
+        )
+        return result_shape(_product(match), mapped(given, views))
+
+    return _under_automatic_axes(run, placement, _product(match).out.aval) if placement.explicit else run
+
+
+def _product(match: VocabMatch | FfnMatch) -> Any:
+    return match.product if isinstance(match, VocabMatch) else match.down
+
+
+def _canonical(match: VocabMatch | FfnMatch, operands: Sequence[Any]) -> list[Any]:
+    """A site's operands as ``[T, n]``: activations, then side inputs."""
+    if isinstance(match, VocabMatch):
+        return [flat_activation(match.product, operands[0])]
+    region, tokens = match.region, match.tokens
+    ups = [canonical_activation(up.product, x, up.layout, tokens) for up, x in zip(region.ups, operands, strict=False)]
+    sides = operands[len(ups) :]
+    return ups + [canonical_side(v, s.layout, tokens, match.units) for v, s in zip(sides, region.sides, strict=True)]
+
+
+def _spec(value: Any, number: int, match: VocabMatch | FfnMatch, placement: Placement) -> PartitionSpec:
+    """Tokens over their axes; of a side input, hidden units over theirs."""
+    shape = jax.numpy.shape(value)
+    if isinstance(match, VocabMatch) or number < len(match.region.ups):
+        return PartitionSpec(placement.tokens or None, None)
+    if not shape:
+        return PartitionSpec()
+    # One for all tokens or all units stays one on every device.
+    tokens = placement.tokens if shape[0] == match.tokens > 1 else ()
+    units = placement.rows if shape[1] == match.units > 1 else ()
+    return PartitionSpec(tokens or None, units or None)
+
+
+def _packed_spec(view: PackedView, placement: Placement) -> PackedView:
+    """What follows the stack axes is split: rows, or the axis of the parts that each device has one of."""
+    arrays = jax.tree.map(lambda _: spec_of(len(view.index), placement.rows), view.arrays)
+    whole = jax.tree.map(lambda _: PartitionSpec(), (view.index, view.factor))
+    return PackedView(arrays, *whole)
+
+
+def _own_part(view: PackedView, form: Any, placement: Placement) -> PackedView:
+    """The one part that a device has of what is made of each part."""
+    if form == "rows" or placement.shards == 1:
+        return view
+    return dataclasses.replace(view, index=(*view.index, 0))
+
+
+def _under_automatic_axes(run: Callable[..., Any], placement: Placement, result: Any) -> Callable[..., Any]:
+    """``run`` with no axis explicit inside, and its result of the program's own type."""
+    abstract = placement.mesh.abstract_mesh
+    out = NamedSharding(abstract, result.sharding.spec)
+
+    def typed(operands: list[Any], views: list[PackedView]) -> Any:
+        automatic = jax.sharding.auto_axes(run, axes=placement.mesh.axis_names, out_sharding=out)
+        around = jax.sharding.get_abstract_mesh()
+        with jax.sharding.use_abstract_mesh(abstract) if around.empty else contextlib.nullcontext():
+            return automatic(operands, views)
+
+    return typed

@@ -1,0 +1,305 @@
+"""Weights placed over devices: every device reads its own rows, and what travels is what the dense program sends."""
+
+from functools import partial
+
+import devices
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from checks import FORCE, assert_same, full_width, kinds
+from collectives import collectives, largest_array
+from jax import lax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+import hire_xform as hx
+
+P = PartitionSpec
+D, M, V, LAYERS, TOKENS = 16, 64, 128, 3, 8
+SPECS = {
+    "up": P(None, None, "model"),
+    "down": P(None, "model", None),
+    "bias": P(None, "model"),
+    "head": P(None, "model"),
+}
+AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
+
+
+@pytest.fixture(scope="module")
+def found():
+    return devices.outcomes(__name__)
+
+
+def mesh_of(model, data=1, types=AUTO):
+    if data == 1:
+        return jax.make_mesh((model,), ("model",), axis_types=(types,), devices=jax.devices()[:model])
+    return jax.make_mesh(
+        (data, model), ("data", "model"), axis_types=(types,) * 2, devices=jax.devices()[: data * model]
+    )
+
+
+def weights():
+    rng = np.random.default_rng(0)
+    shapes = {"up": (LAYERS, D, M), "down": (LAYERS, M, D), "bias": (LAYERS, M), "head": (D, V)}
+    return {name: jnp.asarray(rng.normal(size=shape) * 0.3, jnp.float32) for name, shape in shapes.items()}
+
+
+def tokens(count=TOKENS):
+    return jnp.asarray(np.random.default_rng(1).normal(size=(count, D)), jnp.float32)
+
+
+def placed(mesh, specs=SPECS, x_spec=None, count=TOKENS):
+    w = {name: jax.device_put(a, NamedSharding(mesh, specs[name])) for name, a in weights().items()}
+    x_spec = x_spec if x_spec is not None else P("data") if "data" in mesh.axis_names else P()
+    return w, jax.device_put(tokens(count), NamedSharding(mesh, x_spec))
+
+
+def decode(w, x):
+    """Written for automatic axes, or for none."""
+
+    def layer(x, slices):
+        return x + jax.nn.relu(x @ slices["up"] + slices["bias"]) @ slices["down"], None
+
+    x, _ = lax.scan(layer, x, {name: w[name] for name in ("up", "down", "bias")})
+    return x @ w["head"]
+
+
+def explicit_decode(w, x):
+    """The same for explicit axes, where a contraction over devices states its result."""
+    out = jax.typeof(x).sharding
+
+    def layer(x, slices):
+        hidden = jax.nn.relu(x @ slices["up"] + slices["bias"])
+        return x + jnp.matmul(hidden, slices["down"], out_sharding=out), None
+
+    x, _ = lax.scan(layer, x, {name: w[name] for name in ("up", "down", "bias")})
+    return x @ w["head"]
+
+
+def block(w, x):
+    return jax.nn.relu(x @ w["up"][0] + w["bias"][0]) @ w["down"][0]
+
+
+def narrow(active=0.25, candidates=16, **vocab):
+    return hx.Config(vocab=hx.Vocab(candidates=candidates, **vocab), ffn=hx.Ffn(active=active), rules=FORCE)
+
+
+def compiled(step, *args):
+    jitted, operands = step.program(*args)
+    return jitted.lower(*operands).compile()
+
+
+def shards_of(plan):
+    return [site.shards for site in plan.sites]
+
+
+def check_full_width_is_dense_on_every_mesh():
+    want = decode(weights(), tokens())
+    for types, fun in ((AUTO, decode), (EXPLICIT, explicit_decode)):
+        for model, data in ((2, 1), (4, 1), (8, 1), (4, 2), (2, 4)):
+            w, x = placed(mesh_of(model, data, types))
+            dense = jax.jit(fun)(w, x)
+            step = hx.sparsify(fun, config=full_width())
+            traced = step.trace(w, x)
+            assert kinds(traced.plan) == ["ffn", "vocab"], traced.explain()
+            assert shards_of(traced.plan) == [model, model]
+            for got in (step(w, x), step(traced.pack(w), x)):
+                assert_same(got, want)
+                assert got.sharding.is_equivalent_to(dense.sharding, 2), (got.sharding, dense.sharding)
+
+
+def check_every_predictor_in_every_packed_form():
+    w, x = placed(mesh_of(4))
+    for predictor in (hx.Quantized(8), hx.Quantized(4), hx.LowRank(0.5), hx.LowRank(0.5, bits=8)):
+        step = hx.sparsify(decode, config=full_width(predictor))
+        packed = step.trace(w, x).pack(w)
+        assert_same(step(packed, x), decode(weights(), tokens()))
+        for leaf in jax.tree.leaves(packed):
+            assert max(s.data.size for s in leaf.addressable_shards) * 4 == leaf.size, leaf.sharding
+
+
+def check_narrow_is_the_same_as_each_device_picking_its_share():
+    """Four devices choose as one device does that picks in four blocks: checked on the candidates of the head."""
+    w, x = placed(mesh_of(4))
+    step = hx.sparsify(decode, config=hx.Config(ffn=None, vocab=hx.Vocab(candidates=16, fill="-inf"), rules=FORCE))
+    logits = np.asarray(step(w, x[:1]))
+    finite = np.isfinite(logits).reshape(4, V // 4)
+    assert finite.sum(axis=1).tolist() == [4] * 4
+    dense = np.asarray(decode(weights(), tokens()[:1]))
+    np.testing.assert_allclose(logits[np.isfinite(logits)], dense[np.isfinite(logits)], rtol=1e-4, atol=1e-5)
+    best = np.sort(dense.reshape(4, V // 4), axis=1)[:, -3:]
+    assert np.isin(best.round(4), logits.round(4)).mean() > 0.9
+
+
+def check_a_block_has_exactly_one_all_reduce():
+    for types in (AUTO, EXPLICIT):
+        for model in (2, 4, 8):
+            w, x = placed(mesh_of(model, types=types), count=1)
+            fun = block if types is AUTO else explicit_block
+            sent = collectives(compiled(hx.sparsify(fun, config=narrow()), w, x))
+            assert [c.op for c in sent] == ["all-reduce"], sent
+            assert sent == collectives(jax.jit(fun).lower(w, x).compile())
+            assert sent[0].sent == D * 4
+
+
+def explicit_block(w, x):
+    hidden = jax.nn.relu(x @ w["up"][0] + w["bias"][0])
+    return jnp.matmul(hidden, w["down"][0], out_sharding=jax.typeof(x).sharding)
+
+
+def check_logits_move_nothing_and_their_arg_max_sixteen_bytes():
+    for types in (AUTO, EXPLICIT):
+        for model in (2, 4, 8):
+            w, x = placed(mesh_of(model, types=types))
+            assert collectives(compiled(hx.sparsify(lambda w, x: x @ w["head"], config=narrow()), w, x)) == []
+            best = hx.sparsify(lambda w, x: jnp.argmax(x @ w["head"], axis=-1), config=narrow())
+            sent = collectives(compiled(best, w, x))
+            assert 0 < sum(c.sent for c in sent) <= 16 * TOKENS, sent
+            drawn = hx.sparsify(lambda w, x: jax.random.categorical(jax.random.key(0), x @ w["head"]), config=narrow())
+            sent = collectives(compiled(drawn, w, x))
+            assert 0 < sum(c.sent for c in sent) <= 16 * TOKENS, sent
+
+
+def check_all_logits_on_all_devices_move_what_dense_moves():
+    mesh = mesh_of(4)
+    w, x = placed(mesh)
+    everywhere = NamedSharding(mesh, P())
+    step = hx.sparsify(lambda w, x: x @ w["head"], config=narrow(), out_shardings=everywhere)
+    dense = jax.jit(lambda w, x: x @ w["head"], out_shardings=everywhere).lower(w, x).compile()
+    sent = sum(c.sent for c in collectives(compiled(step, w, x)))
+    assert 0 < sent <= sum(c.sent for c in collectives(dense))
+
+
+def check_data_and_model_axes_together():
+    for types, fun in ((AUTO, block), (EXPLICIT, data_block)):
+        w, x = placed(mesh_of(4, 2, types))
+        step = hx.sparsify(fun, config=narrow())
+        sent = collectives(compiled(step, w, x))
+        assert [c.op for c in sent] == ["all-reduce"], sent
+        assert sent[0].sent == TOKENS // 2 * D * 4
+        assert_same(hx.sparsify(fun, config=full_width())(w, x), jax.jit(block)(weights(), tokens()))
+
+
+def data_block(w, x):
+    hidden = jax.nn.relu(x @ w["up"][0] + w["bias"][0])
+    return jnp.matmul(hidden, w["down"][0], out_sharding=jax.typeof(x).sharding)
+
+
+def check_packing_holds_no_whole_matrix_anywhere():
+    from hire_xform.passes.pack import packed_spec, shard_packer
+    from hire_xform.passes.shards import as_automatic
+
+    w, x = placed(mesh_of(8))
+    for predictor in (hx.Quantized(8), hx.LowRank(2, bits=8)):
+        traced = hx.sparsify(decode, config=full_width(predictor)).trace(w, x)
+        leaves = jax.tree.leaves(w)
+        for key in dict.fromkeys(n.key for d in traced.plan.decisions for n in d.needs):
+            leaf = leaves[key.recipe.root.index]
+            mesh = as_automatic(leaf.sharding.mesh)
+            leaf = jax.device_put(leaf, NamedSharding(mesh, leaf.sharding.spec))
+            packer = shard_packer(key.recipe.steps, key.form, mesh, packed_spec(leaf.sharding, leaf.shape, key))
+            program = packer.lower(leaf).compile()
+            assert collectives(program) == [], key
+            assert largest_array(program) <= max(leaf.nbytes // 8, LAYERS * D * D * 4), key
+
+
+def check_grad_vmap_scan_and_a_jit_around():
+    for types, fun in ((AUTO, decode), (EXPLICIT, explicit_decode)):
+        w, x = placed(mesh_of(4, types=types))
+        step = hx.sparsify(fun, config=full_width())
+        packed = step.trace(w, x).pack(w)
+
+        def total(run, w, x):
+            return jnp.sum(jnp.sin(run(w, x)))
+
+        want = jax.grad(total, argnums=2)(decode, weights(), tokens())
+        assert_same(jax.jit(jax.grad(total, argnums=2), static_argnums=0)(step, packed, x), want, 1e-4)
+        assert_same(jax.jit(step)(packed, x), decode(weights(), tokens()))
+        steps = jax.jit(partial(twice, step))(packed, x)
+        assert_same(steps[1], decode(weights(), tokens()))
+        if types is AUTO:
+            each = jax.jit(jax.vmap(partial(single, step), in_axes=(None, 0)))(packed, x)
+            assert_same(each, decode(weights(), tokens()))
+
+
+def twice(step, packed, x):
+    return lax.scan(lambda c, _: (c, step(packed, c)), x, None, length=2)[1]
+
+
+def single(step, packed, x):
+    return step(packed, x[None])[0]
+
+
+def check_shapes_with_shardings_trace_and_lower():
+    for types, fun in ((AUTO, decode), (EXPLICIT, explicit_decode)):
+        w, x = placed(mesh_of(4, types=types))
+        shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), (w, x))
+        step = hx.sparsify(fun, config=full_width())
+        traced = step.trace(*shapes)
+        assert shards_of(traced.plan) == [4, 4]
+        program = traced.lower().compile()
+        assert_same(program(traced.pack(w), x), decode(weights(), tokens()))
+        with pytest.raises(ValueError, match="is placed as one device's; expected"):
+            traced.pack(weights())
+
+
+def check_weights_sharded_otherwise_stay_dense_and_say_why():
+    mesh = mesh_of(4)
+    cases = {
+        "input axis": {"up": P(None, "model", None), "head": P("model", None)},
+        "output axis": {"down": P(None, None, "model")},
+        "differently along the hidden units": {"down": P()},
+    }
+    for words, changed in cases.items():
+        w, x = placed(mesh, {**SPECS, **changed})
+        step = hx.sparsify(decode, config=full_width())
+        plan = step.trace(w, x).plan
+        assert any(words in r.reason for r in plan.refusals), [r.reason for r in plan.refusals]
+        assert_same(step(w, x), decode(weights(), tokens()))
+    w, x = placed(mesh)
+    plan = hx.sparsify(decode, config=hx.lossless(rules=FORCE)).trace(w, x).plan
+    assert all("certification is for one device" in r.reason for r in plan.refusals)
+    assert len(plan.refusals) == 3
+    plan = hx.sparsify(decode, config=full_width(group_size=32)).trace(w, x).plan
+    assert any("does not divide the 16 hidden units of each device" in r.reason for r in plan.refusals)
+
+
+def check_replicated_weights_stay_whole():
+    for types, fun in ((AUTO, decode), (EXPLICIT, explicit_decode)):
+        w, x = placed(mesh_of(4, 2, types), {name: P() for name in SPECS})
+        step = hx.sparsify(fun, config=full_width())
+        traced = step.trace(w, x)
+        assert shards_of(traced.plan) == [1, 1]
+        assert_same(step(w, x), decode(weights(), tokens()))
+        assert_same(step(traced.pack(w), x), decode(weights(), tokens()))
+
+
+def check_the_same_step_for_weights_that_move():
+    step = hx.sparsify(decode, config=full_width())
+    want = decode(weights(), tokens())
+    assert_same(step(weights(), tokens()), want)
+    for model in (2, 4):
+        assert_same(step(*placed(mesh_of(model))), want)
+    assert_same(step(weights(), tokens()), want)
+
+
+def check_under_a_mesh_that_is_set():
+    for types, fun in ((AUTO, decode), (EXPLICIT, explicit_decode)):
+        mesh = mesh_of(4, 2, types)
+        w, x = placed(mesh)
+        step = hx.sparsify(fun, config=full_width())
+        with jax.set_mesh(mesh):
+            assert_same(step(w, x), decode(weights(), tokens()))
+            assert_same(step(step.trace(w, x).pack(w), x), decode(weights(), tokens()))
+        assert_same(step(w, x), decode(weights(), tokens()))
+
+
+def check_explain_says_over_how_many_devices():
+    w, x = placed(mesh_of(4))
+    text = hx.sparsify(decode, config=narrow()).trace(w, x).explain()
+    assert "each of 4 devices along 'model' its own share" in text
+
+
+@pytest.mark.parametrize("name", devices.checks(__name__))
+def test_on_devices(found, name):
+    assert not found[name], found[name]
