@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from typing import Any
@@ -14,11 +15,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from hire_xform.api import check_function
 from hire_xform.calibration import Calibration
+from hire_xform.choosing import chosen_for_cost
 from hire_xform.config import Config, Ffn, Rule, Vocab
 from hire_xform.lowering import LowRank, PredictorSpec, Projected, Quantized
 from hire_xform.measuring import Measuring
 from hire_xform.passes.measured import takes_inputs
 from hire_xform.passes.settings import check_predictor
+from hire_xform.rehearsing import Rehearsal
 
 _ANY_NUMBER = 1 << 62
 # Low rank in 8 bits costs a quarter of what it costs in f32 and loses little, so plain f32 factors are left out.
@@ -38,7 +41,10 @@ def calibrate(
     batches: Iterable[Sequence[Any]],
     *,
     weights_argnums: int | Sequence[int] = 0,
-    recall: float = 0.99,
+    recall: float | None = None,
+    max_kl: float | None = None,
+    max_loss_increase: float | None = None,
+    loss: Callable[..., Any] | None = None,
     predictors: Sequence[PredictorSpec] = PREDICTORS,
     config: Config | None = None,
     progress: bool | None = None,
@@ -59,12 +65,21 @@ def calibrate(
     of its energy: the square of activation times norm of the down row. Each site gets the predictor, and the size, that
     reach it at the fewest weight bytes that one token reads. Layers of one loop share the largest size.
 
+    ``max_kl`` and ``max_loss_increase`` are measured end to end: all sites sparse together, one token at a time, on
+    these batches. How bytes are shared out among the sites follows from their curves; see ``choosing.py``.
+
     Args:
       fun: the function, as for ``sparsify``.
       batches: tuples of its arguments, plain weights included; a list or the like, since it is read more than once. An
         iterator, which can be read once, will do if all predictors are ``Quantized``.
       weights_argnums: positions of the arguments that hold weights.
-      recall: what the sizes are to reach, 0 < recall <= 1.
+      recall: what the sizes are to reach, 0 < recall <= 1. Without any target 0.99.
+      max_kl: instead, the mean KL divergence, in nats a token, of the softmax of the sparse logits from that of the
+        dense ones, as the vocabulary projection returns them; of several projections the largest. Both runs see the
+        same arguments. For ``fill="predicted"``.
+      max_loss_increase: instead, the mean over batches of the loss of the sparse function less that of the dense one.
+      loss: for that, the loss, a number, made of ``fun``'s result and the batch: ``loss(result, *batch)``. None is for
+        functions that return it.
       predictors: what each site may choose from, where ``config`` states no predictor.
       config: what is to be calibrated; give ``sparsify`` the same. None is ``Config()``.
       progress: show a progress bar; None shows one on a terminal.
@@ -75,8 +90,11 @@ def calibrate(
         infinite; the message names what it is.
     """
     config = check_function("calibrate", fun, config, jit_options)
-    if isinstance(recall, bool) or not isinstance(recall, (int, float)) or not 0 < recall <= 1:
-        raise ValueError(f"calibrate: recall={recall!r}; expected a number, 0 < recall <= 1")
+    name, value = _checked_target(recall=recall, max_kl=max_kl, max_loss_increase=max_loss_increase)
+    if loss is not None and (name != "max_loss_increase" or not callable(loss)):
+        raise TypeError(f"calibrate: loss={loss!r}; expected a function, and max_loss_increase with it")
+    if name == "max_kl" and any(isinstance(s, Vocab) and s.fill != "predicted" for s in _all_settings(config)):
+        raise ValueError('calibrate: max_kl with fill="-inf", of which the KL divergence is infinite')
     if progress is not None and not isinstance(progress, bool):
         raise TypeError(f"calibrate: progress={progress!r}; expected True, False or None")
     predictors = _checked_predictors(predictors)
@@ -85,6 +103,11 @@ def calibrate(
     # Without a predictor in the settings those of `predictors` are measured.
     stated = [s.predictor for s in _all_settings(config)]
     fitted = any(takes_inputs(p) for s in stated for p in (predictors if s is None else (s,)))
+    if name != "recall" and iter(batches) is batches:
+        raise ValueError(
+            f"calibrate: batches is a {type(batches).__name__}, which can be read once; {name} takes several passes; "
+            "expected a list, or the like"
+        )
     if fitted and iter(batches) is batches:
         raise ValueError(
             f"calibrate: batches is a {type(batches).__name__}, which can be read once, but LowRank and Projected are "
@@ -96,8 +119,28 @@ def calibrate(
     known = measuring.inputs(_shown(batches, "inputs", show), _everywhere(config, _unfitted)) if fitted else None
     plain = _everywhere(config, _plainly)
     measured = measuring.predictors(_shown(batches, "predictors", show), plain, predictors, known)
-    sites = {path: site.chosen_for(float(recall)) for path, site in measured.sites.items()}
-    return Calibration(sites, f"recall {float(recall):g}", measured.batches)
+    sites = {path: site.chosen_for(value if name == "recall" else 0.99) for path, site in measured.sites.items()}
+    found = Calibration(sites, f"{name} {value:g}", measured.batches)
+    if name == "recall":
+        return found
+    if name == "max_kl" and not any(site.kind == "vocab" for site in sites.values()):
+        raise ValueError("calibrate: max_kl: the function has no vocabulary projection; expected another target")
+    loss = (loss or (lambda result, *batch: result)) if name == "max_loss_increase" else None
+    rehearsal = Rehearsal(measuring, plain, list(batches), loss)
+    return chosen_for_cost(found, rehearsal, value, f"{name} {value:g}")
+
+
+def _checked_target(**targets: Any) -> tuple[str, float]:
+    """The name and the value of what is asked for."""
+    given = {name: value for name, value in targets.items() if value is not None}
+    if len(given) > 1:
+        raise TypeError(f"calibrate: {' and '.join(given)} are given; expected one of them")
+    name, value = next(iter(given.items())) if given else ("recall", 0.99)
+    most = 1 if name == "recall" else math.inf
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= most or value == math.inf:
+        bound = "0 < recall <= 1" if name == "recall" else "more than 0"
+        raise ValueError(f"calibrate: {name}={value!r}; expected a number, {bound}")
+    return name, float(value)
 
 
 def _checked_predictors(predictors: Any) -> tuple[PredictorSpec, ...]:

@@ -23,6 +23,7 @@ from hire_xform.passes.detect import FfnMatch
 from hire_xform.passes.measured import Measure, input_numbers, site_stack
 from hire_xform.passes.pack import Packed
 from hire_xform.passes.plan import Decision, Plan, bytes_read
+from hire_xform.passes.provenance import Root
 from hire_xform.passes.settings import PREDICTOR, Ffn
 from hire_xform.site_calibration import Curve, SiteCalibration
 from hire_xform.stages import Traced, call_leaves
@@ -37,6 +38,13 @@ class Measuring:
     def __init__(self, fun: Callable, weights_argnums: Any, jit_options: dict[str, Any]):
         """For ``calibrate``'s arguments."""
         self._function = fun, weights_argnums, jit_options
+
+    def step(self, kind: Callable[..., Traced], config: Config, known: Calibration | None) -> Sparsified:
+        """The function, traced in a way of its own."""
+        fun, weights_argnums, jit_options = self._function
+        step = Sparsified(fun, config, weights_argnums, jit_options, known)
+        step.traced_class = kind
+        return step
 
     def inputs(self, batches: Iterable[Any], config: Config) -> Calibration:
         """What is known of sites without a predictor: covariances of inputs, which units fire."""
@@ -56,9 +64,7 @@ class Measuring:
         predictors: Sequence[PredictorSpec],
         known: Calibration | None,
     ) -> Calibration:
-        fun, weights_argnums, jit_options = self._function
-        step = Sparsified(fun, config, weights_argnums, jit_options, known)
-        step.traced_class = functools.partial(kind, tuple(predictors))
+        step = self.step(functools.partial(kind, tuple(predictors)), config, known)
         collected = _Collected()
         for number, batch in enumerate(batches):
             collected.add(step, number, batch)
@@ -111,26 +117,12 @@ class _Collected:
 
     def add(self, step: Sparsified, number: int, batch: Any) -> None:
         """Runs one batch."""
-        if not isinstance(batch, (tuple, list)):
-            raise TypeError(f"calibrate: batch {number} is a {type(batch).__name__}; expected a tuple of arguments")
-        if any(isinstance(a, Packed) for a in batch):
-            raise TypeError(f"calibrate: batch {number} has Packed weights; expected the plain ones")
-        args, kwargs = step.signature.wrap_statics(tuple(batch), {})
-        call = abstract_call(step.signature, args, kwargs)
-        leaves = call_leaves(step.signature, args, kwargs)
-        for leaf in leaves:
-            if compat.is_tracer(leaf) or isinstance(leaf, (jax.ShapeDtypeStruct, jax.core.ShapedArray)):
-                raise TypeError(f"calibrate: batch {number} holds a {type(leaf).__name__}; expected arrays")
-        traced = step.traced(call)
-        if not traced.plan.decisions:
-            raise ValueError(f"calibrate: batch {number} reaches no site that could be calibrated.\n{traced.explain()}")
+        traced, data, plain = taken_apart(step, number, batch)
         self._note(traced, number)
-        plain = {r: leaf for r, leaf in zip(call.roots, leaves, strict=True) if r is not None}
-        data = [leaf for r, leaf in zip(call.roots, leaves, strict=True) if r is None]
         forms = step.memory.forms(traced.needed_keys(), plain, traced)
         if traced not in self._programs:
-            self._programs[traced] = _program(traced)
-        found = self._programs[traced](data, list(plain.values()), list(forms.values()))
+            self._programs[traced] = program(traced, _RECORDED)
+        found = self._programs[traced](data, list(plain.values()), list(forms.values()))[1]
         for key, value in jax.device_get(found).items():
             self._check(key, value, number)
             wide = np.asarray(value, np.int64 if value.dtype.kind == "i" else np.float64)
@@ -216,22 +208,45 @@ def _shape(decision: Decision) -> tuple[Any, ...]:
     return decision.site.kind, decision.site.inputs, decision.site.units, site_stack(decision.match)
 
 
-def _program(traced: Traced) -> Callable:
-    """The totals of one batch as a jitted function of its data, weights and packed forms."""
+def taken_apart(step: Sparsified, number: int, batch: Any) -> tuple[Traced, list[Any], dict[Root, Any]]:
+    """The trace of a batch, its data, and its weights by root.
+
+    Raises:
+      TypeError, ValueError: the batch is no tuple of arguments, or reaches no site; the message names its number.
+    """
+    if not isinstance(batch, (tuple, list)):
+        raise TypeError(f"calibrate: batch {number} is a {type(batch).__name__}; expected a tuple of arguments")
+    if any(isinstance(a, Packed) for a in batch):
+        raise TypeError(f"calibrate: batch {number} has Packed weights; expected the plain ones")
+    args, kwargs = step.signature.wrap_statics(tuple(batch), {})
+    call = abstract_call(step.signature, args, kwargs)
+    leaves = call_leaves(step.signature, args, kwargs)
+    for leaf in leaves:
+        if compat.is_tracer(leaf) or isinstance(leaf, (jax.ShapeDtypeStruct, jax.core.ShapedArray)):
+            raise TypeError(f"calibrate: batch {number} holds a {type(leaf).__name__}; expected arrays")
+    traced = step.traced(call)
+    if not traced.plan.decisions:
+        raise ValueError(f"calibrate: batch {number} reaches no site that could be calibrated.\n{traced.explain()}")
+    plain = {r: leaf for r, leaf in zip(call.roots, leaves, strict=True) if r is not None}
+    return traced, [leaf for r, leaf in zip(call.roots, leaves, strict=True) if r is None], plain
+
+
+def program(traced: Traced, marks: Marks) -> Callable:
+    """The flat results and the totals of one batch as a jitted function of its data, weights and packed forms."""
     roots = [r for r in traced.call.roots if r is not None]
     keys = traced.needed_keys()
 
-    def program(data: list[Any], plain: list[Any], forms: list[Any]) -> Any:
+    def whole(data: list[Any], plain: list[Any], forms: list[Any]) -> Any:
         rest = iter(data)
         leaves = [None if root is not None else next(rest) for root in traced.call.roots]
         given = dict(zip(roots, plain, strict=True))
         return traced.evaluate(leaves, traced.supply({}, given, dict(zip(keys, forms, strict=True))))
 
     @jax.jit
-    def totals(*operands: Any) -> Totals:
-        return fold(jax.make_jaxpr(program)(*operands), jax.tree.leaves(operands), _RECORDED)[1]
+    def folded(*operands: Any) -> tuple[list[Any], Totals]:
+        return fold(jax.make_jaxpr(whole)(*operands), jax.tree.leaves(operands), marks)
 
-    return totals
+    return folded
 
 
 def _shapes(eqn: Any) -> dict[tuple[str, str], jax.ShapeDtypeStruct]:

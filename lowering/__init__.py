@@ -4,7 +4,6 @@ Nothing here knows the program it is spliced into. Everything is portable JAX: t
 activations, and usable under ``vmap``, ``scan``, ``jit`` and ``jax.export``.
 """
 
-from hire_xform.lowering.bounds import bounds_bytes, pack_bounds
 from hire_xform.lowering.certified import certified_logits
 from hire_xform.lowering.certified_ffn import CertifiedBlock, CertifiedOperands, certified_ffn, largest_norm
 from hire_xform.lowering.da_top_k import da_top_k, da_top_k_p
@@ -28,10 +27,11 @@ from hire_xform.lowering.predictors import (
     predict_scores,
     predictor_bytes,
 )
+from hire_xform.lowering.proofs import Proof, pack_proof, proof_bytes, scores_with_bounds
 from hire_xform.lowering.record import record, record_p
 from hire_xform.lowering.rows import combine_rows, select_rows_dot
 from hire_xform.lowering.selection import Selection, choose, select
-from hire_xform.lowering.statistics import KL_SIZES, covariance, unit_ranks, unit_totals, vocab_ranks
+from hire_xform.lowering.statistics import KL_SIZES, covariance, first_in_order, unit_ranks, unit_totals, vocab_ranks
 from hire_xform.lowering.subgraph import UpProduct, ffn, ffn_bytes, group_scores, vocab_bytes, vocab_logits
 
 __all__ = [
@@ -42,11 +42,11 @@ __all__ = [
     "Packed",
     "PredictorSpec",
     "Projected",
+    "Proof",
     "Quantized",
     "Selection",
     "UpProduct",
     "among_largest",
-    "bounds_bytes",
     "certified_ffn",
     "certified_logits",
     "choose",
@@ -57,6 +57,7 @@ __all__ = [
     "fallback_p",
     "ffn",
     "ffn_bytes",
+    "first_in_order",
     "group_scores",
     "kth_largest",
     "largest_norm",
@@ -64,14 +65,16 @@ __all__ = [
     "moments",
     "moments_bytes",
     "over_groups",
-    "pack_bounds",
     "pack_moments",
     "pack_predictor",
+    "pack_proof",
     "packed_shapes",
     "predict_scores",
     "predictor_bytes",
+    "proof_bytes",
     "record",
     "record_p",
+    "scores_with_bounds",
     "select",
     "select_rows_dot",
     "unit_ranks",

@@ -31,17 +31,16 @@ from jax import lax
 
 from hire_xform.lowering.predictors import Packed, Quantized, fine_scores, pack_predictor, unpacked_rows
 
-__all__ = ["Bounds", "ScoresWithBounds", "bounds_bytes", "pack_bounds", "scores_with_bounds"]
+__all__ = ["ScoresWithBounds", "U", "norm", "pack_bounds", "quantized_scores", "slack", "tiny"]
 
-_U = 2.0**-24
-# {"error": f32 [n], "size": f32 [n]}, stack axes in front.
-Bounds = dict[str, jax.Array]
+# Half of f32's last place.
+U = 2.0**-24
 
 
 def slack(d: int, input_bits: int = 24) -> float:
     """The relative rounding of a product of ``d`` terms and of a score, to be multiplied by both norms."""
     inputs = 2.1 * 2.0**-input_bits if input_bits < 24 else 0.0
-    return 1.02 * (d + 2.0 * d**0.5 + 48.0) * _U + inputs
+    return 1.02 * (d + 2.0 * d**0.5 + 48.0) * U + inputs
 
 
 def tiny(d: int) -> float:
@@ -56,22 +55,17 @@ def norm(values: jax.Array) -> jax.Array:
     peak = jnp.max(jnp.abs(values), axis=-1, keepdims=True)
     divisor = jnp.where(peak > 0.0, peak, 1.0)
     squares = jnp.sum(jnp.square(values / divisor), axis=-1)
-    return peak[..., 0] * jnp.sqrt(squares) * (1.0 + (d + 16.0) * _U) + 2.0**-118
+    return peak[..., 0] * jnp.sqrt(squares) * (1.0 + (d + 16.0) * U) + 2.0**-118
 
 
-def pack_bounds(rows: jax.Array, spec: Quantized) -> Bounds:
+def pack_bounds(rows: jax.Array, spec: Quantized) -> dict[str, jax.Array]:
     """The error and the size of every row of ``rows [n, d]`` as ``spec`` keeps it."""
     packed = pack_predictor(rows, spec)
     kept = unpacked_rows(packed, spec, rows.shape[1])
     exact = rows.astype(jnp.float32)
     # The difference is rounded once, by at most u of either term.
-    error = norm(exact - kept) * (1.0 + 4.0 * _U) + 2.0 * _U * norm(exact)
+    error = norm(exact - kept) * (1.0 + 4.0 * U) + 2.0 * U * norm(exact)
     return {"error": error, "size": norm(kept)}
-
-
-def bounds_bytes(n: int) -> int:
-    """Bytes of the bounds of ``n`` rows."""
-    return 8 * n
 
 
 @dataclass(frozen=True)
@@ -91,15 +85,12 @@ class ScoresWithBounds:
     exact_error: jax.Array
 
 
-def scores_with_bounds(
-    x: jax.Array, packed: Packed, bounds: Bounds, spec: Quantized, *, input_bits: int = 24
-) -> ScoresWithBounds:
+def quantized_scores(x: jax.Array, packed: Packed, spec: Quantized, *, input_bits: int = 24) -> ScoresWithBounds:
     """Predicts products with every row and bounds them.
 
     Args:
       x: ``[T, d]``, f32 or 16 bits.
-      packed: from ``pack_predictor(rows, spec)``.
-      bounds: from :func:`pack_bounds`.
+      packed: from ``pack_predictor(rows, spec)`` and :func:`pack_bounds`.
       spec: the predictor.
       input_bits: significant bits that the dense product keeps of its f32 inputs.
     """
@@ -109,10 +100,10 @@ def scores_with_bounds(
     x, kept = lax.stop_gradient((x, kept))
     size = norm(x)[:, None]
     # What was kept of x is computed with a rounding of at most 4 u of x.
-    left = norm(x - kept)[:, None] + 8.0 * _U * size
-    error, row = bounds["error"][None, :], bounds["size"][None, :]
+    left = norm(x - kept)[:, None] + 8.0 * U * size
+    error, row = packed["error"][None, :], packed["size"][None, :]
     rounding = slack(d, input_bits) * (error + row) * size + tiny(d)
-    upper = lax.stop_gradient(scores) + (error * size + row * left) * (1.0 + 8.0 * _U) + rounding
+    upper = lax.stop_gradient(scores) + (error * size + row * left) * (1.0 + 8.0 * U) + rounding
     # The sum above is rounded, too: by at most 4 u of its largest term.
-    upper = upper + 4.0 * _U * jnp.abs(upper)
+    upper = upper + 4.0 * U * jnp.abs(upper)
     return ScoresWithBounds(scores, upper, 2.0 * rounding)

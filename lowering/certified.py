@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from hire_xform.lowering.bounds import Bounds, scores_with_bounds
-from hire_xform.lowering.predictors import Packed, Quantized
+from hire_xform.lowering.predictors import PredictorSpec
+from hire_xform.lowering.proofs import Proof, scores_with_bounds
 from hire_xform.lowering.rows import select_rows_dot
 from hire_xform.lowering.selection import choose, select
 
@@ -25,9 +25,8 @@ __all__ = ["certified_logits"]
 def certified_logits(
     x: jax.Array,
     rows: jax.Array,
-    packed: Packed,
-    bounds: Bounds,
-    spec: Quantized,
+    proof: Proof,
+    spec: PredictorSpec,
     dense: Callable[[jax.Array, jax.Array], jax.Array],
     *,
     candidates: int,
@@ -44,8 +43,7 @@ def certified_logits(
     Args:
       x: ``[T, d]``, f32 or 16 bits.
       rows: ``[V, d]`` of the same kind, or a taller matrix that holds these rows from ``first_row`` on.
-      packed: the predictor of the ``V`` rows.
-      bounds: their bounds.
+      proof: what is kept of the ``V`` rows, with bounds.
       spec: the predictor's spec.
       dense: the dense product of ``[T, d]`` and ``[V, d]``, of ``out_dtype``, ``[T, V]``.
       candidates: rows each token may have computed exactly.
@@ -61,16 +59,16 @@ def certified_logits(
     vocab = rows.shape[0] if vocab is None else vocab
     out = jnp.dtype(out_dtype)
     # Arrays are operands of `run`, never closed over: transformations have to see them.
-    arrays = (rows, packed, bounds, jnp.asarray(first_row, jnp.int32))
+    arrays = (rows, proof, jnp.asarray(first_row, jnp.int32))
 
     def own_rows(rows: jax.Array, first_row: jax.Array) -> jax.Array:
         return rows if rows.shape[0] == vocab else lax.dynamic_slice_in_dim(rows, first_row, vocab)
 
     @jax.custom_batching.custom_vmap
     def run(x: jax.Array, arrays: tuple) -> tuple[jax.Array, jax.Array]:
-        rows, packed, bounds, first_row = arrays
+        rows, proof, first_row = arrays
         start = 0 if rows.shape[0] == vocab else first_row
-        logits, proved = _attempt(x, rows, packed, bounds, spec, candidates, vocab, start, fill, out, input_bits)
+        logits, proved = _attempt(x, rows, proof, spec, candidates, vocab, start, fill, out, input_bits)
         fallback = jnp.logical_not(jnp.all(proved))
         return lax.cond(fallback, lambda: dense(x, own_rows(rows, first_row)), lambda: logits), fallback
 
@@ -91,7 +89,7 @@ def certified_logits(
         """The dense product's, of every logit that is not minus infinity; it reads every row."""
         (x, arrays), (dx, darrays) = primals, tangents
         logits, fallback = differentiable(x, arrays)
-        change = dense(dx, own_rows(arrays[0], arrays[3])) + dense(x, own_rows(darrays[0], arrays[3]))
+        change = dense(dx, own_rows(arrays[0], arrays[2])) + dense(x, own_rows(darrays[0], arrays[2]))
         change = jnp.where(logits == -jnp.inf, jnp.zeros((), change.dtype), change)
         return (logits, fallback), (change, np.zeros(fallback.shape, jax.dtypes.float0))
 
@@ -106,9 +104,8 @@ def _spread(size: int) -> Callable[[jax.Array, bool], jax.Array]:
 def _attempt(
     x: jax.Array,
     rows: jax.Array,
-    packed: Packed,
-    bounds: Bounds,
-    spec: Quantized,
+    proof: Proof,
+    spec: PredictorSpec,
     candidates: int,
     vocab: int,
     first_row: jax.Array | int,
@@ -120,7 +117,7 @@ def _attempt(
     tokens = x.shape[0]
     selection = choose(tokens, vocab, candidates)
     with jax.named_scope("predict"):
-        found = scores_with_bounds(x, packed, bounds, spec, input_bits=input_bits)
+        found = scores_with_bounds(x, proof, spec, input_bits=input_bits)
     with jax.named_scope("select"):
         index = select(found.upper, selection)
     with jax.named_scope("compute"):

@@ -15,8 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from hire_xform.lowering.bounds import Bounds, norm, scores_with_bounds
-from hire_xform.lowering.predictors import Packed, Quantized
+from hire_xform.lowering.bounds import norm
+from hire_xform.lowering.predictors import PredictorSpec
+from hire_xform.lowering.proofs import Proof, scores_with_bounds
 from hire_xform.lowering.selection import choose, select
 from hire_xform.lowering.subgraph import UpProduct, chosen_units
 
@@ -51,7 +52,7 @@ class CertifiedBlock:
     gate_value: Callable[[list[jax.Array | None], list[jax.Array]], jax.Array]
     dense_up: Callable[[int, jax.Array, jax.Array], jax.Array]
     dense_down: Callable[[jax.Array, jax.Array], jax.Array]
-    spec: Quantized
+    spec: PredictorSpec
     active: int
     group_size: int
     up_dtypes: tuple[jnp.dtype, ...]
@@ -69,8 +70,7 @@ class CertifiedOperands(NamedTuple):
       first_rows: where the rows begin in them.
       down: ``[m, d_out]``, or taller.
       first_down: where its rows begin.
-      packed: the gate's predictor.
-      bounds: the gate's bounds.
+      proof: what is kept of the gate's rows, with bounds.
       largest: for each product but the gate, and for ``down``, the largest norm of a row, f32 scalars.
     """
 
@@ -80,8 +80,7 @@ class CertifiedOperands(NamedTuple):
     first_rows: list[jax.Array]
     down: jax.Array
     first_down: jax.Array
-    packed: Packed
-    bounds: Bounds
+    proof: Proof
     largest: list[jax.Array]
 
 
@@ -165,7 +164,7 @@ def _attempt(block: CertifiedBlock, o: CertifiedOperands) -> tuple[jax.Array, ja
     selection = choose(tokens, groups, block.active)
     xs, sides = lax.stop_gradient((o.xs, o.sides))
     with jax.named_scope("predict"):
-        found = scores_with_bounds(xs[block.gate], o.packed, o.bounds, block.spec, input_bits=block.input_bits)
+        found = scores_with_bounds(xs[block.gate], o.proof, block.spec, input_bits=block.input_bits)
         hiddens: list[jax.Array | None] = [None] * len(xs)
         hiddens[block.gate] = _rounded_up(found.upper, block.up_dtypes[block.gate])
         gate = block.gate_value(hiddens, sides).astype(jnp.float32)

@@ -63,7 +63,7 @@ class LowRank:
     # Directions kept: an int >= 1, or a float in (0, 1] for that fraction of the columns (rounded up).
     rank: int | float = field(kw_only=False)
     # None keeps the tall factor in the matrix's own dtype (f32, or bf16); 8 quantises both factors as
-    # `Quantized(8)` does.
+    # `Quantized(8)` does; 4 the tall one as `Quantized(4)` does, the other in 8.
     bits: int | None = None
 
     def __post_init__(self) -> None:
@@ -85,7 +85,7 @@ class Projected:
     # Directions kept: an int >= 1, or a float in (0, 1] for that fraction of the columns (rounded up).
     rank: int | float = field(kw_only=False)
     # None keeps the projected rows in the matrix's own dtype (f32, or bf16); 8 keeps them, and the directions, as
-    # `Quantized(8)` does.
+    # `Quantized(8)` does; 4 the rows as `Quantized(4)` does, the directions in 8.
     bits: int | None = None
 
     def __post_init__(self) -> None:
@@ -106,8 +106,8 @@ def _check_rank(owner: str, rank: int | float, bits: int | None) -> None:
         raise ValueError(
             f"{owner}: rank={rank!r} is not a fraction of the columns; expected an int >= 1 or a float in (0, 1]"
         )
-    if isinstance(bits, bool) or bits not in (None, 8):
-        raise ValueError(f"{owner}: bits={bits!r} is not supported; expected None or 8")
+    if isinstance(bits, bool) or bits not in (None, 8, 4):
+        raise ValueError(f"{owner}: bits={bits!r} is not supported; expected None, 8 or 4")
 
 
 def _directions(rank: int | float, d: int) -> int:
@@ -139,7 +139,7 @@ def packed_shapes(
         case LowRank() | Projected():
             r = spec.rank_for(n, d)
             return {
-                "q": struct((n, r), jnp.int8),
+                "q": struct((n, r), jnp.int8) if spec.bits == 8 else struct((n, (r + 1) // 2), jnp.uint8),
                 "scale": struct((n,), jnp.float32),
                 "basis_q": struct((r, d), jnp.int8),
                 "basis_scale": struct((r,), jnp.float32),
@@ -172,7 +172,7 @@ def quantize(values: jax.Array, levels: int) -> tuple[jax.Array, jax.Array]:
     return q.astype(jnp.int8), scale
 
 
-def _pack_nibbles(q: jax.Array) -> jax.Array:
+def pack_nibbles(q: jax.Array) -> jax.Array:
     """``int8 [..., d]`` in [-7, 7] to ``uint8 [..., ceil(d/2)]``: the first half in the low nibble, the rest high."""
     half = (q.shape[-1] + 1) // 2
     low, high = q[..., :half], q[..., half:]
@@ -181,7 +181,7 @@ def _pack_nibbles(q: jax.Array) -> jax.Array:
 
 
 def _unpack_nibbles(packed: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The two int8 halves that :func:`_pack_nibbles` joined; the second may end in one column of padding."""
+    """The two int8 halves that :func:`pack_nibbles` joined; the second may end in one column of padding."""
     signed = lax.bitcast_convert_type(packed, jnp.int8)
     low = lax.shift_right_arithmetic(lax.shift_left(signed, jnp.int8(4)), jnp.int8(4))
     high = lax.shift_right_arithmetic(signed, jnp.int8(4))
@@ -224,7 +224,7 @@ def pack_predictor(rows: jax.Array, spec: PredictorSpec, covariance: jax.Array |
             return {"q": q, "scale": scale}
         case Quantized(bits=4):
             q, scale = quantize(rows, 7)
-            return {"q": _pack_nibbles(q), "scale": scale}
+            return {"q": pack_nibbles(q), "scale": scale}
         case LowRank() | Projected():
             return _pack_factors(rows, spec, covariance)
     raise TypeError(f"predictor {spec!r} is unknown; {_EXPECTED}")
@@ -248,7 +248,7 @@ def _pack_factors(rows: jax.Array, spec: LowRank | Projected, covariance: jax.Ar
         of_rows = of_inputs = principal_directions(gram if covariance is None else covariance, rank)
     else:
         of_rows, of_inputs = weighted_factors(gram, covariance, rank)
-    if spec.bits == 8:
+    if spec.bits is not None:
         # Directions of equal size lose least to one scale per row, so each direction's size moves into the inputs'.
         squares = jnp.sum(of_rows * matmul(gram, of_rows), axis=0)
         size = jnp.sqrt(jnp.maximum(squares / n, 0.0))
@@ -260,10 +260,13 @@ def _pack_factors(rows: jax.Array, spec: LowRank | Projected, covariance: jax.Ar
         finite = jnp.all(jnp.isfinite(block), axis=1, keepdims=True)
         block = jnp.where(finite, block, 0).astype(jnp.float32)
         a = jnp.where(finite, matmul(block, of_rows / size), jnp.nan)
-        return quantize(a, 127) if spec.bits == 8 else (a.astype(factor_dtype(rows.dtype)),)
+        if spec.bits is None:
+            return (a.astype(factor_dtype(rows.dtype)),)
+        q, scale = quantize(a, 127 if spec.bits == 8 else 7)
+        return q if spec.bits == 8 else pack_nibbles(q), scale
 
     parts = map_row_blocks(factor, _PACK_BLOCK, rows)
-    if spec.bits == 8:
+    if spec.bits is not None:
         basis_q, basis_scale = quantize((of_inputs * size).T, 127)
         return {"q": parts[0], "scale": parts[1], "basis_q": basis_q, "basis_scale": basis_scale}
     return {"a": parts[0], "basis": of_inputs}
@@ -288,9 +291,9 @@ def predict_scores(x: jax.Array, packed: Packed, spec: PredictorSpec, n: int) ->
         case Quantized():
             return _quantized_scores(x, packed["q"], packed["scale"], spec.bits)
         case LowRank() | Projected():
-            if spec.bits == 8:
+            if spec.bits is not None:
                 z = _quantized_scores(x, packed["basis_q"], packed["basis_scale"], 8)
-                return _quantized_scores(z, packed["q"], packed["scale"], 8)
+                return _quantized_scores(z, packed["q"], packed["scale"], spec.bits)
             z = jnp.matmul(x.astype(jnp.float32), packed["basis"], preferred_element_type=jnp.float32)
             return skinny_dot(z.astype(packed["a"].dtype), packed["a"]).astype(jnp.float32)
     raise TypeError(f"predictor {spec!r} is unknown; {_EXPECTED}")

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-__all__ = ["KL_SIZES", "covariance", "unit_ranks", "unit_totals", "vocab_ranks"]
+__all__ = ["KL_SIZES", "covariance", "first_in_order", "unit_ranks", "unit_totals", "vocab_ranks"]
 
 # Candidates up to which the KL divergence of a vocabulary projection is measured.
 KL_SIZES = 1024
@@ -110,6 +110,23 @@ def unit_ranks(
         "wanted": by_position((activation != 0).astype(jnp.int32)),
         "wanted_energy": by_position(_energy(activation, down_norms)),
     }
+
+
+def first_in_order(scores: jax.Array, size: jax.Array, most: int) -> jax.Array:
+    """Which rows a selection of so many would choose, bool ``[T, n]``.
+
+    Args:
+      scores: ``[T, n]``.
+      size: int scalar, at most ``most``, or else ``n`` for all rows.
+      most: the largest size that will be asked for.
+    """
+    ranked = _ranked(scores)
+    last = jnp.take(lax.top_k(ranked, most)[0], jnp.minimum(size, most) - 1, axis=1)[:, None]
+    # Of equal scores the lower index is chosen first, as `da_top_k` does.
+    left = size - jnp.sum(ranked > last, axis=1, keepdims=True)
+    equal = ranked == last
+    chosen = (ranked > last) | (equal & (jnp.cumsum(equal, axis=1) <= left))
+    return chosen | (size >= scores.shape[1])
 
 
 def _energy(activation: jax.Array, down_norms: jax.Array) -> jax.Array:

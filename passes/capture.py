@@ -28,7 +28,7 @@ from hire_xform.passes.measured import input_numbers
 from hire_xform.passes.plan import Decision, Need
 from hire_xform.passes.rewrite import Rewriter
 from hire_xform.passes.settings import Ffn
-from hire_xform.passes.splice import ffn_parts, site_operands, site_signature
+from hire_xform.passes.splice import FfnParts, ffn_parts, site_operands, site_signature
 from hire_xform.passes.splice_certified import dense_product
 from hire_xform.passes.walk import Frame
 
@@ -136,11 +136,7 @@ def _ffn(
     parts = ways[0][1]
     region = parts.region(match)
     down = parts.down["rows"].whole()
-    hiddens = [
-        dense_product(up.product, part.x, _own_rows(part, match.units))
-        for up, part in zip(match.region.ups, parts.ups, strict=True)
-    ]
-    activation = region(hiddens, lambda values: values)
+    activation = dense_activation(match, parts)
     result = dense_product(match.down, activation.astype(match.hidden.aval.dtype), down, contracted_first=True)
     recorded: Recorded = [{} for _ in parts.ups]
     recorded[0]["tokens"] = jnp.int32(match.tokens)
@@ -162,6 +158,15 @@ def _ffn(
         )
         recorded[0].update(_numbered(unit_ranks(activation, norms, scores, settings.group_size), number))
     return result_shape(match.down, parts.down["rows"].filled(result)), recorded
+
+
+def dense_activation(match: FfnMatch, parts: FfnParts) -> Any:
+    """A block's activation ``[T, m]``, of all its units."""
+    hiddens = [
+        dense_product(up.product, part.x, _own_rows(part, match.units))
+        for up, part in zip(match.region.ups, parts.ups, strict=True)
+    ]
+    return parts.region(match)(hiddens, lambda values: values)
 
 
 def _own_rows(up: UpProduct, units: int) -> jax.Array:

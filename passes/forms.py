@@ -1,18 +1,26 @@
-"""Which packed forms a site reads of each of its weights, in the order they are handed to its subgraph."""
+"""The packed forms of a weight that are not its rows, and which of them each site reads, in the subgraphs' order."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
+from hire_xform.lowering import PredictorSpec
 from hire_xform.passes.region import Region
 from hire_xform.passes.settings import Ffn, Vocab
 from hire_xform.passes.zeros import gate_of
 
 
+@dataclass(frozen=True)
+class Proving:
+    """A packed form: what a proof with a predictor reads, of the rows and of how far off it can be."""
+
+    spec: PredictorSpec
+
+
 def vocab_forms(settings: Vocab) -> list[Any]:
-    """Of a vocabulary projection: its rows, its predictor, and if certified its bounds."""
-    spec = settings.spec
-    return ["rows", spec, *([("bounds", spec)] if settings.certify else [])]
+    """Of a vocabulary projection: its rows, and its predictor or what a proof reads."""
+    return ["rows", Proving(settings.spec) if settings.certify else settings.spec]
 
 
 def up_forms(region: Region, settings: Ffn) -> list[list[Any]]:
@@ -20,7 +28,7 @@ def up_forms(region: Region, settings: Ffn) -> list[list[Any]]:
     spec = settings.spec
     if settings.certify:
         gate = gate_of(region)
-        proved = ["rows", spec, ("bounds", spec)]
+        proved = ["rows", Proving(spec)]
         return [proved if gate is not None and i == gate.up else ["rows", "largest"] for i in range(len(region.ups))]
     return [
         ["rows", *([spec] if scored else []), *(["moments"] if totalled else [])]

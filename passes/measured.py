@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from hire_xform.lowering import LowRank, PredictorSpec, Projected
 from hire_xform.passes.detect import FfnMatch, VocabMatch, up_rows, vocab_rows
+from hire_xform.passes.forms import Proving
 from hire_xform.passes.provenance import Recipe, Stack
 from hire_xform.passes.settings import Ffn, Vocab
 
@@ -28,9 +29,9 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Fitted:
-    """A packed form: the predictor of a spec, fitted to the inputs it will see."""
+    """A packed form fitted to the inputs it will see: the predictor of a spec, or what a proof with it reads."""
 
-    spec: PredictorSpec
+    form: PredictorSpec | Proving
     inputs: Inputs
 
 

@@ -14,9 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from hire_xform.lowering import PredictorSpec, largest_norm, pack_bounds, pack_moments, pack_predictor
+from hire_xform.lowering import PredictorSpec, largest_norm, pack_moments, pack_predictor, pack_proof
 from hire_xform.passes import compat
 from hire_xform.passes.detect import Detection
+from hire_xform.passes.forms import Proving
 from hire_xform.passes.measured import Fitted
 from hire_xform.passes.plan import PackKey, Plan
 from hire_xform.passes.products import rounding_free
@@ -45,10 +46,10 @@ def _packer(steps: tuple[Step, ...], form: Any) -> Callable[[Any], Any]:
     recipe = Recipe(Root("", 0), steps)
     if isinstance(form, _FittedForm):
         stacks = sum(isinstance(step, Stack) for step in steps)
-        fit = functools.partial(pack_predictor, spec=form.spec)
+        fit = functools.partial(_fit, form.form)
         for _ in range(stacks):
             fit = jax.vmap(fit)
-        return jax.jit(lambda leaf, covariance: fit(recipe.apply(leaf), covariance=covariance))
+        return jax.jit(lambda leaf, covariance: fit(recipe.apply(leaf), covariance))
     return jax.jit(lambda leaf: recipe.apply(leaf, functools.partial(_finish, form)))
 
 
@@ -71,7 +72,7 @@ def shard_packer(steps: tuple[Step, ...], form: Any, mesh: Any, spec: PartitionS
     def finish(rows: Any, *given: Any) -> Any:
         made = functools.partial(_finish, form)
         if isinstance(form, _FittedForm):
-            made = functools.partial(pack_predictor, spec=form.spec, covariance=given[0])
+            made = functools.partial(_fit, form.form, covariance=given[0])
         for _ in range(stacks):
             made = jax.vmap(made)
         return made(rows)
@@ -106,11 +107,11 @@ def packed_spec(sharding: NamedSharding, shape: Sequence[int], key: PackKey) -> 
 class _FittedForm:
     """``Fitted`` without the inputs, which the packer is given: one program serves all."""
 
-    spec: PredictorSpec
+    form: PredictorSpec | Proving
 
 
 def _own(form: Any) -> Any:
-    return _FittedForm(form.spec) if isinstance(form, Fitted) else form
+    return _FittedForm(form.form) if isinstance(form, Fitted) else form
 
 
 def _given(form: Any) -> tuple[Any, ...]:
@@ -122,13 +123,17 @@ def _finish(form: Any, rows: Any) -> Any:
         return rows
     if form == "norms":
         return jnp.sqrt(jnp.sum(jnp.square(rows.astype(jnp.float32)), axis=-1))
-    if isinstance(form, tuple):
-        return pack_bounds(rows, form[1])
     if form == "largest":
         return largest_norm(rows)
     if form == "moments":
         return pack_moments(rows)
-    return pack_predictor(rows, form)
+    return _fit(form, rows, None)
+
+
+def _fit(form: PredictorSpec | Proving, rows: Any, covariance: Any) -> Any:
+    if isinstance(form, Proving):
+        return pack_proof(rows, form.spec, covariance)
+    return pack_predictor(rows, form, covariance)
 
 
 def pack_shapes(key: PackKey, leaf: Any, sharding: NamedSharding | None = None) -> Any:

@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from hire_xform.lowering import bounds_bytes, choose, ffn_bytes, moments_bytes, vocab_bytes
+from hire_xform.lowering import choose, ffn_bytes, moments_bytes, predictor_bytes, proof_bytes, vocab_bytes
 from hire_xform.passes.certify import ALL_BITS, input_bits, not_certifiable
 from hire_xform.passes.detect import Detection, FfnMatch, VocabMatch, up_rows, vocab_rows
-from hire_xform.passes.forms import down_forms, up_forms, vocab_forms
+from hire_xform.passes.forms import Proving, down_forms, up_forms, vocab_forms
 from hire_xform.passes.measured import Fitted, Inputs, Measure, Measurement, takes_inputs, unmeasured, with_choices
 from hire_xform.passes.parts import parts_of_rows
 from hire_xform.passes.provenance import Origin, Recipe, Ref, Root
@@ -100,8 +100,7 @@ class PackKey:
     """One packed form of one weight.
 
     ``"rows"``, the ``"norms"`` of its rows, the ``"largest"`` of them, their ``"moments"``, for a predictor spec its
-    arrays, for ``Fitted`` those of one fitted to its inputs, and for ``("bounds", spec)`` how far they can be from the
-    rows.
+    arrays, for ``Proving`` also how far they can be from the rows, and for ``Fitted`` either, fitted to its inputs.
     """
 
     recipe: Recipe
@@ -349,13 +348,12 @@ def bytes_read(
         dtype = product.weight.aval.dtype
         total = vocab_bytes(tokens, product.width // shards, product.contracted, dtype, spec, candidates=count)
         exact = computed * product.contracted * np.dtype(dtype).itemsize
-        proof = bounds_bytes(product.width // shards) if settings.certify else 0
-        return total - exact + proof, exact
+        return total - exact + _proof_bytes(settings, product.width // shards, product.contracted, dtype), exact
     assert isinstance(settings, Ffn)
     region, down = match.region, match.down
     forms = up_forms(region, settings)
     ups = [
-        (up.product.contracted, up.product.weight.aval.dtype, spec if spec in read else None)
+        (up.product.contracted, up.product.weight.aval.dtype, spec if spec in read or Proving(spec) in read else None)
         for up, read in zip(region.ups, forms, strict=True)
     ]
     total = ffn_bytes(
@@ -369,18 +367,28 @@ def bytes_read(
         norms="norms" in down_forms(region, settings),
     )
     total += sum(moments_bytes(up[0]) for up, read in zip(ups, forms, strict=True) if "moments" in read)
-    total += bounds_bytes(match.units // shards) if settings.certify else 0
+    total += sum(
+        _proof_bytes(settings, match.units // shards, d, dtype) for d, dtype, predicted in ups if predicted is not None
+    )
     rows = sum(d * np.dtype(dtype).itemsize for d, dtype, _ in ups)
     rows += down.width * np.dtype(down.weight.aval.dtype).itemsize
     return total - computed * rows, computed * rows
+
+
+def _proof_bytes(settings: Vocab | Ffn, n: int, d: int, dtype: Any) -> int:
+    """What a proof reads more than its predictor alone; nothing where none is asked for."""
+    if not settings.certify:
+        return 0
+    return proof_bytes(n, d, settings.spec, dtype) - predictor_bytes(n, d, settings.spec, dtype)
 
 
 def _needs(
     match: VocabMatch | FfnMatch, settings: Vocab | Ffn, inputs: Sequence[Inputs] | None, shards: int
 ) -> tuple[Need, ...]:
     def needs(recipe: Recipe, forms: list[Any], origin: Origin, columns: int, number: int = 0) -> list[Need]:
+        fitted = (settings.spec, Proving(settings.spec))
         if inputs is not None and takes_inputs(settings.spec):
-            forms = [Fitted(form, inputs[number]) if form == settings.spec else form for form in forms]
+            forms = [Fitted(form, inputs[number]) if form in fitted else form for form in forms]
         # Rows lie as they are, each device's part of them together; all else is made of each part by itself.
         parts = in_parts(recipe, _units(match), columns, shards)
         return [Need(PackKey(recipe if form == "rows" else parts, form), origin.refs) for form in forms]

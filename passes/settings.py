@@ -35,8 +35,6 @@ def _check_common(owner: str, predictor: Any, certify: Any, max_tokens: Any) -> 
         check_predictor(owner, predictor, "None, ")
     if not isinstance(certify, bool):
         refuse(owner, "certify", certify, "True or False")
-    if certify and predictor is not None and not isinstance(predictor, Quantized):
-        refuse(owner, "predictor", predictor, "hx.Quantized(bits) with certify=True; the bounds are of that one")
     _check_count(owner, "max_tokens", max_tokens)
 
 
@@ -63,8 +61,8 @@ class Vocab:
     predictor: PredictorSpec | None = None
     # What stands for the other logits: the predictor's scores (the softmax normaliser stays right), or -inf.
     fill: str = "predicted"
-    # Prove for every input that the arg max of the logits is the dense one, or run the dense product. Takes
-    # `Quantized` and weights of f32, bf16 or f16.
+    # Prove for every input that the arg max of the logits is the dense one, or run the dense product.
+    # Takes weights of f32, bf16 or f16.
     certify: bool = False
     # Calls with more tokens than this (prefill) run dense.
     max_tokens: int = 8
@@ -114,7 +112,7 @@ class Ffn:
     # How the units are scored. None is what a calibration chose, without one `Quantized(8)`.
     predictor: PredictorSpec | None = None
     # Prove for every input that the units left out are zero, or run the dense block. For ReLU, squared ReLU and ReGLU;
-    # takes `Quantized` and weights of f32, bf16 or f16.
+    # takes weights of f32, bf16 or f16.
     certify: bool = False
     # "zeroing": only blocks whose units not chosen are exactly zero over a range (ReLU and its kin). "any": all.
     activations: str = "zeroing"

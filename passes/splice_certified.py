@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from hire_xform.lowering import CertifiedBlock, CertifiedOperands, Quantized, certified_ffn, certified_logits
+from hire_xform.lowering import CertifiedBlock, CertifiedOperands, certified_ffn, certified_logits
 from hire_xform.passes.canonical import canonical_activation, canonical_side, flat_activation, result_shape
 from hire_xform.passes.detect import FfnMatch, VocabMatch
 from hire_xform.passes.environment import PackedView
-from hire_xform.passes.forms import down_forms, up_forms
+from hire_xform.passes.forms import Proving, down_forms, up_forms
 from hire_xform.passes.of_chosen import OfChosen
 from hire_xform.passes.plan import Decision
 from hire_xform.passes.products import Product
@@ -46,13 +46,11 @@ def dense_product(product: Product, x: Any, rows: Any, contracted_first: bool = 
 def _vocab(decision: Decision, match: VocabMatch, operands: Sequence[Any], views: Sequence[PackedView]) -> Any:
     product, settings = match.product, decision.settings
     assert isinstance(settings, Vocab)
-    assert isinstance(settings.spec, Quantized)
     rows, first = views[0].rows()
     logits, fallback = certified_logits(
         flat_activation(product, operands[0]),
         rows,
         views[1].whole(),
-        views[2].whole(),
         settings.spec,
         lambda x, rows: dense_product(product, x, rows),
         candidates=decision.count,
@@ -69,13 +67,11 @@ def _ffn(decision: Decision, match: FfnMatch, operands: Sequence[Any], views: Se
     settings, region, tokens = decision.settings, match.region, match.tokens
     gate = gate_of(region)
     assert isinstance(settings, Ffn)
-    assert isinstance(settings.spec, Quantized)
     assert gate is not None
     statistics = OfChosen({}, None)
     given = iter(views)
     xs, rows, first_rows, largest = [], [], [], []
-    packed: Any = None
-    bounds: Any = None
+    proof: Any = None
     for up, read, operand in zip(region.ups, up_forms(region, settings), operands, strict=False):
         forms = {form: next(given) for form in read}
         own, first = forms["rows"].rows()
@@ -85,7 +81,7 @@ def _ffn(decision: Decision, match: FfnMatch, operands: Sequence[Any], views: Se
         if "largest" in forms:
             largest.append(forms["largest"].whole())
         else:
-            packed, bounds = forms[settings.spec].whole(), forms["bounds", settings.spec].whole()
+            proof = forms[Proving(settings.spec)].whole()
     last = {form: next(given) for form in down_forms(region, settings)}
     down, first_down = last["rows"].rows()
     values = operands[len(region.ups) :]
@@ -113,8 +109,7 @@ def _ffn(decision: Decision, match: FfnMatch, operands: Sequence[Any], views: Se
         first_rows=first_rows,
         down=down,
         first_down=jnp.asarray(first_down, jnp.int32),
-        packed=packed,
-        bounds=bounds,
+        proof=proof,
         largest=[*largest, last["largest"].whole()],
     )
     result, fallback = certified_ffn(block, made)

@@ -505,12 +505,11 @@ def test_wrong_arguments_are_named():
         (lambda: hx.calibrate(block, ok, predictors=[8]), ValueError, r"calibrate\(predictor=8\)"),
         (lambda: hx.calibrate(block, generator), ValueError, "read once"),
         (lambda: hx.calibrate(block, ok, progress=1), TypeError, "progress=1"),
-        (lambda: hx.calibrate(block, ok, max_kl=0.1), TypeError, "unknown option 'max_kl'"),
+        (lambda: hx.calibrate(block, ok, max_cost=0.1), TypeError, "unknown option 'max_cost'"),
         (lambda: hx.calibrate(block, generator, config=with_predictor(hx.LowRank(0.5))), ValueError, "read once"),
         (lambda: hx.calibrate(lambda p, x: x + 1, ok), ValueError, "no site"),
         (lambda: hx.sparsify(block, calibration={}), TypeError, r"calibration=\{\}; expected what hx.calibrate"),
         (lambda: hx.Projected(1.5), ValueError, "Projected: rank=1.5"),
-        (lambda: hx.Vocab(certify=True, predictor=hx.Projected(0.5)), ValueError, "certify=True"),
     ]  # fmt: skip
     for call, kind, match in cases:
         with pytest.raises(kind, match=match):

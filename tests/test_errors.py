@@ -84,7 +84,7 @@ WRONG = {
     "quantized_bool": (lambda: hx.Quantized(True), ValueError, ["bits=True", "8 or 4"]),
     "lowrank_zero": (lambda: hx.LowRank(0), ValueError, ["rank=0", "int >= 1"]),
     "lowrank_fraction": (lambda: hx.LowRank(1.5), ValueError, ["rank=1.5", "fraction"]),
-    "lowrank_bits": (lambda: hx.LowRank(4, bits=4), ValueError, ["bits=4", "None or 8"]),
+    "lowrank_bits": (lambda: hx.LowRank(4, bits=5), ValueError, ["bits=5", "None, 8 or 4"]),
     "lowrank_text": (lambda: hx.LowRank("d/4"), ValueError, ["rank='d/4'", "int >= 1"]),
     "rule_no_path": (lambda: hx.Rule(""), ValueError, ["path_glob=''", "pattern"]),
     "rule_path_number": (lambda: hx.Rule(3), ValueError, ["path_glob=3", "pattern"]),

@@ -62,6 +62,26 @@ def test_units_left_out_change_nothing(name, count):
     assert proved >= 3
 
 
+@pytest.mark.parametrize("spec", [hx.LowRank(0.75, bits=8), hx.LowRank(1.0, bits=4), hx.LowRank(0.75)], ids=str)
+def test_units_are_proved_zero_by_other_predictors(spec):
+    """Two blocks whose weights are stacked; the predictor is made of each by itself."""
+    p = jax.tree.map(lambda a, b: jnp.stack([a, b]), weights(bias=-2.0), weights(bias=-2.0, seed=3))
+
+    def layers(p, x):
+        return lax.scan(lambda x, w: (jnp.tanh(x + BLOCKS["reglu_bias"](w, x)), None), x, p)[0]
+
+    proved = 0
+    for seed in range(3):
+        x = tokens(2, seed=seed)
+        result, fallbacks = run(layers, p, x, certified(0.9, predictor=spec))
+        assert_same(result, layers(p, x))
+        proved += 2 - fallbacks
+    assert proved >= 4
+    bad = {**p, "gate": p["gate"].at[0, 3, 5].set(jnp.nan)}
+    result, _ = run(layers, bad, x, certified(0.9, predictor=spec))
+    np.testing.assert_array_equal(jnp.isnan(result), jnp.isnan(layers(bad, x)))
+
+
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=["bf16", "f16"])
 @pytest.mark.parametrize("name", ["relu", "reglu"])
 def test_half_precision(name, dtype):

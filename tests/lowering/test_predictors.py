@@ -11,7 +11,7 @@ from hire_xform.lowering import (
     packed_shapes,
     predictor_bytes,
 )
-from hire_xform.lowering.predictors import _pack_nibbles, _unpack_nibbles
+from hire_xform.lowering.predictors import _unpack_nibbles, pack_nibbles
 
 pack_predictor = jax.jit(lowering.pack_predictor, static_argnums=1)
 predict_scores = jax.jit(lowering.predict_scores, static_argnums=(2, 3))
@@ -29,7 +29,7 @@ predict_scores = jax.jit(lowering.predict_scores, static_argnums=(2, 3))
         (lambda: LowRank(1.5), "rank=1.5 is not a fraction"),
         (lambda: LowRank(float("nan")), "rank=nan"),
         (lambda: LowRank("a"), "rank='a'"),
-        (lambda: LowRank(4, bits=4), "bits=4"),
+        (lambda: LowRank(4, bits=5), "bits=5"),
     ],
 )
 def test_bad_specs_are_refused_with_their_value(make, message):
@@ -81,7 +81,7 @@ def test_quantisation_error_is_half_a_step(normal):
 @pytest.mark.parametrize("d", [1, 2, 7, 16])
 def test_nibbles_round_trip(d):
     q = jnp.asarray(np.random.default_rng(0).integers(-7, 8, (9, d)), jnp.int8)
-    low, high = _unpack_nibbles(_pack_nibbles(q))
+    low, high = _unpack_nibbles(pack_nibbles(q))
     np.testing.assert_array_equal(jnp.concatenate([low, high], axis=1)[:, :d], q)
 
 

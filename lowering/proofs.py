@@ -1,0 +1,55 @@
+"""What a proof reads of a matrix, whatever the predictor: scores of all rows with proved bounds.
+
+    proof = pack_proof(rows, spec)                    # once: what is kept of the rows, and how far off it can be
+    found = scores_with_bounds(x, proof, spec)        # reads only that: scores, and what no product is above
+
+``Quantized`` is bounded in ``lowering/bounds.py``, ``LowRank`` and ``Projected`` in ``lowering/coordinates.py``.
+"""
+
+from collections.abc import Mapping
+
+import jax
+
+from hire_xform.lowering.bounds import ScoresWithBounds, pack_bounds, quantized_scores
+from hire_xform.lowering.coordinates import coordinate_scores, coordinate_shapes, pack_coordinates
+from hire_xform.lowering.predictors import PredictorSpec, Quantized, pack_predictor, predictor_bytes
+
+__all__ = ["Proof", "pack_proof", "proof_bytes", "scores_with_bounds"]
+
+# What is packed, by name.
+Proof = Mapping[str, jax.Array]
+
+
+def pack_proof(rows: jax.Array, spec: PredictorSpec, covariance: jax.Array | None = None) -> dict[str, jax.Array]:
+    """What is kept of ``rows [n, d]`` (f32 or 16 bits), and bounds of what is not; `jax.vmap` packs a stack.
+
+    Args:
+      rows: ``[n, d]``.
+      spec: what to keep.
+      covariance: ``[d, d]``, the mean of ``x x'`` over inputs, of any scale; ``Projected`` needs it, ``Quantized`` does
+        not read it.
+    """
+    if isinstance(spec, Quantized):
+        return {**pack_predictor(rows, spec), **pack_bounds(rows, spec)}
+    return pack_coordinates(rows, spec, covariance)
+
+
+def proof_bytes(n: int, d: int, spec: PredictorSpec, dtype: jax.typing.DTypeLike) -> int:
+    """Bytes of the proof of an ``[n, d]`` matrix of ``dtype``, all read once per call."""
+    if isinstance(spec, Quantized):
+        return predictor_bytes(n, d, spec, dtype) + 8 * n
+    return sum(s.size * s.dtype.itemsize for s in coordinate_shapes(n, d, spec, dtype).values())
+
+
+def scores_with_bounds(x: jax.Array, proof: Proof, spec: PredictorSpec, *, input_bits: int = 24) -> ScoresWithBounds:
+    """Predicts products with every row and bounds them.
+
+    Args:
+      x: ``[T, d]``, f32 or 16 bits.
+      proof: from :func:`pack_proof`.
+      spec: the predictor.
+      input_bits: significant bits that the dense product keeps of its f32 inputs.
+    """
+    if isinstance(spec, Quantized):
+        return quantized_scores(x, proof, spec, input_bits=input_bits)
+    return coordinate_scores(x, dict(proof), spec, input_bits=input_bits)
