@@ -144,31 +144,36 @@ def jit_is_inlined(eqn: Eqn) -> bool:
     return inline is True or getattr(inline, "value", None) == "always"
 
 
+def _array(*shape: int) -> jax.ShapeDtypeStruct:
+    """What the traces below are given: an array would start JAX's backends, before a program has configured them."""
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
 def _optimization_barrier_p() -> Any:
     """No public object exists for ``optimization_barrier_p``: read it off a traced call (all versions)."""
-    return jax.make_jaxpr(jax.lax.optimization_barrier)(0.0).eqns[0].primitive
+    return jax.make_jaxpr(jax.lax.optimization_barrier)(_array()).eqns[0].primitive
 
 
 def _split_p() -> Any:
     """No public object exists for ``split_p`` (lax.split, since 0.4.36): read it off a traced call."""
-    return jax.make_jaxpr(lambda x: jax.lax.split(x, (1, 1)))(jnp.zeros(2)).eqns[0].primitive
+    return jax.make_jaxpr(lambda x: jax.lax.split(x, (1, 1)))(_array(2)).eqns[0].primitive
 
 
 def _stack_p() -> Any:
     """No public object exists for ``stack_p`` (jnp.stack, since 0.10): read it off a traced call; None before."""
-    found = {e.primitive for e in jax.make_jaxpr(lambda x: jnp.stack([x, x]))(jnp.zeros(2)).eqns}
+    found = {e.primitive for e in jax.make_jaxpr(lambda x: jnp.stack([x, x]))(_array(2)).eqns}
     return found.pop() if found.isdisjoint({prims.concatenate_p, prims.broadcast_in_dim_p, prims.jit_p}) else None
 
 
 def _unstack_p() -> Any:
     """No public object exists for ``unstack_p`` (jnp.unstack, since 0.10): read it off a traced call; None before."""
-    eqns = jax.make_jaxpr(lambda x: jnp.unstack(x))(jnp.zeros((2, 3))).eqns
+    eqns = jax.make_jaxpr(lambda x: jnp.unstack(x))(_array(2, 3)).eqns
     return eqns[0].primitive if len(eqns) == 1 and "axis" in eqns[0].params and "sizes" not in eqns[0].params else None
 
 
 def _ragged_dot_p() -> Any:
     """No public object exists for ``ragged_dot_general_p``: read it off a traced call (all versions)."""
-    operands = jnp.zeros((2, 3)), jnp.zeros((1, 3, 4)), jnp.ones(1, jnp.int32)
+    operands = _array(2, 3), _array(1, 3, 4), jax.ShapeDtypeStruct((1,), jnp.int32)
     return jax.make_jaxpr(jax.lax.ragged_dot)(*operands).eqns[0].primitive
 
 
@@ -177,7 +182,7 @@ def _shard_map_eqn() -> Eqn:
     mesh = jax.sharding.AbstractMesh((1,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
     spec, whole = jax.sharding.PartitionSpec("d"), jax.sharding.PartitionSpec()
     mapped = jax.shard_map(lambda x, y: x + y, mesh=mesh, in_specs=(spec, whole), out_specs=spec)
-    return jax.make_jaxpr(mapped)(jnp.zeros(2), jnp.zeros(2)).eqns[0]
+    return jax.make_jaxpr(mapped)(_array(2), _array(2)).eqns[0]
 
 
 def _traced_primitives() -> tuple[Any, ...]:

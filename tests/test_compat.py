@@ -1,10 +1,22 @@
 """Every entry of the one version-dependent module holds on the installed JAX."""
 
+import os
+import subprocess
+import sys
+
 from hire_xform.passes import compat
 
 
 def test_every_compat_entry_holds_on_this_jax():
     assert {"close", "call_jaxpr", "scan_parts", "while_parts", "bind"} <= set(compat.self_test())
+
+
+def test_importing_the_library_leaves_jax_to_be_configured():
+    """``jax.distributed.initialize`` and the number of CPU devices come before any array; imports come first of all."""
+    code = "import hire_xform, jax; jax.config.update('jax_num_cpu_devices', 3); print(jax.device_count())"
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.stdout.strip() == "3", done.stderr[-2000:]
 
 
 def test_a_closed_over_array_is_found_in_every_form():
