@@ -17,6 +17,7 @@ from hire_xform.lowering import LowRank, Projected, Quantized
 from hire_xform.passes.pack import Packed
 from hire_xform.passes.plan import Plan, Refusal, Site
 from hire_xform.stages import Traced
+from hire_xform.training import TopkFfn, TracedTopk, topk_ffn
 
 __version__ = "0.1.0"
 
@@ -36,10 +37,13 @@ __all__ = [
     "Site",
     "SiteCalibration",
     "Sparsified",
+    "TopkFfn",
     "Traced",
+    "TracedTopk",
     "TracedWeightsError",
     "Vocab",
     "calibrate",
     "lossless",
     "sparsify",
+    "topk_ffn",
 ]

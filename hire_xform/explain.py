@@ -29,12 +29,7 @@ def explain(plan: Plan) -> str:
             lines += _site(sites)
     else:
         lines.append(f"No site is rewritten for {plan.platform}: the function runs as jax.jit would run it.")
-    if plan.refusals:
-        count = f"{len(plan.refusals)} product" + ("s stay" if len(plan.refusals) > 1 else " stays")
-        lines.append("")
-        lines.append(f"{count} dense ({size(plan.refused_bytes)} read):")
-        for refusals in _grouped(plan.refusals, lambda r: (r.reason, r.source, r.kind)):
-            lines += _refusal(refusals)
+    lines += _refusals(plan)
     if plan.unmatched_rules:
         lines.append("")
         lines.append(f"Rules that match nothing here: {', '.join(map(repr, plan.unmatched_rules))}")
@@ -93,6 +88,16 @@ def _site(sites: list[Site]) -> list[str]:
     return lines
 
 
+def _refusals(plan: Plan) -> list[str]:
+    if not plan.refusals:
+        return []
+    count = f"{len(plan.refusals)} product" + ("s stay" if len(plan.refusals) > 1 else " stays")
+    lines = ["", f"{count} dense ({size(plan.refused_bytes)} read):"]
+    for refusals in _grouped(plan.refusals, lambda r: (r.reason, r.source, r.kind)):
+        lines += _refusal(refusals)
+    return lines
+
+
 def _refusal(refusals: list[Refusal]) -> list[str]:
     refusal = refusals[0]
     read = sum(r.dense_bytes for r in refusals)
@@ -103,3 +108,20 @@ def _refusal(refusals: list[Refusal]) -> list[str]:
         f"         {refusal.source}",
         f"         {refusal.reason}",
     ]
+
+
+def explain_top_groups(plan: Plan) -> str:
+    """The plan of a training function as text: blocks that keep their top groups, then all other products."""
+    count = f"{len(plan.sites)} feed-forward block" + ("" if len(plan.sites) == 1 else "s")
+    lines = [f"{count} with a top-k of groups of hidden units for each token"]
+    for sites in _grouped(plan.sites, _site_key):
+        site = sites[0]
+        group = site.settings.group_size if isinstance(site.settings, Ffn) else 1
+        lines += [
+            f"  {site.kind:5s}  {_paths(sites)}",
+            f"         {site.source}",
+            f"         {site.computed // group:,} of {site.units // group:,} groups of {group} kept; activation: "
+            f"{site.activation}",
+            f"         weights: {', '.join(site.weights)}" + (" and alike" if len(sites) > 1 else ""),
+        ]
+    return "\n".join([*lines, *_refusals(plan)])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -16,18 +15,17 @@ from hire_xform.calls import Abstract, Signature, is_array, merge, unwrap_static
 from hire_xform.collector import collector_paused
 from hire_xform.config import Config
 from hire_xform.errors import PackedMismatchError
-from hire_xform.in_place import changed_weights, warn_if_lost, weight_leaves
 from hire_xform.packing import pack_keys
 from hire_xform.passes import compat
-from hire_xform.passes.detect import Detection, detect
 from hire_xform.passes.measured import Measure
 from hire_xform.passes.pack import Holding, Packed, PackLayout, decide_holding, pack_shapes, unpack_rows
 from hire_xform.passes.plan import Need, PackKey, Plan, make_plan
-from hire_xform.passes.provenance import Provenance, Root
+from hire_xform.passes.provenance import Root
 from hire_xform.passes.rewrite import Rewriter
-from hire_xform.passes.shards import is_explicit, place, placement_of
+from hire_xform.passes.shards import place, placement_of
 from hire_xform.passes.treatment import Treatment, treatments
-from hire_xform.passes.walk import Graph, Node, walk
+from hire_xform.passes.walk import Node
+from hire_xform.program import Program, struct
 
 
 @dataclass(eq=False)
@@ -45,7 +43,7 @@ class Supply:
     restore: Callable[[Root], Any]
 
 
-class Traced:
+class Traced(Program):
     """A function traced for arguments of given shapes. ``step.trace(...)`` makes one; it computes nothing.
 
     Attributes:
@@ -65,38 +63,18 @@ class Traced:
         calibration: Calibration | None = None,
     ):
         """Traces, detects and plans; see ``Sparsified.trace``."""
-        self.signature, self.call, self._options = signature, call, options
-        shapes: list[Any] = []
-        changed: dict[tuple[Any, ...], Any] = {}
-
-        def flat(*leaves: Any) -> list[Any]:
-            args, kwargs = unwrap_statics(*call.rebuild(leaves))
-            out, tree = jax.tree.flatten(signature.fun(*args, **kwargs))
-            shapes.append(tree)
-            before = weight_leaves(signature, *call.rebuild(leaves))
-            # Trees may refuse to be flattened once used, as Equinox's State does.
-            with contextlib.suppress(Exception):
-                changed.update(changed_weights(before, weight_leaves(signature, args, kwargs), out))
-            return [*out, *changed.values()]
-
+        super().__init__(signature, call)
+        self._options = options
         self._rewriters: dict[Any, Rewriter] = {}
         with collector_paused():
-            self.jaxpr = jax.make_jaxpr(flat)(*[_struct(a) for a in call.avals])
-            self.out_tree = shapes[0]
-            if changed:
-                warn_if_lost(signature, self.jaxpr, call.roots, list(changed))
-                self.jaxpr = compat.without_last_outputs(self.jaxpr, len(changed))
-            self._graph: Graph = walk(self.jaxpr)
-            self._provenance = Provenance(self._graph, call.roots)
-            self._detection: Detection = detect(self._graph, self._provenance)
-            measured = [calibration.measure(self._detection.matches, self._name_of)] if calibration else []
+            measured = [calibration.measure(self._detection.matches, self.name)] if calibration else []
             plan = self._plan(config, platform, *measured)
             unmatched = config.unmatched(self.rule_paths)
             self.plan: Plan = replace(plan, unmatched_rules=tuple(rule.path_glob for rule in unmatched))
 
     def _plan(self, config: Config, platform: str, *measured: Measure) -> Plan:
         measure = measured[0] if measured else _no_measurement
-        return make_plan(self._detection, config.choose, platform, self._name_of, measure, self._place)
+        return make_plan(self._detection, config.choose, platform, self.name, measure, self._place)
 
     def _place(self, match: Any) -> Any:
         """Where a match runs: where its weights are."""
@@ -108,33 +86,7 @@ class Traced:
         """Shape and sharding of a weight; a closed-over array is a constant of the program, and on no mesh."""
         number = self.call.roots.index(root) if root.kind != "const" else None
         placed = None if number is None else self.call.placed[number]
-        return _struct(self.aval(root), placed)
-
-    @property
-    def rule_paths(self) -> list[str]:
-        """What a rule's pattern is matched with: the path of each block's last product, and of each vocabulary's."""
-        return [match.node.path for match in self._detection.matches]
-
-    @cached_property
-    def _names(self) -> dict[Root, str]:
-        args, kwargs = self.call.rebuild(range(len(self.call.avals)))
-        paths = jax.tree_util.tree_flatten_with_path((args, kwargs))[0]
-        static = {position for position, _ in self.call.statics}
-        arrays = [path for i, (path, _) in enumerate(paths) if i not in static]
-        found: dict[Root, str] = {}
-        for root, path in zip(self.call.roots, arrays, strict=True):
-            if root is not None:
-                number = int(root.kind[3:])
-                names = self.signature.names
-                argument = names[number] if number < len(names) else f"argument {number}"
-                found[root] = argument + jax.tree_util.keystr(tuple(path[2:]))
-        return found
-
-    def _name_of(self, root: Root) -> str:
-        if root.kind == "const":
-            const = self._provenance.consts[root.index]
-            return f"closed-over {const.dtype}{list(const.shape)}"
-        return self._names[root]
+        return struct(self.aval(root), placed)
 
     def explain(self) -> str:
         """Each site and each refusal as text: path, source line, kind, bytes before and after, reasons."""
@@ -227,10 +179,6 @@ class Traced:
         """The abstract value of a weight."""
         return self.const(root) if root.kind == "const" else self.call.avals[self.call.roots.index(root)]
 
-    def name(self, root: Root) -> str:
-        """The name of a weight, for messages."""
-        return self._name_of(root)
-
     def evaluate(self, leaves: Sequence[Any], supply: Supply) -> Any:
         """Runs the rewritten program on tracers; returns the function's result.
 
@@ -292,13 +240,13 @@ class Traced:
 
     def packed_call(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The call's arguments as shapes, with abstract ``Packed`` weights."""
-        plain, kwargs = self.call.rebuild([_struct(a) for a in self.call.avals])
+        plain, kwargs = self.call.rebuild([struct(a) for a in self.call.avals])
         args = list(plain)
         for number in self.signature.weights:
             if f"arg{number}" not in self._holdings:
                 continue
             layout, holding = self._layout(number), self._holdings[f"arg{number}"]
-            kept = [_struct(layout.avals[i], layout.placed[i]) for i in holding.kept]
+            kept = [struct(layout.avals[i], layout.placed[i]) for i in holding.kept]
             forms = [
                 pack_shapes(k, layout.avals[k.recipe.root.index], layout.placed[k.recipe.root.index])
                 for k in holding.keys
@@ -429,12 +377,3 @@ def _placed_text(sharding: Any) -> str:
 
 def _no_measurement(match: Any, names: Any) -> None:
     return None
-
-
-def _struct(aval: Any, placed: Any = None) -> jax.ShapeDtypeStruct:
-    """Shape and dtype, and where it is; without that, what its type says of it."""
-    typed = getattr(aval, "sharding", None)
-    if placed is None and typed is not None and not typed.mesh.empty and is_explicit(typed.mesh):
-        placed = typed
-    weak_type = getattr(aval, "weak_type", False)
-    return jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=weak_type, sharding=placed)

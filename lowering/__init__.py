@@ -33,6 +33,7 @@ from hire_xform.lowering.rows import combine_rows, select_rows_dot
 from hire_xform.lowering.selection import Selection, choose, select
 from hire_xform.lowering.statistics import KL_SIZES, covariance, first_in_order, unit_ranks, unit_totals, vocab_ranks
 from hire_xform.lowering.subgraph import UpProduct, ffn, ffn_bytes, group_scores, vocab_bytes, vocab_logits
+from hire_xform.lowering.top_groups import keep_top_groups
 
 __all__ = [
     "KL_SIZES",
@@ -59,6 +60,7 @@ __all__ = [
     "ffn_bytes",
     "first_in_order",
     "group_scores",
+    "keep_top_groups",
     "kth_largest",
     "largest_norm",
     "mark_fallback",

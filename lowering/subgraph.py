@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from hire_xform.lowering.predictors import Packed, PredictorSpec, predict_scores, predictor_bytes
 from hire_xform.lowering.rows import combine_rows, select_rows_dot
 from hire_xform.lowering.selection import choose, select
+from hire_xform.lowering.top_groups import group_energy
 
 __all__ = ["UpProduct", "chosen_units", "ffn", "ffn_bytes", "group_scores", "vocab_bytes", "vocab_logits"]
 
@@ -180,8 +181,7 @@ def group_scores(
     if down_norms is None or any(p is None for p in predicted):
         raise ValueError("ffn: without a score every product needs its predictor, and down its norms")
     activation = region([p for p in predicted if p is not None], lambda values: values)
-    scores = jnp.square(activation.astype(jnp.float32) * down_norms)
-    return scores.reshape(grouped).sum(axis=-1)
+    return group_energy(activation, down_norms, group_size)
 
 
 def chosen_units(

@@ -14,6 +14,7 @@ from hire_xform.passes import compat
 from hire_xform.passes.detect import VocabMatch
 from hire_xform.passes.plan import Decision
 from hire_xform.passes.provenance import IndexSlice
+from hire_xform.passes.top_groups import TopGroups
 from hire_xform.passes.treatment import Treatment
 from hire_xform.passes.walk import Graph, Node, Operand, Scope, Value, carried_inputs
 
@@ -68,6 +69,8 @@ class Liveness:
         if treatment is not None:
             if isinstance(treatment, Decision):
                 yield from ((o, None) for o in decision_operands(treatment))
+            elif isinstance(treatment, TopGroups):
+                yield from ((o, None) for o in node.inputs)
             else:
                 yield treatment.product.x, None
             for need in treatment.needs:

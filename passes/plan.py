@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -284,8 +283,7 @@ def _decide(
         if units % settings.group_size:
             return f"group_size={settings.group_size} does not divide its {units} hidden units"
         computed_each = settings.group_size
-        groups = units // settings.group_size
-        count = max(1, math.ceil(settings.active_of(own.share if own is not None else None) * groups - 1e-9))
+        count = settings.groups_of(units, own.share if own is not None else None)
     if tokens > settings.max_tokens:
         return f"{tokens} tokens in one call, more than max_tokens={settings.max_tokens}; a prefill runs dense"
     if isinstance(match, FfnMatch) and shards > 1 and match.region.own is not None:

@@ -23,6 +23,7 @@ from hire_xform.passes.plan import Decision, Need
 from hire_xform.passes.provenance import IndexSlice
 from hire_xform.passes.splice import dense_rows, site_function, site_operands, site_signature
 from hire_xform.passes.splice_sharded import sharded_function
+from hire_xform.passes.top_groups import TopGroups, top_groups_product
 from hire_xform.passes.treatment import Treatment
 from hire_xform.passes.walk import Frame, Graph, Node, Operand, Scope, Value
 
@@ -42,6 +43,7 @@ class Rewriter:
     _calls: dict[Any, Callable] = field(init=False, default_factory=dict)
     _needs: dict[Any, list[Need]] = field(init=False, default_factory=dict)
     _alive: dict[Frame, bool] = field(init=False, default_factory=dict)
+    _inside: dict[Frame, list[Treatment]] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         """Marks calls whose boundary a site spans, and what is live."""
@@ -93,6 +95,8 @@ class Rewriter:
             with jax.named_scope(f"hire/{node.path}"):
                 if isinstance(treatment, Decision):
                     env[node.outputs[0]] = self._site(treatment, env, seen)
+                elif isinstance(treatment, TopGroups):
+                    env[node.outputs[0]] = top_groups_product(treatment, lambda o: read(env, o))
                 else:
                     env[node.outputs[0]] = dense_rows(treatment, lambda o: read(env, o), seen[0])
             return
@@ -119,7 +123,7 @@ class Rewriter:
     def _call(self, frame: Frame, env: Env, views: Views) -> None:
         needs = self._frame_needs(frame)
         operands = [read(env, o, missing_ok=True) for o in frame.inputs]
-        if not needs and not frame.inline and not any(o is None for o in operands):
+        if not self._frame_treatments(frame) and not frame.inline and not any(o is None for o in operands):
             results = compat.bind(frame.eqn, operands)
         elif frame.inline or frame.kind == "call" or (frame.kind == "jit" and compat.jit_is_inlined(frame.eqn)):
             self._frame(frame, env, views)
@@ -198,16 +202,18 @@ class Rewriter:
         return self._alive[frame]
 
     def _frame_treatments(self, frame: Frame) -> list[Treatment]:
-        found: list[Treatment] = []
-        for item in frame.items:
-            if isinstance(item, Frame):
-                found += self._frame_treatments(item)
-            elif item in self.live.nodes:
-                if item in self.treated:
-                    found.append(self.treated[item])
-                for child in item.children:
-                    found += self._frame_treatments(child.root)
-        return found
+        if frame not in self._inside:
+            found: list[Treatment] = []
+            for item in frame.items:
+                if isinstance(item, Frame):
+                    found += self._frame_treatments(item)
+                elif item in self.live.nodes:
+                    if item in self.treated:
+                        found.append(self.treated[item])
+                    for child in item.children:
+                        found += self._frame_treatments(child.root)
+            self._inside[frame] = found
+        return self._inside[frame]
 
     def _frame_needs(self, frame: Frame) -> list[Need]:
         if frame not in self._needs:
@@ -221,6 +227,8 @@ class Rewriter:
 def _signature(treatment: Treatment) -> Any:
     if isinstance(treatment, Decision):
         return treatment.settings, treatment.count, treatment.site.tokens, treatment.placement
+    if isinstance(treatment, TopGroups):
+        return treatment.active, treatment.group_size
     return "dense", treatment.contracted_first
 
 

@@ -144,6 +144,15 @@ class Ffn:
             return self.active
         return ACTIVE if own_share is None else min(1.0, OWN_MARGIN * own_share)
 
+    def groups_of(self, units: int, own_share: float | None) -> int:
+        """The groups of a block to compute, at least one.
+
+        Args:
+          units: its hidden units, a multiple of ``group_size``.
+          own_share: as in :meth:`active_of`.
+        """
+        return max(1, math.ceil(self.active_of(own_share) * (units // self.group_size) - 1e-9))
+
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:

@@ -1,4 +1,4 @@
-"""What is done at an equation: a decision of the plan, or a dense product that reads a packed layout."""
+"""What is done at an equation: a decision of the plan, a dense product that reads a packed layout, a top-k."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from hire_xform.passes.detect import Detection
 from hire_xform.passes.plan import Decision, Need, PackKey, Plan
 from hire_xform.passes.products import Product, normal_form
 from hire_xform.passes.provenance import Root
+from hire_xform.passes.top_groups import TopGroups
 from hire_xform.passes.walk import Node
 
 
@@ -32,7 +33,7 @@ class DenseRows:
         return self.product.node
 
 
-Treatment = Decision | DenseRows
+Treatment = Decision | DenseRows | TopGroups
 
 
 def treatments(
