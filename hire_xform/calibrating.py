@@ -63,7 +63,8 @@ def calibrate(
     Recall is, for a vocabulary projection, the share of tokens whose dense arg max is among the candidates; for a
     feed-forward block the share of its units that are not zero that are chosen, and where units are never exactly zero,
     of its energy: the square of activation times norm of the down row. Each site gets the predictor, and the size, that
-    reach it at the fewest weight bytes that one token reads. Layers of one loop share the largest size.
+    reach it at the fewest weight bytes that one token reads. Layers of one loop have sizes of their own, in branches of
+    the loop's body, where that saves enough; ``explain()`` says so.
 
     ``max_kl`` and ``max_loss_increase`` are measured end to end: all sites sparse together, one token at a time, on
     these batches. How bytes are shared out among the sites follows from their curves; see ``choosing.py``.

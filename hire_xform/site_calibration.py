@@ -157,8 +157,10 @@ class SiteCalibration:
     def chosen_for(self, recall: float) -> SiteCalibration:
         """With the predictor and sizes that reach a recall at the fewest bytes; of equals the first measured."""
 
-        def read(predictor: PredictorSpec) -> int:
-            return self.bytes_at(int(self.sizes_for(recall, predictor).max()), predictor)
+        def read(predictor: PredictorSpec) -> float:
+            return self.curves[predictor].predictor_bytes + self.row_bytes * float(
+                self.sizes_for(recall, predictor).mean()
+            )
 
         best = min(self.curves, key=read)
         sizes = np.asarray(self.sizes_for(recall, best), np.int64)
@@ -190,7 +192,8 @@ class SiteCalibration:
         size = int(sizes.max())
         what = "candidate" if self.kind == "vocab" else "unit" if self.group_size == 1 else "group"
         sized = f"{size:,} {what}{'s' * (size > 1)}"
-        return Chosen(predictor, size, f"calibrated: {sized} for {self.target}, {tokens:,} tokens")
+        how = f"calibrated: {sized} for {self.target}, {tokens:,} tokens"
+        return Chosen(predictor, size, how, sizes if self.stack else None)
 
     def _stated_size(self, settings: Vocab | Ffn) -> int:
         if isinstance(settings, Vocab):

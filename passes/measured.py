@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import numpy as np
+
 from hire_xform.lowering import LowRank, PredictorSpec, Projected
 from hire_xform.passes.detect import FfnMatch, VocabMatch, up_rows, vocab_rows
 from hire_xform.passes.forms import Proving
@@ -54,11 +56,13 @@ class Chosen:
       predictor: how rows are scored; None where that was not measured with these settings.
       size: candidates (rows, or groups of units); None likewise.
       how: what to tell of it.
+      sizes: where weights are stacked, that of each layer, int ``[*stack]``; ``size`` is the largest.
     """
 
     predictor: PredictorSpec | None
     size: int | None
     how: str
+    sizes: np.ndarray | None = None
 
 
 # Of a match and the names of its weights, what was measured.
@@ -80,21 +84,21 @@ def unmeasured(settings: Vocab | Ffn, measurement: Measurement | None) -> str | 
     return None
 
 
-def with_choices(settings: Vocab | Ffn, measurement: Measurement | None, units: int) -> tuple[Vocab | Ffn, str]:
-    """Settings with the predictor and size a calibration chose where they state none, and what to tell of it."""
+def with_choices(settings: Vocab | Ffn, measurement: Measurement | None, units: int) -> tuple[Vocab | Ffn, Chosen]:
+    """Settings with the predictor and size a calibration chose where they state none, and what it chose."""
     if measurement is None:
-        return dataclasses.replace(settings, predictor=settings.spec), ""
+        return dataclasses.replace(settings, predictor=settings.spec), Chosen(None, None, "")
     if settings.certify:
         how = "certified: its size is not taken from the calibration, which measures recall by score"
-        return dataclasses.replace(settings, predictor=settings.spec), how
+        return dataclasses.replace(settings, predictor=settings.spec), Chosen(None, None, how)
     chosen = measurement.choose(settings)
     stated = settings.candidates if isinstance(settings, Vocab) else settings.active
     settings = dataclasses.replace(settings, predictor=chosen.predictor or settings.spec)
     if stated is not None or chosen.size is None:
-        return settings, chosen.how
+        return settings, dataclasses.replace(chosen, sizes=None)
     if isinstance(settings, Vocab):
-        return dataclasses.replace(settings, candidates=chosen.size), chosen.how
-    return dataclasses.replace(settings, active=chosen.size * settings.group_size / units), chosen.how
+        return dataclasses.replace(settings, candidates=chosen.size), chosen
+    return dataclasses.replace(settings, active=chosen.size * settings.group_size / units), chosen
 
 
 def site_stack(match: VocabMatch | FfnMatch) -> tuple[int, ...]:

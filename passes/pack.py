@@ -18,6 +18,7 @@ from hire_xform.lowering import PredictorSpec, largest_norm, pack_moments, pack_
 from hire_xform.passes import compat
 from hire_xform.passes.detect import Detection
 from hire_xform.passes.forms import Proving
+from hire_xform.passes.levels import Levels
 from hire_xform.passes.measured import Fitted
 from hire_xform.passes.plan import PackKey, Plan
 from hire_xform.passes.products import rounding_free
@@ -44,6 +45,8 @@ def pack_array(key: PackKey, leaf: Any) -> Any:
 @functools.lru_cache(maxsize=256)
 def _packer(steps: tuple[Step, ...], form: Any) -> Callable[[Any], Any]:
     recipe = Recipe(Root("", 0), steps)
+    if isinstance(form, Levels):
+        return jax.jit(lambda leaf: jnp.asarray(form.array))
     if isinstance(form, _FittedForm):
         stacks = sum(isinstance(step, Stack) for step in steps)
         fit = functools.partial(_fit, form.form)

@@ -14,8 +14,18 @@ from hire_xform.lowering import choose, ffn_bytes, moments_bytes, predictor_byte
 from hire_xform.passes.certify import ALL_BITS, input_bits, not_certifiable
 from hire_xform.passes.detect import Detection, FfnMatch, VocabMatch, up_rows, vocab_rows
 from hire_xform.passes.forms import Proving, down_forms, up_forms, vocab_forms
-from hire_xform.passes.measured import Fitted, Inputs, Measure, Measurement, takes_inputs, unmeasured, with_choices
-from hire_xform.passes.parts import parts_of_rows
+from hire_xform.passes.levels import WORTH, Levels, levels_of, told
+from hire_xform.passes.measured import (
+    Chosen,
+    Fitted,
+    Inputs,
+    Measure,
+    Measurement,
+    takes_inputs,
+    unmeasured,
+    with_choices,
+)
+from hire_xform.passes.parts import is_cut, parts_of_rows
 from hire_xform.passes.provenance import Origin, Recipe, Ref, Root
 from hire_xform.passes.settings import Choice, Ffn, Vocab
 from hire_xform.passes.shards import Placement, in_parts
@@ -100,6 +110,7 @@ class PackKey:
 
     ``"rows"``, the ``"norms"`` of its rows, the ``"largest"`` of them, their ``"moments"``, for a predictor spec its
     arrays, for ``Proving`` also how far they can be from the rows, and for ``Fitted`` either, fitted to its inputs.
+    ``Levels`` is of no weight, but has an entry for each layer of it.
     """
 
     recipe: Recipe
@@ -127,6 +138,7 @@ class Decision:
         one; of a vocabulary projection those of its one.
       input_bits: significant bits that a certified product's dense form keeps of its inputs.
       placement: where it runs, when its weights are over several devices.
+      levels: the counts of layers that have their own; the last of ``needs`` says which. ``count`` is the largest.
     """
 
     match: VocabMatch | FfnMatch
@@ -136,6 +148,7 @@ class Decision:
     needs: tuple[Need, ...]
     input_bits: int = 24
     placement: Placement | None = None
+    levels: Levels | None = None
 
     @property
     def node(self) -> Node:
@@ -240,7 +253,7 @@ def _decide(
     settings = choice.settings
     if settings is None:
         return choice.reason
-    settings, calibrated = with_choices(settings, measurement, _units(match))
+    settings, chosen = with_choices(settings, measurement, _units(match))
     if (why := unmeasured(settings, measurement)) is not None:
         return why
     if not match.node.scope.iterations:
@@ -297,6 +310,10 @@ def _decide(
     computed = selection.rows_read(here) * computed_each
     iterations = match.node.scope.iterations
     predicted, exact = bytes_read(match, settings, count, here, computed, shards)
+    levels: Levels | None = None
+    layers = ""
+    if placement is None:
+        levels, exact, layers = _own_sizes(match, settings, chosen, tokens, computed_each, predicted, exact)
     sparse = (predicted + exact) * iterations * shards
     cost = (predicted + exact * ROW_COST.get(platform, 1.0) + FIXED_BYTES.get(platform, 1 << 20)) * iterations
     if cost * shards >= dense and not choice.force:
@@ -320,16 +337,51 @@ def _decide(
         activation=activation,
         own=match.region.own.name if isinstance(match, FfnMatch) and match.region.own is not None else "",
         forced=choice.force,
-        calibrated=calibrated,
+        calibrated=chosen.how + layers,
         shards=shards,
         placed="" if placement is None else str(placement),
     )
     needs = _needs(match, settings, None if measurement is None else measurement.inputs, shards)
-    return Decision(match, site, settings, count, needs, input_bits(match, platform) or ALL_BITS, placement)
+    if levels is not None:
+        needs = (*needs, stack_need(match, levels))
+    return Decision(match, site, settings, count, needs, input_bits(match, platform) or ALL_BITS, placement, levels)
 
 
 def _over(placement: Placement | None) -> str:
     return "" if placement is None else f", over {placement}"
+
+
+def _own_sizes(
+    match: VocabMatch | FfnMatch,
+    settings: Vocab | Ffn,
+    chosen: Chosen,
+    tokens: int,
+    computed_each: int,
+    predicted: int,
+    exact: int,
+) -> tuple[Levels | None, int, str]:
+    """Sizes of their own for the layers of a loop where that is worth it, what is then read exactly, what to tell."""
+    sizes = chosen.sizes
+    if sizes is None or len(set(sizes.ravel().tolist())) < 2 or is_cut(stack_need(match, None).refs):
+        return None, exact, ""
+    levels = levels_of(sizes)
+    units = _units(match) // computed_each
+    rows = [choose(tokens, units, c).rows_read(tokens) * computed_each for c in levels.counts]
+    own = [bytes_read(match, settings, c, tokens, r)[1] for c, r in zip(levels.counts, rows, strict=True)]
+    mean = math.ceil(sum(own[n] for n in levels.numbers) / sizes.size)
+    saved = (exact - mean) / (predicted + exact)
+    if saved < WORTH:
+        return None, exact, f"; the layers share it, as sizes of their own ({told(sizes.ravel())}) save {saved:.1%}"
+    counts = [levels.counts[n] for n in levels.numbers]
+    return levels, mean, f"; each layer has its own in a branch ({told(counts)}), which saves {saved:.1%}"
+
+
+def stack_need(match: VocabMatch | FfnMatch, form: Any) -> Need:
+    """A form that has an entry for each layer of a site's (first) weight, whatever the weight."""
+    if isinstance(match, VocabMatch):
+        return Need(PackKey(vocab_rows(match), form), match.product.origin.refs)
+    up = match.region.ups[0]
+    return Need(PackKey(up_rows(up), form), up.product.origin.refs)
 
 
 def _units(match: VocabMatch | FfnMatch) -> int:

@@ -16,11 +16,11 @@ import jax.numpy as jnp
 from hire_xform.lowering import KL_SIZES, first_in_order, group_scores, predict_scores, record
 from hire_xform.passes.canonical import flat_activation, result_shape
 from hire_xform.passes.capture import dense_activation
-from hire_xform.passes.detect import FfnMatch, VocabMatch, up_rows, vocab_rows
+from hire_xform.passes.detect import FfnMatch, VocabMatch
 from hire_xform.passes.environment import Env, PackedView, read
 from hire_xform.passes.forms import vocab_forms
 from hire_xform.passes.of_chosen import OfChosen
-from hire_xform.passes.plan import Decision, Need, PackKey
+from hire_xform.passes.plan import Decision, Need, stack_need
 from hire_xform.passes.rewrite import Rewriter
 from hire_xform.passes.settings import Ffn
 from hire_xform.passes.splice import ffn_parts, site_operands, site_signature
@@ -42,13 +42,10 @@ class Rehearsed(Decision):
     @classmethod
     def of(cls, decision: Decision) -> Rehearsed:
         """The rehearsal of a decision."""
-        match = decision.match
-        if isinstance(match, VocabMatch):
-            recipe, refs = vocab_rows(match), match.product.origin.refs
-        else:
-            recipe, refs = up_rows(match.region.ups[0]), match.region.ups[0].product.origin.refs
         values = {f.name: getattr(decision, f.name) for f in fields(Decision)}
-        values["needs"] = (*decision.needs, Need(PackKey(recipe, Sizes(decision.site.path)), refs))
+        needs = decision.needs if decision.levels is None else decision.needs[:-1]
+        values["needs"] = (*needs, stack_need(decision.match, Sizes(decision.site.path)))
+        values["levels"] = None
         return cls(**values)
 
 

@@ -226,7 +226,7 @@ class Rewriter:
 
 def _signature(treatment: Treatment) -> Any:
     if isinstance(treatment, Decision):
-        return treatment.settings, treatment.count, treatment.site.tokens, treatment.placement
+        return treatment.settings, treatment.count, treatment.levels, treatment.site.tokens, treatment.placement
     if isinstance(treatment, TopGroups):
         return treatment.active, treatment.group_size
     return "dense", treatment.contracted_first

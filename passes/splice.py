@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from hire_xform.passes.canonical import canonical_activation, canonical_side, fl
 from hire_xform.passes.detect import FfnMatch, VocabMatch
 from hire_xform.passes.environment import PackedView
 from hire_xform.passes.forms import down_forms, up_forms
+from hire_xform.passes.levels import Levels
 from hire_xform.passes.of_chosen import OfChosen
 from hire_xform.passes.plan import Decision
 from hire_xform.passes.products import Product
@@ -43,7 +45,7 @@ def site_operands(decision: Decision, read: Read) -> list[Any]:
 def site_signature(decision: Decision) -> Any:
     """Equal for two sites that are rewritten to the same function of their operands and packed arrays; hashable."""
     match = decision.match
-    settings = (decision.settings, decision.count, decision.site.tokens, decision.placement)
+    settings = (decision.settings, decision.count, decision.levels, decision.site.tokens, decision.placement)
     if isinstance(match, VocabMatch):
         return "vocab", settings, _product_signature(match.product)
     ups = tuple((_product_signature(up.product), up.layout) for up in match.region.ups)
@@ -60,11 +62,20 @@ def _product_signature(product: Product) -> Any:
 def site_function(decision: Decision) -> Callable[[list[Any], list[PackedView]], Any]:
     """The rewritten site as a function of ``site_operands`` and its packed forms, in the order of ``needs``."""
     match = decision.match
+    if decision.levels is not None:
+        return _branches(decision, decision.levels)
     if decision.settings.certify:
         return certified_function(decision)
     if isinstance(match, VocabMatch):
         return lambda operands, views: _vocab(decision, match, operands, views)
     return lambda operands, views: _ffn(decision, match, operands, views)
+
+
+def _branches(decision: Decision, levels: Levels) -> Callable[[list[Any], list[PackedView]], Any]:
+    """A site whose layers have counts of their own: a branch for each."""
+    one = dataclasses.replace(decision, levels=None, needs=decision.needs[:-1])
+    functions = [site_function(dataclasses.replace(one, count=count)) for count in levels.counts]
+    return lambda operands, views: lax.switch(views[-1].whole(), functions, operands, list(views[:-1]))
 
 
 def _vocab(decision: Decision, match: VocabMatch, operands: Sequence[Any], views: Sequence[PackedView]) -> Any:
