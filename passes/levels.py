@@ -42,7 +42,8 @@ def levels_of(sizes: np.ndarray, most: int = MOST) -> Levels:
     known = [int(s) for s in np.unique(sizes)]
     often = [int((sizes == s).sum()) for s in known]
     before = np.concatenate([[0], np.cumsum(often)])
-    best: list[tuple[float, tuple[int, ...]]] = [(0.0, ())] + [(np.inf, ())] * len(known)
+    nothing: tuple[int, ...] = ()
+    best = [(0.0, nothing), *[(np.inf, nothing)] * len(known)]
     for _ in range(min(most, len(known))):
         longer = list(best)
         for end in range(1, len(known) + 1):
