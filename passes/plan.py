@@ -371,7 +371,8 @@ def _own_sizes(
     mean = math.ceil(sum(own[n] for n in levels.numbers) / sizes.size)
     saved = (exact - mean) / (predicted + exact)
     if saved < WORTH:
-        return None, exact, f"; the layers share it, as sizes of their own ({told(sizes.ravel().tolist())}) save {saved:.1%}"
+        own_sizes = told(sizes.ravel().tolist())
+        return None, exact, f"; the layers share it, as sizes of their own ({own_sizes}) save {saved:.1%}"
     counts = [levels.counts[n] for n in levels.numbers]
     return levels, mean, f"; each layer has its own in a branch ({told(counts)}), which saves {saved:.1%}"
 
