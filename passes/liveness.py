@@ -12,6 +12,7 @@ from jax.extend.core import primitives as prims
 
 from hire_xform.passes import compat
 from hire_xform.passes.detect import VocabMatch
+from hire_xform.passes.merge import MergedTopK
 from hire_xform.passes.plan import Decision
 from hire_xform.passes.provenance import IndexSlice
 from hire_xform.passes.top_groups import TopGroups
@@ -69,7 +70,7 @@ class Liveness:
         if treatment is not None:
             if isinstance(treatment, Decision):
                 yield from ((o, None) for o in decision_operands(treatment))
-            elif isinstance(treatment, TopGroups):
+            elif isinstance(treatment, (TopGroups, MergedTopK)):
                 yield from ((o, None) for o in node.inputs)
             else:
                 yield treatment.product.x, None

@@ -19,6 +19,7 @@ from hire_xform.lowering import mark_fallback
 from hire_xform.passes import compat, control
 from hire_xform.passes.environment import Env, PackedView, Views, read
 from hire_xform.passes.liveness import Liveness
+from hire_xform.passes.merge import MergedTopK, merged_top_k
 from hire_xform.passes.plan import Decision, Need
 from hire_xform.passes.provenance import IndexSlice
 from hire_xform.passes.splice import dense_rows, site_function, site_operands, site_signature
@@ -95,6 +96,9 @@ class Rewriter:
             with jax.named_scope(f"hire/{node.path}"):
                 if isinstance(treatment, Decision):
                     env[node.outputs[0]] = self._site(treatment, env, seen)
+                elif isinstance(treatment, MergedTopK):
+                    merged = merged_top_k(treatment, read(env, node.inputs[0]))
+                    env.update(zip(node.outputs, merged, strict=True))
                 elif isinstance(treatment, TopGroups):
                     env[node.outputs[0]] = top_groups_product(treatment, lambda o: read(env, o))
                 else:
@@ -229,6 +233,8 @@ def _signature(treatment: Treatment) -> Any:
         return treatment.settings, treatment.count, treatment.levels, treatment.site.tokens, treatment.placement
     if isinstance(treatment, TopGroups):
         return treatment.active, treatment.group_size
+    if isinstance(treatment, MergedTopK):
+        return "merged", treatment.k, treatment.placement
     return "dense", treatment.contracted_first
 
 

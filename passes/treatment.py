@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from hire_xform.passes.detect import Detection
+from hire_xform.passes.merge import MergedTopK, merged_top_ks
 from hire_xform.passes.plan import Decision, Need, PackKey, Plan
 from hire_xform.passes.products import Product, normal_form
 from hire_xform.passes.provenance import Root
@@ -33,7 +34,7 @@ class DenseRows:
         return self.product.node
 
 
-Treatment = Decision | DenseRows | TopGroups
+Treatment = Decision | DenseRows | TopGroups | MergedTopK
 
 
 def treatments(
@@ -54,6 +55,7 @@ def treatments(
 
     found: dict[Node, Treatment] = {d.node: d for d in plan.decisions if all(there(n) for n in d.needs)}
     treated = {p for t in found.values() if isinstance(t, Decision) for p in t.match.products}
+    found.update((merge.node, merge) for merge in merged_top_ks([t for t in found.values() if isinstance(t, Decision)]))
     for product in detection.products:
         if product in treated or has_leaf(product.origin.recipe.root) or product.batched:
             continue

@@ -160,6 +160,51 @@ def check_logits_move_nothing_and_their_arg_max_sixteen_bytes():
             assert 0 < sum(c.sent for c in sent) <= 16 * TOKENS, sent
 
 
+def check_a_top_k_of_logits_moves_its_own_few():
+    k = 5
+
+    def best(w, x):
+        logits = jnp.tanh(x @ w["head"])
+        return lax.top_k(jax.nn.log_softmax(logits[None]), k)
+
+    for model, data in ((2, 1), (4, 1), (8, 1), (4, 2)):
+        w, x = placed(mesh_of(model, data))
+        step = hx.sparsify(best, config=full_width())
+        assert_same(step(w, x), jax.jit(best)(weights(), tokens()))
+        sent = [c for c in collectives(compiled(step, w, x)) if c.op == "all-gather"]
+        assert sum(c.sent for c in sent) == 8 * k * TOKENS // data, sent
+    moved = collectives(jax.jit(best).lower(w, x).compile())
+    assert sum(c.sent for c in moved) > TOKENS // data * V // model * 4
+    tied = jnp.zeros((D, V)).at[:, ::3].set(1.0)
+    w, x = placed(mesh_of(8))
+    ties = {"head": jax.device_put(tied, w["head"].sharding)}
+    got = hx.sparsify(lambda w, x: lax.top_k(x @ w["head"], 40), config=full_width())(ties, x)
+    for one, other in zip(got, jax.jit(lambda w, x: lax.top_k(x @ w, 40))(tied, tokens()), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5)
+
+
+def check_a_shard_map_body_with_its_own_psum():
+    """The step is the body: it sees one device's weights, packs them there, and adds its part up itself."""
+    mesh = mesh_of(4)
+    w, x = placed(mesh)
+
+    def own(w, x):
+        hidden = jax.nn.relu(x @ w["up"][0] + w["bias"][0])
+        x = x + lax.psum(hidden @ w["down"][0], "model")
+        return x, x @ w["head"]
+
+    step = hx.sparsify(own, config=full_width())
+    pack = jax.shard_map(
+        lambda w, x: step.trace(w, x).pack(w), mesh=mesh, in_specs=(SPECS, P()), out_specs=P("model"), check_vma=False
+    )
+    packed = jax.jit(pack)(w, x)
+    mapped = jax.jit(jax.shard_map(step, mesh=mesh, in_specs=(P("model"), P()), out_specs=(P(), P(None, "model"))))
+    want = tokens() + block(weights(), tokens())
+    assert_same(mapped(packed, x), (want, want @ weights()["head"]))
+    sent = collectives(mapped.lower(packed, x).compile())
+    assert [c.op for c in sent] == ["all-reduce"], sent
+
+
 def check_all_logits_on_all_devices_move_what_dense_moves():
     mesh = mesh_of(4)
     w, x = placed(mesh)
