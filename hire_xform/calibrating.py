@@ -72,7 +72,8 @@ def calibrate(
     Args:
       fun: the function, as for ``sparsify``.
       batches: tuples of its arguments, plain weights included; a list or the like, since it is read more than once. An
-        iterator, which can be read once, will do if all predictors are ``Quantized``.
+        iterator, which can be read once, will do if all predictors are ``Quantized``; groups of units are then those of
+        neighbours as they are.
       weights_argnums: positions of the arguments that hold weights.
       recall: what the sizes are to reach, 0 < recall <= 1. Without any target 0.99.
       max_kl: instead, the mean KL divergence, in nats a token, of the softmax of the sparse logits from that of the
@@ -104,6 +105,7 @@ def calibrate(
     # Without a predictor in the settings those of `predictors` are measured.
     stated = [s.predictor for s in _all_settings(config)]
     fitted = any(takes_inputs(p) for s in stated for p in (predictors if s is None else (s,)))
+    grouped = any(isinstance(s, Ffn) and s.group_size > 1 for s in _all_settings(config))
     if name != "recall" and iter(batches) is batches:
         raise ValueError(
             f"calibrate: batches is a {type(batches).__name__}, which can be read once; {name} takes several passes; "
@@ -115,9 +117,10 @@ def calibrate(
             "fitted in a first pass and measured in a second; expected a list, or the like, or "
             "predictors=[hx.Quantized(8)]"
         )
+    first = fitted or (grouped and iter(batches) is not batches)
     show = sys.stderr.isatty() if progress is None else progress
     measuring = Measuring(fun, weights_argnums, jit_options)
-    known = measuring.inputs(_shown(batches, "inputs", show), _everywhere(config, _unfitted)) if fitted else None
+    known = measuring.inputs(_shown(batches, "inputs", show), _everywhere(config, _unfitted)) if first else None
     plain = _everywhere(config, _plainly)
     measured = measuring.predictors(_shown(batches, "predictors", show), plain, predictors, known)
     sites = {path: site.chosen_for(value if name == "recall" else 0.99) for path, site in measured.sites.items()}

@@ -15,11 +15,11 @@ from hire_xform.calibration import Calibration
 from hire_xform.lowering import LowRank, PredictorSpec, Projected, Quantized
 from hire_xform.site_calibration import Curve, SiteCalibration
 
-FORMAT, VERSION = "hire_xform.calibration", 2
+FORMAT, VERSION = "hire_xform.calibration", 3
 _SPECS: dict[str, Any] = {spec.__name__: spec for spec in (Quantized, LowRank, Projected)}
 _TEXTS = ("kind", "path", "width", "units", "group_size", "criterion", "row_bytes", "target", "recall")
 _LISTS = ("weights", "stack", "input_numbers")
-_ARRAYS = ("tokens", "fired", "energy", "sizes")
+_ARRAYS = ("tokens", "fired", "energy", "sizes", "touched", "order")
 _CURVES = ("wanted", "wanted_energy", "kl")
 
 
@@ -98,6 +98,10 @@ def _site(number: int, entry: dict[str, Any], arrays: dict[str, np.ndarray]) -> 
         "energy": array("energy", of_units),
         "covariances": tuple(arrays[f"{number}/covariance{i}"] for i in range(entry["covariances"])),
     }
+    if f"{number}/order" in arrays:
+        found |= {"touched": array("touched", (*stack, 2)), "order": array("order", (*stack, units))}
+    else:
+        found |= {"touched": None, "order": None}
     curves = {
         _spec(told): Curve(
             wanted=array(f"wanted{i}", ranked),

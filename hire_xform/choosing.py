@@ -41,10 +41,15 @@ def chosen_for_cost(measured: Calibration, rehearsal: Rehearsal, limit: float, t
     """
     weights = _weights(measured, rehearsal)
     best: Calibration | None = None
-    best_cost, budget = 0.0, limit
+    best_cost, budget, cost = 0.0, limit, 0.0
+    before: Any = None
     for _ in range(ROUNDS):
         found = _within(measured, weights, budget)
-        cost = rehearsal.cost(found, {path: s.sizes for path, s in found.sites.items()})
+        choice = {path: (s.predictor, tuple(s.sizes.ravel())) for path, s in found.sites.items()}
+        if choice == before:
+            budget *= 2.0 if cost <= limit else 0.5
+            continue
+        cost, before = rehearsal.cost(found, {path: s.sizes for path, s in found.sites.items()}), choice
         if cost <= limit:
             if best is None or _bytes(found) < _bytes(best):
                 best, best_cost = found, cost
@@ -110,7 +115,49 @@ def _within(measured: Calibration, weights: Weights, budget: float) -> Calibrati
             found, high = tried, middle
         else:
             low = middle
-    return Calibration(found, "", measured.batches)
+    return Calibration(_spent(measured, weights, budget, found), "", measured.batches)
+
+
+def _spent(
+    measured: Calibration, weights: Weights, budget: float, found: dict[str, SiteCalibration]
+) -> dict[str, SiteCalibration]:
+    """With what one price for all leaves of the budget spent at single sites, those that save most by it first.
+
+    Between two predictors there may be no price at which neither is best, and so a jump.
+    """
+    costs = {p: _cost(s, s.predictor, s.sizes, weights[p]) for p, s in found.items()}
+    left = budget - sum(costs.values())
+
+    def cheaper(path: str) -> SiteCalibration:
+        return _cheapest(measured.sites[path], weights[path], costs[path] + left)
+
+    def saving(path: str) -> float:
+        return _read(found[path]) - _read(cheaper(path))
+
+    for path in sorted(found, key=saving, reverse=True):
+        site = cheaper(path)
+        if _read(site) < _read(found[path]):
+            cost = _cost(site, site.predictor, site.sizes, weights[path])
+            left += costs[path] - cost
+            costs[path], found = cost, {**found, path: site}
+    return found
+
+
+def _cheapest(site: SiteCalibration, weight: np.ndarray, limit: float) -> SiteCalibration:
+    """The fewest bytes of one site whose cost is within a limit; everything exact if there are none."""
+    best = _sized(site, _whole(site))
+    for predictor in site.curves:
+        low, high = -40.0, 80.0
+        for _ in range(50):
+            middle = (low + high) / 2
+            sizes = _priced(site, predictor, weight, math.exp(middle))
+            if _cost(site, predictor, sizes, weight) <= limit:
+                high = middle
+                tried = _sized(dataclasses.replace(site, predictor=predictor), sizes)
+                best = tried if _read(tried) < _read(best) else best
+            else:
+                low = middle
+    return best
 
 
 def _at_price(measured: Calibration, weights: Weights, price: float) -> tuple[dict[str, SiteCalibration], float]:
@@ -118,18 +165,29 @@ def _at_price(measured: Calibration, weights: Weights, price: float) -> tuple[di
     total = 0.0
     for path, site in measured.sites.items():
         best: tuple[float, float, Any, np.ndarray] | None = None
-        for predictor, curve in site.curves.items():
-            cost = weights[path][..., None] * _lost(site, predictor)
-            read = curve.predictor_bytes + site.row_bytes * np.arange(1, cost.shape[-1] + 1, dtype=np.float64)
-            at = np.argmin(read + price * cost, axis=-1)
-            own = np.take_along_axis(cost, at[..., None], axis=-1)[..., 0]
-            priced = float((read[at] + price * own).sum())
+        for predictor in site.curves:
+            sizes = _priced(site, predictor, weights[path], price)
+            cost = _cost(site, predictor, sizes, weights[path])
+            priced = _read(_sized(dataclasses.replace(site, predictor=predictor), sizes)) + price * cost
             if best is None or priced < best[0]:
-                best = priced, float(own.sum()), predictor, at + 1
+                best = priced, cost, predictor, sizes
         assert best is not None
         total += best[1]
         found[path] = _sized(dataclasses.replace(site, predictor=best[2]), best[3])
     return found, total
+
+
+def _priced(site: SiteCalibration, predictor: Any, weight: np.ndarray, price: float) -> np.ndarray:
+    """Of each layer the size of least ``bytes + price * cost``."""
+    cost = weight[..., None] * _lost(site, predictor)
+    read = site.row_bytes * np.arange(1, cost.shape[-1] + 1, dtype=np.float64)
+    return np.asarray(1 + np.argmin(read + price * cost, axis=-1))
+
+
+def _cost(site: SiteCalibration, predictor: Any, sizes: np.ndarray, weight: np.ndarray) -> float:
+    lost = _lost(site, predictor)
+    at = np.minimum(sizes, lost.shape[-1]) - 1
+    return float((weight * np.take_along_axis(lost, np.asarray(at)[..., None], axis=-1)[..., 0]).sum())
 
 
 def _whole(site: SiteCalibration) -> np.ndarray:
@@ -143,7 +201,8 @@ def _sized(site: SiteCalibration, sizes: np.ndarray) -> SiteCalibration:
 
 def _bytes(calibration: Calibration) -> float:
     """Bytes that one token reads, each layer at its own size."""
-    return sum(
-        s.curve().predictor_bytes * s.sizes.size + s.row_bytes * float(s.sizes.sum())
-        for s in calibration.sites.values()
-    )
+    return sum(_read(site) for site in calibration.sites.values())
+
+
+def _read(site: SiteCalibration) -> float:
+    return site.curve().predictor_bytes * site.sizes.size + site.row_bytes * float(site.sizes.sum())

@@ -16,6 +16,7 @@ from hire_xform.calibration import Calibration
 from hire_xform.calls import abstract_call
 from hire_xform.config import Config
 from hire_xform.folding import Marks, Totals, fold
+from hire_xform.grouping import grouped_order
 from hire_xform.lowering import PredictorSpec, record_p
 from hire_xform.passes import compat
 from hire_xform.passes.capture import Capture, CaptureInputs, Measured
@@ -172,6 +173,19 @@ class _Collected:
             for i, way in enumerate(decision.ways)
             if f"wanted{i}" in own
         }
+        fired, energy, order, touched = own.get("fired"), own.get("energy"), None, None
+        if known is not None and known.sites[path].order is not None:
+            # These were summed in the order that units were then grouped by.
+            before = known.sites[path]
+            fired, energy, order, touched = before.fired, before.energy, before.order, before.touched
+        if "touched" in own and group_size > 1:
+            groups = np.maximum(own["tokens"], 1) * (site.units // group_size)
+            share = own["touched"] / groups
+            touched = np.stack([share if touched is None else touched[..., 0], share], axis=-1)
+        if "together" in own:
+            order = np.zeros((*site_stack(match), site.units), np.int32)
+            for layer in np.ndindex(*site_stack(match)):
+                order[layer] = grouped_order(own["together"][layer], group_size)
         covariances = [self._mean(own["tokens"], own[f"covariance{i}"]) for i in firsts]
         return SiteCalibration(
             kind=site.kind,
@@ -183,8 +197,10 @@ class _Collected:
             group_size=group_size,
             criterion=criterion,
             tokens=own["tokens"],
-            fired=own.get("fired"),
-            energy=own.get("energy"),
+            fired=fired,
+            energy=energy,
+            touched=touched,
+            order=order,
             covariances=tuple(covariances) if known is None else known.sites[path].covariances,
             input_numbers=tuple(firsts.index(i) for i in numbers),
             curves=curves,

@@ -10,7 +10,7 @@ from functools import cached_property
 import numpy as np
 
 from hire_xform.lowering import PredictorSpec
-from hire_xform.passes.measured import Chosen, Inputs
+from hire_xform.passes.measured import Chosen, Inputs, Order
 from hire_xform.passes.settings import Ffn, Vocab
 
 
@@ -67,6 +67,9 @@ class SiteCalibration:
       energy: f64 ``[*stack, m]``, sum of the squares of activation times norm of the down row; None for a vocabulary.
       covariances: mean of ``x x'``, f32 ``[*stack, d, d]`` each.
       input_numbers: which of ``covariances`` each product into the units has.
+      touched: share of groups of units that hold one that fires, ``[*stack, 2]``: of neighbours as they are, and of
+        groups of units that fire together; None where units are not grouped.
+      order: int32 ``[*stack, m]``, for each place the unit, in which these are neighbours; None likewise.
       curves: what was measured of each predictor.
       row_bytes: bytes that one token reads of one candidate (or group of units) that is computed exactly.
       predictor: the one that was chosen.
@@ -88,6 +91,8 @@ class SiteCalibration:
     energy: np.ndarray | None
     covariances: tuple[np.ndarray, ...]
     input_numbers: tuple[int, ...]
+    touched: np.ndarray | None
+    order: np.ndarray | None
     curves: Mapping[PredictorSpec, Curve]
     row_bytes: int
     predictor: PredictorSpec
@@ -100,6 +105,21 @@ class SiteCalibration:
         """The inputs of each product into the units."""
         made = [Inputs(_digest(c), c) for c in self.covariances]
         return tuple(made[i] for i in self.input_numbers)
+
+    @cached_property
+    def _order(self) -> Order | None:
+        if self.order is None or self.touched is None:
+            return None
+        before, after = np.reshape(self.touched, (-1, 2)).mean(axis=0)
+        how = (
+            f"units that fire together are neighbours, so that a token touches {after:.1%} of groups, not {before:.1%}"
+        )
+        return Order(_digest(self.order), self.order, how)
+
+    def order_for(self, settings: Vocab | Ffn) -> Order | None:
+        """The order in which the units of groups of this size are neighbours; None for that they have."""
+        same = isinstance(settings, Ffn) and settings.group_size == self.group_size
+        return self._order if same else None
 
     def curve(self, predictor: PredictorSpec | None = None) -> Curve:
         """What was measured of a predictor; None is the one that was chosen.

@@ -6,6 +6,7 @@ activations, and usable under ``vmap``, ``scan``, ``jit`` and ``jax.export``.
 
 from hire_xform.lowering.certified import certified_logits
 from hire_xform.lowering.certified_ffn import CertifiedBlock, CertifiedOperands, certified_ffn, largest_norm
+from hire_xform.lowering.cofiring import SKETCHED_FROM, cofiring
 from hire_xform.lowering.da_top_k import da_top_k, da_top_k_p
 from hire_xform.lowering.fallback import fallback_p, mark_fallback
 from hire_xform.lowering.own_sparsity import (
@@ -37,6 +38,7 @@ from hire_xform.lowering.top_groups import keep_top_groups
 
 __all__ = [
     "KL_SIZES",
+    "SKETCHED_FROM",
     "CertifiedBlock",
     "CertifiedOperands",
     "LowRank",
@@ -51,6 +53,7 @@ __all__ = [
     "certified_ffn",
     "certified_logits",
     "choose",
+    "cofiring",
     "combine_rows",
     "covariance",
     "da_top_k",

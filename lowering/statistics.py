@@ -67,7 +67,7 @@ def _divergences(logits: jax.Array, scores: jax.Array, ranked: jax.Array) -> jax
     return jnp.maximum(not_chosen(missed) + jnp.log(total / dense), 0.0).sum(axis=0)
 
 
-def unit_totals(activation: jax.Array, down_norms: jax.Array) -> dict[str, jax.Array]:
+def unit_totals(activation: jax.Array, down_norms: jax.Array, group_size: int = 1) -> dict[str, jax.Array]:
     """Totals of a feed-forward block's units.
 
     The energy of a unit is the square of what it adds: its activation times the norm of its down row.
@@ -75,11 +75,15 @@ def unit_totals(activation: jax.Array, down_norms: jax.Array) -> dict[str, jax.A
     Args:
       activation: ``[T, m]``, of the dense block.
       down_norms: f32 ``[m]``.
+      group_size: neighbouring units that are a group.
 
     Returns:
-      ``fired``: int32 ``[m]``, tokens at which a unit is not zero. ``energy``: f32 ``[m]``.
+      ``fired``: int32 ``[m]``, tokens at which a unit is not zero. ``energy``: f32 ``[m]``. ``touched``: int32 scalar,
+      groups of which any unit is not zero.
     """
+    grouped = (activation != 0).reshape(activation.shape[0], -1, group_size)
     return {
+        "touched": jnp.sum(grouped.any(axis=2), dtype=jnp.int32),
         "fired": jnp.sum(activation != 0, axis=0, dtype=jnp.int32),
         "energy": jnp.sum(_energy(activation, down_norms), axis=0),
     }

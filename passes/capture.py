@@ -12,6 +12,7 @@ from jax import lax
 
 from hire_xform.lowering import (
     UpProduct,
+    cofiring,
     covariance,
     group_scores,
     predict_scores,
@@ -144,7 +145,11 @@ def _ffn(
         if first == i:
             recorded[i][f"covariance{i}"] = covariance(parts.ups[i].x)
     norms = jnp.sqrt(jnp.sum(jnp.square(down.astype(jnp.float32)), axis=-1))
-    recorded[0].update(unit_totals(activation, norms))
+    settings = decision.settings
+    assert isinstance(settings, Ffn)
+    recorded[0].update(unit_totals(activation, norms, settings.group_size))
+    if settings.group_size > 1 and not ranks:
+        recorded[0]["together"] = cofiring(activation != 0 if match.region.zeroing else jnp.abs(activation) * norms)
     for number, (way, own) in enumerate(ways if ranks else ()):
         settings = way.settings
         assert isinstance(settings, Ffn)

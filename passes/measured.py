@@ -37,12 +37,38 @@ class Fitted:
     inputs: Inputs
 
 
+@dataclass(frozen=True)
+class Order:
+    """An order of a block's units. Equal, and hashed, by content.
+
+    Attributes:
+      digest: of the order.
+      units: int32 ``[*stack, m]``, for each place the unit.
+      how: what to tell of it.
+    """
+
+    digest: str
+    units: Any = field(compare=False, repr=False)
+    how: str = field(compare=False, repr=False, default="")
+
+
+@dataclass(frozen=True)
+class Regrouped:
+    """A packed form with its rows in another order. Of the form "order" the order itself."""
+
+    form: Any
+    order: Order
+
+
 class Measurement(Protocol):
     """What was measured of one site."""
 
     @property
     def inputs(self) -> Sequence[Inputs]:
         """Of each product into the units; of a vocabulary projection its one."""
+
+    def order_for(self, settings: Vocab | Ffn) -> Order | None:
+        """The order in which the units of groups of this size are neighbours; None for that they have."""
 
     def choose(self, settings: Vocab | Ffn) -> Chosen:
         """What a site with these settings should have where they state nothing."""

@@ -19,7 +19,7 @@ from hire_xform.passes import compat
 from hire_xform.passes.detect import Detection
 from hire_xform.passes.forms import Proving
 from hire_xform.passes.levels import Levels
-from hire_xform.passes.measured import Fitted
+from hire_xform.passes.measured import Fitted, Regrouped
 from hire_xform.passes.plan import PackKey, Plan
 from hire_xform.passes.products import rounding_free
 from hire_xform.passes.provenance import Recipe, Reshape, Root, Stack, Step, Transpose
@@ -47,6 +47,8 @@ def _packer(steps: tuple[Step, ...], form: Any) -> Callable[[Any], Any]:
     recipe = Recipe(Root("", 0), steps)
     if isinstance(form, Levels):
         return jax.jit(lambda leaf: jnp.asarray(form.array))
+    if isinstance(form, _RegroupedForm):
+        return jax.jit(functools.partial(_regrouped, recipe, form.form))
     if isinstance(form, _FittedForm):
         stacks = sum(isinstance(step, Stack) for step in steps)
         fit = functools.partial(_fit, form.form)
@@ -113,11 +115,35 @@ class _FittedForm:
     form: PredictorSpec | Proving
 
 
+@dataclass(frozen=True)
+class _RegroupedForm:
+    """``Regrouped`` without the order, which the packer is given first."""
+
+    form: Any
+
+
+def _regrouped(recipe: Recipe, form: Any, leaf: Any, order: Any, *given: Any) -> Any:
+    if form == "order":
+        return order
+    make = functools.partial(_fit, form.form) if given else functools.partial(_finish, form)
+
+    def one(rows: Any, order: Any, *given: Any) -> Any:
+        return make(rows[order], *given)
+
+    for _ in range(order.ndim - 1):
+        one = jax.vmap(one)
+    return one(recipe.apply(leaf), order, *given)
+
+
 def _own(form: Any) -> Any:
+    if isinstance(form, Regrouped):
+        return _RegroupedForm(_own(form.form))
     return _FittedForm(form.form) if isinstance(form, Fitted) else form
 
 
 def _given(form: Any) -> tuple[Any, ...]:
+    if isinstance(form, Regrouped):
+        return (form.order.units, *_given(form.form))
     return (form.inputs.covariance,) if isinstance(form, Fitted) else ()
 
 

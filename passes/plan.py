@@ -22,12 +22,14 @@ from hire_xform.passes.measured import (
     Inputs,
     Measure,
     Measurement,
+    Order,
+    Regrouped,
     takes_inputs,
     unmeasured,
     with_choices,
 )
 from hire_xform.passes.parts import is_cut, parts_of_rows
-from hire_xform.passes.provenance import Origin, Recipe, Ref, Root
+from hire_xform.passes.provenance import Origin, Recipe, Ref, Root, Stack
 from hire_xform.passes.settings import Choice, Ffn, Vocab
 from hire_xform.passes.shards import Placement, in_parts
 from hire_xform.passes.walk import Node
@@ -111,7 +113,7 @@ class PackKey:
 
     ``"rows"``, the ``"norms"`` of its rows, the ``"largest"`` of them, their ``"moments"``, for a predictor spec its
     arrays, for ``Proving`` also how far they can be from the rows, and for ``Fitted`` either, fitted to its inputs.
-    ``Levels`` is of no weight, but has an entry for each layer of it.
+    ``Regrouped`` is any of these in another order. ``Levels`` is of no weight, but has an entry for each layer of it.
     """
 
     recipe: Recipe
@@ -311,10 +313,12 @@ def _decide(
     computed = selection.rows_read(here) * computed_each
     iterations = match.node.scope.iterations
     predicted, exact = bytes_read(match, settings, count, here, computed, shards)
+    order = None if placement is not None else _order(match, settings, measurement)
     levels: Levels | None = None
-    layers = ""
+    told_more = "" if order is None else f"; {order.how}"
     if placement is None:
-        levels, exact, layers = _own_sizes(match, settings, chosen, tokens, computed_each, predicted, exact)
+        levels, exact, own_sizes = _own_sizes(match, settings, chosen, tokens, computed_each, predicted, exact)
+        told_more += own_sizes
     sparse = (predicted + exact) * iterations * shards
     cost = (predicted + exact * ROW_COST.get(platform, 1.0) + FIXED_BYTES.get(platform, 1 << 20)) * iterations
     if cost * shards >= dense and not choice.force:
@@ -338,11 +342,11 @@ def _decide(
         activation=activation,
         own=match.region.own.name if isinstance(match, FfnMatch) and match.region.own is not None else "",
         forced=choice.force,
-        calibrated=chosen.how + layers,
+        calibrated=chosen.how + told_more,
         shards=shards,
         placed="" if placement is None else str(placement),
     )
-    needs = _needs(match, settings, None if measurement is None else measurement.inputs, shards)
+    needs = _needs(match, settings, None if measurement is None else measurement.inputs, shards, order)
     if levels is not None:
         needs = (*needs, stack_need(match, levels))
     return Decision(match, site, settings, count, needs, input_bits(match, platform) or ALL_BITS, placement, levels)
@@ -435,12 +439,18 @@ def _proof_bytes(settings: Vocab | Ffn, n: int, d: int, dtype: Any) -> int:
 
 
 def _needs(
-    match: VocabMatch | FfnMatch, settings: Vocab | Ffn, inputs: Sequence[Inputs] | None, shards: int
+    match: VocabMatch | FfnMatch,
+    settings: Vocab | Ffn,
+    inputs: Sequence[Inputs] | None,
+    shards: int,
+    order: Order | None,
 ) -> tuple[Need, ...]:
     def needs(recipe: Recipe, forms: list[Any], origin: Origin, columns: int, number: int = 0) -> list[Need]:
         fitted = (settings.spec, Proving(settings.spec))
         if inputs is not None and takes_inputs(settings.spec):
             forms = [Fitted(form, inputs[number]) if form in fitted else form for form in forms]
+        if order is not None:
+            forms = [Regrouped(form, order) for form in forms]
         # Rows lie as they are, each device's part of them together; all else is made of each part by itself.
         parts = in_parts(recipe, _units(match), columns, shards)
         return [Need(PackKey(recipe if form == "rows" else parts, form), origin.refs) for form in forms]
@@ -455,4 +465,17 @@ def _needs(
     for number, (up, forms) in enumerate(zip(region.ups, up_forms(region, settings), strict=True)):
         found += needs(up_rows(up), forms, up.product.origin, up.product.contracted, number)
     found += needs(match.down_rows(), down_forms(region, settings), match.down.origin, match.down.width)
+    if order is not None:
+        found.append(stack_need(match, Regrouped("order", order)))
     return tuple(found)
+
+
+def _order(match: VocabMatch | FfnMatch, settings: Vocab | Ffn, measurement: Measurement | None) -> Order | None:
+    """The order that a block's units are packed in, where its groups are of units that fire together."""
+    if isinstance(match, VocabMatch) or measurement is None or settings.certify or match.region.own is not None:
+        return None
+    weights = [(up_rows(up), up.product.origin) for up in match.region.ups] + [(match.down_rows(), match.down.origin)]
+    stacks = {tuple(s.size for s in recipe.steps if isinstance(s, Stack)) for recipe, _ in weights}
+    if len(stacks) > 1 or any(is_cut(origin.refs) for _, origin in weights):
+        return None
+    return measurement.order_for(settings)

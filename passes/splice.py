@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 from hire_xform.lowering import (
@@ -45,7 +46,14 @@ def site_operands(decision: Decision, read: Read) -> list[Any]:
 def site_signature(decision: Decision) -> Any:
     """Equal for two sites that are rewritten to the same function of their operands and packed arrays; hashable."""
     match = decision.match
-    settings = (decision.settings, decision.count, decision.levels, decision.site.tokens, decision.placement)
+    settings = (
+        decision.settings,
+        decision.count,
+        decision.levels,
+        len(decision.needs),
+        decision.site.tokens,
+        decision.placement,
+    )
     if isinstance(match, VocabMatch):
         return "vocab", settings, _product_signature(match.product)
     ups = tuple((_product_signature(up.product), up.layout) for up in match.region.ups)
@@ -181,6 +189,11 @@ def ffn_parts(
         for v, side in zip(values, region.sides, strict=True)
     ]
     down = {form: next(given) for form in down_forms(region, settings)}
+    order = next(given, None)
+    if order is not None:
+        # Units are packed in another order, in which all that varies over them has to be.
+        own = order.whole()
+        sides = [jnp.take(s, own, axis=1) if jnp.ndim(s) == 2 and s.shape[1] == match.units else s for s in sides]
     return FfnParts(ups, sides, OfChosen(mean, variance), down)
 
 
