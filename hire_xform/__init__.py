@@ -14,6 +14,7 @@ from hire_xform.calibration import Calibration, SiteCalibration
 from hire_xform.config import Config, Ffn, Rule, Vocab, lossless
 from hire_xform.errors import HireWarning, PackedMismatchError, TracedWeightsError
 from hire_xform.lowering import LowRank, Projected, Quantized
+from hire_xform.mesh_plan import Device, MeshPlan, MeshRow, ModelShapes, plan_mesh
 from hire_xform.passes.pack import Packed
 from hire_xform.passes.plan import Plan, Refusal, Site
 from hire_xform.stages import Traced
@@ -24,9 +25,13 @@ __version__ = "0.1.0"
 __all__ = [
     "Calibration",
     "Config",
+    "Device",
     "Ffn",
     "HireWarning",
     "LowRank",
+    "MeshPlan",
+    "MeshRow",
+    "ModelShapes",
     "Packed",
     "PackedMismatchError",
     "Plan",
@@ -44,6 +49,7 @@ __all__ = [
     "Vocab",
     "calibrate",
     "lossless",
+    "plan_mesh",
     "sparsify",
     "topk_ffn",
 ]

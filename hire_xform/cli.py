@@ -1,4 +1,7 @@
-"""The command line: ``hire-xform dump``, ``explain`` and ``demo``. Flags of absl and of JAX work beside its own."""
+"""The command line: ``hire-xform dump``, ``explain``, ``plan-mesh`` and ``demo``.
+
+Flags of absl and of JAX work beside its own.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +22,10 @@ from absl import app, flags
 from absl.flags import argparse_flags
 
 from hire_xform.api import Sparsified, sparsify
-from hire_xform.config import Config, Rule
+from hire_xform.config import Config, Ffn, Rule, Vocab
 from hire_xform.dump import FORMATS, SHOWS, dump
 from hire_xform.loading import LoadError, blame, load_function, load_inputs
+from hire_xform.mesh_plan import Device, ModelShapes, plan_mesh
 from hire_xform.stages import Traced
 
 _EVERYWHERE = Rule("*", force=True)
@@ -77,6 +81,20 @@ def _parse(argv: list[str]) -> argparse.Namespace:
             )
             command.add_argument("--format", choices=FORMATS, default="text", help="text, JSON, or one HTML page")
         command.add_argument("-o", "--output", metavar="FILE", help="write there instead of to standard output")
+    command = commands.add_parser("plan-mesh", help=_MESH_HELP, description=_MESH_HELP, allow_abbrev=False)
+    for flag, text in _MESH_COUNTS.items():
+        command.add_argument(f"--{flag}", type=_positive, required=True, metavar="N", help=text)
+    command.add_argument("--plain", action="store_true", help="one product into the hidden units instead of two")
+    command.add_argument("--dtype", default="bfloat16", help="of weights and sums (bfloat16)")
+    for flag, (default, text) in _MESH_NUMBERS.items():
+        more = f" ({default:g})" if default is not None else ""
+        required = default is None
+        command.add_argument(f"--{flag}", type=float, default=default, required=required, metavar="X", help=text + more)
+    command.add_argument("--platform", default="tpu", help="cpu, gpu or tpu (tpu)")
+    command.add_argument("--devices", type=_numbers, required=True, metavar="N[,N...]", help="mesh sizes to compare")
+    command.add_argument("--tokens", type=_positive, default=1, help="tokens a step (1)")
+    command.add_argument("--candidates", type=_positive, help="logits computed exactly")
+    command.add_argument("--active", type=float, help="share of the hidden units computed exactly")
     command = commands.add_parser("demo", help=_DEMO_HELP, description=_DEMO_HELP, allow_abbrev=False)
     command.add_argument("--tokens", type=_positive, default=300, help="tokens to decode (300)")
     command.add_argument("--positions", type=_positive, default=1536, help="held-out positions to compare on (1536)")
@@ -89,6 +107,22 @@ _DESCRIPTION = "HiRE for JAX: decode with fewer weight bytes, by a compiler pass
 _DUMP_HELP = "show the program of a function before and after, and what became of each site"
 _EXPLAIN_HELP = "say what is rewritten in a function, what stays dense, and why"
 _DEMO_HELP = "decode with the bundled model, dense and sparse, then time a layer stack of a billion parameters"
+_MESH_HELP = (
+    "say what a decode step would read, send and take on a mesh of devices that are not here, and where it pays"
+)
+_MESH_COUNTS = {
+    "inputs": "columns of the residual stream",
+    "hidden": "hidden units of a block",
+    "vocab": "entries of the vocabulary",
+    "layers": "layers",
+}
+_MESH_NUMBERS = {
+    "bandwidth": (None, "GB/s from a device's memory"),
+    "link": (None, "GB/s from a device to the others"),
+    "memory": (None, "GB of a device's memory"),
+    "latency": (1.0, "microseconds of a collective"),
+    "other": (0.0, "GB of all other weights, over all devices"),
+}
 _TARGETS = (
     "A TARGET is package.module:name or path/to/file.py:name; modules in the current folder can be imported. --inputs "
     "names the tuple of arguments, arrays or jax.ShapeDtypeStructs, or a function of no arguments that returns it."
@@ -119,6 +153,9 @@ def _run(arguments: argparse.Namespace) -> int:
                 half=arguments.half,
             )
             return 0
+        if arguments.command == "plan-mesh":
+            _write(_mesh(arguments), None)
+            return 0
         traced = _trace(arguments)
         if arguments.command == "dump":
             text = dump(traced, name=arguments.target, show=arguments.show, format=arguments.format)
@@ -129,6 +166,32 @@ def _run(arguments: argparse.Namespace) -> int:
         print(f"hire-xform {arguments.command}: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _mesh(arguments: argparse.Namespace) -> str:
+    """The table of ``plan_mesh``."""
+    try:
+        model = ModelShapes(
+            inputs=arguments.inputs,
+            hidden=arguments.hidden,
+            vocab=arguments.vocab,
+            layers=arguments.layers,
+            gated=not arguments.plain,
+            other_bytes=round(arguments.other * 1e9),
+            dtype=arguments.dtype,
+        )
+        device = Device(
+            bandwidth=arguments.bandwidth * 1e9,
+            link=arguments.link * 1e9,
+            memory=arguments.memory * 1e9,
+            latency=arguments.latency * 1e-6,
+            platform=arguments.platform,
+        )
+        settings = Vocab(candidates=arguments.candidates), Ffn(active=arguments.active)
+        plan = plan_mesh(model, device, arguments.devices, tokens=arguments.tokens, vocab=settings[0], ffn=settings[1])
+    except (ValueError, OverflowError) as error:
+        raise CommandError(str(error)) from error
+    return f"{plan}\n"
 
 
 def _trace(arguments: argparse.Namespace) -> Traced:
