@@ -161,6 +161,8 @@ class _Collected:
         criterion = "argmax"
         if isinstance(match, FfnMatch):
             criterion = "units" if match.region.zeroing else "energy"
+        if settings.certify:
+            criterion = "proved"
         group_size = settings.group_size if isinstance(settings, Ffn) else 1
         predicted = [bytes_read(way.match, way.settings, 1, 1, group_size) for way in decision.ways]
         curves = {

@@ -5,7 +5,7 @@ activations, and usable under ``vmap``, ``scan``, ``jit`` and ``jax.export``.
 """
 
 from hire_xform.lowering.certified import certified_logits
-from hire_xform.lowering.certified_ffn import CertifiedBlock, CertifiedOperands, certified_ffn, largest_norm
+from hire_xform.lowering.certified_ffn import CertifiedBlock, CertifiedOperands, certified_ffn, largest_norm, upper_gate
 from hire_xform.lowering.cofiring import SKETCHED_FROM, cofiring
 from hire_xform.lowering.da_top_k import da_top_k, da_top_k_p
 from hire_xform.lowering.fallback import fallback_p, mark_fallback
@@ -32,7 +32,16 @@ from hire_xform.lowering.proofs import Proof, pack_proof, proof_bytes, scores_wi
 from hire_xform.lowering.record import record, record_p
 from hire_xform.lowering.rows import combine_rows, select_rows_dot
 from hire_xform.lowering.selection import Selection, choose, select
-from hire_xform.lowering.statistics import KL_SIZES, covariance, first_in_order, unit_ranks, unit_totals, vocab_ranks
+from hire_xform.lowering.statistics import (
+    KL_SIZES,
+    covariance,
+    first_in_order,
+    open_units,
+    proved_ranks,
+    unit_ranks,
+    unit_totals,
+    vocab_ranks,
+)
 from hire_xform.lowering.subgraph import UpProduct, ffn, ffn_bytes, group_scores, vocab_bytes, vocab_logits
 from hire_xform.lowering.top_groups import keep_top_groups
 
@@ -69,6 +78,7 @@ __all__ = [
     "mark_fallback",
     "moments",
     "moments_bytes",
+    "open_units",
     "over_groups",
     "pack_moments",
     "pack_predictor",
@@ -77,6 +87,7 @@ __all__ = [
     "predict_scores",
     "predictor_bytes",
     "proof_bytes",
+    "proved_ranks",
     "record",
     "record_p",
     "scores_with_bounds",
@@ -84,6 +95,7 @@ __all__ = [
     "select_rows_dot",
     "unit_ranks",
     "unit_totals",
+    "upper_gate",
     "vocab_bytes",
     "vocab_logits",
     "vocab_ranks",

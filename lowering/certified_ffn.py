@@ -21,7 +21,7 @@ from hire_xform.lowering.proofs import Proof, scores_with_bounds
 from hire_xform.lowering.selection import choose, select
 from hire_xform.lowering.subgraph import UpProduct, chosen_units
 
-__all__ = ["CertifiedBlock", "CertifiedOperands", "certified_ffn", "largest_norm"]
+__all__ = ["CertifiedBlock", "CertifiedOperands", "certified_ffn", "largest_norm", "upper_gate"]
 
 # A region of some of the units, as in `lowering/subgraph.py`, but given its side inputs as well: they are operands.
 SideRegion = Callable[[list[jax.Array], list[jax.Array], Callable[[jax.Array], jax.Array]], jax.Array]
@@ -158,17 +158,24 @@ def _dense(block: CertifiedBlock, o: CertifiedOperands) -> jax.Array:
     return block.dense_down(activation, own(o.down, o.first_down))
 
 
+def upper_gate(block: CertifiedBlock, o: CertifiedOperands) -> jax.Array:
+    """Upper bounds of the gate of each group of units, f32 ``[T, units / group_size]``: at most zero proves zeros."""
+    xs, sides = lax.stop_gradient((o.xs, o.sides))
+    tokens, groups = xs[0].shape[0], block.units // block.group_size
+    found = scores_with_bounds(xs[block.gate], o.proof, block.spec, input_bits=block.input_bits)
+    hiddens: list[jax.Array | None] = [None] * len(xs)
+    hiddens[block.gate] = _rounded_up(found.upper, block.up_dtypes[block.gate])
+    gate = block.gate_value(hiddens, sides).astype(jnp.float32)
+    return jnp.broadcast_to(gate, (tokens, block.units)).reshape(tokens, groups, block.group_size).max(axis=-1)
+
+
 def _attempt(block: CertifiedBlock, o: CertifiedOperands) -> tuple[jax.Array, jax.Array]:
     """The block of the open units, and whether all others are proved zero for every token."""
     tokens, groups = o.xs[0].shape[0], block.units // block.group_size
     selection = choose(tokens, groups, block.active)
     xs, sides = lax.stop_gradient((o.xs, o.sides))
     with jax.named_scope("predict"):
-        found = scores_with_bounds(xs[block.gate], o.proof, block.spec, input_bits=block.input_bits)
-        hiddens: list[jax.Array | None] = [None] * len(xs)
-        hiddens[block.gate] = _rounded_up(found.upper, block.up_dtypes[block.gate])
-        gate = block.gate_value(hiddens, sides).astype(jnp.float32)
-        gate = jnp.broadcast_to(gate, (tokens, block.units)).reshape(tokens, groups, block.group_size).max(axis=-1)
+        gate = upper_gate(block, o)
     with jax.named_scope("select"):
         index = select(gate, selection)
     with jax.named_scope("prove"):

@@ -9,7 +9,16 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-__all__ = ["KL_SIZES", "covariance", "first_in_order", "unit_ranks", "unit_totals", "vocab_ranks"]
+__all__ = [
+    "KL_SIZES",
+    "covariance",
+    "first_in_order",
+    "open_units",
+    "proved_ranks",
+    "unit_ranks",
+    "unit_totals",
+    "vocab_ranks",
+]
 
 # Candidates up to which the KL divergence of a vocabulary projection is measured.
 KL_SIZES = 1024
@@ -65,6 +74,41 @@ def _divergences(logits: jax.Array, scores: jax.Array, ranked: jax.Array) -> jax
 
     total = jnp.cumsum(chosen(exact), axis=1) + jnp.maximum(not_chosen(rough), 0.0)
     return jnp.maximum(not_chosen(missed) + jnp.log(total / dense), 0.0).sum(axis=0)
+
+
+def proved_ranks(
+    logits: jax.Array, scores: jax.Array, upper: jax.Array, exact_error: jax.Array
+) -> dict[str, jax.Array]:
+    """Totals of a certified vocabulary projection.
+
+    Args:
+      logits: ``[T, V]``, the dense ones.
+      scores, upper, exact_error: as ``scores_with_bounds`` gives them.
+
+    Returns:
+      ``wanted``: int32 ``[V]``, by position in the order of upper bounds, the tokens whose last row that can be the
+      arg max stands there: so many candidates prove them. ``kl``: as of ``vocab_ranks``, in that order.
+    """
+    vocab = logits.shape[1]
+    best = jnp.argmax(logits, axis=1)[:, None]
+    floor = jnp.max(logits, axis=1, keepdims=True) - jnp.take_along_axis(exact_error, best, axis=1)
+    ranked = _ranked(upper)
+    needed = jnp.clip(jnp.sum(jnp.logical_not(ranked < floor), axis=1), 1, vocab)
+    wanted = jnp.zeros(vocab, jnp.int32).at[needed - 1].add(1)
+    return {"wanted": wanted, "kl": _divergences(logits.astype(jnp.float32), scores, ranked)}
+
+
+def open_units(gate: jax.Array) -> dict[str, jax.Array]:
+    """Totals of a certified feed-forward block.
+
+    Args:
+      gate: ``[T, n]``, upper bounds of what makes a group of units zero where it is at most zero.
+
+    Returns:
+      ``wanted``: int32 ``[n]``, the tokens that have 1 (or none), 2, ... groups open.
+    """
+    needed = jnp.maximum(jnp.sum(jnp.logical_not(gate <= 0.0), axis=1), 1)
+    return {"wanted": jnp.zeros(gate.shape[1], jnp.int32).at[needed - 1].add(1)}
 
 
 def unit_totals(activation: jax.Array, down_norms: jax.Array, group_size: int = 1) -> dict[str, jax.Array]:

@@ -15,22 +15,26 @@ from hire_xform.lowering import (
     cofiring,
     covariance,
     group_scores,
+    open_units,
     predict_scores,
+    proved_ranks,
     record,
+    scores_with_bounds,
     unit_ranks,
     unit_totals,
+    upper_gate,
     vocab_ranks,
 )
 from hire_xform.passes.canonical import flat_activation, result_shape
 from hire_xform.passes.detect import FfnMatch, VocabMatch
 from hire_xform.passes.environment import Env, PackedView, read
-from hire_xform.passes.forms import up_forms, vocab_forms
+from hire_xform.passes.forms import Proving, up_forms, vocab_forms
 from hire_xform.passes.measured import input_numbers
 from hire_xform.passes.plan import Decision, Need
 from hire_xform.passes.rewrite import Rewriter
 from hire_xform.passes.settings import Ffn
 from hire_xform.passes.splice import FfnParts, ffn_parts, site_operands, site_signature
-from hire_xform.passes.splice_certified import dense_product
+from hire_xform.passes.splice_certified import certified_block, dense_product
 from hire_xform.passes.walk import Frame
 
 # For each product into the units, what is recorded with the stack index of its weight.
@@ -61,7 +65,8 @@ class Capture(Rewriter):
 
     Values are recorded (``lowering/record.py``) under the site's path: ``tokens``, of a block what ``unit_totals``
     says, ``covariance0``, ... of the inputs of each product into the units, and for the predictor of each of a
-    measurement's ``ways``, by its number, what ``vocab_ranks`` or ``unit_ranks`` say.
+    measurement's ``ways``, by its number, what ``vocab_ranks`` or ``unit_ranks`` say; where it is to be certified
+    ``proved_ranks`` or ``open_units``.
     """
 
     # Whether predictors are run; without, nothing is recorded of them.
@@ -125,6 +130,11 @@ def _vocab(
     for number, (way, own) in enumerate(_by_way(decision, views) if ranks else ()):
         spec = way.settings.spec
         forms = dict(zip(vocab_forms(way.settings), own, strict=True))  # type: ignore[arg-type]
+        if way.settings.certify:
+            bound = scores_with_bounds(x, forms[Proving(spec)].whole(), spec, input_bits=way.input_bits)
+            ranks_of = proved_ranks(logits, bound.scores, bound.upper, bound.exact_error)
+            found.update(_numbered(ranks_of, number))
+            continue
         scores = predict_scores(x, forms[spec].whole(), spec, product.width)
         found.update(_numbered(vocab_ranks(logits, scores), number))
     return result_shape(product, views[0].filled(logits)), [found]
@@ -133,8 +143,8 @@ def _vocab(
 def _ffn(
     decision: Measured, match: FfnMatch, operands: Sequence[Any], views: Sequence[PackedView], ranks: bool
 ) -> tuple[Any, Recorded]:
-    ways = [(way, ffn_parts(way, match, operands, own)) for way, own in _by_way(decision, views)]
-    parts = ways[0][1]
+    ways = _by_way(decision, views)
+    parts = ffn_parts(decision.ways[0], match, operands, ways[0][1])
     region = parts.region(match)
     down = parts.down["rows"].whole()
     activation = dense_activation(match, parts)
@@ -153,12 +163,18 @@ def _ffn(
     for number, (way, own) in enumerate(ways if ranks else ()):
         settings = way.settings
         assert isinstance(settings, Ffn)
+        if settings.certify:
+            gate = upper_gate(*certified_block(way, match, operands, own)[:2])
+            opened = unit_ranks(activation, norms, gate, settings.group_size) | open_units(gate)
+            recorded[0].update(_numbered(opened, number))
+            continue
+        predicted = ffn_parts(way, match, operands, own)
         scores = group_scores(
-            own.ups,
+            predicted.ups,
             region,
             units=match.units,
             down_norms=norms,
-            score=own.score(match),
+            score=predicted.score(match),
             group_size=settings.group_size,
         )
         recorded[0].update(_numbered(unit_ranks(activation, norms, scores, settings.group_size), number))

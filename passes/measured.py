@@ -114,9 +114,6 @@ def with_choices(settings: Vocab | Ffn, measurement: Measurement | None, units: 
     """Settings with the predictor and size a calibration chose where they state none, and what it chose."""
     if measurement is None:
         return dataclasses.replace(settings, predictor=settings.spec), Chosen(None, None, "")
-    if settings.certify:
-        how = "certified: its size is not taken from the calibration, which measures recall by score"
-        return dataclasses.replace(settings, predictor=settings.spec), Chosen(None, None, how)
     chosen = measurement.choose(settings)
     stated = settings.candidates if isinstance(settings, Vocab) else settings.active
     settings = dataclasses.replace(settings, predictor=chosen.predictor or settings.spec)

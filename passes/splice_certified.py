@@ -63,7 +63,10 @@ def _vocab(decision: Decision, match: VocabMatch, operands: Sequence[Any], views
     return result_shape(product, views[0].filled(logits)), fallback
 
 
-def _ffn(decision: Decision, match: FfnMatch, operands: Sequence[Any], views: Sequence[PackedView]) -> Any:
+def certified_block(
+    decision: Decision, match: FfnMatch, operands: Sequence[Any], views: Sequence[PackedView]
+) -> tuple[CertifiedBlock, CertifiedOperands, PackedView]:
+    """A block for ``certified_ffn``, its operands, and the rows of its contracting product as packed."""
     settings, region, tokens = decision.settings, match.region, match.tokens
     gate = gate_of(region)
     assert isinstance(settings, Ffn)
@@ -112,5 +115,10 @@ def _ffn(decision: Decision, match: FfnMatch, operands: Sequence[Any], views: Se
         proof=proof,
         largest=[*largest, last["largest"].whole()],
     )
-    result, fallback = certified_ffn(block, made)
-    return result_shape(match.down, last["rows"].filled(result)), fallback
+    return block, made, last["rows"]
+
+
+def _ffn(decision: Decision, match: FfnMatch, operands: Sequence[Any], views: Sequence[PackedView]) -> Any:
+    block, given, down = certified_block(decision, match, operands, views)
+    result, fallback = certified_ffn(block, given)
+    return result_shape(match.down, down.filled(result)), fallback

@@ -308,7 +308,7 @@ def test_other_predictors_groups_and_certified_sites_keep_their_defaults_and_say
 
     assert "not calibrated with this predictor" in told(predictor=hx.Quantized(4))
     assert "groups of 1" in told(group_size=2)
-    assert "certified" in told(certify=True)
+    assert "calibrated with certify=False" in told(certify=True)
 
 
 def test_another_function_of_the_same_model_knows_its_sites_by_their_weights():
@@ -582,3 +582,56 @@ def test_fitting_to_the_inputs_finds_the_arg_max_where_the_plain_svd_does_not():
     # At an eighth of the columns: 95.2 % and 76.9 %, which is what exact arithmetic gives, too.
     assert in_64(jnp.asarray(site.inputs[0].covariance)) >= 0.99
     assert in_64(None) < 0.92
+
+
+def test_a_certified_site_gets_the_size_that_proves_what_was_asked_for():
+    """Sizes of blocks and head from the calibration: no token of it runs dense, and one fewer would."""
+    rng = np.random.default_rng(0)
+    d, m, v = 24, 96, 512
+    p = {
+        "up": jnp.asarray(rng.normal(size=(d, m)) * 0.3, jnp.float32),
+        "bias": jnp.asarray(rng.normal(size=m) * 0.3 - 1.0, jnp.float32),
+        "down": jnp.asarray(rng.normal(size=(m, d)) * 0.3, jnp.float32),
+        "head": jnp.asarray(rng.normal(size=(d, v)), jnp.float32),
+    }
+
+    def step(p, x):
+        return (x + jax.nn.relu(x @ p["up"] + p["bias"]) @ p["down"]) @ p["head"]
+
+    tokens = [jnp.asarray(rng.normal(size=(1, d)), jnp.float32) for _ in range(40)]
+    config = hx.lossless(rules=(hx.Rule("*", force=True),))
+    cal = hx.calibrate(step, [(p, jnp.concatenate(tokens))], config=config)
+    assert {site.criterion for site in cal.sites.values()} == {"proved"}
+    sparse = hx.sparsify(step, config=config, calibration=cal)
+    traced = sparse.trace(p, tokens[0])
+    assert [site.computed for site in traced.plan.sites] == [int(s.sizes) for s in cal.sites.values()]
+    assert all(site.computed < site.units // 2 for site in traced.plan.sites)
+    dense = jax.jit(step)
+
+    def run(step):
+        packed = step.trace(p, tokens[0]).pack(p)
+        found = [step.with_fallbacks(packed, x) for x in tokens]
+        for (logits, _), x in zip(found, tokens, strict=True):
+            assert int(logits.argmax()) == int(dense(p, x).argmax())
+        return [sum(int(counts[s.path]) for _, counts in found) for s in traced.plan.sites]
+
+    assert run(sparse) == [0, 0]
+    (block, head), (few, fewer) = traced.plan.sites, (int(s.sizes) - 1 for s in cal.sites.values())
+    narrow = hx.Config(
+        vocab=hx.Vocab(certify=True, candidates=fewer, predictor=head.settings.predictor),
+        ffn=hx.Ffn(certify=True, active=few / m, predictor=block.settings.predictor),
+        rules=config.rules,
+    )
+    assert min(run(hx.sparsify(step, config=narrow, calibration=cal))) >= 1
+
+
+def test_what_was_measured_without_certification_gives_no_certified_size():
+    p = {"head": jnp.asarray(np.random.default_rng(0).normal(size=(16, 512)), jnp.float32)}
+    x = jnp.ones((4, 16))
+    fun = lambda p, x: x @ p["head"]  # noqa: E731
+    force = (hx.Rule("*", force=True),)
+    plain = hx.calibrate(fun, [(p, x)], config=hx.Config(rules=force), predictors=[hx.Quantized(8)])
+    site = hx.sparsify(fun, config=hx.lossless(rules=force), calibration=plain).trace(p, x[:1]).plan.sites[0]
+    assert site.calibrated == "calibrated with certify=False; its size is the default"
+    with pytest.raises(ValueError, match="max_kl with certify=True"):
+        hx.calibrate(fun, [(p, x)], config=hx.lossless(), max_kl=0.1)

@@ -232,3 +232,23 @@ def test_a_lossless_step_has_the_dense_tokens_and_logits():
         tokens_in, want_tokens = logits.argmax(-1), want.argmax(-1)
         assert int(tokens_in[0]) == int(want_tokens[0])
         assert_same(cache, want_cache, 1e-4)
+
+
+def test_calibrated_layers_of_a_loop_have_sizes_of_their_own():
+    """The first layer leaves few units open and the second many; neither runs dense."""
+    stack = jax.tree.map(lambda a, b: jnp.stack([a, b]), weights(bias=-3.0), weights(bias=0.0, seed=3))
+
+    def layers(p, x):
+        return lax.scan(lambda x, w: (jnp.tanh(x + BLOCKS["relu"](w, x)), None), x, p)[0]
+
+    config = hx.lossless(rules=FORCE)
+    cal = hx.calibrate(layers, [(stack, tokens(64))], config=config, predictors=[hx.Quantized(8)])
+    few, many = next(iter(cal.sites.values())).sizes
+    assert few < many / 2
+    step = hx.sparsify(layers, config=config, calibration=cal)
+    traced = step.trace(stack, tokens())
+    assert "each layer has its own" in traced.plan.sites[0].calibrated
+    x = tokens(64)[5:6]
+    result, counts = step.with_fallbacks(traced.pack(stack), x)
+    assert_same(result, layers(stack, x))
+    assert [int(n) for n in counts.values()] == [0]
