@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 JOBS ?= 2
 PYTEST_ARGS ?=
 
-.PHONY: demo test fast random lint typecheck bench models wheel clean
+.PHONY: demo test fast random lint typecheck bench models quality wheel clean
 
 # One stamp a set of extras: installing again only when pyproject.toml changed.
 $(VENV)/.created:
@@ -66,6 +66,14 @@ bench: $(VENV)/.examples
 models: $(VENV)/.test
 	PYTHONPATH=tests $(BIN)/python tests/frameworks/table.py > docs/models.md.new
 	mv docs/models.md.new docs/models.md
+
+$(VENV)/.plots: $(VENV)/.created pyproject.toml
+	$(BIN)/python -m pip install --quiet --editable '.[examples,plots]'
+	touch $@
+
+# The table and the plots of quality in the docs.
+quality: $(VENV)/.plots
+	$(BIN)/python benchmarks/quality.py
 
 wheel: $(VENV)/.dev
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .

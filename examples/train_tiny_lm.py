@@ -21,6 +21,7 @@ import signal
 import sys
 import sysconfig
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -187,6 +188,10 @@ def batch_at(tokens: np.ndarray, recipe: Recipe, step: int) -> np.ndarray:
 # --- optimisation -----------------------------------------------------------------------------------------------------
 
 
+# (params, windows [B, S + 1]) -> nats per token.
+Loss = Callable[[tiny_lm.Params, jax.Array], jax.Array]
+
+
 def cross_entropy(params: tiny_lm.Params, windows: jax.Array) -> jax.Array:
     """Mean loss in nats per token over windows [B, S + 1]."""
     logits = tiny_lm.forward(params, windows[:, :-1])
@@ -202,13 +207,13 @@ def learning_rate_at(recipe: Recipe, steps: int, step: int) -> float:
     return recipe.learning_rate * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-def make_train_step(recipe: Recipe) -> Any:
+def make_train_step(recipe: Recipe, loss_of: Loss = cross_entropy) -> Any:
     """Returns the jitted step: (state, windows, learning rate) -> (state, loss)."""
     beta1, beta2, epsilon = 0.9, 0.95, 1e-8
 
     @partial(jax.jit, donate_argnums=0)
     def train_step(state: dict[str, Any], windows: jax.Array, rate: jax.Array) -> tuple[dict[str, Any], jax.Array]:
-        loss, gradients = jax.value_and_grad(cross_entropy)(state["params"], windows)
+        loss, gradients = jax.value_and_grad(loss_of)(state["params"], windows)
         norm = jnp.sqrt(sum(jnp.sum(jnp.square(g)) for g in jax.tree.leaves(gradients)))
         scale = jnp.minimum(1.0, recipe.clip / (norm + 1e-6))
         count = state["count"] + 1
@@ -237,12 +242,18 @@ def initial_state(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def validate(params: tiny_lm.Params, tokens: np.ndarray, length: int, limit: int | None = None) -> tuple[float, int]:
+def validate(
+    params: tiny_lm.Params,
+    tokens: np.ndarray,
+    length: int,
+    limit: int | None = None,
+    loss_of: Loss = cross_entropy,
+) -> tuple[float, int]:
     """Returns the loss in nats per token over consecutive windows, and how many tokens were scored."""
     count = (len(tokens) - 1) // length
     count = count if limit is None else min(count, limit)
     windows = np.stack([tokens[i * length : (i + 1) * length + 1] for i in range(count)]).astype(np.int32)
-    loss = jax.jit(cross_entropy)
+    loss = jax.jit(loss_of)
     batches = np.split(windows, range(8, count, 8))
     total = sum(float(loss(params, batch)) * len(batch) for batch in batches)
     return total / count, count * length
@@ -276,7 +287,7 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def check_same_recipe(recipe: Recipe, saved: dict[str, Any]) -> None:
     """Refuses to continue a run of another recipe, naming what differs."""
-    mine = dataclasses.asdict(recipe)
+    mine = json.loads(json.dumps(dataclasses.asdict(recipe)))
     names = [name for name in mine if mine[name] != saved.get(name)]
     if names:
         differences = ", ".join(f"{name}: {saved.get(name)} there, {mine[name]} here" for name in names)
@@ -395,7 +406,7 @@ def train(args: argparse.Namespace, recipe: Recipe, console: Console) -> None:
     )
 
     if not args.export:
-        finished = _loop(args, recipe, console, corpus, state, header, checkpoint)
+        finished = loop(args, recipe, console, corpus, state, header, checkpoint)
         if not finished:
             console.print(f"stopped after {header['step']} steps; continue with --resume")
             return
@@ -407,7 +418,7 @@ def train(args: argparse.Namespace, recipe: Recipe, console: Console) -> None:
     )
 
 
-def _loop(
+def loop(
     args: argparse.Namespace,
     recipe: Recipe,
     console: Console,
@@ -415,6 +426,8 @@ def _loop(
     state: dict[str, Any],
     header: dict[str, Any],
     checkpoint: Path,
+    trained: Loss = cross_entropy,
+    validated: Loss = cross_entropy,
 ) -> bool:
     """Takes the steps, keeping header and checkpoint up to date; returns whether all were taken."""
     stopping = False
@@ -426,7 +439,7 @@ def _loop(
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
 
-    train_step = make_train_step(recipe)
+    train_step = make_train_step(recipe, trained)
     steps, first, before = header["steps"], header["step"], header["seconds"]
     last = min(steps, first + args.stop_after) if args.stop_after else steps
     began = saved = reported = time.monotonic()
@@ -455,7 +468,8 @@ def _loop(
             if done % args.report_every == 0 or done == last:
                 line = f"step {done}/{steps}  loss {np.mean(losses):.4f}  rate {rate:.2e}  {speed:,.0f} tokens/s"
                 if done % (5 * args.report_every) == 0:
-                    line += f"  validation {validate(state['params'], corpus.heldout, recipe.length, 32)[0]:.4f}"
+                    found, _ = validate(state["params"], corpus.heldout, recipe.length, 32, validated)
+                    line += f"  validation {found:.4f}"
                 console.print(f"{line}  {(now - began) / 60:.1f} min")
                 reported, reported_step, losses = time.monotonic(), done, []
             if now - saved > 60 * args.checkpoint_minutes or stopping or done == last:

@@ -87,6 +87,15 @@ def test_minus_infinity_loses_just_the_mass_outside_the_candidates(head):
     assert outside.max() > 0.01  # there is something to lose
 
 
+@pytest.mark.parametrize("temperature", [0.5, 1.5])
+def test_minus_infinity_at_a_temperature_loses_the_mass_outside_at_that_temperature(head, temperature):
+    dense, sparse = both(head, candidates=64, fill="-inf")
+    inside = np.isfinite(sparse)
+    outside = np.where(inside, 0, softmax(dense, temperature)).sum(-1)
+    distance = variation(softmax(dense, temperature), softmax(sparse, temperature))
+    np.testing.assert_allclose(distance, outside, atol=1e-5)
+
+
 @pytest.mark.parametrize("fill", ["predicted", "-inf"])
 def test_top_k_sampling_is_dense_where_the_candidates_hold_the_k_best(head, fill):
     dense, sparse = both(head, candidates=256, fill=fill)
@@ -119,6 +128,17 @@ def test_log_probabilities_of_candidates_and_of_others(head):
     assert gap[inside].max() < 0.05  # exact logits; the normaliser is close
     assert gap[inside].mean() < 0.005
     assert gap[~inside].mean() < 0.05
+
+
+def test_log_probabilities_with_minus_infinity_are_those_given_that_it_is_a_candidate(head):
+    """Too large by the logarithm of the candidates' mass, the same for all of them; those of others are -inf."""
+    dense, sparse = both(head, candidates=64, fill="-inf")
+    inside = np.isfinite(sparse)
+    held = np.where(inside, softmax(dense), 0).sum(-1, keepdims=True)
+    with np.errstate(divide="ignore"):
+        said, true = np.log(softmax(sparse)), np.log(softmax(dense))
+    assert np.isneginf(said[~inside]).all()
+    np.testing.assert_allclose(said[inside], (true - np.log(held))[inside], atol=1e-4)
 
 
 @pytest.mark.slow
