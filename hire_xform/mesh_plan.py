@@ -105,7 +105,7 @@ class MeshRow:
       sent: bytes a device puts into collectives, the same dense and sparse: two sums a layer (attention's and the
         block's), and the arg max.
       seconds: of the whole step, dense and sparse.
-      block_recall: expected share of the wanted units that sharded selection keeps.
+      block_recall: expected share of the wanted units that sharded selection keeps, were they placed at random.
       head_recall: the same of the wanted logits.
       held: bytes of memory that weights and their packed forms take.
       fits: whether the memory holds them.
