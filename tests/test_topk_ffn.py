@@ -215,6 +215,17 @@ def test_what_was_trained_is_what_is_decoded():
     assert_same(step(w, x), jax.jit(lambda v: v)(trained), 1e-5)
 
 
+@pytest.mark.parametrize("act", [jax.nn.relu, jax.nn.gelu], ids=["relu", "gelu"])
+def test_sparsified_the_top_k_is_the_models_own_choice(act):
+    """Half as many groups again are computed, and the trained number of them is kept."""
+    w, x = weights(), tokens(1)
+    trained = hx.topk_ffn(functools.partial(block, act=act), active=2 * G / M)
+    step = hx.sparsify(trained, config=hx.Config(rules=(hx.Rule("*", force=True),)))
+    (site,) = step.trace(w, x).plan.sites
+    assert (site.own, site.computed) == ("top 2 groups of 8", 3 * G)
+    assert_same(step(w, x), jax.jit(trained)(w, x), 1e-5)
+
+
 def test_shares_by_path():
     w, x = {"a": weights(), "b": weights(1)}, tokens()
 
