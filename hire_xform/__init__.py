@@ -13,7 +13,7 @@ from hire_xform.calibrating import calibrate
 from hire_xform.calibration import Calibration, SiteCalibration
 from hire_xform.config import Config, Ffn, Rule, Vocab, lossless
 from hire_xform.errors import HireWarning, PackedMismatchError, TracedWeightsError
-from hire_xform.lowering import LowRank, Projected, Quantized
+from hire_xform.lowering import LowRank, Nucleus, Projected, Quantized, TopSet
 from hire_xform.mesh_plan import Device, MeshPlan, MeshRow, ModelShapes, plan_mesh
 from hire_xform.passes.pack import Packed
 from hire_xform.passes.plan import Plan, Refusal, Site
@@ -32,6 +32,7 @@ __all__ = [
     "MeshPlan",
     "MeshRow",
     "ModelShapes",
+    "Nucleus",
     "Packed",
     "PackedMismatchError",
     "Plan",
@@ -42,6 +43,7 @@ __all__ = [
     "Site",
     "SiteCalibration",
     "Sparsified",
+    "TopSet",
     "TopkFfn",
     "Traced",
     "TracedTopk",

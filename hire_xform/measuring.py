@@ -26,7 +26,7 @@ from hire_xform.passes.pack import Packed
 from hire_xform.passes.plan import Decision, Plan, bytes_read
 from hire_xform.passes.provenance import Root
 from hire_xform.passes.settings import PREDICTOR, Ffn
-from hire_xform.site_calibration import Curve, SiteCalibration
+from hire_xform.site_calibration import Curve, SiteCalibration, proved_criterion
 from hire_xform.stages import Traced, call_leaves
 
 # Sums over all batches, int64 or float64, by site path and name.
@@ -162,7 +162,7 @@ class _Collected:
         if isinstance(match, FfnMatch):
             criterion = "units" if match.region.zeroing else "energy"
         if settings.certify:
-            criterion = "proved"
+            criterion = proved_criterion(settings)
         group_size = settings.group_size if isinstance(settings, Ffn) else 1
         predicted = [bytes_read(way.match, way.settings, 1, 1, group_size) for way in decision.ways]
         curves = {

@@ -66,7 +66,7 @@ class SiteCalibration:
       group_size: units that were ranked together, g.
       criterion: what recall counts. "argmax": tokens whose dense arg max is among the candidates. "units": units that
         are not zero and are chosen. "energy": the share of energy of the units chosen.
-        "proved", of a certified site: tokens that so many candidates, or units, prove.
+        "proved" and of what, of a certified site: tokens that so many candidates, or units, prove.
       tokens: int64 ``[*stack]``.
       fired: int64 ``[*stack, m]``, tokens at which a unit is not zero; None for a vocabulary.
       energy: f64 ``[*stack, m]``, sum of the squares of activation times norm of the down row; None for a vocabulary.
@@ -187,7 +187,7 @@ class SiteCalibration:
                 self.sizes_for(recall, predictor).mean()
             )
 
-        if self.criterion == "proved":
+        if self.criterion.startswith("proved"):
             recall = max(recall, PROVED[self.kind])
         best = min(self.curves, key=read)
         sizes = np.asarray(self.sizes_for(recall, best), np.int64)
@@ -198,8 +198,10 @@ class SiteCalibration:
         if isinstance(settings, Ffn) and settings.group_size != self.group_size:
             how = f"not calibrated with these groups but with groups of {self.group_size}; its size is the default"
             return Chosen(None, None, how)
-        if settings.certify != (self.criterion == "proved"):
-            how = f"calibrated with certify={not settings.certify}; its size is the default"
+        if (proved_criterion(settings) if settings.certify else "") != self._proved:
+            how = (
+                f"calibrated {self._proved or 'uncertified'}, which is not what was asked for; its size is the default"
+            )
             return Chosen(None, None, how)
         tokens = int(self.tokens.min())
         if not tokens:
@@ -225,6 +227,10 @@ class SiteCalibration:
         how = f"calibrated: {sized} for {self.target}, {tokens:,} tokens"
         return Chosen(predictor, size, how, sizes if self.stack else None)
 
+    @property
+    def _proved(self) -> str:
+        return self.criterion if self.criterion.startswith("proved") else ""
+
     def _stated_size(self, settings: Vocab | Ffn) -> int:
         if isinstance(settings, Vocab):
             return settings.candidates_of(self.units)
@@ -237,6 +243,11 @@ class SiteCalibration:
         if enough:
             return min(enough, key=lambda p: self.curves[p].predictor_bytes)
         return max(self.curves, key=lambda p: reached[p])
+
+
+def proved_criterion(settings: Vocab | Ffn) -> str:
+    """What is counted of a certified site."""
+    return "proved" if settings.certify is True else f"proved {settings.certify!r}"
 
 
 def _digest(array: np.ndarray) -> str:

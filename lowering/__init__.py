@@ -9,6 +9,7 @@ from hire_xform.lowering.certified_ffn import CertifiedBlock, CertifiedOperands,
 from hire_xform.lowering.cofiring import SKETCHED_FROM, cofiring
 from hire_xform.lowering.da_top_k import da_top_k, da_top_k_p
 from hire_xform.lowering.fallback import fallback_p, mark_fallback
+from hire_xform.lowering.goals import Goal, Nucleus, TopSet, fewest_candidates
 from hire_xform.lowering.own_sparsity import (
     among_largest,
     kth_largest,
@@ -50,13 +51,16 @@ __all__ = [
     "SKETCHED_FROM",
     "CertifiedBlock",
     "CertifiedOperands",
+    "Goal",
     "LowRank",
+    "Nucleus",
     "Packed",
     "PredictorSpec",
     "Projected",
     "Proof",
     "Quantized",
     "Selection",
+    "TopSet",
     "UpProduct",
     "among_largest",
     "certified_ffn",
@@ -68,6 +72,7 @@ __all__ = [
     "da_top_k",
     "da_top_k_p",
     "fallback_p",
+    "fewest_candidates",
     "ffn",
     "ffn_bytes",
     "first_in_order",

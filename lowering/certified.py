@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from hire_xform.lowering.goals import Goal, proved
 from hire_xform.lowering.predictors import PredictorSpec
 from hire_xform.lowering.proofs import Proof, scores_with_bounds
 from hire_xform.lowering.rows import select_rows_dot
@@ -30,13 +31,14 @@ def certified_logits(
     dense: Callable[[jax.Array, jax.Array], jax.Array],
     *,
     candidates: int,
+    goal: Goal = True,
     vocab: int | None = None,
     first_row: jax.Array | int = 0,
     fill: Literal["predicted", "-inf"] = "predicted",
     out_dtype: jax.typing.DTypeLike,
     input_bits: int = 24,
 ) -> tuple[jax.Array, jax.Array]:
-    """``x @ rows.T`` with exact logits for the candidates, and the arg max of every token that of the dense product.
+    """``x @ rows.T`` with exact logits for the candidates, and for every token the goal (the arg max) of the dense product.
 
     Under ``vmap`` over ``x`` the tokens of all examples are taken together: one dense product if any of them fails.
 
@@ -47,6 +49,7 @@ def certified_logits(
       spec: the predictor's spec.
       dense: the dense product of ``[T, d]`` and ``[V, d]``, of ``out_dtype``, ``[T, V]``.
       candidates: rows each token may have computed exactly.
+      goal: what is to be proved; True is the arg max.
       vocab: ``V``; None takes all of ``rows``.
       first_row: where the rows begin.
       fill: what stands for the other logits.
@@ -68,8 +71,8 @@ def certified_logits(
     def run(x: jax.Array, arrays: tuple) -> tuple[jax.Array, jax.Array]:
         rows, proof, first_row = arrays
         start = 0 if rows.shape[0] == vocab else first_row
-        logits, proved = _attempt(x, rows, proof, spec, candidates, vocab, start, fill, out, input_bits)
-        fallback = jnp.logical_not(jnp.all(proved))
+        logits, sure = _attempt(x, rows, proof, spec, goal, candidates, vocab, start, fill, out, input_bits)
+        fallback = jnp.logical_not(jnp.all(sure))
         return lax.cond(fallback, lambda: dense(x, own_rows(rows, first_row)), lambda: logits), fallback
 
     @run.def_vmap
@@ -106,6 +109,7 @@ def _attempt(
     rows: jax.Array,
     proof: Proof,
     spec: PredictorSpec,
+    goal: Goal,
     candidates: int,
     vocab: int,
     first_row: jax.Array | int,
@@ -113,7 +117,7 @@ def _attempt(
     out_dtype: jnp.dtype,
     input_bits: int,
 ) -> tuple[jax.Array, jax.Array]:
-    """Logits, and for each token whether their arg max is proved."""
+    """Logits, and for each token whether the goal is proved."""
     tokens = x.shape[0]
     selection = choose(tokens, vocab, candidates)
     with jax.named_scope("predict"):
@@ -131,30 +135,5 @@ def _attempt(
     with jax.named_scope("prove"):
         outside = found.upper.at[at].set(-jnp.inf, unique_indices=True, mode="promise_in_bounds")
         error = jnp.take_along_axis(found.exact_error, jnp.broadcast_to(index, exact.shape), axis=1)
-        proved = _proved(lax.stop_gradient(exact), error, jnp.max(outside, axis=1), index, out_dtype)
-    return logits, proved
-
-
-def _proved(
-    exact: jax.Array, error: jax.Array, outside: jax.Array, index: jax.Array, out_dtype: jnp.dtype
-) -> jax.Array:
-    """For each token whether the best candidate is the dense arg max, bool ``[T]``; a NaN anywhere proves nothing.
-
-    Args:
-      exact: f32 ``[T, K]``, the candidates' products.
-      error: f32 ``[T, K]``, how far the dense ones can be from them.
-      outside: f32 ``[T]``, above every dense product of the other rows.
-      index: ``[K]`` or ``[T, K]``, the candidates.
-      out_dtype: what the dense product is rounded to.
-    """
-    index = jnp.broadcast_to(index, exact.shape)
-    low, high = (exact - error).astype(out_dtype), (exact + error).astype(out_dtype)
-    value = exact.astype(out_dtype)
-    # The one that an arg max of the logits returns: of equal ones the lowest row.
-    best_value = jnp.max(value, axis=1, keepdims=True)
-    best = jnp.min(jnp.where(value == best_value, index, jnp.iinfo(index.dtype).max), axis=1, keepdims=True)
-    is_best = index == best
-    floor = jnp.max(jnp.where(is_best, low, -jnp.inf), axis=1, keepdims=True)
-    beaten = (floor > high) | ((floor == high) & (best < index)) | is_best
-    finite = jnp.all(jnp.isfinite(low) & jnp.isfinite(high), axis=1)
-    return jnp.all(beaten, axis=1) & (floor[:, 0] > outside.astype(out_dtype)) & finite
+        sure = proved(goal, lax.stop_gradient(exact), error, outside, index, out_dtype)
+    return logits, sure

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from hire_xform.lowering.goals import Goal, candidates_needed
+
 __all__ = [
     "KL_SIZES",
     "covariance",
@@ -77,24 +79,22 @@ def _divergences(logits: jax.Array, scores: jax.Array, ranked: jax.Array) -> jax
 
 
 def proved_ranks(
-    logits: jax.Array, scores: jax.Array, upper: jax.Array, exact_error: jax.Array
+    logits: jax.Array, scores: jax.Array, upper: jax.Array, exact_error: jax.Array, goal: Goal = True
 ) -> dict[str, jax.Array]:
     """Totals of a certified vocabulary projection.
 
     Args:
       logits: ``[T, V]``, the dense ones.
       scores, upper, exact_error: as ``scores_with_bounds`` gives them.
+      goal: what is to be proved.
 
     Returns:
-      ``wanted``: int32 ``[V]``, by position in the order of upper bounds, the tokens whose last row that can be the
-      arg max stands there: so many candidates prove them. ``kl``: as of ``vocab_ranks``, in that order.
+      ``wanted``: int32 ``[V]``, by position in the order of upper bounds, the tokens that candidates up to there
+      prove. ``kl``: as of ``vocab_ranks``, in that order.
     """
-    vocab = logits.shape[1]
-    best = jnp.argmax(logits, axis=1)[:, None]
-    floor = jnp.max(logits, axis=1, keepdims=True) - jnp.take_along_axis(exact_error, best, axis=1)
     ranked = _ranked(upper)
-    needed = jnp.clip(jnp.sum(jnp.logical_not(ranked < floor), axis=1), 1, vocab)
-    wanted = jnp.zeros(vocab, jnp.int32).at[needed - 1].add(1)
+    needed = candidates_needed(goal, logits, ranked, exact_error)
+    wanted = jnp.zeros(logits.shape[1], jnp.int32).at[needed - 1].add(1)
     return {"wanted": wanted, "kl": _divergences(logits.astype(jnp.float32), scores, ranked)}
 
 

@@ -132,7 +132,7 @@ def _vocab(
         forms = dict(zip(vocab_forms(way.settings), own, strict=True))  # type: ignore[arg-type]
         if way.settings.certify:
             bound = scores_with_bounds(x, forms[Proving(spec)].whole(), spec, input_bits=way.input_bits)
-            ranks_of = proved_ranks(logits, bound.scores, bound.upper, bound.exact_error)
+            ranks_of = proved_ranks(logits, bound.scores, bound.upper, bound.exact_error, way.settings.certify)
             found.update(_numbered(ranks_of, number))
             continue
         scores = predict_scores(x, forms[spec].whole(), spec, product.width)

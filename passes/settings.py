@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from hire_xform.lowering import LowRank, PredictorSpec, Projected, Quantized
+from hire_xform.lowering import Goal, LowRank, Nucleus, PredictorSpec, Projected, Quantized, TopSet, fewest_candidates
 
 
 def refuse(owner: str, field: str, value: Any, expected: str) -> None:
@@ -33,8 +33,9 @@ def check_predictor(owner: str, predictor: Any, or_else: str = "") -> None:
 def _check_common(owner: str, predictor: Any, certify: Any, max_tokens: Any) -> None:
     if predictor is not None:
         check_predictor(owner, predictor, "None, ")
-    if not isinstance(certify, bool):
-        refuse(owner, "certify", certify, "True or False")
+    if not isinstance(certify, bool) and not (owner == "Vocab" and isinstance(certify, (TopSet, Nucleus))):
+        goals = ", hx.TopSet(k) or hx.Nucleus(eps)" if owner == "Vocab" else ""
+        refuse(owner, "certify", certify, f"True or False{goals}")
     _check_count(owner, "max_tokens", max_tokens)
 
 
@@ -62,8 +63,9 @@ class Vocab:
     # What stands for the other logits: the predictor's scores (the softmax normaliser stays right), or -inf.
     fill: str = "predicted"
     # Prove for every input that the arg max of the logits is the dense one, or run the dense product.
-    # Takes weights of f32, bf16 or f16.
-    certify: bool = False
+    # Takes weights of f32, bf16 or f16. `hx.TopSet(k)`: that the k largest are, as a set. `hx.Nucleus(eps)`: that the
+    # candidates hold all of the softmax's mass but `eps`.
+    certify: Goal = False
     # Calls with more tokens than this (prefill) run dense.
     max_tokens: int = 8
 
@@ -71,6 +73,8 @@ class Vocab:
         """Checks every field."""
         if self.candidates is not None:
             _check_count("Vocab", "candidates", self.candidates)
+            if self.candidates < fewest_candidates(self.certify):
+                refuse("Vocab", "candidates", self.candidates, f"no fewer than certify={self.certify} asks for")
         if self.fill not in ("predicted", "-inf"):
             refuse("Vocab", "fill", self.fill, "'predicted' or '-inf'")
         _check_common("Vocab", self.predictor, self.certify, self.max_tokens)
@@ -86,7 +90,8 @@ class Vocab:
         Args:
           vocab: rows there are.
         """
-        return min(CANDIDATES if self.candidates is None else self.candidates, vocab)
+        usual = max(CANDIDATES, 2 * fewest_candidates(self.certify))
+        return min(usual if self.candidates is None else self.candidates, vocab)
 
 
 # What `Ffn(active=None)` computes of a block, and of one whose model chooses units itself, as a multiple of its share.

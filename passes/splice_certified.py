@@ -54,6 +54,7 @@ def _vocab(decision: Decision, match: VocabMatch, operands: Sequence[Any], views
         settings.spec,
         lambda x, rows: dense_product(product, x, rows),
         candidates=decision.count,
+        goal=settings.certify,
         vocab=product.width,
         first_row=first,
         fill=settings.fill,  # type: ignore[arg-type]

@@ -152,3 +152,79 @@ def test_a_function_without_certified_sites_counts_nothing():
     result, counts = step.with_fallbacks(jnp.ones(2), jnp.ones(2))
     assert counts == {}
     np.testing.assert_array_equal(result, [2, 2])
+
+
+def skewed(seed, tokens=1, dtype=jnp.float32):
+    """A head whose rows matter very differently, and a token: [512, 24]."""
+    rng = np.random.default_rng(seed)
+    rows = rng.normal(size=(512, 24)) * 10.0 ** rng.uniform(-1, 0.3, size=(512, 1))
+    return {"head": jnp.asarray(rows, dtype)}, jnp.asarray(rng.normal(size=(tokens, 24)) * 2, dtype)
+
+
+def goal_step(goal, fill="-inf", candidates=128, **vocab):
+    fun = lambda p, x: x @ p["head"].T  # noqa: E731
+    config = hx.Config(vocab=hx.Vocab(certify=goal, fill=fill, candidates=candidates, **vocab), ffn=None, rules=FORCE)
+    return jax.jit(fun), hx.sparsify(fun, config=config)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["f32", "bf16"])
+@pytest.mark.parametrize("k", [1, 8, 40])
+def test_a_certified_set_of_the_largest_is_the_dense_one(k, dtype):
+    dense, step = goal_step(hx.TopSet(k), fill="predicted")
+    fallbacks = 0
+    for seed in range(8):
+        p, x = skewed(seed, dtype=dtype)
+        if seed >= 6:  # planted ties, at the border and within
+            order = jnp.argsort(-dense(p, x)[0])
+            p["head"] = p["head"].at[order[300]].set(p["head"][order[k - 1 if seed == 6 else 0]])
+        logits, counts = step.with_fallbacks(p, x)
+        fallbacks += sum(int(n) for n in counts.values())
+        want = jax.lax.top_k(dense(p, x), k)
+        got = jax.lax.top_k(logits, k)
+        np.testing.assert_array_equal(np.sort(got[1]), np.sort(want[1]))
+        np.testing.assert_allclose(np.float32(got[0]), np.float32(want[0]), rtol=1e-5 if dtype == jnp.float32 else 1e-2)
+    assert 1 <= fallbacks < 8 or dtype != jnp.float32
+
+
+def test_a_certified_nucleus_misses_no_more_than_eps():
+    for eps in (0.3, 0.01):
+        dense, step = goal_step(hx.Nucleus(eps), candidates=96)
+        fallbacks, missed = 0, []
+        for seed in range(12):
+            p, x = skewed(seed, tokens=2)
+            logits, counts = step.with_fallbacks(p, x)
+            fallbacks += sum(int(n) for n in counts.values())
+            q, exact = jax.nn.softmax(logits), jax.nn.softmax(dense(p, x))
+            missed.append(float(jnp.where(logits == -jnp.inf, exact, 0).sum(-1).max()))
+            assert float(jnp.abs(q - exact).sum(-1).max()) / 2 <= eps + 1e-5
+        assert max(missed) <= eps
+        assert fallbacks < 12
+    flat, x = {"head": jnp.ones((512, 24))}, jnp.ones((1, 24))
+    assert [int(n) for n in step.with_fallbacks(flat, x)[1].values()] == [1]
+    assert [int(n) for n in step.with_fallbacks(flat, x.at[0, 0].set(jnp.nan))[1].values()] == [1]
+
+
+def test_goals_are_calibrated_each_for_itself():
+    p, x = skewed(0, tokens=64)
+    sizes = []
+    for goal in (True, hx.TopSet(40), hx.Nucleus(0.01)):
+        _, step = goal_step(goal, candidates=None)
+        fun = lambda p, x: x @ p["head"].T  # noqa: E731
+        config = hx.Config(vocab=hx.Vocab(certify=goal, fill="-inf"), ffn=None, rules=FORCE)
+        cal = hx.calibrate(fun, [(p, x)], config=config, predictors=[hx.Quantized(8)])
+        step = hx.sparsify(fun, config=config, calibration=cal)
+        sizes.append(step.trace(p, x[:1]).plan.sites[0].computed)
+        for i in range(8):
+            assert sum(int(n) for n in step.with_fallbacks(p, x[i : i + 1])[1].values()) == 0
+    assert sizes[0] < sizes[1]
+    other = hx.Config(vocab=hx.Vocab(certify=True), ffn=None, rules=FORCE)
+    told = hx.sparsify(fun, config=other, calibration=cal).trace(p, x[:1]).plan.sites[0].calibrated
+    assert "Nucleus" in told
+
+
+def test_goals_out_of_range_are_refused():
+    for make in (lambda: hx.TopSet(0), lambda: hx.Nucleus(1.0), lambda: hx.Ffn(certify=hx.TopSet(2))):
+        with pytest.raises(ValueError, match="expected"):
+            make()
+    with pytest.raises(ValueError, match="candidates=4"):
+        hx.Vocab(certify=hx.TopSet(5), candidates=4)
