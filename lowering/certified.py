@@ -38,7 +38,7 @@ def certified_logits(
     out_dtype: jax.typing.DTypeLike,
     input_bits: int = 24,
 ) -> tuple[jax.Array, jax.Array]:
-    """``x @ rows.T`` with exact logits for the candidates, and for every token the goal (the arg max) of the dense product.
+    """``x @ rows.T`` with exact logits for the candidates, and the arg max (or another goal) of the dense product.
 
     Under ``vmap`` over ``x`` the tokens of all examples are taken together: one dense product if any of them fails.
 
