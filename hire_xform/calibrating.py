@@ -49,6 +49,7 @@ def calibrate(
     loss: Callable[..., Any] | None = None,
     predictors: Sequence[PredictorSpec] | None = None,
     config: Config | None = None,
+    fitted: Calibration | None = None,
     progress: bool | None = None,
     **jit_options: Any,
 ) -> Calibration:
@@ -74,6 +75,9 @@ def calibrate(
     ``max_kl`` and ``max_loss_increase`` are measured end to end: all sites sparse together, one token at a time, on
     these batches. How bytes are shared out among the sites follows from their curves; see ``choosing.py``.
 
+    Predictors are fitted to all batches, but measured on each half of them as fitted to the other half: what they do on
+    text they were not fitted to.
+
     Args:
       fun: the function, as for ``sparsify``.
       batches: tuples of its arguments, plain weights included; a list or the like, since it is read more than once. An
@@ -90,6 +94,8 @@ def calibrate(
       predictors: what each site may choose from, where ``config`` states no predictor; None is ``PREDICTORS``, or
         ``CERTIFIED_PREDICTORS`` if all sites are to be certified.
       config: what is to be calibrated; give ``sparsify`` the same. None is ``Config()``.
+      fitted: a calibration of this function: predictors are fitted to the inputs that it saw, and units grouped as it
+        has them, instead of by these batches. So what was calibrated on one text is measured on another.
       progress: show a progress bar; None shows one on a terminal.
       **jit_options: options of ``jax.jit``, as for ``sparsify``.
 
@@ -114,23 +120,29 @@ def calibrate(
         raise TypeError(f"calibrate: batches is a {type(batches).__name__}; expected an iterable of argument tuples")
     # Without a predictor in the settings those of `predictors` are measured.
     stated = [s.predictor for s in _all_settings(config)]
-    fitted = any(takes_inputs(p) for s in stated for p in (predictors if s is None else (s,)))
+    if fitted is not None and not isinstance(fitted, Calibration):
+        raise TypeError(f"calibrate: fitted={fitted!r}; expected what hx.calibrate returns, or None")
+    fits = fitted is None and any(takes_inputs(p) for s in stated for p in (predictors if s is None else (s,)))
     grouped = any(isinstance(s, Ffn) and s.group_size > 1 for s in _all_settings(config))
     if name != "recall" and iter(batches) is batches:
         raise ValueError(
             f"calibrate: batches is a {type(batches).__name__}, which can be read once; {name} takes several passes; "
             "expected a list, or the like"
         )
-    if fitted and iter(batches) is batches:
+    if fits and iter(batches) is batches:
         raise ValueError(
             f"calibrate: batches is a {type(batches).__name__}, which can be read once, but LowRank and Projected are "
             "fitted in a first pass and measured in a second; expected a list, or the like, or "
             "predictors=[hx.Quantized(8)]"
         )
-    first = fitted or (grouped and iter(batches) is not batches)
+    first = fits or (fitted is None and grouped and iter(batches) is not batches)
     show = sys.stderr.isatty() if progress is None else progress
     measuring = Measuring(fun, weights_argnums, jit_options)
-    known = measuring.inputs(_shown(batches, "inputs", show), _everywhere(config, _unfitted)) if first else None
+    known: Sequence[Calibration | None] = (fitted,) * 3
+    if first:
+        known = measuring.inputs(_shown(batches, "inputs", show), _everywhere(config, _unfitted))
+    if not fits:
+        known = (known[0],) * 3
     plain = _everywhere(config, _plainly)
     measured = measuring.predictors(_shown(batches, "predictors", show), plain, predictors, known)
     sites = {path: site.chosen_for(value if name == "recall" else 0.99) for path, site in measured.sites.items()}

@@ -21,7 +21,7 @@ from hire_xform.lowering import PredictorSpec, record_p
 from hire_xform.passes import compat
 from hire_xform.passes.capture import Capture, CaptureInputs, Measured
 from hire_xform.passes.detect import FfnMatch
-from hire_xform.passes.measured import Measure, input_numbers, site_stack
+from hire_xform.passes.measured import Measure, Regrouped, input_numbers, site_stack
 from hire_xform.passes.pack import Packed
 from hire_xform.passes.plan import Decision, Plan, bytes_read
 from hire_xform.passes.provenance import Root
@@ -47,29 +47,48 @@ class Measuring:
         step.traced_class = kind
         return step
 
-    def inputs(self, batches: Iterable[Any], config: Config) -> Calibration:
-        """What is known of sites without a predictor: covariances of inputs, which units fire."""
-        return self._measured(_InputTrace, batches, config, (PREDICTOR,), None)
+    def inputs(self, batches: Iterable[Any], config: Config) -> tuple[Calibration, ...]:
+        """What is known of sites without a predictor: covariances of inputs, which units fire.
+
+        Returns:
+          That of all batches; that with the covariances of every second batch from the second on, and of the others.
+          The last two are the first where there is one batch.
+        """
+        step = self.step(functools.partial(_InputTrace, (PREDICTOR,)), config, None)
+        halves = _Collected(), _Collected()
+        for number, batch in enumerate(batches):
+            halves[number % 2].add(step, number, batch)
+        known = halves[0].joined(halves[1]).calibration(None)
+        if halves[1].empty:
+            return known, known, known
+        return known, *(_with_covariances(known, half.calibration(None)) for half in halves[::-1])
 
     def predictors(
-        self, batches: Iterable[Any], config: Config, predictors: Sequence[PredictorSpec], known: Calibration | None
-    ) -> Calibration:
-        """The curves of predictors where the settings state none, fitted to the inputs that are known."""
-        return self._measured(_CaptureTrace, batches, config, predictors, known)
-
-    def _measured(
         self,
-        kind: Any,
         batches: Iterable[Any],
         config: Config,
         predictors: Sequence[PredictorSpec],
-        known: Calibration | None,
+        known: Sequence[Calibration | None],
     ) -> Calibration:
-        step = self.step(functools.partial(kind, tuple(predictors)), config, known)
+        """The curves of predictors where the settings state none.
+
+        Args:
+          batches: what to measure on.
+          config: settings.
+          predictors: where they state none.
+          known: what predictors will be fitted to, and what they are fitted to here: for every second batch from the
+            first on, and for the others, so that none is measured on the inputs that it was fitted to.
+        """
+        whole, *folds = known
+        traced = functools.partial(_CaptureTrace, tuple(predictors))
+        steps = [self.step(traced, config, fold) for fold in folds]
+        if folds[0] is folds[1]:
+            steps[1] = steps[0]
+        steps[1].memory = steps[0].memory
         collected = _Collected()
         for number, batch in enumerate(batches):
-            collected.add(step, number, batch)
-        return collected.calibration(known)
+            collected.add(steps[number % 2], number, batch)
+        return collected.calibration(whole)
 
 
 class _CaptureTrace(Traced):
@@ -107,6 +126,15 @@ def _stating(config: Config, predictor: PredictorSpec) -> Config:
     return dataclasses.replace(both(config), rules=tuple(both(rule) for rule in config.rules))
 
 
+def _with_covariances(known: Calibration, half: Calibration) -> Calibration:
+    """The one with the covariances of the other, where that saw tokens."""
+    sites = dict(known.sites)
+    for path, site in half.sites.items():
+        if site.tokens.min() > 0:
+            sites[path] = dataclasses.replace(sites[path], covariances=site.covariances)
+    return dataclasses.replace(known, sites=sites)
+
+
 class _Collected:
     """Sums over the batches so far."""
 
@@ -115,6 +143,20 @@ class _Collected:
         self._sites: dict[str, Measured] = {}
         self._programs: dict[Traced, Callable] = {}
         self._batches = 0
+
+    @property
+    def empty(self) -> bool:
+        """True before the first batch."""
+        return not self._batches
+
+    def joined(self, other: _Collected) -> _Collected:
+        """The sums over the batches of both."""
+        both = _Collected()
+        both._sums = {**self._sums, **other._sums}
+        both._sums.update({k: np.asarray(v + other._sums[k]) for k, v in self._sums.items() if k in other._sums})
+        both._sites = {**other._sites, **self._sites}
+        both._batches = self._batches + other._batches
+        return both
 
     def add(self, step: Sparsified, number: int, batch: Any) -> None:
         """Runs one batch."""
@@ -176,10 +218,19 @@ class _Collected:
             if f"wanted{i}" in own
         }
         fired, energy, order, touched = own.get("fired"), own.get("energy"), None, None
-        if known is not None and known.sites[path].order is not None:
-            # These were summed in the order that units were then grouped by.
-            before = known.sites[path]
-            fired, energy, order, touched = before.fired, before.energy, before.order, before.touched
+        if known is not None and path not in known.sites:
+            raise ValueError(f"calibrate: fitted={known!r} has no site {path}; expected a calibration of this function")
+        before = None if known is None else known.sites[path]
+        if before is not None and before.order is not None:
+            order, touched = before.order, before.touched
+            if (
+                fired is not None
+                and energy is not None
+                and any(isinstance(n.key.form, Regrouped) for n in decision.needs)
+            ):
+                # These were summed in the order that units are grouped by.
+                back = np.argsort(order, axis=-1)
+                fired, energy = np.take_along_axis(fired, back, axis=-1), np.take_along_axis(energy, back, axis=-1)
         if "touched" in own and group_size > 1:
             groups = np.maximum(own["tokens"], 1) * (site.units // group_size)
             share = own["touched"] / groups

@@ -229,6 +229,19 @@ def test_each_site_gets_the_predictor_and_size_that_reach_the_recall_at_the_fewe
         assert planned.sparse_bytes == min(read.values())
 
 
+def test_no_predictor_is_measured_on_the_inputs_it_was_fitted_to():
+    params = block_params()
+    first, second = ([(params, skewed(s, 40))] for s in (0, 1))
+    given = {"predictors": [hx.LowRank(3)], "config": hx.Config(ffn=None)}
+    (both,) = hx.calibrate(block, first + second, **given).sites.values()
+    fits = [hx.calibrate(block, one, **given) for one in (first, second)]
+    halves = [hx.calibrate(block, one, fitted=fit, **given) for one, fit in ((first, fits[1]), (second, fits[0]))]
+    want = sum(next(iter(h.sites.values())).curve().wanted for h in halves)
+    np.testing.assert_array_equal(both.curve().wanted, want)
+    covariances = [next(iter(f.sites.values())).covariances[0] for f in fits]
+    np.testing.assert_allclose(both.covariances[0], (covariances[0] + covariances[1]) / 2, rtol=1e-5, atol=1e-6)
+
+
 def test_what_is_stated_wins_and_the_rest_is_chosen_for_it():
     params, calibration = chosen()
     ffn, head = (of_kind(calibration, kind) for kind in ("ffn", "vocab"))
@@ -503,6 +516,7 @@ def test_wrong_arguments_are_named():
         (lambda: hx.calibrate(block, ok, config=hx.Vocab()), TypeError, "config=Vocab"),
         (lambda: hx.calibrate(block, ok, predictors=[]), TypeError, r"predictors=\[\]"),
         (lambda: hx.calibrate(block, ok, predictors=[8]), ValueError, r"calibrate\(predictor=8\)"),
+        (lambda: hx.calibrate(block, ok, fitted=3), TypeError, "fitted=3"),
         (lambda: hx.calibrate(block, generator), ValueError, "read once"),
         (lambda: hx.calibrate(block, ok, progress=1), TypeError, "progress=1"),
         (lambda: hx.calibrate(block, ok, max_cost=0.1), TypeError, "unknown option 'max_cost'"),
@@ -547,9 +561,9 @@ def tiny():
 def test_recall_holds_on_text_that_was_not_seen():
     tiny_lm, params, windows = tiny()
     config = hx.Config(vocab=hx.Vocab(predictor=hx.LowRank(0.25)))
-    one, other = (
-        hx.calibrate(tiny_lm.forward, [(params, w) for w in windows[i::2]], recall=0.99, config=config) for i in (0, 1)
-    )
+    one = hx.calibrate(tiny_lm.forward, [(params, w) for w in windows[::2]], config=config, predictors=[PLAIN])
+    unseen = [(params, w) for w in windows[1::2]]
+    other = hx.calibrate(tiny_lm.forward, unseen, config=config, predictors=[PLAIN], fitted=one)
     for site in one.sites.values():
         assert other.sites[site.path].recall_at(int(site.sizes)) == pytest.approx(0.99, abs=0.005), site.path
     cache = tiny_lm.init_cache(tiny_lm.config_of(params), 1, 512)
