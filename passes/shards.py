@@ -116,6 +116,8 @@ def placed_rows(sharding: NamedSharding, shape: Sequence[int], recipe: Recipe) -
 def _reshaped(before: Sequence[int], after: Sequence[int], axes: list[Names], sizes: Any) -> list[Names] | None:
     """Mesh axes of dimensions after a reshape: one that is split, or outermost of those merged, keeps its own."""
     found: list[Names] = [()] * len(after)
+    if 0 in before:
+        return found if not any(axes) else None
     i = j = 0
     while i < len(before) or j < len(after):
         left, right = list(range(i, min(i + 1, len(before)))), list(range(j, min(j + 1, len(after))))
