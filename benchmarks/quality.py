@@ -10,7 +10,6 @@ import argparse
 import json
 import platform
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,12 +26,10 @@ from finetune_tiny_lm import topk_forward  # noqa: E402
 from tiny_lm import model as lm  # noqa: E402
 
 CANDIDATES = 256
-LOW_RANK, INT8, INT4 = hx.LowRank(0.25, bits=8), hx.Quantized(8), hx.Quantized(4)
+LOW_RANK, INT8 = hx.LowRank(0.25, bits=8), hx.Quantized(8)
 # Name, predictor of the head, predictor of the blocks.
 PREDICTORS = (
     ("int8", INT8, INT8),
-    ("int4", INT4, INT4),
-    ("low rank d/4 in int8", LOW_RANK, LOW_RANK),
     ("head low rank, blocks int8", LOW_RANK, INT8),
 )
 
@@ -80,7 +77,7 @@ def models() -> list[Model]:
     dense = lm.load(folder / "weights.safetensors")
     return [
         Model("dense-trained", dense, 1, sizes, lm.forward),
-        Model("dense-trained, groups", dense, group, sizes, lm.forward),
+        Model("dense-trained, groups", dense, group, dict([list(sizes.items())[-1]]), lm.forward),
         Model("top-k-trained", topk, group, sizes, topk_forward(topk, trained, group)),
     ]
 
@@ -104,15 +101,20 @@ def compared(said, taught, following):
     return loss, jnp.sum(jnp.exp(taught) * (taught - said), axis=1), jnp.argmax(said, axis=1)
 
 
-def configured(model: Model, head, blocks, shares: tuple[float, ...], operands) -> hx.Config:
+FORCE = hx.Rule("*", force=True)
+
+
+def blocks_of(operands) -> list[str]:
+    """Paths of the blocks of ``score``, first block first."""
+    sites = hx.sparsify(score, config=hx.Config(rules=(FORCE,))).trace(*operands).plan.sites
+    return [site.path for site in sites if site.kind == "ffn"]
+
+
+def configured(paths: list[str], model: Model, head, blocks, shares: tuple[float, ...]) -> hx.Config:
     """Settings that give each block its share, at every site whatever its size."""
-    force = hx.Rule("*", force=True)
     sizes = [hx.Ffn(active=share, group_size=model.group_size, predictor=blocks) for share in shares]
-    vocab = hx.Vocab(candidates=CANDIDATES, predictor=head)
-    plain = hx.Config(vocab=hx.Vocab(), ffn=hx.Ffn(), rules=(force,))
-    found = [s.path for s in hx.sparsify(score, config=plain).trace(*operands).plan.sites if s.kind == "ffn"]
-    rules = (force, *(hx.Rule(path, ffn=size) for path, size in zip(found, sizes, strict=True)))
-    return hx.Config(vocab=vocab, ffn=sizes[0], rules=rules)
+    rules = (FORCE, *(hx.Rule(path, ffn=size) for path, size in zip(paths, sizes, strict=True)))
+    return hx.Config(vocab=hx.Vocab(candidates=CANDIDATES, predictor=head), ffn=sizes[0], rules=rules)
 
 
 def measure(fitting: np.ndarray, unseen: np.ndarray, console: Console) -> list[Row]:
@@ -121,6 +123,8 @@ def measure(fitting: np.ndarray, unseen: np.ndarray, console: Console) -> list[R
     logs = jax.jit(lambda logits: jax.nn.log_softmax(logits))
     rows: list[Row] = []
     taught: list[jax.Array] = []
+    paths: list[str] = []
+    calibrations: dict = {}
     for model in models():
         exact = jax.jit(model.exact)
         own = [logs(exact(model.params, window[None])[0]) for window in before]
@@ -133,17 +137,16 @@ def measure(fitting: np.ndarray, unseen: np.ndarray, console: Console) -> list[R
         stacked = jnp.stack(taught)
         cache = lm.init_cache(lm.config_of(model.params), batch=1, length=before.shape[1])
         operands = (model.params, cache, before[0], followed[0], taught[0])
+        paths = paths or blocks_of(operands)
         for name, head, blocks in PREDICTORS:
-            calibration = None
-            if LOW_RANK in (head, blocks):
-                asked = hx.Config(
-                    vocab=hx.Vocab(predictor=head), ffn=hx.Ffn(predictor=blocks, group_size=model.group_size)
-                )
+            key = id(model.params), head
+            if head == LOW_RANK and key not in calibrations:
+                asked = hx.Config(vocab=hx.Vocab(predictor=head), ffn=None)
                 batches = [(model.params, jnp.asarray(window[None])) for window in fitting]
-                calibration = hx.calibrate(lm.forward, batches, config=asked)
+                calibrations[key] = hx.calibrate(lm.forward, batches, config=asked)
             for label, shares in model.sizes.items():
-                config = configured(model, head, blocks, shares, operands)
-                step = hx.sparsify(score, config=config, calibration=calibration)
+                config = configured(paths, model, head, blocks, shares)
+                step = hx.sparsify(score, config=config, calibration=calibrations.get(key))
                 plan = step.trace(*operands).plan
                 packed = step.trace(*operands).pack(model.params)
                 # Windows side by side: each is still a decode of one token a call, with its own choice of rows.
@@ -170,7 +173,7 @@ def _row(model, predictor, sizes, share, found, dense_best, own_best) -> Row:
     )
 
 
-def page(rows: list[Row], positions: int, fitted: int, seconds: float) -> str:
+def page(rows: list[Row], positions: int, fitted: int) -> str:
     """The table and the two plots as Markdown."""
     base = rows[0].loss
     trained = rows[-1].sizes
@@ -210,7 +213,7 @@ def page(rows: list[Row], positions: int, fitted: int, seconds: float) -> str:
         "",
         "![Greedy agreement against bytes read](quality_agreement.svg)",
         "",
-        f"{version}, {jax.devices()[0].device_kind}, {seconds / 60:.0f} minutes.",
+        f"{version}, {jax.devices()[0].device_kind}.",
         "",
     ]
     return "\n".join(lines)
@@ -257,13 +260,12 @@ def main() -> None:
     parser.add_argument("--fitting", type=int, default=24, help="windows to fit low-rank predictors to")
     parser.add_argument("--output", type=Path, default=ROOT / "docs", help="folder of the page and the plots")
     options = parser.parse_args()
-    start = time.monotonic()
     tokens = np.load(ROOT / "examples" / "tiny_lm" / "heldout.npy").astype(np.int32)
     windows = tokens[: 256 * (options.fitting + options.windows)].reshape(-1, 256)
     fitting, unseen = windows[: options.fitting], windows[options.fitting :]
     rows = measure(fitting, unseen, Console())
     plots(rows, options.output)
-    text = page(rows, unseen.shape[0] * 255, fitting.size, time.monotonic() - start)
+    text = page(rows, unseen.shape[0] * 255, fitting.size)
     (options.output / "quality.md").write_text(text, encoding="utf-8")
 
 
