@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import jax
-from absl import app, flags
+from absl import app, flags, logging
 from absl.flags import argparse_flags
 
 from hire_xform.api import Sparsified, sparsify
@@ -142,6 +142,9 @@ def _positive(text: str) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    if not flags.FLAGS["verbosity"].present:
+        # absl tells what JAX finds worth knowing of its backends, unless it is asked not to.
+        logging.set_verbosity(logging.WARNING)
     try:
         if arguments.command == "demo":
             from hire_xform import demo
