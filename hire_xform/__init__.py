@@ -15,8 +15,8 @@ from hire_xform.config import Config, Ffn, Rule, Vocab, lossless
 from hire_xform.errors import HireWarning, PackedMismatchError, TracedWeightsError
 from hire_xform.lowering import LowRank, Nucleus, Projected, Quantized, TopSet
 from hire_xform.mesh_plan import Device, MeshPlan, MeshRow, ModelShapes, plan_mesh
+from hire_xform.passes.decisions import Plan, Refusal, Site
 from hire_xform.passes.pack import Packed
-from hire_xform.passes.plan import Plan, Refusal, Site
 from hire_xform.stages import Traced
 from hire_xform.training import TopkFfn, TracedTopk, topk_ffn
 

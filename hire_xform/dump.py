@@ -9,8 +9,8 @@ import jax
 
 from hire_xform import dump_page, dump_text
 from hire_xform.listing import PHASES, Dump, Equation, Mark, Marker, list_program
+from hire_xform.passes.decisions import Decision, Plan
 from hire_xform.passes.detect import FfnMatch
-from hire_xform.passes.plan import Decision, Plan
 from hire_xform.stages import Traced
 
 SHOWS = ("original", "sparse", "diff")

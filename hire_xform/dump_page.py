@@ -10,7 +10,7 @@ from itertools import groupby
 from hire_xform.dump_text import count_of, headline, phases_of, plural, short_reason, short_source
 from hire_xform.explain import describe, size
 from hire_xform.listing import PHASES, Body, Dump, Equation
-from hire_xform.passes.plan import Plan, Refusal, Site
+from hire_xform.passes.decisions import Plan, Refusal, Site
 
 # Neighbouring sites get hues far apart.
 _HUE_STEP = 137.5

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from hire_xform.explain import size
 from hire_xform.listing import PHASES, Body, Dump, Equation, Mark
-from hire_xform.passes.plan import Plan, Site
+from hire_xform.passes.decisions import Plan, Site
 
 _SOURCE = re.compile(r"(?P<file>.*?):(?P<line>\d+)(?P<rest>.*)")
 # Source remarks start here, or where the equation ends.

@@ -14,8 +14,8 @@ from hire_xform.calls import Abstract, abstract_call, argument_of, aval_of, unwr
 from hire_xform.counting import Counts, count_fallbacks
 from hire_xform.errors import TracedWeightsError
 from hire_xform.passes import compat
+from hire_xform.passes.decisions import PackKey
 from hire_xform.passes.pack import Packed, PackedToken
-from hire_xform.passes.plan import PackKey
 from hire_xform.passes.provenance import Root
 from hire_xform.passes.shards import placement_of, token_axes_of
 

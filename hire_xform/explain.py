@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hire_xform.passes.plan import Plan, Refusal, Site
+from hire_xform.passes.decisions import Plan, Refusal, Site
 from hire_xform.passes.settings import Ffn, Vocab
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from hire_xform.lowering import da_top_k_p
 from hire_xform.passes import compat
-from hire_xform.passes.plan import Plan
+from hire_xform.passes.decisions import Plan
 from hire_xform.passes.walk import label, numbered
 
 # What a spliced site does, in order; the names of the scopes its equations stand in.

@@ -20,10 +20,11 @@ from hire_xform.grouping import grouped_order
 from hire_xform.lowering import PredictorSpec, record_p
 from hire_xform.passes import compat
 from hire_xform.passes.capture import Capture, CaptureInputs, Measured
+from hire_xform.passes.cost import bytes_read
+from hire_xform.passes.decisions import Decision, Plan
 from hire_xform.passes.detect import FfnMatch
 from hire_xform.passes.measured import Measure, Regrouped, input_numbers, site_stack
 from hire_xform.passes.pack import Packed
-from hire_xform.passes.plan import Decision, Plan, bytes_read
 from hire_xform.passes.provenance import Root
 from hire_xform.passes.settings import PREDICTOR, Ffn
 from hire_xform.site_calibration import Curve, SiteCalibration, proved_criterion

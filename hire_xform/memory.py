@@ -14,7 +14,7 @@ import numpy as np
 from hire_xform.errors import HireWarning
 from hire_xform.packing import pack_keys
 from hire_xform.passes import compat
-from hire_xform.passes.plan import PackKey
+from hire_xform.passes.decisions import PackKey
 from hire_xform.passes.provenance import Root
 from hire_xform.stages import Traced
 

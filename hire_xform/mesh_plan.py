@@ -14,7 +14,7 @@ import numpy as np
 
 from hire_xform.explain import size
 from hire_xform.lowering import choose, ffn_bytes, predictor_bytes, vocab_bytes
-from hire_xform.passes.plan import FIXED_BYTES, ROW_COST
+from hire_xform.passes.cost import FIXED_BYTES, ROW_COST
 from hire_xform.passes.settings import Ffn, Vocab, refuse
 
 # A value and an id: what each device sends of a token for an arg max.

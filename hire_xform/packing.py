@@ -10,8 +10,8 @@ import jax
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
+from hire_xform.passes.decisions import PackKey
 from hire_xform.passes.pack import pack_array, packing_bytes
-from hire_xform.passes.plan import PackKey
 from hire_xform.passes.provenance import Root
 
 # Below this many bytes packing is over before a bar could be read.

@@ -16,8 +16,8 @@ from hire_xform.config import Config
 from hire_xform.folding import Marks, Totals
 from hire_xform.lowering import record_p
 from hire_xform.measuring import Measuring, program, taken_apart
+from hire_xform.passes.decisions import PackKey, Plan
 from hire_xform.passes.measured import Measure
-from hire_xform.passes.plan import PackKey, Plan
 from hire_xform.passes.rehearse import Rehearse, Rehearsed, Sizes
 from hire_xform.stages import Traced
 

@@ -17,9 +17,10 @@ from hire_xform.config import Config
 from hire_xform.errors import PackedMismatchError
 from hire_xform.packing import pack_keys
 from hire_xform.passes import compat
+from hire_xform.passes.decisions import Need, PackKey, Plan
 from hire_xform.passes.measured import Measure
 from hire_xform.passes.pack import Holding, Packed, PackLayout, decide_holding, pack_shapes, unpack_rows
-from hire_xform.passes.plan import Need, PackKey, Plan, make_plan
+from hire_xform.passes.plan import make_plan
 from hire_xform.passes.provenance import Root
 from hire_xform.passes.rewrite import Rewriter
 from hire_xform.passes.shards import place, placement_of

@@ -13,7 +13,7 @@ from hire_xform.calls import Abstract, Signature, abstract_call
 from hire_xform.config import Config, Rule
 from hire_xform.errors import HireWarning
 from hire_xform.explain import explain_top_groups
-from hire_xform.passes.plan import Plan
+from hire_xform.passes.decisions import Plan
 from hire_xform.passes.rewrite import Rewriter
 from hire_xform.passes.settings import Ffn, refuse
 from hire_xform.passes.top_groups import plan_top_groups

@@ -26,11 +26,11 @@ from hire_xform.lowering import (
     vocab_ranks,
 )
 from hire_xform.passes.canonical import flat_activation, result_shape
+from hire_xform.passes.decisions import Decision, Need
 from hire_xform.passes.detect import FfnMatch, VocabMatch
 from hire_xform.passes.environment import Env, PackedView, read
 from hire_xform.passes.forms import Proving, up_forms, vocab_forms
 from hire_xform.passes.measured import input_numbers
-from hire_xform.passes.plan import Decision, Need
 from hire_xform.passes.rewrite import Rewriter
 from hire_xform.passes.settings import Ffn
 from hire_xform.passes.splice import FfnParts, ffn_parts, site_operands, site_signature

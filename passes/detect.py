@@ -42,6 +42,11 @@ class VocabMatch:
         """All its products."""
         return [self.product]
 
+    @property
+    def units(self) -> int:
+        """Rows to choose from, V."""
+        return self.product.width
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class FfnMatch:

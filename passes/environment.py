@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from hire_xform.passes.plan import Need
+from hire_xform.passes.decisions import Need
 from hire_xform.passes.walk import Operand, Value
 
 

@@ -11,9 +11,9 @@ from collections.abc import Iterable
 from jax.extend.core import primitives as prims
 
 from hire_xform.passes import compat
+from hire_xform.passes.decisions import Decision
 from hire_xform.passes.detect import VocabMatch
 from hire_xform.passes.merge import MergedTopK
-from hire_xform.passes.plan import Decision
 from hire_xform.passes.provenance import IndexSlice
 from hire_xform.passes.top_groups import TopGroups
 from hire_xform.passes.treatment import Treatment

@@ -17,8 +17,8 @@ from jax import lax
 from jax.extend.core import primitives as prims
 from jax.sharding import PartitionSpec
 
+from hire_xform.passes.decisions import Decision, Need
 from hire_xform.passes.detect import VocabMatch
-from hire_xform.passes.plan import Decision, Need
 from hire_xform.passes.pointwise import is_pointwise
 from hire_xform.passes.shards import Placement
 from hire_xform.passes.top_k import top_k_of

@@ -16,11 +16,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from hire_xform.lowering import PredictorSpec, largest_norm, pack_moments, pack_predictor, pack_proof
 from hire_xform.passes import compat
+from hire_xform.passes.decisions import PackKey, Plan
 from hire_xform.passes.detect import Detection
 from hire_xform.passes.forms import Proving
 from hire_xform.passes.levels import Levels
 from hire_xform.passes.measured import Fitted, Regrouped
-from hire_xform.passes.plan import PackKey, Plan
 from hire_xform.passes.products import rounding_free
 from hire_xform.passes.provenance import Recipe, Reshape, Root, Stack, Step, Transpose
 from hire_xform.passes.rewrite import Rewriter

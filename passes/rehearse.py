@@ -16,11 +16,12 @@ import jax.numpy as jnp
 from hire_xform.lowering import KL_SIZES, first_in_order, group_scores, predict_scores, record
 from hire_xform.passes.canonical import flat_activation, result_shape
 from hire_xform.passes.capture import dense_activation
+from hire_xform.passes.decisions import Decision, Need
 from hire_xform.passes.detect import FfnMatch, VocabMatch
 from hire_xform.passes.environment import Env, PackedView, read
 from hire_xform.passes.forms import vocab_forms
+from hire_xform.passes.needs import stack_need
 from hire_xform.passes.of_chosen import OfChosen
-from hire_xform.passes.plan import Decision, Need, stack_need
 from hire_xform.passes.rewrite import Rewriter
 from hire_xform.passes.settings import Ffn
 from hire_xform.passes.splice import ffn_parts, site_operands, site_signature

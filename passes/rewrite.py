@@ -17,10 +17,10 @@ import numpy as np
 
 from hire_xform.lowering import mark_fallback
 from hire_xform.passes import compat, control
+from hire_xform.passes.decisions import Decision, Need
 from hire_xform.passes.environment import Env, PackedView, Views, read
 from hire_xform.passes.liveness import Liveness
 from hire_xform.passes.merge import MergedTopK, merged_top_k
-from hire_xform.passes.plan import Decision, Need
 from hire_xform.passes.provenance import IndexSlice
 from hire_xform.passes.splice import dense_rows, site_function, site_operands, site_signature
 from hire_xform.passes.splice_sharded import sharded_function

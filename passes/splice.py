@@ -19,12 +19,12 @@ from hire_xform.lowering import (
     vocab_logits,
 )
 from hire_xform.passes.canonical import canonical_activation, canonical_side, flat_activation, result_shape
+from hire_xform.passes.decisions import Decision
 from hire_xform.passes.detect import FfnMatch, VocabMatch
 from hire_xform.passes.environment import PackedView
 from hire_xform.passes.forms import down_forms, up_forms
 from hire_xform.passes.levels import Levels
 from hire_xform.passes.of_chosen import OfChosen
-from hire_xform.passes.plan import Decision
 from hire_xform.passes.products import Product
 from hire_xform.passes.region import Up, replay
 from hire_xform.passes.settings import Ffn, Vocab

@@ -19,9 +19,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from hire_xform.passes import compat
 from hire_xform.passes.canonical import canonical_activation, canonical_side, flat_activation, result_shape
+from hire_xform.passes.decisions import Decision
 from hire_xform.passes.detect import FfnMatch, VocabMatch
 from hire_xform.passes.environment import PackedView
-from hire_xform.passes.plan import Decision
 from hire_xform.passes.shards import Names, Placement, spec_of
 from hire_xform.passes.splice import ffn_parts, flat_block, flat_logits
 

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 
 from hire_xform.lowering import keep_top_groups
 from hire_xform.passes import compat
+from hire_xform.passes.decisions import Need, Plan, Refusal, Site
 from hire_xform.passes.detect import Detection, FfnMatch
-from hire_xform.passes.plan import Need, Plan, Refusal, Site
 from hire_xform.passes.provenance import Root
 from hire_xform.passes.settings import Choice, Ffn
 from hire_xform.passes.walk import Node, Operand

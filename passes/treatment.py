@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from hire_xform.passes.decisions import Decision, Need, PackKey, Plan
 from hire_xform.passes.detect import Detection
 from hire_xform.passes.merge import MergedTopK, merged_top_ks
-from hire_xform.passes.plan import Decision, Need, PackKey, Plan
 from hire_xform.passes.products import Product, normal_form
 from hire_xform.passes.provenance import Root
 from hire_xform.passes.top_groups import TopGroups

@@ -1,0 +1,62 @@
+"""What a site reads, and what it costs besides reading."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from hire_xform.lowering import ffn_bytes, moments_bytes, predictor_bytes, proof_bytes, vocab_bytes
+from hire_xform.passes.detect import FfnMatch, VocabMatch
+from hire_xform.passes.forms import Proving, down_forms, up_forms
+from hire_xform.passes.settings import Ffn, Vocab
+
+# A row read out of order costs this many times what it costs in a streamed product. Measured by
+# `benchmarks/kernels.py` on a CPU; accelerators read rows of a kilobyte or more about as fast as anything else.
+ROW_COST = {"cpu": 1.5}
+# What predicting and selecting costs besides reading, as the bytes a dense product would read in that time.
+FIXED_BYTES = {"cpu": 1 << 20, "gpu": 4 << 20, "tpu": 4 << 20}
+
+
+def bytes_read(
+    match: VocabMatch | FfnMatch, settings: Vocab | Ffn, count: int, tokens: int, computed: int, shards: int = 1
+) -> tuple[int, int]:
+    """Bytes per execution on one device: of the predictor (and norms), and of the rows computed exactly."""
+    spec = settings.spec
+    if isinstance(match, VocabMatch):
+        product = match.product
+        dtype = product.weight.aval.dtype
+        total = vocab_bytes(tokens, product.width // shards, product.contracted, dtype, spec, candidates=count)
+        exact = computed * product.contracted * np.dtype(dtype).itemsize
+        return total - exact + _proof_bytes(settings, product.width // shards, product.contracted, dtype), exact
+    assert isinstance(settings, Ffn)
+    region, down = match.region, match.down
+    forms = up_forms(region, settings)
+    ups = [
+        (up.product.contracted, up.product.weight.aval.dtype, spec if spec in read or Proving(spec) in read else None)
+        for up, read in zip(region.ups, forms, strict=True)
+    ]
+    total = ffn_bytes(
+        tokens,
+        match.units // shards,
+        ups,
+        down.width,
+        down.weight.aval.dtype,
+        active=count,
+        group_size=settings.group_size,
+        norms="norms" in down_forms(region, settings),
+    )
+    total += sum(moments_bytes(up[0]) for up, read in zip(ups, forms, strict=True) if "moments" in read)
+    total += sum(
+        _proof_bytes(settings, match.units // shards, d, dtype) for d, dtype, predicted in ups if predicted is not None
+    )
+    rows = sum(d * np.dtype(dtype).itemsize for d, dtype, _ in ups)
+    rows += down.width * np.dtype(down.weight.aval.dtype).itemsize
+    return total - computed * rows, computed * rows
+
+
+def _proof_bytes(settings: Vocab | Ffn, n: int, d: int, dtype: Any) -> int:
+    """What a proof reads more than its predictor alone; nothing where none is asked for."""
+    if not settings.certify:
+        return 0
+    return proof_bytes(n, d, settings.spec, dtype) - predictor_bytes(n, d, settings.spec, dtype)

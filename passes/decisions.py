@@ -1,0 +1,172 @@
+"""What a plan says: sites, refusals, and what the rewriting of each site takes."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from hire_xform.passes.detect import FfnMatch, VocabMatch
+from hire_xform.passes.levels import Levels
+from hire_xform.passes.provenance import Recipe, Ref
+from hire_xform.passes.settings import Ffn, Vocab
+from hire_xform.passes.shards import Placement
+from hire_xform.passes.walk import Node
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place that is rewritten.
+
+    Attributes:
+      kind: "ffn" or "vocab".
+      path: the equation whose result is replaced, such as ``scan[0]/dot_general[3]``.
+      source: the user's ``file:line (function)``.
+      tokens: rows of the activation, T.
+      dense_bytes: weight bytes the dense form reads per call; inside a scan, over all its iterations.
+      sparse_bytes: weight bytes the rewritten form reads per call.
+      settings: the ``Vocab`` or ``Ffn`` that was used.
+      weights: names of the weights, in the order of the products.
+      inputs: columns of the (first) weight, d.
+      units: rows to choose from: the vocabulary V or the hidden width m.
+      computed: rows computed exactly per call: for one shared set its size, else the sum over tokens.
+      shared: True when all tokens share one set of rows.
+      activation: the pointwise operations between the products of an FFN.
+      own: the model's own choice of units, such as "top 512"; empty when it makes none.
+      forced: True when a rule overrode the cost model.
+      calibrated: what a calibration says of its size; empty without one.
+      shards: over how many devices its units are split; each reads, and picks from, its own.
+      placed: the mesh axes of those devices, for reports; empty without any.
+    """
+
+    kind: str
+    path: str
+    source: str
+    tokens: int
+    dense_bytes: int
+    sparse_bytes: int
+    settings: Vocab | Ffn
+    weights: tuple[str, ...]
+    inputs: int
+    units: int
+    computed: int
+    shared: bool
+    activation: str = ""
+    own: str = ""
+    forced: bool = False
+    calibrated: str = ""
+    shards: int = 1
+    placed: str = ""
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A weight product that stays dense, and why.
+
+    Attributes:
+      path: the equation's path.
+      source: the user's ``file:line (function)``.
+      reason: one sentence.
+      kind: "ffn" or "vocab" when it is one; "" when it is neither.
+      dense_bytes: weight bytes read per call.
+      weights: names of its weights.
+    """
+
+    path: str
+    source: str
+    reason: str
+    kind: str = ""
+    dense_bytes: int = 0
+    weights: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class PackKey:
+    """One packed form of one weight.
+
+    ``"rows"``, the ``"norms"`` of its rows, the ``"largest"`` of them, their ``"moments"``, for a predictor spec its
+    arrays, for ``Proving`` also how far they can be from the rows, and for ``Fitted`` either, fitted to its inputs.
+    ``Regrouped`` is any of these in another order. ``Levels`` is of no weight, but has an entry for each layer of it.
+    """
+
+    recipe: Recipe
+    form: Any
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Need:
+    """A packed form as one site reads it: the key, and what resolves its stack axes at run time."""
+
+    key: PackKey
+    refs: tuple[Ref, ...]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Decision:
+    """A match that is rewritten, with all it takes.
+
+    Attributes:
+      match: the match.
+      site: its public description.
+      settings: its settings.
+      count: rows (vocabulary) or groups (FFN) each token may have; of a sharded site, on each device.
+      needs: packed forms, as ``passes/forms.py`` orders them: of each product into the units, then of the contracting
+        one; of a vocabulary projection those of its one.
+      input_bits: significant bits that a certified product's dense form keeps of its inputs.
+      placement: where it runs, when its weights are over several devices.
+      levels: the counts of layers that have their own; the last of ``needs`` says which. ``count`` is the largest.
+    """
+
+    match: VocabMatch | FfnMatch
+    site: Site
+    settings: Vocab | Ffn
+    count: int
+    needs: tuple[Need, ...]
+    input_bits: int = 24
+    placement: Placement | None = None
+    levels: Levels | None = None
+
+    @property
+    def node(self) -> Node:
+        """The equation whose result is replaced."""
+        return self.match.node
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is rewritten (``sites``) and what is not (``refusals``), each in program order.
+
+    ``unmatched_rules`` are the path patterns of rules that match no block and no vocabulary projection.
+    """
+
+    sites: tuple[Site, ...]
+    refusals: tuple[Refusal, ...]
+    platform: str
+    decisions: tuple[Decision, ...] = field(default=(), repr=False, compare=False)
+    unmatched_rules: tuple[str, ...] = ()
+
+    @property
+    def dense_bytes(self) -> int:
+        """Weight bytes of all sites, dense."""
+        return sum(s.dense_bytes for s in self.sites)
+
+    @property
+    def sparse_bytes(self) -> int:
+        """Weight bytes of all sites, rewritten."""
+        return sum(s.sparse_bytes for s in self.sites)
+
+    @property
+    def refused_bytes(self) -> int:
+        """Weight bytes of all products that stay dense."""
+        return sum(r.dense_bytes for r in self.refusals)
+
+    def to_json(self, indent: int | None = 2) -> str:
+        """The plan as JSON: ``{"platform", "sites": [...], "refusals": [...], "unmatched_rules": [...]}``."""
+        sites = []
+        for site in self.sites:
+            entry = {k: v for k, v in asdict(site).items() if k != "settings"}
+            entry["settings"] = {**asdict(site.settings), "predictor": repr(site.settings.spec)}
+            sites.append(entry)
+        found = {"platform": self.platform, "sites": sites, "refusals": [asdict(r) for r in self.refusals]}
+        found["unmatched_rules"] = list(self.unmatched_rules)
+        return json.dumps(found, indent=indent)

@@ -1,0 +1,68 @@
+"""Which packed forms of which weights a site reads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from hire_xform.passes.decisions import Need, PackKey
+from hire_xform.passes.detect import FfnMatch, VocabMatch, up_rows, vocab_rows
+from hire_xform.passes.forms import Proving, down_forms, up_forms, vocab_forms
+from hire_xform.passes.measured import Fitted, Inputs, Measurement, Order, Regrouped, takes_inputs
+from hire_xform.passes.parts import is_cut
+from hire_xform.passes.provenance import Origin, Recipe, Stack
+from hire_xform.passes.settings import Ffn, Vocab
+from hire_xform.passes.shards import in_parts
+
+
+def stack_need(match: VocabMatch | FfnMatch, form: Any) -> Need:
+    """A form that has an entry for each layer of a site's (first) weight, whatever the weight."""
+    if isinstance(match, VocabMatch):
+        return Need(PackKey(vocab_rows(match), form), match.product.origin.refs)
+    up = match.region.ups[0]
+    return Need(PackKey(up_rows(up), form), up.product.origin.refs)
+
+
+def needs_of(
+    match: VocabMatch | FfnMatch,
+    settings: Vocab | Ffn,
+    inputs: Sequence[Inputs] | None,
+    shards: int,
+    order: Order | None,
+) -> tuple[Need, ...]:
+    """The packed forms of a site, in the order of ``Decision.needs``."""
+
+    def needs(recipe: Recipe, forms: list[Any], origin: Origin, columns: int, number: int = 0) -> list[Need]:
+        fitted = (settings.spec, Proving(settings.spec))
+        if inputs is not None and takes_inputs(settings.spec):
+            forms = [Fitted(form, inputs[number]) if form in fitted else form for form in forms]
+        if order is not None:
+            forms = [Regrouped(form, order) for form in forms]
+        # Rows lie as they are, each device's part of them together; all else is made of each part by itself.
+        parts = in_parts(recipe, match.units, columns, shards)
+        return [Need(PackKey(recipe if form == "rows" else parts, form), origin.refs) for form in forms]
+
+    if isinstance(match, VocabMatch):
+        assert isinstance(settings, Vocab)
+        product = match.product
+        return tuple(needs(vocab_rows(match), vocab_forms(settings), product.origin, product.contracted))
+    assert isinstance(settings, Ffn)
+    region = match.region
+    found: list[Need] = []
+    for number, (up, forms) in enumerate(zip(region.ups, up_forms(region, settings), strict=True)):
+        found += needs(up_rows(up), forms, up.product.origin, up.product.contracted, number)
+    found += needs(match.down_rows(), down_forms(region, settings), match.down.origin, match.down.width)
+    if order is not None:
+        found.append(stack_need(match, Regrouped("order", order)))
+    return tuple(found)
+
+
+def order_of(match: VocabMatch | FfnMatch, settings: Vocab | Ffn, measurement: Measurement | None) -> Order | None:
+    """The order that a block's units are packed in, where its groups are of units that fire together."""
+    if isinstance(match, VocabMatch) or measurement is None or settings.certify or match.region.own is not None:
+        return None
+    weights = [(up_rows(up), up.product.origin) for up in match.region.ups] + [(match.down_rows(), match.down.origin)]
+    stacks = {tuple(s.size for s in recipe.steps if isinstance(s, Stack)) for recipe, _ in weights}
+    if len(stacks) > 1 or any(is_cut(origin.refs) for _, origin in weights):
+        return None
+    return measurement.order_for(settings)
