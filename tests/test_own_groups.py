@@ -6,11 +6,10 @@ import numpy as np
 import pytest
 from checks import FORCE, assert_same, full_width, kinds
 from jax import lax
-from test_own_sparsity import gated_block, plain_block, rows, site_of, tokens, weights
+from test_own_sparsity import check_held, gated_block, plain_block, rows, site_of, tokens, weights
 
 import hire_xform as hx
-from hire_xform.lowering import da_top_k_p, over_groups
-from hire_xform.observe import observe
+from hire_xform.lowering import over_groups
 
 M, G, K = 96, 8, 3
 
@@ -81,29 +80,17 @@ def test_the_models_own_groups_and_half_as_many_again_are_computed():
     assert_same(hx.sparsify(plain_block(CHOICES["energy"]), config=coarse)(p, x), plain_block(CHOICES["energy"])(p, x))
 
 
-@pytest.mark.parametrize("name", ["energy", "indices", "one_hot"])
+SCORES = {
+    "energy": lambda u: jnp.square(grouped(u)).sum(-1),
+    "indices": lambda u: jnp.abs(grouped(u)).max(-1),
+    "one_hot": lambda u: jnp.linalg.norm(grouped(u), axis=-1),
+}
+
+
+@pytest.mark.parametrize("name", SCORES)
 def test_groups_are_the_dense_ones_whenever_the_candidates_hold_them(name):
-    """A poor predictor, so that candidates sometimes miss one: the result is dense's exactly when they don't."""
-    fun, p = plain_block(CHOICES[name]), weights()
-    step = hx.sparsify(fun, config=hx.Config(ffn=hx.Ffn(active=0.34, predictor=hx.LowRank(4)), rules=FORCE))
-    traced = step.trace(p, tokens(1))
-    packed = traced.pack(p)
-    run = jax.jit(
-        lambda packed, x: observe(
-            traced.sparse_jaxpr, jax.tree.leaves((packed, x)), lambda _, eqn: eqn.primitive is da_top_k_p
-        )
-    )
-    met = {True: 0, False: 0}
-    for seed in range(40):
-        x = tokens(1, seed=seed)
-        (result,), (((_,), (_, index)),) = run(packed, x)
-        hidden = grouped(x @ p["gate"])
-        score = {"energy": jnp.square(hidden).sum(-1), "indices": jnp.abs(hidden).max(-1)}
-        wanted = lax.top_k(score.get(name, jnp.linalg.norm(hidden, axis=-1)), K)[1]
-        held = bool(np.isin(np.asarray(wanted), np.asarray(index)).all())
-        met[held] += 1
-        assert bool(np.allclose(result, fun(p, x), rtol=1e-4, atol=1e-5)) == held
-    assert min(met.values()) >= 5, met
+    settings = hx.Ffn(active=0.34, predictor=hx.LowRank(4))
+    check_held(plain_block(CHOICES[name]), settings, lambda hidden: lax.top_k(SCORES[name](hidden), K)[1])
 
 
 def test_a_gated_block_in_a_scan_under_vmap():
