@@ -167,8 +167,13 @@ def main() -> int:
             return 0
         command = [sys.executable, __file__, "--processes", str(options.processes), "--port", str(free_port())]
         command += ["--tokens", str(options.tokens), "--checkpoint", str(checkpoint)]
-        children = [subprocess.Popen([*command, "--process", str(i)]) for i in range(options.processes)]
-        return max(child.wait() for child in children)
+        numbers = range(options.processes)
+        children = [
+            subprocess.Popen([*command, "--process", str(i)], stdout=subprocess.PIPE, text=True) for i in numbers
+        ]
+        for child in children:
+            print(child.communicate()[0], end="")
+        return max(child.returncode for child in children)
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ def test_four_processes_decode_what_one_does():
 
 # Process 1 dies after three sparse tokens; the others are then in the middle of a collective.
 DYING = """
-import os, sys
+import functools, os, sys
 import jax
 import sharded_decoder as example
 import hire_xform as hx
@@ -49,6 +49,8 @@ def generate(step, weights, mesh, count, original=example.generate):
         os._exit(3)
     return original(step, weights, mesh, count)
 
+# Ten seconds until a process that says nothing counts as dead, where JAX waits for a hundred.
+jax.distributed.initialize = functools.partial(jax.distributed.initialize, heartbeat_timeout_seconds=10)
 example.generate = generate
 sys.exit(example.main())
 """
