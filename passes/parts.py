@@ -46,8 +46,7 @@ def _places(steps: Sequence[Step], shape: tuple[int, ...], dim: int) -> frozense
         elif isinstance(step, Reshape):
             dims, shape = reshaped(shape, step.shape, dims), step.shape
         elif isinstance(step, Slice):
-            ends = zip(step.start, step.limit, step.strides, strict=True)
-            shape = tuple(-(-(limit - start) // stride) for start, limit, stride in ends)
+            shape = step.shape
         elif isinstance(step, Stack):
             dims, shape = frozenset(d - 1 for d in dims if d), shape[1:]
     return dims

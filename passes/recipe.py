@@ -65,6 +65,12 @@ class Slice:
     limit: tuple[int, ...]
     strides: tuple[int, ...]
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of what is left."""
+        ends = zip(self.start, self.limit, self.strides, strict=True)
+        return tuple(-(-(limit - start) // stride) for start, limit, stride in ends)
+
     def apply(self, x: Any) -> Any:
         """The step on an array."""
         return lax.slice(x, self.start, self.limit, self.strides)

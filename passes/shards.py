@@ -100,11 +100,9 @@ def placed_rows(sharding: NamedSharding, shape: Sequence[int], recipe: Recipe) -
         elif isinstance(step, Transpose):
             axes, now = [axes[d] for d in step.perm], tuple(now[d] for d in step.perm)
         elif isinstance(step, Slice):
-            ends = zip(step.start, step.limit, step.strides, strict=True)
-            cut = tuple(-(-(limit - start) // stride) for start, limit, stride in ends)
-            if any(names and before != after for names, before, after in zip(axes, now, cut, strict=True)):
+            if any(names and before != after for names, before, after in zip(axes, now, step.shape, strict=True)):
                 return "it is one part of a weight that is sharded along the axis it is cut from"
-            now = cut
+            now = step.shape
         elif isinstance(step, Reshape):
             moved = _reshaped(now, step.shape, axes, sharding.mesh.shape)
             if moved is None:
