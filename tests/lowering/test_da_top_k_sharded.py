@@ -108,16 +108,15 @@ def check_under_vmap_grad_and_scan():
     np.testing.assert_array_equal(gradient, expected)
 
 
+def in_a_shard_map(mesh, **options):
+    """Each of four devices along "model" takes its quarter."""
+    spec = PartitionSpec(None, "model")
+    return jax.jit(jax.shard_map(lambda s: da_top_k(s, K // 4), mesh=mesh, in_specs=spec, out_specs=spec, **options))
+
+
 def check_the_rule_is_not_used_inside_a_manual_shard_map():
     given = placed(4, PartitionSpec(None, "model"), AxisType.Auto)
-    mapped = jax.jit(
-        jax.shard_map(
-            lambda s: da_top_k(s, K // 4),
-            mesh=given.sharding.mesh,
-            in_specs=PartitionSpec(None, "model"),
-            out_specs=PartitionSpec(None, "model"),
-        )
-    )
+    mapped = in_a_shard_map(given.sharding.mesh)
     lowered = mapped.lower(given)
     assert "CustomSPMDPartitioning" not in lowered.as_text()
     assert collectives(lowered.compile()) == []
@@ -128,15 +127,7 @@ def check_the_rule_is_not_used_inside_a_manual_shard_map():
 
 def check_a_shard_map_of_one_axis_of_two():
     given = placed(4, PartitionSpec("data", "model"), AxisType.Auto, data=2)
-    mapped = jax.jit(
-        jax.shard_map(
-            lambda s: da_top_k(s, K // 4),
-            mesh=given.sharding.mesh,
-            in_specs=PartitionSpec(None, "model"),
-            out_specs=PartitionSpec(None, "model"),
-            axis_names={"model"},
-        )
-    )
+    mapped = in_a_shard_map(given.sharding.mesh, axis_names={"model"})
     np.testing.assert_array_equal(mapped(given)[0], da_top_k(jnp.asarray(scores()), K, 4)[0])
 
 
