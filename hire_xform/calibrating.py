@@ -50,6 +50,7 @@ def calibrate(
     predictors: Sequence[PredictorSpec] | None = None,
     config: Config | None = None,
     fitted: Calibration | None = None,
+    regroup: bool = True,
     progress: bool | None = None,
     **jit_options: Any,
 ) -> Calibration:
@@ -96,6 +97,8 @@ def calibrate(
       config: what is to be calibrated; give ``sparsify`` the same. None is ``Config()``.
       fitted: a calibration of this function: predictors are fitted to the inputs that it saw, and units grouped as it
         has them, instead of by these batches. So what was calibrated on one text is measured on another.
+      regroup: where units are chosen in groups, make neighbours of units that fire together. False leaves groups as
+        they are: for models that were trained with theirs.
       progress: show a progress bar; None shows one on a terminal.
       **jit_options: options of ``jax.jit``, as for ``sparsify``.
 
@@ -118,12 +121,14 @@ def calibrate(
     predictors = usual if predictors is None else _checked_predictors(predictors)
     if not isinstance(batches, Iterable) or isinstance(batches, (Mapping, str, np.ndarray, jax.Array)):
         raise TypeError(f"calibrate: batches is a {type(batches).__name__}; expected an iterable of argument tuples")
+    if not isinstance(regroup, bool):
+        raise TypeError(f"calibrate: regroup={regroup!r}; expected True or False")
     # Without a predictor in the settings those of `predictors` are measured.
     stated = [s.predictor for s in _all_settings(config)]
     if fitted is not None and not isinstance(fitted, Calibration):
         raise TypeError(f"calibrate: fitted={fitted!r}; expected what hx.calibrate returns, or None")
     fits = fitted is None and any(takes_inputs(p) for s in stated for p in (predictors if s is None else (s,)))
-    grouped = any(isinstance(s, Ffn) and s.group_size > 1 for s in _all_settings(config))
+    grouped = regroup and any(isinstance(s, Ffn) and s.group_size > 1 for s in _all_settings(config))
     if name != "recall" and iter(batches) is batches:
         raise ValueError(
             f"calibrate: batches is a {type(batches).__name__}, which can be read once; {name} takes several passes; "
@@ -141,6 +146,8 @@ def calibrate(
     known: Sequence[Calibration | None] = (fitted,) * 3
     if first:
         known = measuring.inputs(_shown(batches, "inputs", show), _everywhere(config, _unfitted))
+    if not regroup:
+        known = [_as_they_are(one) for one in known]
     if not fits:
         known = (known[0],) * 3
     plain = _everywhere(config, _plainly)
@@ -190,6 +197,14 @@ def _everywhere(config: Config, change: Callable[[Any], Any]) -> Config:
 
     rules = [dataclasses.replace(r, vocab=changed(r.vocab), ffn=changed(r.ffn)) for r in config.rules]
     return Config(vocab=changed(config.vocab), ffn=changed(config.ffn), rules=(Rule("*", force=True), *rules))
+
+
+def _as_they_are(known: Calibration | None) -> Calibration | None:
+    """A calibration without its order of units."""
+    if known is None:
+        return None
+    sites = {path: dataclasses.replace(site, order=None, touched=None) for path, site in known.sites.items()}
+    return Calibration(sites, known.target, known.batches)
 
 
 def _plainly(settings: Any) -> Any:

@@ -130,6 +130,28 @@ def test_the_order_is_kept_in_the_file_and_is_for_its_groups_only(tmp_path):
     assert next(iter(once.sites.values())).order is None
 
 
+@pytest.mark.parametrize("predictor", [hx.Quantized(8), hx.LowRank(0.5, bits=8)])
+def test_groups_may_stay_as_they_are(predictor):
+    params = cofiring_params()
+    given = batches(params)
+    asked = dict(config=GROUPED, predictors=[predictor], recall=0.9)
+    moved, kept = (hx.calibrate(gated, given, regroup=regroup, **asked) for regroup in (True, False))
+    (site,) = kept.sites.values()
+    assert site.order is None
+    assert site.touched[0] == site.touched[1] == next(iter(moved.sites.values())).touched[0]
+    active = hx.Config(ffn=hx.Ffn(group_size=G, active=int(site.sizes) * G / M, predictor=predictor), rules=FORCE)
+    for one in given[0][1][:3]:
+        got = hx.sparsify(gated, config=GROUPED, calibration=kept)(params, one[None])
+        assert_same(got, hx.sparsify(gated, config=active, calibration=kept)(params, one[None]))
+    again = hx.calibrate(gated, given, fitted=moved, regroup=False, **asked)
+    assert next(iter(again.sites.values())).order is None
+
+
+def test_regroup_is_a_flag():
+    with pytest.raises(TypeError, match="calibrate: regroup='no'; expected True or False"):
+        hx.calibrate(gated, batches(cofiring_params()), config=GROUPED, regroup="no")
+
+
 def test_quality_is_rehearsed_in_that_order():
     params = {**cofiring_params(), "head": models.random_array(np.random.default_rng(3), D, models.V)}
 
