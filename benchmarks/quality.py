@@ -26,11 +26,13 @@ from finetune_tiny_lm import topk_forward  # noqa: E402
 from tiny_lm import model as lm  # noqa: E402
 
 CANDIDATES = 256
-LOW_RANK, INT8 = hx.LowRank(0.25, bits=8), hx.Quantized(8)
+INT8, HALF, QUARTER = hx.Quantized(8), hx.LowRank(0.5, bits=8), hx.LowRank(0.25, bits=8)
 # Name, predictor of the head, predictor of the blocks.
 PREDICTORS = (
     ("int8", INT8, INT8),
-    ("head low rank, blocks int8", LOW_RANK, INT8),
+    ("head rank d/2, blocks int8", HALF, INT8),
+    ("head and blocks rank d/2", HALF, HALF),
+    ("head rank d/4, blocks int8", QUARTER, INT8),
 )
 
 
@@ -139,9 +141,9 @@ def measure(fitting: np.ndarray, unseen: np.ndarray, console: Console) -> list[R
         operands = (model.params, cache, before[0], followed[0], taught[0])
         paths = paths or blocks_of(operands)
         for name, head, blocks in PREDICTORS:
-            key = id(model.params), head
-            if head == LOW_RANK and key not in calibrations:
-                asked = hx.Config(vocab=hx.Vocab(predictor=head), ffn=None)
+            key = id(model.params)
+            if (head, blocks) != (INT8, INT8) and key not in calibrations:
+                asked = hx.Config(vocab=hx.Vocab(predictor=HALF), ffn=hx.Ffn(predictor=HALF))
                 batches = [(model.params, jnp.asarray(window[None])) for window in fitting]
                 calibrations[key] = hx.calibrate(lm.forward, batches, config=asked)
             for label, shares in model.sizes.items():
@@ -187,7 +189,7 @@ def page(rows: list[Row], positions: int, fitted: int) -> str:
         f"tokens before. {CANDIDATES} candidates in the head, other logits predicted. Dense-trained: single units are "
         "chosen; with *groups*: of 8 neighbouring units, as they happen to lie. Top-k-trained: "
         "`examples/finetune_tiny_lm.py` from the dense weights; groups of 8 units, "
-        f"{trained} of them by block in training. Low rank is fitted to the inputs of other held-out text "
+        f"{trained} of them by block in training. Low rank is in 8 bits and fitted to the inputs of other held-out text "
         f"({fitted:,} tokens, `hx.calibrate`).",
         "",
         "- *bytes*: weights read a token by head and blocks together, of the dense model's 16.8 MB in f32.",
