@@ -189,7 +189,7 @@ def page(rows: list[Row], positions: int, fitted: int) -> str:
         f"tokens before. {CANDIDATES} candidates in the head, other logits predicted. Dense-trained: single units are "
         "chosen; with *groups*: of 8 neighbouring units, as they happen to lie. Top-k-trained: "
         "`examples/finetune_tiny_lm.py` from the dense weights; groups of 8 units, "
-        f"{trained} of them by block in training. Low rank is in 8 bits and fitted to the inputs of other held-out text "
+        f"{trained} of them by block in training. Low rank is in 8 bits, fitted to the inputs of other held-out text "
         f"({fitted:,} tokens, `hx.calibrate`).",
         "",
         "- *bytes*: weights read a token by head and blocks together, of the dense model's 16.8 MB in f32.",
