@@ -181,7 +181,7 @@ def finetune(args: argparse.Namespace, recipe: Recipe, console: Console) -> None
     """Trains, from the dense weights or from a checkpoint, and exports at the end."""
     args.checkpoints.mkdir(parents=True, exist_ok=True)
     checkpoint = args.checkpoints / "topk_state.safetensors"
-    corpus = base.read_corpus(args.source, recipe, MODEL / "tokenizer.json")
+    corpus = base.corpus_for(args.source, recipe, MODEL / "tokenizer.json")
     dense = tiny_lm.load(MODEL / "weights.safetensors")
     trained, validated = losses(dense, recipe.active, recipe.group_size)
     if args.resume or args.export:
