@@ -12,9 +12,10 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from hire_xform.passes import compat
+from hire_xform.passes.manual import is_explicit
 from hire_xform.passes.pack import Packed, PackedToken
 from hire_xform.passes.provenance import Root
-from hire_xform.passes.shards import is_explicit, placement_of, token_axes_of
+from hire_xform.passes.shards import placement_of, token_axes_of
 
 # What jax.jit traces; any other leaf (a function, a string, a dtype) is static.
 ARRAY_TYPES = (jax.Array, np.ndarray, np.generic, bool, int, float, complex, jax.ShapeDtypeStruct)

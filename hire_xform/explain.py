@@ -46,7 +46,17 @@ def describe(settings: Vocab | Ffn) -> str:
 
 def _site_key(site: Site) -> tuple:
     same = (site.kind, site.source, site.tokens, site.dense_bytes, site.sparse_bytes, site.settings, site.inputs)
-    return (*same, site.units, site.computed, site.activation, site.own, site.forced, site.calibrated, site.placed)
+    return (
+        *same,
+        site.units,
+        site.computed,
+        site.activation,
+        site.own,
+        site.forced,
+        site.calibrated,
+        site.placed,
+        site.rows,
+    )
 
 
 def _grouped(items: tuple, key) -> list[list]:  # type: ignore[no-untyped-def]
@@ -78,7 +88,7 @@ def _site(sites: list[Site]) -> list[str]:
         f"         weights: {', '.join(site.weights)}" + (" and alike" if len(sites) > 1 else ""),
     ]
     if site.placed:
-        lines.append(f"         each of {site.placed} its own share")
+        lines.append(f"         each of {site.placed} its own share" + (f"; {site.rows}" if site.rows else ""))
     if site.calibrated:
         lines.append(f"         {site.calibrated}")
     if site.own:

@@ -13,8 +13,8 @@ from hire_xform.collector import collector_paused
 from hire_xform.in_place import changed_weights, warn_if_lost, weight_leaves
 from hire_xform.passes import compat
 from hire_xform.passes.detect import Detection, detect
+from hire_xform.passes.manual import is_explicit
 from hire_xform.passes.provenance import Provenance, Root
-from hire_xform.passes.shards import is_explicit
 from hire_xform.passes.walk import Graph, walk
 
 

@@ -17,6 +17,7 @@ from hire_xform.config import Config
 from hire_xform.errors import PackedMismatchError
 from hire_xform.packing import pack_keys
 from hire_xform.passes import compat
+from hire_xform.passes.cyclic import distribute_rows
 from hire_xform.passes.decisions import Need, PackKey, Plan
 from hire_xform.passes.measured import Measure
 from hire_xform.passes.pack import Holding, Packed, PackLayout, decide_holding, pack_shapes, unpack_rows
@@ -75,7 +76,14 @@ class Traced(Program):
 
     def _plan(self, config: Config, platform: str, *measured: Measure) -> Plan:
         measure = measured[0] if measured else _no_measurement
-        return make_plan(self._detection, config.choose, platform, self.name, measure, self._place)
+        plan = make_plan(self._detection, config.choose, platform, self.name, measure, self._place)
+        return distribute_rows(plan, self._read_as_they_are)
+
+    def _read_as_they_are(self, plan: Plan) -> list[Root]:
+        """The weights that the program of a plan reads besides its packed forms."""
+        todo = treatments(self._detection, plan, lambda root: True, lambda key: True)
+        needed = self._rewriter(todo).needed_inputs()
+        return [root for root, read in zip(self.call.roots, needed, strict=True) if root is not None and read]
 
     def _place(self, match: Any) -> Any:
         """Where a match runs: where its weights are."""
@@ -152,7 +160,7 @@ class Traced(Program):
 
     def _rewriter(self, todo: dict[Node, Treatment]) -> Rewriter:
         """The rewriter of some treatments, made once."""
-        signature = tuple((node, type(treatment)) for node, treatment in todo.items())
+        signature = tuple((node, type(one), getattr(one, "cyclic", None)) for node, one in todo.items())
         if signature not in self._rewriters:
             self._rewriters[signature] = self.rewriter_class(self._graph, todo)
         return self._rewriters[signature]
@@ -299,7 +307,8 @@ class Traced(Program):
             if number is None:
                 return None
             key = held.layout.keys[number]
-            return unpack_rows(key.recipe, held.layout.avals[root.index].shape, held.form(key))
+            layout = held.layout
+            return unpack_rows(key, layout.avals[root.index].shape, held.form(key), layout.placed[root.index])
 
         return Supply(leaf, form, restore)
 

@@ -7,6 +7,7 @@ activations, and usable under ``vmap``, ``scan``, ``jit`` and ``jax.export``.
 from hire_xform.lowering.certified import certified_logits
 from hire_xform.lowering.certified_ffn import CertifiedBlock, CertifiedOperands, certified_ffn, largest_norm, upper_gate
 from hire_xform.lowering.cofiring import SKETCHED_FROM, cofiring
+from hire_xform.lowering.cyclic import cyclic_ids, from_cyclic, return_candidates, to_cyclic
 from hire_xform.lowering.da_top_k import da_top_k, da_top_k_p
 from hire_xform.lowering.fallback import fallback_p, mark_fallback
 from hire_xform.lowering.goals import Goal, Nucleus, TopSet, fewest_candidates
@@ -43,7 +44,15 @@ from hire_xform.lowering.statistics import (
     unit_totals,
     vocab_ranks,
 )
-from hire_xform.lowering.subgraph import UpProduct, ffn, ffn_bytes, group_scores, vocab_bytes, vocab_logits
+from hire_xform.lowering.subgraph import (
+    UpProduct,
+    ffn,
+    ffn_bytes,
+    group_scores,
+    vocab_bytes,
+    vocab_candidates,
+    vocab_logits,
+)
 from hire_xform.lowering.top_groups import keep_top_groups
 
 __all__ = [
@@ -69,6 +78,7 @@ __all__ = [
     "cofiring",
     "combine_rows",
     "covariance",
+    "cyclic_ids",
     "da_top_k",
     "da_top_k_p",
     "fallback_p",
@@ -76,6 +86,7 @@ __all__ = [
     "ffn",
     "ffn_bytes",
     "first_in_order",
+    "from_cyclic",
     "group_scores",
     "keep_top_groups",
     "kth_largest",
@@ -95,13 +106,16 @@ __all__ = [
     "proved_ranks",
     "record",
     "record_p",
+    "return_candidates",
     "scores_with_bounds",
     "select",
     "select_rows_dot",
+    "to_cyclic",
     "unit_ranks",
     "unit_totals",
     "upper_gate",
     "vocab_bytes",
+    "vocab_candidates",
     "vocab_logits",
     "vocab_ranks",
 ]

@@ -16,7 +16,16 @@ from hire_xform.lowering.rows import combine_rows, select_rows_dot
 from hire_xform.lowering.selection import choose, select
 from hire_xform.lowering.top_groups import group_energy
 
-__all__ = ["UpProduct", "chosen_units", "ffn", "ffn_bytes", "group_scores", "vocab_bytes", "vocab_logits"]
+__all__ = [
+    "UpProduct",
+    "chosen_units",
+    "ffn",
+    "ffn_bytes",
+    "group_scores",
+    "vocab_bytes",
+    "vocab_candidates",
+    "vocab_logits",
+]
 
 # A pointwise region of a feed-forward block on some of its hidden units: `region(hiddens, gather)`; see `ffn`.
 Gather = Callable[[jax.Array], jax.Array]
@@ -59,6 +68,42 @@ def vocab_logits(
     """
     if fill not in ("predicted", "-inf"):
         raise ValueError(f"vocab_logits: fill={fill!r}; expected 'predicted' or '-inf'")
+    exact, index, scores = vocab_candidates(
+        x,
+        rows,
+        packed,
+        spec,
+        candidates=candidates,
+        vocab=vocab,
+        first_row=first_row,
+        out_dtype=out_dtype,
+        shards=shards,
+    )
+    with jax.named_scope("compute"):
+        rest = scores if fill == "predicted" else jnp.full(scores.shape, -jnp.inf, exact.dtype)
+        at = (slice(None), index) if index.ndim == 1 else (jnp.arange(x.shape[0])[:, None], index)
+        out = rest.astype(exact.dtype).at[at].set(exact, unique_indices=True, mode="promise_in_bounds")
+        return out.astype(out_dtype)
+
+
+def vocab_candidates(
+    x: jax.Array,
+    rows: jax.Array,
+    packed: Packed,
+    spec: PredictorSpec,
+    *,
+    candidates: int,
+    vocab: int | None = None,
+    first_row: jax.Array | int = 0,
+    out_dtype: jax.typing.DTypeLike,
+    shards: int = 1,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The candidates of :func:`vocab_logits`, which says what the arguments are.
+
+    Returns:
+      Their exact products ``[T, K]``, of ``out_dtype`` or f32 if that is wider; which rows they are, ``[K]`` or
+      ``[T, K]``; and the scores of all rows, f32 ``[T, V]``.
+    """
     tokens, vocab = x.shape[0], rows.shape[0] if vocab is None else vocab
     selection = choose(tokens, vocab, candidates, shards)
     with jax.named_scope("predict"):
@@ -69,10 +114,7 @@ def vocab_logits(
         exact = select_rows_dot(
             x, rows, index + first_row, preferred_element_type=jnp.promote_types(out_dtype, jnp.float32)
         )
-        rest = scores if fill == "predicted" else jnp.full(scores.shape, -jnp.inf, exact.dtype)
-        at = (slice(None), index) if index.ndim == 1 else (jnp.arange(tokens)[:, None], index)
-        out = rest.astype(exact.dtype).at[at].set(exact, unique_indices=True, mode="promise_in_bounds")
-        return out.astype(out_dtype)
+    return exact, index, scores
 
 
 @dataclass(frozen=True, kw_only=True)

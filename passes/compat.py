@@ -185,11 +185,19 @@ def _shard_map_eqn() -> Eqn:
     return jax.make_jaxpr(mapped)(_array(2), _array(2)).eqns[0]
 
 
+def _reshard_p() -> Any:
+    """No public object exists for ``reshard_p`` (since 0.7): read it off a traced call."""
+    mesh = jax.sharding.AbstractMesh((1,), ("d",), axis_types=(jax.sharding.AxisType.Explicit,))
+    to = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("d"))
+    with jax.sharding.use_abstract_mesh(mesh):
+        return jax.make_jaxpr(lambda x: jax.sharding.reshard(x, to))(_array(2)).eqns[0].primitive
+
+
 def _traced_primitives() -> tuple[Any, ...]:
-    return _optimization_barrier_p(), _split_p(), _stack_p(), _unstack_p(), _ragged_dot_p()
+    return _optimization_barrier_p(), _split_p(), _stack_p(), _unstack_p(), _ragged_dot_p(), _reshard_p()
 
 
-OPTIMIZATION_BARRIER, SPLIT, STACK, UNSTACK, RAGGED_DOT = _traced_primitives()
+OPTIMIZATION_BARRIER, SPLIT, STACK, UNSTACK, RAGGED_DOT, RESHARD = _traced_primitives()
 
 # No public objects exist for ``shard_map_p`` and ``pvary_p`` (all versions): read off a traced call.
 SHARD_MAP, PVARY = (e.primitive for e in (_shard_map_eqn(), call_jaxpr(_shard_map_eqn()).eqns[0]))
@@ -410,6 +418,7 @@ def self_test() -> list[str]:
     check("split", str(SPLIT) == "split")
     check("stack", str(STACK) in ("stack", "None"))
     check("unstack", str(UNSTACK) in ("unstack", "None"))
+    check("reshard", str(RESHARD) == "reshard")
     check("ragged_dot", str(RAGGED_DOT) == "ragged_dot_general")
     mapped = _shard_map_eqn()
     shards = shard_map_parts(mapped)

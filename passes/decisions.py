@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from hire_xform.passes.detect import FfnMatch, VocabMatch
 from hire_xform.passes.levels import Levels
@@ -37,6 +37,7 @@ class Site:
       calibrated: what a calibration says of its size; empty without one.
       shards: over how many devices its units are split; each reads, and picks from, its own.
       placed: the mesh axes of those devices, for reports; empty without any.
+      rows: of a sharded vocabulary, how its rows are distributed over devices, and why.
     """
 
     kind: str
@@ -57,6 +58,7 @@ class Site:
     calibrated: str = ""
     shards: int = 1
     placed: str = ""
+    rows: str = ""
 
 
 @dataclass(frozen=True)
@@ -115,6 +117,9 @@ class Decision:
       input_bits: significant bits that a certified product's dense form keeps of its inputs.
       placement: where it runs, when its weights are over several devices.
       levels: the counts of layers that have their own; the last of ``needs`` says which. ``count`` is the largest.
+      cyclic: of a sharded vocabulary, what becomes of its rows' cyclic distribution over devices. ``"kept"``: logits
+        stay in it, and all that reads them minds it. ``"candidates"``, ``"logits"``: these are sent back to where their
+        rows lay. Empty where rows are contiguous blocks.
     """
 
     match: VocabMatch | FfnMatch
@@ -125,6 +130,7 @@ class Decision:
     input_bits: int = 24
     placement: Placement | None = None
     levels: Levels | None = None
+    cyclic: Literal["", "kept", "candidates", "logits"] = ""
 
     @property
     def node(self) -> Node:

@@ -13,7 +13,7 @@ from jax.extend.core import primitives as prims
 from hire_xform.passes import compat
 from hire_xform.passes.decisions import Decision
 from hire_xform.passes.detect import VocabMatch
-from hire_xform.passes.merge import MergedTopK
+from hire_xform.passes.merge import Merged
 from hire_xform.passes.provenance import IndexSlice
 from hire_xform.passes.top_groups import TopGroups
 from hire_xform.passes.treatment import Treatment
@@ -70,8 +70,10 @@ class Liveness:
         if treatment is not None:
             if isinstance(treatment, Decision):
                 yield from ((o, None) for o in decision_operands(treatment))
-            elif isinstance(treatment, (TopGroups, MergedTopK)):
+            elif isinstance(treatment, TopGroups):
                 yield from ((o, None) for o in node.inputs)
+            elif isinstance(treatment, Merged):
+                yield treatment.operand, None
             else:
                 yield treatment.product.x, None
             for need in treatment.needs:

@@ -1,7 +1,8 @@
-"""A top-k of logits that are sharded along the vocabulary: each device sends its own best few, a value and an id each.
+"""An arg max or a top-k of logits that are sharded along the vocabulary: each device sends its own best few.
 
-The compiler would send every logit to every device first. The result is that of ``lax.top_k``: the best k of all are
-among the best k of each device, and of equal values the lowest id is first, since devices are taken in order.
+A value and an id each. The compiler would send every logit to every device before a top-k, and does not know the ids
+of rows that are distributed cyclically. The result is that of ``lax.argmax`` and ``lax.top_k``: the best k of all are
+among the best k of each device, and of equal values the lowest id comes first.
 """
 
 from __future__ import annotations
@@ -17,10 +18,14 @@ from jax import lax
 from jax.extend.core import primitives as prims
 from jax.sharding import PartitionSpec
 
+from hire_xform.lowering import cyclic_ids
+from hire_xform.passes import compat
+from hire_xform.passes.cyclic import readers
 from hire_xform.passes.decisions import Decision, Need
 from hire_xform.passes.detect import VocabMatch
+from hire_xform.passes.manual import mesh_here, under_automatic_axes
 from hire_xform.passes.pointwise import is_pointwise
-from hire_xform.passes.shards import Placement
+from hire_xform.passes.shards import Placement, names_of
 from hire_xform.passes.top_k import top_k_of
 from hire_xform.passes.walk import Node, Value
 
@@ -29,37 +34,48 @@ _MOVES = frozenset({prims.reshape_p, prims.squeeze_p, prims.broadcast_in_dim_p, 
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class MergedTopK:
-    """A top-k over logits that several devices have parts of.
+class Merged:
+    """An arg max or a top-k over logits that several devices have parts of.
 
     Attributes:
       node: the equation.
-      k: how many it takes.
+      operand: the logits, where they are still on their devices.
+      k: how many it takes; None for an arg max.
       placement: of the logits.
+      cyclic: whether their rows are distributed cyclically.
       needs: packed forms; none.
     """
 
     node: Node
-    k: int
+    operand: Value
+    k: int | None
     placement: Placement
+    cyclic: bool
     needs: tuple[Need, ...] = ()
 
 
-def merged_top_ks(decisions: Iterable[Decision]) -> list[MergedTopK]:
-    """The top-ks that read the logits of a sharded site. Where axes are explicit the program says itself what moves."""
-    found: dict[Node, MergedTopK] = {}
+def merged(decisions: Iterable[Decision]) -> list[Merged]:
+    """What is to be merged of the logits of sharded sites: every top-k, and every arg max of cyclic rows."""
+    found: dict[Node, Merged] = {}
     for decision in decisions:
         match, placement = decision.match, decision.placement
-        if not isinstance(match, VocabMatch) or placement is None or placement.shards == 1 or placement.explicit:
+        if not isinstance(match, VocabMatch) or placement is None or placement.shards == 1:
             continue
-        for node in _readers(match.product.out, match.product.width):
-            top = top_k_of(node) if node.primitive is prims.top_k_p else None
-            if top is not None and top.axis == len(top.operand.shape) - 1:
-                found[node] = MergedTopK(node, top.k, placement)
+        if decision.cyclic == "kept":
+            selects = readers(match)
+            assert not isinstance(selects, str), selects
+        else:
+            selects = [node for node in _all_readers(match.product.out, match.product.width) if _is_merged(node)]
+        for node in selects:
+            operand = _before_move(node.inputs[0])
+            if decision.cyclic == "kept" or _lies_with(operand, placement):
+                top = top_k_of(node) if node.primitive is prims.top_k_p else None
+                k = None if top is None else top.k
+                found[node] = Merged(node, operand, k, placement, decision.cyclic == "kept")
     return list(found.values())
 
 
-def _readers(logits: Value, vocab: int) -> Iterable[Node]:
+def _all_readers(logits: Value, vocab: int) -> Iterable[Node]:
     """What reads logits whose last axis is the vocabulary, through what keeps it."""
     seen = {logits}
     waiting = [logits]
@@ -74,26 +90,70 @@ def _readers(logits: Value, vocab: int) -> Iterable[Node]:
                 seen.update(node.outputs)
 
 
-def merged_top_k(treatment: MergedTopK, logits: Any) -> list[Any]:
-    """``lax.top_k`` of ``[..., V]`` along the last axis, V split over the devices of the placement."""
+def _is_merged(node: Node) -> bool:
+    top = top_k_of(node) if node.primitive is prims.top_k_p else None
+    return top is not None and top.axis == len(top.operand.shape) - 1
+
+
+def _before_move(operand: Any) -> Value:
+    """The value before it is moved to other devices by name: explicit axes have it so before a top-k."""
+    assert isinstance(operand, Value)
+    while operand.node is not None and operand.node.primitive is compat.RESHARD:
+        (operand,) = operand.node.inputs
+        assert isinstance(operand, Value)
+    return operand
+
+
+def _lies_with(operand: Value, placement: Placement) -> bool:
+    """False where types say that a value is not on the devices of the placement: there is nothing to save."""
+    if not placement.explicit:
+        return True
+    spec = operand.aval.sharding.spec
+    return len(spec) == len(operand.shape) and names_of(spec[-1]) == placement.rows
+
+
+def merge(treatment: Merged, logits: Any) -> list[Any]:
+    """The equation's results of ``[..., V]`` along the last axis, V split over the devices of the placement."""
+    avals = [value.aval for value in treatment.node.outputs]
+    run = under_automatic_axes(lambda logits: _merge(treatment, logits), treatment.placement.mesh, avals)
+    found: list[Any] = run(logits)
+    return found
+
+
+def _merge(treatment: Merged, logits: Any) -> list[Any]:
     placement, k = treatment.placement, treatment.k
     rows, lead = placement.rows, logits.shape[:-1]
     tokens = placement.tokens if math.prod(lead) % placement.size(placement.tokens) == 0 else ()
 
-    def merge(own: Any) -> tuple[Any, Any]:
-        values, ids = lax.top_k(own, min(k, own.shape[1]))
-        ids = ids + lax.axis_index(rows) * own.shape[1]
-        values, ids = (lax.all_gather(part, rows, axis=1, tiled=True) for part in (values, ids))
+    def best(own: Any) -> tuple[Any, Any]:
+        if k is None:
+            places = lax.argmax(own, 1, jnp.int32)[:, None]
+            values = jnp.take_along_axis(own, places, axis=1, mode="promise_in_bounds")
+        else:
+            values, places = lax.top_k(own, min(k, own.shape[1]))
+        if treatment.cyclic:
+            return values, cyclic_ids(places, rows, placement.shards)
+        return values, places + lax.axis_index(rows) * own.shape[1]
+
+    def on_each(own: Any) -> tuple[Any, ...]:
+        values, ids = (lax.all_gather(part, rows, axis=1, tiled=True) for part in best(own))
+        if treatment.cyclic:
+            # Of equal values the first is taken, which has to be that of the lowest id.
+            ids, values = lax.sort((ids, values), dimension=1, num_keys=1)
+        if k is None:
+            first = lax.argmax(values, 1, jnp.int32)[:, None]
+            return (jnp.take_along_axis(ids, first, axis=1, mode="promise_in_bounds"),)
         values, places = lax.top_k(values, k)
         return values, jnp.take_along_axis(ids, places, axis=1, mode="promise_in_bounds")
 
-    mesh = jax.sharding.get_abstract_mesh()
     out = PartitionSpec(tokens or None, None)
     mapped = jax.shard_map(
-        merge,
-        mesh=placement.mesh if mesh.empty else mesh,
+        on_each,
+        mesh=mesh_here(placement.mesh),
         in_specs=PartitionSpec(tokens or None, rows),
-        out_specs=(out, out),
+        out_specs=(out,) * (1 if k is None else 2),
         check_vma=False,  # what is gathered is the same on all devices, which its type does not say
     )
-    return [part.reshape(*lead, k) for part in mapped(logits.reshape(-1, logits.shape[-1]))]
+    results = mapped(logits.reshape(-1, logits.shape[-1]))
+    outputs = treatment.node.outputs
+    return [part.reshape(v.shape).astype(v.aval.dtype) for part, v in zip(results, outputs, strict=True)]

@@ -12,19 +12,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
 
-from hire_xform.lowering import PredictorSpec, largest_norm, pack_moments, pack_predictor, pack_proof
 from hire_xform.passes import compat
 from hire_xform.passes.decisions import PackKey, Plan
 from hire_xform.passes.detect import Detection
-from hire_xform.passes.forms import Proving
-from hire_xform.passes.levels import Levels
-from hire_xform.passes.measured import Fitted, Regrouped
+from hire_xform.passes.packers import as_blocks, bare_form, given_to, pack_placed, packed_spec, packer
 from hire_xform.passes.products import rounding_free
-from hire_xform.passes.provenance import Recipe, Reshape, Root, Stack, Step, Transpose
+from hire_xform.passes.provenance import Reshape, Root, Stack, Step, Transpose
+from hire_xform.passes.recipe import Cyclic
 from hire_xform.passes.rewrite import Rewriter
-from hire_xform.passes.shards import as_automatic, placed_rows, placement_of, stacks_of
+from hire_xform.passes.shards import placement_of
 from hire_xform.passes.treatment import Treatment, treatments
 from hire_xform.passes.walk import Node
 
@@ -36,139 +34,16 @@ def pack_array(key: PackKey, leaf: Any) -> Any:
     """
     sharding = placement_of(leaf) if not compat.is_tracer(leaf) else None
     if sharding is not None:
-        return _pack_placed(key, leaf, sharding)
+        return pack_placed(key, leaf, sharding)
     # Under a trace around the call too: packed forms of concrete weights are remembered, so they must be concrete.
     with contextlib.nullcontext() if compat.is_tracer(leaf) else jax.ensure_compile_time_eval():
-        return _packer(key.recipe.steps, _own(key.form))(leaf, *_given(key.form))
-
-
-@functools.lru_cache(maxsize=256)
-def _packer(steps: tuple[Step, ...], form: Any) -> Callable[[Any], Any]:
-    recipe = Recipe(Root("", 0), steps)
-    if isinstance(form, Levels):
-        return jax.jit(lambda leaf: jnp.asarray(form.array))
-    if isinstance(form, _RegroupedForm):
-        return jax.jit(functools.partial(_regrouped, recipe, form.form))
-    if isinstance(form, _FittedForm):
-        stacks = sum(isinstance(step, Stack) for step in steps)
-        fit = functools.partial(_fit, form.form)
-        for _ in range(stacks):
-            fit = jax.vmap(fit)
-        return jax.jit(lambda leaf, covariance: fit(recipe.apply(leaf), covariance))
-    return jax.jit(lambda leaf: recipe.apply(leaf, functools.partial(_finish, form)))
-
-
-def _pack_placed(key: PackKey, leaf: Any, sharding: NamedSharding) -> Any:
-    spec = packed_spec(sharding, leaf.shape, key)
-    mesh = as_automatic(sharding.mesh)
-    with jax.ensure_compile_time_eval(), jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        given = (jax.device_put(a, NamedSharding(mesh, PartitionSpec())) for a in _given(key.form))
-        packer = shard_packer(key.recipe.steps, _own(key.form), mesh, spec)
-        made = packer(jax.device_put(leaf, NamedSharding(mesh, sharding.spec)), *given)
-        return jax.device_put(made, NamedSharding(sharding.mesh, spec))
-
-
-@functools.lru_cache(maxsize=256)
-def shard_packer(steps: tuple[Step, ...], form: Any, mesh: Any, spec: PartitionSpec) -> Callable[..., Any]:
-    """What packs a leaf that is sharded over a mesh with automatic axes; the result is placed by ``spec``."""
-    rows = _packer(steps, "rows")
-    stacks = stacks_of(steps)
-
-    def finish(rows: Any, *given: Any) -> Any:
-        made = functools.partial(_finish, form)
-        if isinstance(form, _FittedForm):
-            made = functools.partial(_fit, form.form, covariance=given[0])
-        for _ in range(stacks):
-            made = jax.vmap(made)
-        return made(rows)
-
-    def run(leaf: Any, *given: Any) -> Any:
-        laid_out = jax.lax.with_sharding_constraint(rows(leaf), NamedSharding(mesh, spec))
-        whole = tuple(PartitionSpec() for _ in given)
-        return jax.shard_map(finish, mesh=mesh, in_specs=(spec, *whole), out_specs=spec, check_vma=False)(
-            laid_out, *given
-        )
-
-    return jax.jit(run)
-
-
-def packed_spec(sharding: NamedSharding, shape: Sequence[int], key: PackKey) -> PartitionSpec:
-    """How a packed form of a placed leaf is placed.
-
-    Rows lie where they lay. All else is made of whole matrices, and lies where those of a stack do: each device has its
-    part of the rows as a matrix of that stack.
-    """
-    axes = placed_rows(sharding, shape, key.recipe)
-    # A weight that is placed otherwise belongs to no site that is split: it is packed whole, on every device.
-    if isinstance(axes, str) or axes[-1]:
-        return PartitionSpec()
-    kept = axes[: stacks_of(key.recipe.steps) + (key.form == "rows")]
-    while kept and not kept[-1]:
-        kept.pop()
-    return PartitionSpec(*(names or None for names in kept))
-
-
-@dataclass(frozen=True)
-class _FittedForm:
-    """``Fitted`` without the inputs, which the packer is given: one program serves all."""
-
-    form: PredictorSpec | Proving
-
-
-@dataclass(frozen=True)
-class _RegroupedForm:
-    """``Regrouped`` without the order, which the packer is given first."""
-
-    form: Any
-
-
-def _regrouped(recipe: Recipe, form: Any, leaf: Any, order: Any, *given: Any) -> Any:
-    if form == "order":
-        return order
-    make = functools.partial(_fit, form.form) if given else functools.partial(_finish, form)
-
-    def one(rows: Any, order: Any, *given: Any) -> Any:
-        return make(rows[order], *given)
-
-    for _ in range(order.ndim - 1):
-        one = jax.vmap(one)
-    return one(recipe.apply(leaf), order, *given)
-
-
-def _own(form: Any) -> Any:
-    if isinstance(form, Regrouped):
-        return _RegroupedForm(_own(form.form))
-    return _FittedForm(form.form) if isinstance(form, Fitted) else form
-
-
-def _given(form: Any) -> tuple[Any, ...]:
-    if isinstance(form, Regrouped):
-        return (form.order.units, *_given(form.form))
-    return (form.inputs.covariance,) if isinstance(form, Fitted) else ()
-
-
-def _finish(form: Any, rows: Any) -> Any:
-    if form == "rows":
-        return rows
-    if form == "norms":
-        return jnp.sqrt(jnp.sum(jnp.square(rows.astype(jnp.float32)), axis=-1))
-    if form == "largest":
-        return largest_norm(rows)
-    if form == "moments":
-        return pack_moments(rows)
-    return _fit(form, rows, None)
-
-
-def _fit(form: PredictorSpec | Proving, rows: Any, covariance: Any) -> Any:
-    if isinstance(form, Proving):
-        return pack_proof(rows, form.spec, covariance)
-    return pack_predictor(rows, form, covariance)
+        return packer(key.recipe.steps, bare_form(key.form))(leaf, *given_to(key.form))
 
 
 def pack_shapes(key: PackKey, leaf: Any, sharding: NamedSharding | None = None) -> Any:
     """Shapes and dtypes of ``pack_array``'s result, and where it is, of a leaf that is there; computes nothing."""
-    given = tuple((tuple(a.shape), np.dtype(a.dtype)) for a in _given(key.form))
-    made = _pack_shapes(key.recipe.steps, _own(key.form), ((tuple(leaf.shape), np.dtype(leaf.dtype)), *given))
+    given = tuple((tuple(a.shape), np.dtype(a.dtype)) for a in given_to(key.form))
+    made = _pack_shapes(key.recipe.steps, bare_form(key.form), ((tuple(leaf.shape), np.dtype(leaf.dtype)), *given))
     if sharding is None:
         return made
     placed = NamedSharding(sharding.mesh, packed_spec(sharding, leaf.shape, key))
@@ -177,11 +52,14 @@ def pack_shapes(key: PackKey, leaf: Any, sharding: NamedSharding | None = None) 
 
 @functools.lru_cache(maxsize=256)
 def _pack_shapes(steps: tuple[Step, ...], form: Any, arrays: tuple[tuple[tuple[int, ...], Any], ...]) -> Any:
-    return jax.eval_shape(_packer(steps, form), *(jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in arrays))
+    return jax.eval_shape(packer(steps, form), *(jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in arrays))
 
 
-def unpack_rows(recipe: Recipe, leaf_shape: Sequence[int], rows: Any) -> Any:
-    """The leaf again, from its packed rows; for recipes that are ``rounding_free``."""
+def unpack_rows(key: PackKey, leaf_shape: Sequence[int], rows: Any, sharding: NamedSharding | None) -> Any:
+    """The leaf again, from its packed rows, for recipes that are ``rounding_free``; ``sharding`` is where it was."""
+    recipe = key.recipe
+    if sharding is not None:
+        recipe, rows = as_blocks(key, leaf_shape, rows, sharding)
     return _undo(recipe.steps, tuple(leaf_shape), rows)
 
 
@@ -196,6 +74,8 @@ def _undo(steps: Sequence[Step], shape: tuple[int, ...], rows: Any) -> Any:
         return jnp.transpose(before, [int(i) for i in np.argsort(step.perm)])
     if isinstance(step, Reshape):
         return _undo(rest, step.shape, rows).reshape(shape)
+    if isinstance(step, Cyclic):
+        return step.undo(_undo(rest, shape, rows))
     raise AssertionError(f"{step} can't be undone")
 
 

@@ -23,7 +23,7 @@ _POINTWISE_NAMES = (
 )
 POINTWISE = frozenset(
     p for p in (compat.public_primitive(f"{name}_p") for name in _POINTWISE_NAMES.split()) if p is not None
-) | {compat.PVARY}
+) | {compat.PVARY, compat.RESHARD}
 
 # Flat almost everywhere, or of no derivative: one through them is zero.
 STEPS = frozenset(
@@ -31,7 +31,7 @@ STEPS = frozenset(
 )
 
 # Layout and placement hints that the replay of a region on fewer units must leave out: they name whole shapes.
-HINTS = frozenset({prims.sharding_constraint_p})
+HINTS = frozenset({prims.sharding_constraint_p, compat.RESHARD})
 
 
 def is_pointwise(node: Node) -> bool:
@@ -114,7 +114,7 @@ def leaves_zeros(
 
 COMPARES = frozenset({prims.gt_p, prims.ge_p, prims.lt_p, prims.le_p})
 
-_ZERO_TO_ZERO: frozenset[Any] = frozenset({compat.PVARY}) | frozenset(
+_ZERO_TO_ZERO: frozenset[Any] = frozenset({compat.PVARY, compat.RESHARD}) | frozenset(
     p
     for p in (
         compat.public_primitive(f"{name}_p")

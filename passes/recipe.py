@@ -83,7 +83,25 @@ class Stack:
     size: int
 
 
-Step = Transpose | Reshape | Convert | Slice | Stack
+@dataclass(frozen=True)
+class Cyclic:
+    """Rows distributed cyclically over equal parts: row ``i`` is row ``i // parts`` of part ``i % parts``."""
+
+    parts: int
+
+    def apply(self, x: Any) -> Any:
+        """The step on an array."""
+        return self._swapped(x, (-1, self.parts))
+
+    def undo(self, x: Any) -> Any:
+        """Its inverse."""
+        return self._swapped(x, (self.parts, -1))
+
+    def _swapped(self, x: Any, sizes: tuple[int, int]) -> Any:
+        return jnp.swapaxes(x.reshape(*sizes, *x.shape[1:]), 0, 1).reshape(x.shape)
+
+
+Step = Transpose | Reshape | Convert | Slice | Stack | Cyclic
 
 
 @dataclass(frozen=True)

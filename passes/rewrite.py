@@ -20,7 +20,7 @@ from hire_xform.passes import compat, control
 from hire_xform.passes.decisions import Decision, Need
 from hire_xform.passes.environment import Env, PackedView, Views, read
 from hire_xform.passes.liveness import Liveness
-from hire_xform.passes.merge import MergedTopK, merged_top_k
+from hire_xform.passes.merge import Merged, merge
 from hire_xform.passes.provenance import IndexSlice
 from hire_xform.passes.splice import dense_rows, site_function, site_operands, site_signature
 from hire_xform.passes.splice_sharded import sharded_function
@@ -96,9 +96,8 @@ class Rewriter:
             with jax.named_scope(f"hire/{node.path}"):
                 if isinstance(treatment, Decision):
                     env[node.outputs[0]] = self._site(treatment, env, seen)
-                elif isinstance(treatment, MergedTopK):
-                    merged = merged_top_k(treatment, read(env, node.inputs[0]))
-                    env.update(zip(node.outputs, merged, strict=True))
+                elif isinstance(treatment, Merged):
+                    env.update(zip(node.outputs, merge(treatment, read(env, treatment.operand)), strict=True))
                 elif isinstance(treatment, TopGroups):
                     env[node.outputs[0]] = top_groups_product(treatment, lambda o: read(env, o))
                 else:
@@ -230,11 +229,12 @@ class Rewriter:
 
 def _signature(treatment: Treatment) -> Any:
     if isinstance(treatment, Decision):
-        return treatment.settings, treatment.count, treatment.levels, treatment.site.tokens, treatment.placement
+        settings = treatment.settings, treatment.count, treatment.levels
+        return *settings, treatment.site.tokens, treatment.placement, treatment.cyclic
     if isinstance(treatment, TopGroups):
         return treatment.active, treatment.group_size
-    if isinstance(treatment, MergedTopK):
-        return "merged", treatment.k, treatment.placement
+    if isinstance(treatment, Merged):
+        return "merged", treatment.k, treatment.placement, treatment.cyclic
     return "dense", treatment.contracted_first
 
 
@@ -244,6 +244,8 @@ def _open_frames(treatment: Treatment) -> None:
     if isinstance(treatment, Decision):
         nodes += [p.node for p in treatment.match.products]
         nodes += list(getattr(getattr(treatment.match, "region", None), "nodes", ()))
+    if isinstance(treatment, Merged) and treatment.operand not in treatment.node.inputs and treatment.operand.node:
+        nodes.append(treatment.operand.node)
     for need in treatment.needs:
         for ref in need.refs:
             if isinstance(ref, IndexSlice):

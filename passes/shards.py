@@ -15,6 +15,7 @@ from typing import Any
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from hire_xform.passes.detect import FfnMatch, VocabMatch, up_rows, vocab_rows
+from hire_xform.passes.manual import is_explicit
 from hire_xform.passes.parts import is_cut
 from hire_xform.passes.recipe import Recipe, Reshape, Root, Slice, Stack, Step, Transpose
 
@@ -54,11 +55,6 @@ class Placement:
         """For reports."""
         axes = "*".join(self.rows)
         return f"{self.shards} devices along {axes!r}"
-
-
-def is_explicit(mesh: Any) -> bool:
-    """True when some axis of a mesh is explicit."""
-    return any(kind == AxisType.Explicit for kind in mesh.axis_types)
 
 
 def as_automatic(mesh: Any) -> Mesh:
@@ -103,7 +99,7 @@ def placed_rows(sharding: NamedSharding, shape: Sequence[int], recipe: Recipe) -
             if any(names and before != after for names, before, after in zip(axes, now, step.shape, strict=True)):
                 return "it is one part of a weight that is sharded along the axis it is cut from"
             now = step.shape
-        elif isinstance(step, Reshape):
+        elif isinstance(step, Reshape):  # `Cyclic` moves rows between devices, each of which has as many as before
             moved = _reshaped(now, step.shape, axes, sharding.mesh.shape)
             if moved is None:
                 return "a reshape mixes its sharded axis with others"

@@ -16,6 +16,7 @@ from hire_xform.lowering import (
     UpProduct,
     ffn,
     moments,
+    vocab_candidates,
     vocab_logits,
 )
 from hire_xform.passes.canonical import canonical_activation, canonical_side, flat_activation, result_shape
@@ -53,6 +54,7 @@ def site_signature(decision: Decision) -> Any:
         len(decision.needs),
         decision.site.tokens,
         decision.placement,
+        decision.cyclic,
     )
     if isinstance(match, VocabMatch):
         return "vocab", settings, _product_signature(match.product)
@@ -99,21 +101,33 @@ def flat_logits(
     canonical: bool = False,
 ) -> Any:
     """The logits ``[T, V]``, or one device's part of them; ``canonical``: the operand is ``[T, d]`` already."""
+    assert isinstance(decision.settings, Vocab)
+    given, sizes = _vocab_arguments(decision, match, operand, views, shards, canonical)
+    return views[0].filled(vocab_logits(*given, **sizes, fill=decision.settings.fill))  # type: ignore[arg-type]
+
+
+def flat_candidates(
+    decision: Decision, match: VocabMatch, operand: Any, views: Sequence[PackedView], shards: int
+) -> tuple[Any, Any]:
+    """One device's candidates, ``[T, K]``, and which of its rows they are, ``[K]`` or ``[T, K]``."""
+    given, sizes = _vocab_arguments(decision, match, operand, views, shards, canonical=True)
+    exact, index, _ = vocab_candidates(*given, **sizes)
+    return views[0].filled(exact), index
+
+
+def _vocab_arguments(
+    decision: Decision, match: VocabMatch, operand: Any, views: Sequence[PackedView], shards: int, canonical: bool
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     product, settings = match.product, decision.settings
-    assert isinstance(settings, Vocab)
     rows, first = views[0].rows()
-    logits = vocab_logits(
-        operand if canonical else flat_activation(product, operand),
-        rows,
-        views[1].whole(),
-        settings.spec,
-        candidates=decision.count,
-        vocab=product.width // shards,
-        first_row=first,
-        fill=settings.fill,  # type: ignore[arg-type]
-        out_dtype=product.out.aval.dtype,
-    )
-    return views[0].filled(logits)
+    x = operand if canonical else flat_activation(product, operand)
+    sizes = {
+        "candidates": decision.count,
+        "vocab": product.width // shards,
+        "first_row": first,
+        "out_dtype": product.out.aval.dtype,
+    }
+    return (x, rows, views[1].whole(), settings.spec), sizes
 
 
 @dataclass(frozen=True)

@@ -8,22 +8,23 @@ type that the program expects.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 from jax import lax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import PartitionSpec
 
+from hire_xform.lowering import from_cyclic, return_candidates
 from hire_xform.passes import compat
 from hire_xform.passes.canonical import canonical_activation, canonical_side, flat_activation, result_shape
 from hire_xform.passes.decisions import Decision
 from hire_xform.passes.detect import FfnMatch, VocabMatch
 from hire_xform.passes.environment import PackedView
+from hire_xform.passes.manual import mesh_here, under_automatic_axes
 from hire_xform.passes.shards import Names, Placement, spec_of
-from hire_xform.passes.splice import ffn_parts, flat_block, flat_logits
+from hire_xform.passes.splice import ffn_parts, flat_block, flat_candidates, flat_logits
 
 
 def sharded_function(decision: Decision) -> Callable[[list[Any], list[PackedView]], Any]:
@@ -43,22 +44,34 @@ def sharded_function(decision: Decision) -> Callable[[list[Any], list[PackedView
             given, views = jax.tree.map(lambda value: compat.vary(value, axes), (given, views))
             own = [_own_part(view, need.key.form, placement) for view, need in zip(views, decision.needs, strict=True)]
             if isinstance(match, VocabMatch):
-                return flat_logits(decision, match, given[0], own, placement.shards, canonical=True)
+                return _logits(decision, match, given[0], own, placement)
             parts = ffn_parts(decision, match, given, own, canonical=True)
             part = flat_block(decision, match, parts, placement.shards)
             return lax.psum(part, placement.rows) if placement.rows else part
 
         columns: Names = placement.rows if isinstance(match, VocabMatch) else ()
-        mesh = jax.sharding.get_abstract_mesh()
         mapped = jax.shard_map(
             body,
-            mesh=placement.mesh if mesh.empty else mesh,
+            mesh=mesh_here(placement.mesh),
             in_specs=(specs, packed),
             out_specs=PartitionSpec(tokens or None, columns or None),
         )
         return result_shape(_product(match), mapped(given, views))
 
-    return _under_automatic_axes(run, placement, _product(match).out.aval) if placement.explicit else run
+    return under_automatic_axes(run, placement.mesh, _product(match).out.aval)
+
+
+def _logits(
+    decision: Decision, match: VocabMatch, x: Any, views: Sequence[PackedView], placement: Placement
+) -> jax.Array:
+    """A device's part of the logits: of the rows it has, or, where these are cyclic, of those it had."""
+    rows, shards = placement.rows, placement.shards
+    if decision.cyclic == "candidates":
+        exact, index = flat_candidates(decision, match, x, views, shards)
+        exact = exact.astype(match.product.out.aval.dtype)
+        return return_candidates(exact, index, rows, shards, match.units // shards)
+    logits = flat_logits(decision, match, x, views, shards, canonical=True)
+    return from_cyclic(logits, rows, shards, axis=1) if decision.cyclic == "logits" else logits
 
 
 def _product(match: VocabMatch | FfnMatch) -> Any:
@@ -100,17 +113,3 @@ def _own_part(view: PackedView, form: Any, placement: Placement) -> PackedView:
     if form == "rows" or placement.shards == 1:
         return view
     return dataclasses.replace(view, index=(*view.index, 0))
-
-
-def _under_automatic_axes(run: Callable[..., Any], placement: Placement, result: Any) -> Callable[..., Any]:
-    """``run`` with no axis explicit inside, and its result of the program's own type."""
-    abstract = placement.mesh.abstract_mesh
-    out = NamedSharding(abstract, result.sharding.spec)
-
-    def typed(operands: list[Any], views: list[PackedView]) -> Any:
-        automatic = jax.sharding.auto_axes(run, axes=placement.mesh.axis_names, out_sharding=out)
-        around = jax.sharding.get_abstract_mesh()
-        with jax.sharding.use_abstract_mesh(abstract) if around.empty else contextlib.nullcontext():
-            return automatic(operands, views)
-
-    return typed

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from hire_xform.passes.cyclic import other_rows
 from hire_xform.passes.decisions import Decision, Need, PackKey, Plan
 from hire_xform.passes.detect import Detection
-from hire_xform.passes.merge import MergedTopK, merged_top_ks
+from hire_xform.passes.merge import Merged, merged
 from hire_xform.passes.products import Product, normal_form
 from hire_xform.passes.provenance import Root
 from hire_xform.passes.top_groups import TopGroups
@@ -34,7 +35,7 @@ class DenseRows:
         return self.product.node
 
 
-Treatment = Decision | DenseRows | TopGroups | MergedTopK
+Treatment = Decision | DenseRows | TopGroups | Merged
 
 
 def treatments(
@@ -45,17 +46,23 @@ def treatments(
 ) -> dict[Node, Treatment]:
     """What to do at each equation, given which leaves and packed forms will be there at run time.
 
-    A decision whose packed forms are not all there is left out: its products are then dense. Dense products whose leaf
-    is not there read packed rows instead, where some fit.
+    A decision whose packed forms are not all there takes those of rows that lie otherwise. Where these are not there
+    either, it is left out: its products are then dense. Dense products whose leaf is not there read packed rows
+    instead, where some fit.
     """
 
     def there(need: Need) -> bool:
         key = need.key
         return has_key(key) or (key.form == "rows" and key.recipe.is_leaf and has_leaf(key.recipe.root))
 
-    found: dict[Node, Treatment] = {d.node: d for d in plan.decisions if all(there(n) for n in d.needs)}
+    found: dict[Node, Treatment] = {}
+    for decision in plan.decisions:
+        for one in (decision, other_rows(decision)):
+            if one is not None and all(there(n) for n in one.needs):
+                found[one.node] = one
+                break
     treated = {p for t in found.values() if isinstance(t, Decision) for p in t.match.products}
-    found.update((merge.node, merge) for merge in merged_top_ks([t for t in found.values() if isinstance(t, Decision)]))
+    found.update((one.node, one) for one in merged([t for t in found.values() if isinstance(t, Decision)]))
     for product in detection.products:
         if product in treated or has_leaf(product.origin.recipe.root) or product.batched:
             continue

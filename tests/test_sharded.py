@@ -119,15 +119,14 @@ def check_every_predictor_in_every_packed_form():
 
 
 def check_narrow_is_the_same_as_each_device_picking_its_share():
-    """Four devices choose as one device does that picks in four blocks: checked on the candidates of the head."""
+    """Each of four devices chooses four of its rows, row i being on device i % 4: checked on the head's candidates."""
     w, x = placed(mesh_of(4))
     step = hx.sparsify(decode, config=hx.Config(ffn=None, vocab=hx.Vocab(candidates=16, fill="-inf"), rules=FORCE))
     logits = np.asarray(step(w, x[:1]))
-    finite = np.isfinite(logits).reshape(4, V // 4)
-    assert finite.sum(axis=1).tolist() == [4] * 4
+    assert np.isfinite(logits).reshape(V // 4, 4).sum(axis=0).tolist() == [4] * 4
     dense = np.asarray(decode(weights(), tokens()[:1]))
     np.testing.assert_allclose(logits[np.isfinite(logits)], dense[np.isfinite(logits)], rtol=1e-4, atol=1e-5)
-    best = np.sort(dense.reshape(4, V // 4), axis=1)[:, -3:]
+    best = np.sort(dense.reshape(V // 4, 4), axis=0)[-3:]
     assert np.isin(best.round(4), logits.round(4)).mean() > 0.9
 
 
@@ -231,7 +230,7 @@ def data_block(w, x):
 
 
 def check_packing_holds_no_whole_matrix_anywhere():
-    from hire_xform.passes.pack import packed_spec, shard_packer
+    from hire_xform.passes.packers import packed_spec, shard_packer
     from hire_xform.passes.shards import as_automatic
 
     w, x = placed(mesh_of(8))

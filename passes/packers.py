@@ -1,0 +1,199 @@
+"""Makes one packed form of one weight: the compiled functions that do it, on one device or on those that hold parts."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+
+from hire_xform.lowering import (
+    PredictorSpec,
+    from_cyclic,
+    largest_norm,
+    pack_moments,
+    pack_predictor,
+    pack_proof,
+    to_cyclic,
+)
+from hire_xform.passes.decisions import PackKey
+from hire_xform.passes.forms import Proving
+from hire_xform.passes.levels import Levels
+from hire_xform.passes.manual import mesh_here, under_automatic_axes
+from hire_xform.passes.measured import Fitted, Regrouped
+from hire_xform.passes.recipe import Cyclic, Recipe, Root, Stack, Step
+from hire_xform.passes.shards import Names, as_automatic, names_of, placed_rows, stacks_of
+
+
+@functools.lru_cache(maxsize=256)
+def packer(steps: tuple[Step, ...], form: Any) -> Callable[[Any], Any]:
+    """What packs a leaf that is on one device; it is compiled once for all leaves that are packed alike."""
+    recipe = Recipe(Root("", 0), steps)
+    if isinstance(form, Levels):
+        return jax.jit(lambda leaf: jnp.asarray(form.array))
+    if isinstance(form, RegroupedForm):
+        return jax.jit(functools.partial(_regrouped, recipe, form.form))
+    if isinstance(form, FittedForm):
+        stacks = sum(isinstance(step, Stack) for step in steps)
+        fit = functools.partial(_fit, form.form)
+        for _ in range(stacks):
+            fit = jax.vmap(fit)
+        return jax.jit(lambda leaf, covariance: fit(recipe.apply(leaf), covariance))
+    return jax.jit(lambda leaf: recipe.apply(leaf, functools.partial(_finish, form)))
+
+
+def pack_placed(key: PackKey, leaf: Any, sharding: NamedSharding) -> Any:
+    """A packed form of a leaf that is over several devices: each packs the rows it holds, and holds what it packed."""
+    spec = packed_spec(sharding, leaf.shape, key)
+    mesh = as_automatic(sharding.mesh)
+    with jax.ensure_compile_time_eval(), jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        given = (jax.device_put(a, NamedSharding(mesh, PartitionSpec())) for a in given_to(key.form))
+        pack = shard_packer(key.recipe.steps, bare_form(key.form), mesh, spec)
+        made = pack(jax.device_put(leaf, NamedSharding(mesh, sharding.spec)), *given)
+        return jax.device_put(made, NamedSharding(sharding.mesh, spec))
+
+
+@functools.lru_cache(maxsize=256)
+def shard_packer(steps: tuple[Step, ...], form: Any, mesh: Any, spec: PartitionSpec) -> Callable[..., Any]:
+    """What packs a leaf that is sharded over a mesh with automatic axes; the result is placed by ``spec``.
+
+    Rows that are to lie cyclically are exchanged by the devices first: none holds more than its own.
+    """
+    cyclic = _cyclic_of(steps)
+    before = steps if cyclic is None else steps[: steps.index(cyclic)]
+    rows = packer(before, "rows")
+    stacks, around = stacks_of(steps), stacks_of(before)
+    names = _names_at(spec, around)
+
+    def finish(here: Any, rows: Any, *given: Any) -> Any:
+        if cyclic is not None:
+            rows = to_cyclic(rows, names, cyclic.parts, axis=around, here=here[0])
+        if cyclic is not None and stacks > around:
+            rows = jnp.expand_dims(rows, around)  # the one part that a device has
+        made = functools.partial(_finish, form)
+        if isinstance(form, FittedForm):
+            made = functools.partial(_fit, form.form, covariance=given[0])
+        for _ in range(stacks):
+            made = jax.vmap(made)
+        return made(rows)
+
+    def run(leaf: Any, *given: Any) -> Any:
+        laid_out = jax.lax.with_sharding_constraint(rows(leaf), NamedSharding(mesh, spec))
+        numbers = jnp.arange(1 if cyclic is None else cyclic.parts, dtype=jnp.int32)
+        own_number = PartitionSpec(None if cyclic is None else names)
+        specs = (own_number, spec, *(PartitionSpec() for _ in given))
+        return jax.shard_map(finish, mesh=mesh, in_specs=specs, out_specs=spec, check_vma=False)(
+            numbers, laid_out, *given
+        )
+
+    return jax.jit(run)
+
+
+def _cyclic_of(steps: Sequence[Step]) -> Cyclic | None:
+    return next((step for step in steps if isinstance(step, Cyclic)), None)
+
+
+def _names_at(spec: PartitionSpec, dim: int) -> Names:
+    return names_of(spec[dim]) if dim < len(spec) else ()
+
+
+def as_blocks(key: PackKey, shape: Sequence[int], rows: Any, sharding: NamedSharding) -> tuple[Recipe, Any]:
+    """Packed rows that lie cyclically as contiguous blocks again, and the recipe of those. Each device sends its own.
+
+    Args:
+      key: of the rows.
+      shape: of their leaf.
+      rows: as they are packed, on tracers.
+      sharding: where the leaf was.
+    """
+    cyclic = _cyclic_of(key.recipe.steps)
+    if cyclic is None:
+        return key.recipe, rows
+    spec, around = packed_spec(sharding, shape, key), stacks_of(key.recipe.steps)
+    names = _names_at(spec, around)
+
+    def run(rows: Any) -> Any:
+        back = functools.partial(from_cyclic, names=names, shards=cyclic.parts, axis=around)
+        return jax.shard_map(back, mesh=mesh_here(sharding.mesh), in_specs=spec, out_specs=spec)(rows)
+
+    blocks = Recipe(key.recipe.root, tuple(step for step in key.recipe.steps if step is not cyclic))
+    return blocks, under_automatic_axes(run, sharding.mesh, jax.typeof(rows))(rows)
+
+
+def packed_spec(sharding: NamedSharding, shape: Sequence[int], key: PackKey) -> PartitionSpec:
+    """How a packed form of a placed leaf is placed.
+
+    Rows lie where they lay. All else is made of whole matrices, and lies where those of a stack do: each device has its
+    part of the rows as a matrix of that stack.
+    """
+    axes = placed_rows(sharding, shape, key.recipe)
+    # A weight that is placed otherwise belongs to no site that is split: it is packed whole, on every device.
+    if isinstance(axes, str) or axes[-1]:
+        return PartitionSpec()
+    kept = axes[: stacks_of(key.recipe.steps) + (key.form == "rows")]
+    while kept and not kept[-1]:
+        kept.pop()
+    return PartitionSpec(*(names or None for names in kept))
+
+
+@dataclass(frozen=True)
+class FittedForm:
+    """``Fitted`` without the inputs, which the packer is given: one program serves all."""
+
+    form: PredictorSpec | Proving
+
+
+@dataclass(frozen=True)
+class RegroupedForm:
+    """``Regrouped`` without the order, which the packer is given first."""
+
+    form: Any
+
+
+def _regrouped(recipe: Recipe, form: Any, leaf: Any, order: Any, *given: Any) -> Any:
+    if form == "order":
+        return order
+    make = functools.partial(_fit, form.form) if given else functools.partial(_finish, form)
+
+    def one(rows: Any, order: Any, *given: Any) -> Any:
+        return make(rows[order], *given)
+
+    for _ in range(order.ndim - 1):
+        one = jax.vmap(one)
+    return one(recipe.apply(leaf), order, *given)
+
+
+def bare_form(form: Any) -> Any:
+    """A form without the arrays that it is made with, which the packer is given."""
+    if isinstance(form, Regrouped):
+        return RegroupedForm(bare_form(form.form))
+    return FittedForm(form.form) if isinstance(form, Fitted) else form
+
+
+def given_to(form: Any) -> tuple[Any, ...]:
+    """Those arrays."""
+    if isinstance(form, Regrouped):
+        return (form.order.units, *given_to(form.form))
+    return (form.inputs.covariance,) if isinstance(form, Fitted) else ()
+
+
+def _finish(form: Any, rows: Any) -> Any:
+    if form == "rows":
+        return rows
+    if form == "norms":
+        return jnp.sqrt(jnp.sum(jnp.square(rows.astype(jnp.float32)), axis=-1))
+    if form == "largest":
+        return largest_norm(rows)
+    if form == "moments":
+        return pack_moments(rows)
+    return _fit(form, rows, None)
+
+
+def _fit(form: PredictorSpec | Proving, rows: Any, covariance: Any) -> Any:
+    if isinstance(form, Proving):
+        return pack_proof(rows, form.spec, covariance)
+    return pack_predictor(rows, form, covariance)
