@@ -153,6 +153,17 @@ class Sparsified:
           iterations, and in a shard_map the sum over its devices.
         """
         entry, leaves, packed = self._entry(args, kwargs)
+        result, counts = entry.counted(*entry.operands(leaves, packed))
+        return result, {path: taken[-1] for path, taken in counts.items()}
+
+    def with_rungs(self, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, jax.Array]]:
+        """A call that also says how often each certified site took each of its compiled sizes.
+
+        Returns:
+          What the call returns, and for each certified site's path int32 counts, one for each of ``Site.rungs``: the
+          last is that of ``with_fallbacks``. Counts times the rungs' ``bytes`` are the weight bytes truly read.
+        """
+        entry, leaves, packed = self._entry(args, kwargs)
         return entry.counted(*entry.operands(leaves, packed))
 
     def _entry(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Entry, list[Any], list[Packed]]:

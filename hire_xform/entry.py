@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 
 from hire_xform.calls import Abstract, abstract_call, argument_of, aval_of, unwrap_statics
-from hire_xform.counting import Counts, count_fallbacks
+from hire_xform.counting import Counts, count_rungs
 from hire_xform.errors import TracedWeightsError
 from hire_xform.passes import compat
 from hire_xform.passes.decisions import PackKey
@@ -154,9 +154,9 @@ class Entry:
         return current
 
     def _counted(self, *operands: Any) -> tuple[Any, Counts]:
-        """The call, and how often each certified site ran its dense product."""
+        """The call, and how often each certified site took each of its sizes, and last its dense form."""
         program, shape = jax.make_jaxpr(self.jitted, return_shape=True)(*operands)
-        results, counts = count_fallbacks(program, jax.tree.leaves(operands))
+        results, counts = count_rungs(program, jax.tree.leaves(operands))
         return jax.tree.unflatten(jax.tree.structure(shape), results), counts
 
     def _forget(self, _: Any) -> None:

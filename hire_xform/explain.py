@@ -56,6 +56,7 @@ def _site_key(site: Site) -> tuple:
         site.calibrated,
         site.placed,
         site.rows,
+        site.rungs,
     )
 
 
@@ -79,14 +80,18 @@ def _site(sites: list[Site]) -> list[str]:
     what = "logits" if site.kind == "vocab" else "hidden units"
     for_whom = f"{site.tokens} token" + ("s" if site.tokens > 1 else "")
     shared = ", one set shared by all" if site.shared and site.tokens > 1 else ""
+    most = "at most " if len(site.rungs) > 2 else ""
+    expected = " expected" if site.rungs and site.rungs[0].share is not None else ""
     lines = [
         f"  {site.kind:5s}  {_paths(sites)}",
         f"         {site.source}",
-        f"         {size(dense)} -> {size(sparse)} ({sparse / dense:.0%}); {for_whom}: "
-        f"{site.computed:,} of {site.units:,} {what} exact{shared}",
+        f"         {size(dense)} -> {size(sparse)} ({sparse / dense:.0%}){expected}; {for_whom}: "
+        f"{most}{site.computed:,} of {site.units:,} {what} exact{shared}",
         f"         {describe(site.settings)}" + (f"; activation: {site.activation}" if site.activation else ""),
         f"         weights: {', '.join(site.weights)}" + (" and alike" if len(sites) > 1 else ""),
     ]
+    if expected:
+        lines.append(f"         as many as are needed, with the share of calls expected: {_rungs(site)}")
     if site.placed:
         lines.append(f"         each of {site.placed} its own share" + (f"; {site.rows}" if site.rows else ""))
     if site.calibrated:
@@ -96,6 +101,13 @@ def _site(sites: list[Site]) -> list[str]:
     if site.forced:
         lines.append("         forced by a rule, whatever the cost model says")
     return lines
+
+
+def _rungs(site: Site) -> str:
+    """A certified site's sizes and how often each is expected to be taken."""
+    *rungs, dense = site.rungs
+    told = [f"{r.computed:,} ({r.share:.2%})" for r in rungs]
+    return f"{', '.join(told)}, dense ({dense.share:.2%})"
 
 
 def _refusals(plan: Plan) -> list[str]:

@@ -10,12 +10,13 @@ from functools import cached_property
 import numpy as np
 
 from hire_xform.lowering import PredictorSpec
+from hire_xform.passes.ladder import ladder_of
 from hire_xform.passes.measured import Chosen, Inputs, Order
 from hire_xform.passes.settings import Ffn, Vocab
 
-# Share of the tokens that a certified site's size is to prove, at least: what it does not prove reads all rows. Of a
-# head some more rows are a small part, so it proves more.
-PROVED = {"ffn": 0.999, "vocab": 0.9997}
+# Share of the tokens that a certified site's largest size is to prove, at least. What it does not prove reads all rows,
+# and few tokens take it. Text unlike that of the calibration needs more of a head, several times as often.
+PROVED = {"ffn": 0.999, "vocab": 0.9999}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -182,16 +183,33 @@ class SiteCalibration:
     def chosen_for(self, recall: float) -> SiteCalibration:
         """With the predictor and sizes that reach a recall at the fewest bytes; of equals the first measured."""
 
-        def read(predictor: PredictorSpec) -> float:
-            return self.curves[predictor].predictor_bytes + self.row_bytes * float(
-                self.sizes_for(recall, predictor).mean()
-            )
-
-        if self.criterion.startswith("proved"):
+        if self._proved:
             recall = max(recall, PROVED[self.kind])
-        best = min(self.curves, key=read)
-        sizes = np.asarray(self.sizes_for(recall, best), np.int64)
+        found = {predictor: self._sized_for(recall, predictor) for predictor in self.curves}
+        best = min(found, key=lambda p: self.curves[p].predictor_bytes + found[p][1])
+        sizes = found[best][0]
         return replace(self, predictor=best, sizes=sizes, target=f"recall {recall:g} ({self.criterion})", recall=recall)
+
+    def _sized_for(self, recall: float, predictor: PredictorSpec) -> tuple[np.ndarray, float]:
+        """For each layer the size that reaches a recall, and the mean bytes of rows that one token reads.
+
+        Of a certified site the largest of its sizes, which is that at least, and what it is expected to read.
+        """
+        sizes = np.asarray(self.sizes_for(recall, predictor), np.int64)
+        if not self._proved or not self.tokens.min():
+            return sizes, self.row_bytes * float(sizes.mean())
+        curve, read = self.curves[predictor], np.zeros(self.stack)
+        for layer in np.ndindex(*self.stack):
+            ladder = ladder_of(
+                curve.wanted[layer],
+                lambda count: count * self.row_bytes,
+                self.units // self.group_size * self.row_bytes,
+                tried=self.kind == "vocab",
+                fixed=curve.predictor_bytes,
+                least=int(sizes[layer]),
+            )
+            sizes[layer], read[layer] = ladder.counts[-1], ladder.read
+        return sizes, float(read.mean())
 
     def choose(self, settings: Vocab | Ffn) -> Chosen:
         """What these settings should have where they state nothing; the size is the largest of all layers'."""
@@ -211,12 +229,12 @@ class SiteCalibration:
         )
         if stated is not None:
             predictor = settings.predictor or self._best_at(self._stated_size(settings))
-            return Chosen(predictor, None, f"calibrated, but {name}={stated} is given")
+            return Chosen(predictor, None, f"calibrated, but {name}={stated} is given", needs=self._needs(predictor))
         predictor = settings.predictor or self.predictor
         if predictor == self.predictor:
             sizes = self.sizes
         elif predictor in self.curves and self.recall is not None:
-            sizes = self.sizes_for(self.recall, predictor)
+            sizes = self._sized_for(self.recall, predictor)[0]
         else:
             for_that = f" for {self.target}" if predictor in self.curves else ""
             how = f"not calibrated with this predictor{for_that} but with {self.predictor}; its size is the default"
@@ -225,7 +243,11 @@ class SiteCalibration:
         what = "candidate" if self.kind == "vocab" else "unit" if self.group_size == 1 else "group"
         sized = f"{size:,} {what}{'s' * (size > 1)}"
         how = f"calibrated: {sized} for {self.target}, {tokens:,} tokens"
-        return Chosen(predictor, size, how, sizes if self.stack else None)
+        return Chosen(predictor, size, how, sizes if self.stack else None, self._needs(predictor))
+
+    def _needs(self, predictor: PredictorSpec) -> np.ndarray | None:
+        """How many tokens need 1, 2, ... rows (or groups) of a certified site, ``[*stack, n]``, where that is known."""
+        return self.curves[predictor].wanted if self._proved and predictor in self.curves else None
 
     @property
     def _proved(self) -> str:

@@ -9,7 +9,6 @@ from hire_xform.lowering.certified_ffn import CertifiedBlock, CertifiedOperands,
 from hire_xform.lowering.cofiring import SKETCHED_FROM, cofiring
 from hire_xform.lowering.cyclic import cyclic_ids, from_cyclic, return_candidates, to_cyclic
 from hire_xform.lowering.da_top_k import da_top_k, da_top_k_p
-from hire_xform.lowering.fallback import fallback_p, mark_fallback
 from hire_xform.lowering.goals import Goal, Nucleus, TopSet, fewest_candidates
 from hire_xform.lowering.own_sparsity import (
     among_largest,
@@ -33,7 +32,8 @@ from hire_xform.lowering.predictors import (
 from hire_xform.lowering.proofs import Proof, pack_proof, proof_bytes, scores_with_bounds
 from hire_xform.lowering.record import record, record_p
 from hire_xform.lowering.rows import combine_rows, select_rows_dot
-from hire_xform.lowering.selection import Selection, choose, select
+from hire_xform.lowering.rungs import mark_rung, rung_p
+from hire_xform.lowering.selection import Selection, choose, rungs, select
 from hire_xform.lowering.statistics import (
     KL_SIZES,
     covariance,
@@ -81,7 +81,6 @@ __all__ = [
     "cyclic_ids",
     "da_top_k",
     "da_top_k_p",
-    "fallback_p",
     "fewest_candidates",
     "ffn",
     "ffn_bytes",
@@ -91,7 +90,7 @@ __all__ = [
     "keep_top_groups",
     "kth_largest",
     "largest_norm",
-    "mark_fallback",
+    "mark_rung",
     "moments",
     "moments_bytes",
     "open_units",
@@ -107,6 +106,8 @@ __all__ = [
     "record",
     "record_p",
     "return_candidates",
+    "rung_p",
+    "rungs",
     "scores_with_bounds",
     "select",
     "select_rows_dot",

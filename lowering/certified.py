@@ -4,9 +4,14 @@ Candidates are the rows of largest *upper bound*. The best of them is the dense 
 possible dense values reaches its own; where intervals meet only in a value that both round to, the lower index must be
 the best's, as the dense arg max breaks ties. The proof is of the logits as the projection returns them, whatever the
 order in which the dense product sums; see ``lowering/bounds.py``. Section 5 of the design; derived there and here.
+
+Of several compiled sizes the smallest is computed first. Its exact logits are a floor for the best one, so that the
+rows that may still be better are known: those whose bound reaches the floor. More candidates only raise it.
 """
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import jax
@@ -14,11 +19,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from hire_xform.lowering.goals import Goal, proved
+from hire_xform.lowering.bounds import ScoresWithBounds
+from hire_xform.lowering.goals import Goal, in_the_way, proved
 from hire_xform.lowering.predictors import PredictorSpec
 from hire_xform.lowering.proofs import Proof, scores_with_bounds
 from hire_xform.lowering.rows import select_rows_dot
-from hire_xform.lowering.selection import choose, select
+from hire_xform.lowering.selection import Selection, rungs, select
 
 __all__ = ["certified_logits"]
 
@@ -31,6 +37,7 @@ def certified_logits(
     dense: Callable[[jax.Array, jax.Array], jax.Array],
     *,
     candidates: int,
+    smaller: Sequence[int] = (),
     goal: Goal = True,
     vocab: int | None = None,
     first_row: jax.Array | int = 0,
@@ -39,6 +46,9 @@ def certified_logits(
     input_bits: int = 24,
 ) -> tuple[jax.Array, jax.Array]:
     """``x @ rows.T`` with exact logits for the candidates, and the arg max (or another goal) of the dense product.
+
+    With ``smaller`` sizes the smallest is tried first. What is exact then tells which other rows are still in the way
+    of a proof, and the smallest size that holds those is computed, less what there is already.
 
     Under ``vmap`` over ``x`` the tokens of all examples are taken together: one dense product if any of them fails.
 
@@ -49,6 +59,7 @@ def certified_logits(
       spec: the predictor's spec.
       dense: the dense product of ``[T, d]`` and ``[V, d]``, of ``out_dtype``, ``[T, V]``.
       candidates: rows each token may have computed exactly.
+      smaller: fewer, ascending, to try before that.
       goal: what is to be proved; True is the arg max.
       vocab: ``V``; None takes all of ``rows``.
       first_row: where the rows begin.
@@ -57,10 +68,11 @@ def certified_logits(
       input_bits: significant bits that the dense product keeps of f32 inputs.
 
     Returns:
-      Logits ``[T, V]`` of ``out_dtype``, and a bool scalar: whether the dense product was run.
+      Logits ``[T, V]`` of ``out_dtype``, and an int32 scalar: the number of the size that was computed, of ``smaller``
+      and then ``candidates``; one more for the dense product.
     """
     vocab = rows.shape[0] if vocab is None else vocab
-    out = jnp.dtype(out_dtype)
+    head = _Head(spec=spec, goal=goal, vocab=vocab, fill=fill, out_dtype=jnp.dtype(out_dtype), input_bits=input_bits)
     # Arrays are operands of `run`, never closed over: transformations have to see them.
     arrays = (rows, proof, jnp.asarray(first_row, jnp.int32))
 
@@ -71,17 +83,16 @@ def certified_logits(
     def run(x: jax.Array, arrays: tuple) -> tuple[jax.Array, jax.Array]:
         rows, proof, first_row = arrays
         start = 0 if rows.shape[0] == vocab else first_row
-        logits, sure = _attempt(x, rows, proof, spec, goal, candidates, vocab, start, fill, out, input_bits)
-        fallback = jnp.logical_not(jnp.all(sure))
-        return lax.cond(fallback, lambda: dense(x, own_rows(rows, first_row)), lambda: logits), fallback
+        selections = rungs(x.shape[0], vocab, (*smaller, candidates))
+        return head.climb(x, rows, proof, start, selections, lambda: dense(x, own_rows(rows, first_row)))
 
     @run.def_vmap
     def _batched(size: int, in_batched: list, x: jax.Array, arrays: tuple) -> tuple:
         if any(jax.tree.leaves(in_batched[1])):
             x_of, arrays_of = (jax.tree.map(_spread(size), a, b) for a, b in zip((x, arrays), in_batched, strict=True))
             return lax.map(lambda pair: run(*pair), (x_of, arrays_of)), (True, True)
-        logits, fallback = run(x.reshape(-1, x.shape[-1]), arrays)
-        return (logits.reshape(size, -1, vocab), jnp.broadcast_to(fallback, (size,))), (True, True)
+        logits, rung = run(x.reshape(-1, x.shape[-1]), arrays)
+        return (logits.reshape(size, -1, vocab), jnp.broadcast_to(rung, (size,))), (True, True)
 
     @jax.custom_jvp
     def differentiable(x: jax.Array, arrays: tuple) -> tuple[jax.Array, jax.Array]:
@@ -91,10 +102,10 @@ def certified_logits(
     def _jvp(primals: tuple, tangents: tuple) -> tuple:
         """The dense product's, of every logit that is not minus infinity; it reads every row."""
         (x, arrays), (dx, darrays) = primals, tangents
-        logits, fallback = differentiable(x, arrays)
+        logits, rung = differentiable(x, arrays)
         change = dense(dx, own_rows(arrays[0], arrays[2])) + dense(x, own_rows(darrays[0], arrays[2]))
         change = jnp.where(logits == -jnp.inf, jnp.zeros((), change.dtype), change)
-        return (logits, fallback), (change, np.zeros(fallback.shape, jax.dtypes.float0))
+        return (logits, rung), (change, np.zeros(rung.shape, jax.dtypes.float0))
 
     return differentiable(x, arrays)
 
@@ -104,36 +115,95 @@ def _spread(size: int) -> Callable[[jax.Array, bool], jax.Array]:
     return lambda array, batched: array if batched else jnp.broadcast_to(array, (size, *jnp.shape(array)))
 
 
-def _attempt(
-    x: jax.Array,
-    rows: jax.Array,
-    proof: Proof,
-    spec: PredictorSpec,
-    goal: Goal,
-    candidates: int,
-    vocab: int,
-    first_row: jax.Array | int,
-    fill: str,
-    out_dtype: jnp.dtype,
-    input_bits: int,
-) -> tuple[jax.Array, jax.Array]:
-    """Logits, and for each token whether the goal is proved."""
-    tokens = x.shape[0]
-    selection = choose(tokens, vocab, candidates)
-    with jax.named_scope("predict"):
-        found = scores_with_bounds(x, proof, spec, input_bits=input_bits)
-    with jax.named_scope("select"):
-        index = select(found.upper, selection)
-    with jax.named_scope("compute"):
-        exact = select_rows_dot(
-            x, rows, index + first_row, preferred_element_type=jnp.promote_types(out_dtype, jnp.float32)
-        )
-        at = (slice(None), index) if index.ndim == 1 else (jnp.arange(tokens)[:, None], index)
-        rest = found.scores if fill == "predicted" else jnp.full(found.scores.shape, -jnp.inf, exact.dtype)
-        logits = rest.astype(exact.dtype).at[at].set(exact, unique_indices=True, mode="promise_in_bounds")
-        logits = logits.astype(out_dtype)
-    with jax.named_scope("prove"):
-        outside = found.upper.at[at].set(-jnp.inf, unique_indices=True, mode="promise_in_bounds")
-        error = jnp.take_along_axis(found.exact_error, jnp.broadcast_to(index, exact.shape), axis=1)
-        sure = proved(goal, lax.stop_gradient(exact), error, outside, index, out_dtype)
-    return logits, sure
+@dataclass(frozen=True, kw_only=True)
+class _Head:
+    """What is static of a certified projection."""
+
+    spec: PredictorSpec
+    goal: Goal
+    vocab: int
+    fill: str
+    out_dtype: jnp.dtype
+    input_bits: int
+
+    def climb(
+        self,
+        x: jax.Array,
+        rows: jax.Array,
+        proof: Proof,
+        first_row: jax.Array | int,
+        selections: Sequence[Selection],
+        dense: Callable[[], jax.Array],
+    ) -> tuple[jax.Array, jax.Array]:
+        """Logits, and the number of the selection that proved the goal for every token, or one more."""
+        sizes = [s.size for s in selections]
+        with jax.named_scope("predict"):
+            found = scores_with_bounds(x, proof, self.spec, input_bits=self.input_bits)
+        with jax.named_scope("select"):
+            # The smaller selections are the beginnings of the largest.
+            index = select(found.upper, selections[-1])
+
+        def products(index: jax.Array) -> jax.Array:
+            with jax.named_scope("compute"):
+                out = jnp.promote_types(self.out_dtype, jnp.float32)
+                return select_rows_dot(x, rows, index + first_row, preferred_element_type=out)
+
+        first = index[..., : sizes[0]]
+        exact = products(first)
+
+        def larger() -> tuple[jax.Array, jax.Array]:
+            """The goal is not proved by the first selection."""
+
+            def computed(size: int) -> tuple[jax.Array, jax.Array]:
+                own = jnp.concatenate([exact, products(index[..., sizes[0] : size])], axis=1)
+                return self.logits(found, index[..., :size], own), self.proved(found, index[..., :size], own)
+
+            branches = [functools.partial(computed, size) for size in sizes[1:]]
+            if len(branches) == 1:
+                number, (logits, sure) = jnp.int32(0), branches[0]()
+            else:
+                number = self.wanted(found, index, exact, sizes)
+                logits, sure = lax.switch(number, branches)
+            return logits, jnp.where(sure, number + 1, len(sizes))
+
+        sure = self.proved(found, first, exact)
+        if len(sizes) == 1:
+            rung = jnp.where(sure, 0, 1)
+            return lax.cond(sure, lambda: self.logits(found, first, exact), dense), rung
+        logits, rung = lax.cond(sure, lambda: (self.logits(found, first, exact), jnp.int32(0)), larger)
+        return lax.cond(rung < len(sizes), lambda: logits, dense), rung
+
+    def logits(self, found: ScoresWithBounds, index: jax.Array, exact: jax.Array) -> jax.Array:
+        """All logits ``[T, V]``, with those of ``index`` exact."""
+        rest = found.scores if self.fill == "predicted" else jnp.full(found.scores.shape, -jnp.inf, exact.dtype)
+        logits = rest.astype(exact.dtype).at[_at(index, rest)].set(exact, unique_indices=True, mode="promise_in_bounds")
+        return logits.astype(self.out_dtype)
+
+    def proved(self, found: ScoresWithBounds, index: jax.Array, exact: jax.Array) -> jax.Array:
+        """Whether the goal is proved for every token, bool scalar."""
+        with jax.named_scope("prove"):
+            error, others = _bounds(found, index, exact)
+            return jnp.all(proved(self.goal, lax.stop_gradient(exact), error, others, index, self.out_dtype))
+
+    def wanted(self, found: ScoresWithBounds, index: jax.Array, exact: jax.Array, sizes: Sequence[int]) -> jax.Array:
+        """The first of ``sizes[1:]`` that is known to prove the goal, or else the last: its number, int32 scalar."""
+        with jax.named_scope("select"):
+            error, others = _bounds(found, index[..., : sizes[0]], exact)
+            weight, allowed = in_the_way(self.goal, lax.stop_gradient(exact), error, others, self.out_dtype)
+            ordered = jnp.take_along_axis(weight, jnp.broadcast_to(index, (exact.shape[0], sizes[-1])), axis=1)
+            total = jnp.sum(weight, axis=1)
+            held = [jnp.sum(ordered[:, :size], axis=1) for size in sizes[1:-1]]
+            short = [jnp.logical_not(jnp.all(total - part <= allowed)) for part in held]
+            # What a size holds grows with it.
+            return sum((s.astype(jnp.int32) for s in short), jnp.int32(0))
+
+
+def _at(index: jax.Array, values: jax.Array) -> tuple:
+    """Where ``index`` points to in ``values [T, V]``."""
+    return (slice(None), index) if index.ndim == 1 else (jnp.arange(values.shape[0])[:, None], index)
+
+
+def _bounds(found: ScoresWithBounds, index: jax.Array, exact: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Of the rows of ``index`` how far a dense product can be from theirs, of all others what it can be at most."""
+    others = found.upper.at[_at(index, found.upper)].set(-jnp.inf, unique_indices=True, mode="promise_in_bounds")
+    return jnp.take_along_axis(found.exact_error, jnp.broadcast_to(index, exact.shape), axis=1), others

@@ -2,11 +2,13 @@
 
 A unit of a ReLU, squared-ReLU or ReGLU block is zero wherever its gate, the product (and bias) that goes into the ReLU,
 is at most zero. The predictor's upper bound of the gate proves that without reading the unit. The units left open are
-computed exactly, so the result is the dense one but for the order of its sum. Section 5 of the design; the bounds are
+computed exactly, so the result is the dense one but for the order of its sum. How many are open is known before any is
+read: of several compiled sizes the smallest that holds them is computed. Section 5 of the design; the bounds are
 derived in ``lowering/bounds.py``.
 """
 
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -16,9 +18,10 @@ import numpy as np
 from jax import lax
 
 from hire_xform.lowering.bounds import norm
+from hire_xform.lowering.da_top_k import da_top_k
 from hire_xform.lowering.predictors import PredictorSpec
 from hire_xform.lowering.proofs import Proof, scores_with_bounds
-from hire_xform.lowering.selection import choose, select
+from hire_xform.lowering.selection import Selection, rungs
 from hire_xform.lowering.subgraph import UpProduct, chosen_units
 
 __all__ = ["CertifiedBlock", "CertifiedOperands", "certified_ffn", "largest_norm", "upper_gate"]
@@ -40,6 +43,7 @@ class CertifiedBlock:
       dense_down: the dense contracting product, ``[T, d_out]``.
       spec: the gate's predictor.
       active: groups of units each token may have computed.
+      smaller: fewer, ascending: the smallest size that holds all open groups is computed.
       group_size: units in a group.
       up_dtypes: dtypes of the products into the units.
       out_dtype: dtype of the result.
@@ -58,6 +62,7 @@ class CertifiedBlock:
     up_dtypes: tuple[jnp.dtype, ...]
     out_dtype: jnp.dtype
     input_bits: int = 24
+    smaller: tuple[int, ...] = ()
 
 
 class CertifiedOperands(NamedTuple):
@@ -95,14 +100,20 @@ def certified_ffn(block: CertifiedBlock, operands: CertifiedOperands) -> tuple[j
     Under ``vmap`` over tokens and side inputs the tokens of all examples are taken together.
 
     Returns:
-      ``[T, d_out]``, and a bool scalar: whether the dense block was run.
+      ``[T, d_out]``, and an int32 scalar: the number of the size that was computed, of ``smaller`` and then ``active``;
+      one more for the dense block.
     """
 
     @jax.custom_batching.custom_vmap
     def run(o: CertifiedOperands) -> tuple[jax.Array, jax.Array]:
-        sparse, proved = _attempt(block, o)
-        fallback = jnp.logical_not(proved)
-        return lax.cond(fallback, lambda: _dense(block, o), lambda: sparse), fallback
+        groups = block.units // block.group_size
+        selections = rungs(o.xs[0].shape[0], groups, (*block.smaller, block.active))
+        with jax.named_scope("predict"):
+            gate = upper_gate(block, o)
+        with jax.named_scope("prove"):
+            rung = _rung(block, o, gate, selections)
+        sizes = [functools.partial(_open_units, block, o, gate, s) for s in selections]
+        return lax.switch(rung, [*sizes, lambda: _dense(block, o)]), rung
 
     @run.def_vmap
     def _batched(size: int, in_batched: list, o: CertifiedOperands) -> tuple:
@@ -113,8 +124,8 @@ def certified_ffn(block: CertifiedBlock, operands: CertifiedOperands) -> tuple[j
         tokens = o.xs[0].shape[1 if batched.xs[0] else 0]
         xs = [_together(x, b, size, tokens) for x, b in zip(o.xs, batched.xs, strict=True)]
         sides = [_together(s, b, size, tokens) for s, b in zip(o.sides, batched.sides, strict=True)]
-        out, fallback = run(o._replace(xs=xs, sides=sides))
-        return (out.reshape(size, tokens, -1), jnp.broadcast_to(fallback, (size,))), (True, True)
+        out, rung = run(o._replace(xs=xs, sides=sides))
+        return (out.reshape(size, tokens, -1), jnp.broadcast_to(rung, (size,))), (True, True)
 
     @jax.custom_jvp
     def differentiable(o: CertifiedOperands) -> tuple[jax.Array, jax.Array]:
@@ -130,8 +141,8 @@ def certified_ffn(block: CertifiedBlock, operands: CertifiedOperands) -> tuple[j
 
         wanted = (o.xs, o.sides, o.rows, o.down)
         _, change = jax.jvp(dense, wanted, (do.xs, do.sides, do.rows, do.down))
-        out, fallback = differentiable(o)
-        return (out, fallback), (change, np.zeros(fallback.shape, jax.dtypes.float0))
+        out, rung = differentiable(o)
+        return (out, rung), (change, np.zeros(rung.shape, jax.dtypes.float0))
 
     return differentiable(operands)
 
@@ -169,27 +180,29 @@ def upper_gate(block: CertifiedBlock, o: CertifiedOperands) -> jax.Array:
     return jnp.broadcast_to(gate, (tokens, block.units)).reshape(tokens, groups, block.group_size).max(axis=-1)
 
 
-def _attempt(block: CertifiedBlock, o: CertifiedOperands) -> tuple[jax.Array, jax.Array]:
-    """The block of the open units, and whether all others are proved zero for every token."""
-    tokens, groups = o.xs[0].shape[0], block.units // block.group_size
-    selection = choose(tokens, groups, block.active)
-    xs, sides = lax.stop_gradient((o.xs, o.sides))
-    with jax.named_scope("predict"):
-        gate = upper_gate(block, o)
+def _rung(block: CertifiedBlock, o: CertifiedOperands, gate: jax.Array, selections: Sequence[Selection]) -> jax.Array:
+    """The number of the smallest selection that holds every open group, or how many there are: int32 scalar."""
+    # A NaN is no proof of a zero.
+    opened = jnp.logical_not(gate <= 0.0)
+    shared = selections[-1].mode == "shared"
+    needed = jnp.sum(jnp.any(opened, axis=0)) if shared else jnp.max(jnp.sum(opened, axis=1))
+    rung = sum(((needed > s.size).astype(jnp.int32) for s in selections), jnp.int32(0))
+    for finite in _stays_finite(block, *lax.stop_gradient((o.xs, o.sides)), o.largest):
+        rung = jnp.where(finite, rung, len(selections))
+    return rung
+
+
+def _open_units(block: CertifiedBlock, o: CertifiedOperands, gate: jax.Array, selection: Selection) -> jax.Array:
+    """The block of a selection that holds every open group."""
     with jax.named_scope("select"):
-        index = select(gate, selection)
-    with jax.named_scope("prove"):
-        at = (slice(None), index) if index.ndim == 1 else (jnp.arange(tokens)[:, None], index)
-        outside = gate.at[at].set(-jnp.inf, unique_indices=True, mode="promise_in_bounds")
-        # A NaN is above nothing: not proved.
-        proved = jnp.max(outside) <= 0.0
-        for finite in _stays_finite(block, xs, sides, o.largest):
-            proved = proved & finite
+        # A shared set is of the groups that are open for any token: those with the largest bounds of all tokens.
+        wanted = jnp.max(gate, axis=0) if selection.mode == "shared" else gate
+        index = da_top_k(wanted, selection.size)[1]
     ups = [
         UpProduct(x=x, rows=rows, first_row=_start(rows, first, block), packed=None, spec=block.spec, dtype=dtype)
         for x, rows, first, dtype in zip(o.xs, o.rows, o.first_rows, block.up_dtypes, strict=True)
     ]
-    out = chosen_units(
+    return chosen_units(
         ups,
         lambda hiddens, gather: block.region(hiddens, o.sides, gather),
         o.down,
@@ -199,7 +212,6 @@ def _attempt(block: CertifiedBlock, o: CertifiedOperands) -> tuple[jax.Array, ja
         group_size=block.group_size,
         out_dtype=block.out_dtype,
     )
-    return out, proved
 
 
 def _start(rows: jax.Array, first: jax.Array, block: CertifiedBlock) -> jax.Array | int:

@@ -4,7 +4,9 @@ Tokens of one step may each have their own rows, or share one set that holds wha
 what costs, so the fewer rows read wins (:func:`choose`); which rows they are is decided from scores (:func:`select`).
 """
 
+import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,7 +15,7 @@ import jax.numpy as jnp
 
 from hire_xform.lowering.da_top_k import da_top_k
 
-__all__ = ["Selection", "choose", "select"]
+__all__ = ["Selection", "choose", "rungs", "select"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,11 +68,33 @@ def choose(tokens: int, n_groups: int, k: int, shards: int = 1) -> Selection:
     own = _in_shards(k, n_groups, shards)
     if tokens == 1 or own == n_groups:
         return Selection(mode="shared", size=own, k=own)
-    union = math.ceil(n_groups * (1.0 - (1.0 - own / n_groups) ** tokens))
-    union = _in_shards(max(union, own), n_groups, shards)
+    union = _in_shards(_union(tokens, n_groups, own), n_groups, shards)
     if union <= 0.9 * tokens * own:
         return Selection(mode="shared", size=union, k=own)
     return Selection(mode="per_token", size=own, k=own)
+
+
+def _union(tokens: int, n_groups: int, k: int) -> int:
+    return k if tokens == 1 else max(k, math.ceil(n_groups * (1.0 - (1.0 - k / n_groups) ** tokens)))
+
+
+def rungs(tokens: int, n_groups: int, counts: Sequence[int]) -> tuple[Selection, ...]:
+    """Selections of several sizes, each of which may be the beginning of the next: all in the mode of the largest.
+
+    Args:
+      tokens, n_groups: as for :func:`choose`.
+      counts: how many each token wants, ascending.
+
+    Raises:
+      ValueError: a size is out of range, or no larger than the one before.
+    """
+    if any(a >= b for a, b in itertools.pairwise(counts)):
+        raise ValueError(f"rungs: counts={tuple(counts)}; expected ascending sizes")
+    last = choose(tokens, n_groups, counts[-1])
+    if last.mode == "per_token":
+        return (*(Selection(mode="per_token", size=k, k=k) for k in counts[:-1]), last)
+    sizes = [min(last.size, _union(tokens, n_groups, k)) for k in counts[:-1]]
+    return (*(Selection(mode="shared", size=s, k=k) for s, k in zip(sizes, counts[:-1], strict=True)), last)
 
 
 def select(scores: jax.Array, selection: Selection, shards: int = 1) -> jax.Array:

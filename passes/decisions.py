@@ -15,6 +15,21 @@ from hire_xform.passes.walk import Node
 
 
 @dataclass(frozen=True)
+class Rung:
+    """A size that a certified site may take, as each input needs; the last of a site's is its dense form.
+
+    Attributes:
+      computed: rows computed exactly per execution.
+      bytes: weight bytes that one execution reads, of the predictor and of all that is tried before included.
+      share: of the executions, how many are expected to take it by the calibration; None without one.
+    """
+
+    computed: int
+    bytes: int
+    share: float | None = None
+
+
+@dataclass(frozen=True)
 class Site:
     """A place that is rewritten.
 
@@ -24,7 +39,8 @@ class Site:
       source: the user's ``file:line (function)``.
       tokens: rows of the activation, T.
       dense_bytes: weight bytes the dense form reads per call; inside a scan, over all its iterations.
-      sparse_bytes: weight bytes the rewritten form reads per call.
+      sparse_bytes: weight bytes the rewritten form reads per call. Of a certified site with a calibration what it is
+        expected to, dense runs included; without one, what its largest size does.
       settings: the ``Vocab`` or ``Ffn`` that was used.
       weights: names of the weights, in the order of the products.
       inputs: columns of the (first) weight, d.
@@ -38,6 +54,8 @@ class Site:
       shards: over how many devices its units are split; each reads, and picks from, its own.
       placed: the mesh axes of those devices, for reports; empty without any.
       rows: of a sharded vocabulary, how its rows are distributed over devices, and why.
+      rungs: of a certified site the sizes that it may take, ``computed`` being the largest, and last its dense form; of
+        layers with sizes of their own those of each, one after the other. ``Sparsified.with_rungs`` counts them.
     """
 
     kind: str
@@ -59,6 +77,7 @@ class Site:
     shards: int = 1
     placed: str = ""
     rows: str = ""
+    rungs: tuple[Rung, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -120,6 +139,7 @@ class Decision:
       cyclic: of a sharded vocabulary, what becomes of its rows' cyclic distribution over devices. ``"kept"``: logits
         stay in it, and all that reads them minds it. ``"candidates"``, ``"logits"``: these are sent back to where their
         rows lay. Empty where rows are contiguous blocks.
+      smaller: of a certified site, fewer than ``count``, ascending: the smallest that will do is taken.
     """
 
     match: VocabMatch | FfnMatch
@@ -131,6 +151,14 @@ class Decision:
     placement: Placement | None = None
     levels: Levels | None = None
     cyclic: Literal["", "kept", "candidates", "logits"] = ""
+    smaller: tuple[int, ...] = ()
+
+    @property
+    def rungs(self) -> tuple[int, ...]:
+        """All sizes that a certified site may take, those of each level one after the other."""
+        if self.levels is not None:
+            return tuple(count for ladder in self.levels.ladders for count in ladder)
+        return (*self.smaller, self.count)
 
     @property
     def node(self) -> Node:

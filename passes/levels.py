@@ -1,4 +1,4 @@
-"""Sizes of the layers of one loop: one for all, or a branch of the loop's body for each of a few."""
+"""Sizes of the layers of one loop, where each of a few has a branch of the loop's body."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ class Levels:
 
     Attributes:
       counts: the sizes, ascending.
+      smaller: of certified sites, for each of them the sizes that are taken where they will do, ascending.
       numbers: for each layer the number of its size, in row-major order.
       shape: of the stack of layers.
     """
@@ -26,6 +27,13 @@ class Levels:
     counts: tuple[int, ...]
     numbers: tuple[int, ...]
     shape: tuple[int, ...]
+    smaller: tuple[tuple[int, ...], ...] = ()
+
+    @property
+    def ladders(self) -> tuple[tuple[int, ...], ...]:
+        """For each of ``counts`` all sizes up to it."""
+        smaller = self.smaller or ((),) * len(self.counts)
+        return tuple((*below, count) for below, count in zip(smaller, self.counts, strict=True))
 
     @property
     def array(self) -> np.ndarray:

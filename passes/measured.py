@@ -83,12 +83,15 @@ class Chosen:
       size: candidates (rows, or groups of units); None likewise.
       how: what to tell of it.
       sizes: where weights are stacked, that of each layer, int ``[*stack]``; ``size`` is the largest.
+      needs: of a certified site, how many tokens were seen to need 1, 2, ... rows (or groups), ``[*stack, n]``; None
+        where that was not measured with its predictor.
     """
 
     predictor: PredictorSpec | None
     size: int | None
     how: str
     sizes: np.ndarray | None = None
+    needs: np.ndarray | None = None
 
 
 # Of a match and the names of its weights, what was measured.

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable
 
 import numpy as np
 
 from hire_xform.lowering import choose
 from hire_xform.passes.certify import ALL_BITS, input_bits, not_certifiable
-from hire_xform.passes.cost import FIXED_BYTES, ROW_COST, bytes_read
+from hire_xform.passes.cost import FIXED_BYTES, ROW_COST
 from hire_xform.passes.decisions import Decision, Plan, Refusal, Site
 from hire_xform.passes.detect import Detection, FfnMatch, VocabMatch, vocab_rows
-from hire_xform.passes.levels import WORTH, Levels, levels_of, told
-from hire_xform.passes.measured import Chosen, Measure, Measurement, unmeasured, with_choices
+from hire_xform.passes.measured import Measure, Measurement, unmeasured, with_choices
 from hire_xform.passes.needs import needs_of, order_of, stack_need
-from hire_xform.passes.parts import is_cut, parts_of_rows
+from hire_xform.passes.parts import parts_of_rows
 from hire_xform.passes.provenance import Root
 from hire_xform.passes.settings import Choice, Ffn, Vocab
 from hire_xform.passes.shards import Placement
+from hire_xform.passes.sizes import UNCHOSEN, Reading, sizes_of
 from hire_xform.passes.walk import Node
 
 
@@ -136,13 +135,11 @@ def _decide(
     selection = choose(here, units // shards // computed_each, count)
     computed = selection.rows_read(here) * computed_each
     iterations = match.node.scope.iterations
-    predicted, exact = bytes_read(match, settings, count, here, computed, shards)
     order = None if placement is not None else order_of(match, settings, measurement)
-    levels: Levels | None = None
     told_more = "" if order is None else f"; {order.how}"
-    if placement is None:
-        levels, exact, own_sizes = _own_sizes(match, settings, chosen, tokens, computed_each, predicted, exact)
-        told_more += own_sizes
+    read = Reading(match, settings, here, units // shards // computed_each, computed_each, shards)
+    sizes = sizes_of(read, chosen if placement is None else UNCHOSEN, count)
+    predicted, exact = sizes.predicted, sizes.exact
     sparse = (predicted + exact) * iterations * shards
     cost = (predicted + exact * ROW_COST.get(platform, 1.0) + FIXED_BYTES.get(platform, 1 << 20)) * iterations
     if cost * shards >= dense and not choice.force:
@@ -166,41 +163,17 @@ def _decide(
         activation=activation,
         own=match.region.own.name if isinstance(match, FfnMatch) and match.region.own is not None else "",
         forced=choice.force,
-        calibrated=chosen.how + told_more,
+        calibrated=chosen.how + told_more + sizes.how,
         shards=shards,
         placed="" if placement is None else str(placement),
+        rungs=sizes.rungs,
     )
     needs = needs_of(match, settings, None if measurement is None else measurement.inputs, shards, order)
-    if levels is not None:
-        needs = (*needs, stack_need(match, levels))
-    return Decision(match, site, settings, count, needs, input_bits(match, platform) or ALL_BITS, placement, levels)
+    if sizes.levels is not None:
+        needs = (*needs, stack_need(match, sizes.levels))
+    bits = input_bits(match, platform) or ALL_BITS
+    return Decision(match, site, settings, count, needs, bits, placement, sizes.levels, smaller=sizes.smaller)
 
 
 def _over(placement: Placement | None) -> str:
     return "" if placement is None else f", over {placement}"
-
-
-def _own_sizes(
-    match: VocabMatch | FfnMatch,
-    settings: Vocab | Ffn,
-    chosen: Chosen,
-    tokens: int,
-    computed_each: int,
-    predicted: int,
-    exact: int,
-) -> tuple[Levels | None, int, str]:
-    """Sizes of their own for the layers of a loop where that is worth it, what is then read exactly, what to tell."""
-    sizes = chosen.sizes
-    if sizes is None or len(set(sizes.ravel().tolist())) < 2 or is_cut(stack_need(match, None).refs):
-        return None, exact, ""
-    levels = levels_of(sizes)
-    units = match.units // computed_each
-    rows = [choose(tokens, units, c).rows_read(tokens) * computed_each for c in levels.counts]
-    own = [bytes_read(match, settings, c, tokens, r)[1] for c, r in zip(levels.counts, rows, strict=True)]
-    mean = math.ceil(sum(own[n] for n in levels.numbers) / sizes.size)
-    saved = (exact - mean) / (predicted + exact)
-    if saved < WORTH:
-        own_sizes = told(sizes.ravel().tolist())
-        return None, exact, f"; the layers share it, as sizes of their own ({own_sizes}) save {saved:.1%}"
-    counts = [levels.counts[n] for n in levels.numbers]
-    return levels, mean, f"; each layer has its own in a branch ({told(counts)}), which saves {saved:.1%}"

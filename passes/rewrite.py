@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hire_xform.lowering import mark_fallback
+from hire_xform.lowering import mark_rung
 from hire_xform.passes import compat, control
 from hire_xform.passes.decisions import Decision, Need
 from hire_xform.passes.environment import Env, PackedView, Views, read
@@ -119,8 +119,8 @@ class Rewriter:
         result = self._calls[key](site_operands(decision, lambda o: read(env, o)), seen)
         if not decision.settings.certify:
             return result
-        value, fallback = result
-        mark_fallback(fallback, decision.site.path)
+        value, rung = result
+        mark_rung(rung, decision.site.path, len(decision.rungs))
         return value
 
     def _call(self, frame: Frame, env: Env, views: Views) -> None:
@@ -229,7 +229,7 @@ class Rewriter:
 
 def _signature(treatment: Treatment) -> Any:
     if isinstance(treatment, Decision):
-        settings = treatment.settings, treatment.count, treatment.levels
+        settings = treatment.settings, treatment.rungs, treatment.levels
         return *settings, treatment.site.tokens, treatment.placement, treatment.cyclic
     if isinstance(treatment, TopGroups):
         return treatment.active, treatment.group_size

@@ -49,7 +49,7 @@ def site_signature(decision: Decision) -> Any:
     match = decision.match
     settings = (
         decision.settings,
-        decision.count,
+        decision.rungs,
         decision.levels,
         len(decision.needs),
         decision.site.tokens,
@@ -84,8 +84,22 @@ def site_function(decision: Decision) -> Callable[[list[Any], list[PackedView]],
 def _branches(decision: Decision, levels: Levels) -> Callable[[list[Any], list[PackedView]], Any]:
     """A site whose layers have counts of their own: a branch for each."""
     one = dataclasses.replace(decision, levels=None, needs=decision.needs[:-1])
-    functions = [site_function(dataclasses.replace(one, count=count)) for count in levels.counts]
+    functions, before = [], 0
+    for *smaller, count in levels.ladders:
+        own = site_function(dataclasses.replace(one, count=count, smaller=tuple(smaller)))
+        functions.append(_numbered(own, before, len(smaller) + 1, len(decision.rungs)) if one.settings.certify else own)
+        before += len(smaller) + 1
     return lambda operands, views: lax.switch(views[-1].whole(), functions, operands, list(views[:-1]))
+
+
+def _numbered(function: Callable[..., Any], before: int, own: int, total: int) -> Callable[..., Any]:
+    """A certified site's function of one level, with its rungs numbered among those of all levels."""
+
+    def numbered(operands: list[Any], views: list[PackedView]) -> Any:
+        value, rung = function(operands, views)
+        return value, jnp.where(rung < own, before + rung, total)
+
+    return numbered
 
 
 def _vocab(decision: Decision, match: VocabMatch, operands: Sequence[Any], views: Sequence[PackedView]) -> Any:

@@ -1,4 +1,4 @@
-"""Puts the certified subgraphs where a site stood. Each gives its result, and whether the dense form was run."""
+"""Puts the certified subgraphs where a site stood. Each gives its result, and which size it computed."""
 
 from __future__ import annotations
 
@@ -47,13 +47,14 @@ def _vocab(decision: Decision, match: VocabMatch, operands: Sequence[Any], views
     product, settings = match.product, decision.settings
     assert isinstance(settings, Vocab)
     rows, first = views[0].rows()
-    logits, fallback = certified_logits(
+    logits, rung = certified_logits(
         flat_activation(product, operands[0]),
         rows,
         views[1].whole(),
         settings.spec,
         lambda x, rows: dense_product(product, x, rows),
         candidates=decision.count,
+        smaller=decision.smaller,
         goal=settings.certify,
         vocab=product.width,
         first_row=first,
@@ -61,7 +62,7 @@ def _vocab(decision: Decision, match: VocabMatch, operands: Sequence[Any], views
         out_dtype=product.out.aval.dtype,
         input_bits=decision.input_bits,
     )
-    return result_shape(product, views[0].filled(logits)), fallback
+    return result_shape(product, views[0].filled(logits)), rung
 
 
 def certified_block(
@@ -101,6 +102,7 @@ def certified_block(
         dense_down=lambda h, rows: dense_product(match.down, h, rows, contracted_first=True),
         spec=settings.spec,
         active=decision.count,
+        smaller=decision.smaller,
         group_size=settings.group_size,
         up_dtypes=tuple(up.product.out.aval.dtype for up in region.ups),
         out_dtype=match.down.out.aval.dtype,
@@ -121,5 +123,5 @@ def certified_block(
 
 def _ffn(decision: Decision, match: FfnMatch, operands: Sequence[Any], views: Sequence[PackedView]) -> Any:
     block, given, down = certified_block(decision, match, operands, views)
-    result, fallback = certified_ffn(block, given)
-    return result_shape(match.down, down.filled(result)), fallback
+    result, rung = certified_ffn(block, given)
+    return result_shape(match.down, down.filled(result)), rung

@@ -85,7 +85,7 @@ def test_nobody_pays_for_a_counter_that_is_not_read():
     assert len(jax.tree.leaves(jax.eval_shape(jitted, *operands))) == len(
         jax.tree.leaves(models.unrolled(params, *rest))
     )
-    assert "hire_fallback" not in jitted.lower(*operands).as_text()
+    assert "hire_rung" not in jitted.lower(*operands).as_text()
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=["bf16", "f16"])
