@@ -5,7 +5,8 @@
 With one shard this is ``jax.lax.top_k``, but for two things: a NaN counts as the largest value whatever its sign (what
 cannot be ranked must be computed), and no dtype falls onto the slow full sort that XLA's CPU backend runs for all but
 f32. With the last axis split over ``shards`` devices, or fewer, no score leaves its device: each picks from the blocks
-it holds, and its picks stay with it. Other axes may be sharded at will.
+it holds, and its picks stay with it. Over more devices than ``shards`` scores are gathered until devices hold whole
+blocks. Other axes may be sharded at will.
 
 The primitive carries the partitioned form as a jaxpr, ``call_jaxpr``: JAX looks for ``custom_partitioning`` in the
 parameters of an equation to know that a program must be lowered with its devices at hand. On one device, and inside a
@@ -18,29 +19,32 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.core import ShapedArray
 from jax.experimental.custom_partitioning import ArrayMapping, CompoundFactor, SdyShardingRule, custom_partitioning
 from jax.extend.core import ClosedJaxpr, Primitive, jaxpr_as_fun
 from jax.interpreters import ad, batching, mlir
-from jax.sharding import AbstractMesh, NamedSharding, use_abstract_mesh
+from jax.sharding import AbstractMesh, use_abstract_mesh
 
 __all__ = ["da_top_k", "da_top_k_p"]
 
 
 def da_top_k(scores: jax.Array, k: int, shards: int = 1) -> tuple[jax.Array, jax.Array]:
-    """The best ``ceil(k / shards)`` of each of ``shards`` equal contiguous blocks of the last axis.
+    """The best ``ceil(k / shards)`` of each of ``shards`` contiguous blocks of ``ceil(n / shards)`` of the last axis.
 
     Ties go to the lower index, NaN is larger than everything. Differentiable in ``scores``.
 
     Args:
       scores: ``[..., n]``, real.
       k: how many to take over all blocks, ``1 <= k <= n``.
-      shards: how many blocks, a divisor of ``n``.
+      shards: how many blocks. Where they do not divide ``n``, the last block is shorter, and some may be empty.
 
     Returns:
       ``(values, indices)``, both ``[..., shards * ceil(k / shards)]``: block after block, each block's from best to
-      worst; ``values`` has the scores' dtype, ``indices`` is int32 and counts along the whole axis.
+      worst; ``values`` has the scores' dtype, ``indices`` is int32 and counts along the whole axis. No index appears
+      twice. A block with fewer scores than it is to give fills up with indices from ``n`` on, of the lowest value its
+      dtype has: a scatter with ``mode="drop"`` passes over them.
 
     Raises:
       ValueError: ``k`` or ``shards`` does not fit ``n``, or ``scores`` is a scalar.
@@ -49,8 +53,22 @@ def da_top_k(scores: jax.Array, k: int, shards: int = 1) -> tuple[jax.Array, jax
     scores = jnp.asarray(scores)
     # Here too, since an eager call runs the implementation without the abstract rule.
     _check(scores.shape, scores.dtype, k, shards)
-    values, indices = _bind(scores, int(k), int(shards))
+    values, indices = _bind(_filled_up(scores, -scores.shape[-1] % shards), int(k), int(shards))
     return values, indices
+
+
+def _filled_up(scores: jax.Array, missing: int) -> jax.Array:
+    """Scores with so many more behind them, that equal scores stand before."""
+    if not missing:
+        return scores
+    lowest: float
+    if jnp.issubdtype(scores.dtype, jnp.integer):
+        lowest = jnp.iinfo(scores.dtype).min
+    else:
+        # Some narrow types have no infinity.
+        infinite = np.isneginf(np.asarray(-np.inf, scores.dtype).astype(np.float32))
+        lowest = -np.inf if infinite else float(jnp.finfo(scores.dtype).min)
+    return jnp.pad(scores, [(0, 0)] * (scores.ndim - 1) + [(0, missing)], constant_values=lowest)
 
 
 def _bind(scores: Any, k: int, shards: int) -> list[Any]:
@@ -66,8 +84,8 @@ def _check(shape: tuple[int, ...], dtype: jax.typing.DTypeLike, k: int, shards: 
     n = shape[-1]
     if not 1 <= k <= n:
         raise ValueError(f"da_top_k: k={k} does not fit the last axis; expected 1 <= k <= {n}")
-    if shards < 1 or n % shards:
-        raise ValueError(f"da_top_k: shards={shards} does not divide the last axis; expected a divisor of {n}")
+    if shards < 1:
+        raise ValueError(f"da_top_k: shards={shards}; expected at least 1")
 
 
 def _abstract(scores: ShapedArray, *, k: int, shards: int, call_jaxpr: ClosedJaxpr) -> tuple[ShapedArray, ShapedArray]:
@@ -128,6 +146,7 @@ def _partitioned(shape: tuple[int, ...], dtype: jnp.dtype, k: int, shards: int) 
             need_replication_factors=tuple(name for name in ("score", "pick") if name in (*given, *picked)),
             **{name: sizes[name] for name in {*given, *picked} - alone},  # type: ignore[arg-type]
         ),
+        decode_shardings=False,  # parts of mesh axes can't be decoded
         infer_sharding_from_operands=lambda mesh, arguments, result: (arguments[0].sharding,) * 2,
     )
     # Of no mesh: it is traced once for all, whatever mesh or manual axes it is used under.
@@ -145,20 +164,29 @@ def _dimension(factors: list[str]) -> Any:
 
 
 def _partition(mesh: Any, arguments: Sequence[Any], results: Any, *, k: int, shards: int) -> tuple[Any, ...]:
-    """What one device runs: the plain form on the blocks it holds, its indices moved to where they stand."""
-    (scores,) = arguments
-    rank = len(scores.shape)
-    spec = (*scores.sharding.spec, *([None] * rank))[:rank]
-    block, own = scores.shape[-1] // shards, -(-k // shards)
+    """What one device runs: the plain form on the blocks it holds, its indices moved to where they stand.
+
+    Over more devices than shards the results are split over part of a mesh axis, which a spec has no name for, and the
+    scores are gathered to be split as they are. So where a device's scores begin is looked up.
+    """
+    (scores,), n = arguments, arguments[0].shape[-1]
+    block, own = n // shards, -(-k // shards)
+    split = (scores.sharding, *(result.sharding for result in results))
+    sharding = next((s for s in split if s.shard_shape(scores.shape)[-1] % block == 0), None)
+    if sharding is None:
+        raise ValueError(
+            f"da_top_k: shards={shards} blocks are not whole on any device; expected a multiple of devices"
+        )
+    held = sharding.shard_shape(scores.shape)[-1]
+    of_device = sharding.devices_indices_map(scores.shape)
+    first = np.array([of_device[device][-1].indices(n)[0] for device in mesh.devices.flat], np.int32)
 
     def local(scores: jax.Array) -> tuple[jax.Array, jax.Array]:
-        here = scores.shape[-1] // block
-        values, indices = _portable(scores, k=here * own, shards=here)
-        if spec[-1] is not None:
-            indices = indices + lax.axis_index(spec[-1]) * scores.shape[-1]
+        values, indices = _portable(scores, k=held // block * own, shards=held // block)
+        if held < n:
+            indices = indices + jnp.asarray(first)[lax.axis_index(mesh.axis_names)]
         return values, indices
 
-    sharding = NamedSharding(mesh, scores.sharding.spec)
     return mesh, local, (sharding, sharding), (sharding,)
 
 

@@ -17,7 +17,7 @@ from hire_xform.passes import compat
 from hire_xform.passes.decisions import Decision, Need, PackKey, Plan
 from hire_xform.passes.detect import VocabMatch
 from hire_xform.passes.pointwise import is_pointwise
-from hire_xform.passes.provenance import Root
+from hire_xform.passes.provenance import Root, shape_of
 from hire_xform.passes.recipe import Cyclic, Recipe
 from hire_xform.passes.top_k import top_k_of
 from hire_xform.passes.walk import Frame, Node, Operand, Value
@@ -42,8 +42,14 @@ def readers(match: VocabMatch) -> list[Node] | str:
         for node in value.consumers:
             if _derivatives(node) != around:
                 return f"its logits go into a derivative rule of its own at {node.source}"
-            if _selects(node, value):
+            if selects(node, value):
                 found.append(node)
+                continue
+            if cuts_end(node):
+                (short,) = node.outputs
+                if short.is_output or not all(selects(n, short) and _derivatives(n) == around for n in short.consumers):
+                    return f"slice at {node.source} cuts its logits, and not only an arg max or a top-k reads the rest"
+                found += short.consumers
                 continue
             results = _carried(node, value)
             if results is None:
@@ -63,7 +69,17 @@ def _derivatives(node: Node) -> set[Frame]:
     return {frame for frame in node.frame.ancestors() if frame.kind == "custom"}
 
 
-def _selects(node: Node, value: Value) -> bool:
+def cuts_end(node: Node) -> bool:
+    """True for a slice that cuts the end of the last axis off, as padding of a vocabulary, and nothing else."""
+    if node.primitive is not prims.slice_p:
+        return False
+    before, after = shape_of(node.inputs[0]), node.outputs[0].shape
+    starts, strides = node.params["start_indices"], node.params["strides"]
+    whole = before[:-1] == after[:-1] and after[-1:] != before[-1:]
+    return whole and not any(starts) and (strides is None or set(strides) == {1})
+
+
+def selects(node: Node, value: Value) -> bool:
     """True for an arg max or a top-k along the last axis."""
     last = len(value.shape) - 1
     if node.primitive is prims.argmax_p:

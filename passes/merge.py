@@ -20,11 +20,12 @@ from jax.sharding import PartitionSpec
 
 from hire_xform.lowering import cyclic_ids
 from hire_xform.passes import compat
-from hire_xform.passes.cyclic import readers
+from hire_xform.passes.cyclic import cuts_end, readers
 from hire_xform.passes.decisions import Decision, Need
 from hire_xform.passes.detect import VocabMatch
 from hire_xform.passes.manual import mesh_here, under_automatic_axes
 from hire_xform.passes.pointwise import is_pointwise
+from hire_xform.passes.provenance import shape_of
 from hire_xform.passes.shards import Placement, names_of
 from hire_xform.passes.top_k import top_k_of
 from hire_xform.passes.walk import Node, Value
@@ -39,7 +40,8 @@ class Merged:
 
     Attributes:
       node: the equation.
-      operand: the logits, where they are still on their devices.
+      operand: the logits, where they are still whole and on their devices.
+      vocab: how many of them there are to choose from: the true size of a vocabulary that is cut after it was padded.
       k: how many it takes; None for an arg max.
       placement: of the logits.
       cyclic: whether their rows are distributed cyclically.
@@ -48,6 +50,7 @@ class Merged:
 
     node: Node
     operand: Value
+    vocab: int
     k: int | None
     placement: Placement
     cyclic: bool
@@ -62,21 +65,21 @@ def merged(decisions: Iterable[Decision]) -> list[Merged]:
         if not isinstance(match, VocabMatch) or placement is None or placement.shards == 1:
             continue
         if decision.cyclic == "kept":
-            selects = readers(match)
-            assert not isinstance(selects, str), selects
+            reading = readers(match)
+            assert not isinstance(reading, str), reading
         else:
-            selects = [node for node in _all_readers(match.product.out, match.product.width) if _is_merged(node)]
-        for node in selects:
-            operand = _before_move(node.inputs[0])
+            reading = [node for node in _all_readers(match.product.out, match.product.width) if _is_merged(node)]
+        for node in reading:
+            operand = _source(node.inputs[0])
             if decision.cyclic == "kept" or _lies_with(operand, placement):
                 top = top_k_of(node) if node.primitive is prims.top_k_p else None
-                k = None if top is None else top.k
-                found[node] = Merged(node, operand, k, placement, decision.cyclic == "kept")
+                k, vocab = None if top is None else top.k, shape_of(node.inputs[0])[-1]
+                found[node] = Merged(node, operand, vocab, k, placement, decision.cyclic == "kept")
     return list(found.values())
 
 
 def _all_readers(logits: Value, vocab: int) -> Iterable[Node]:
-    """What reads logits whose last axis is the vocabulary, through what keeps it."""
+    """What reads logits whose last axis is the vocabulary, or all but its end, through what keeps it."""
     seen = {logits}
     waiting = [logits]
     while waiting:
@@ -85,7 +88,9 @@ def _all_readers(logits: Value, vocab: int) -> Iterable[Node]:
             continue
         for node in value.consumers:
             yield node
-            if is_pointwise(node) or node.primitive in _MOVES:
+            if cuts_end(node):
+                yield from node.outputs[0].consumers
+            elif is_pointwise(node) or node.primitive in _MOVES:
                 waiting += [result for result in node.outputs if result not in seen]
                 seen.update(node.outputs)
 
@@ -95,10 +100,10 @@ def _is_merged(node: Node) -> bool:
     return top is not None and top.axis == len(top.operand.shape) - 1
 
 
-def _before_move(operand: Any) -> Value:
-    """The value before it is moved to other devices by name: explicit axes have it so before a top-k."""
+def _source(operand: Any) -> Value:
+    """The value before its end is cut off, or it is moved to other devices by name, as before a top-k of typed axes."""
     assert isinstance(operand, Value)
-    while operand.node is not None and operand.node.primitive is compat.RESHARD:
+    while operand.node is not None and (operand.node.primitive is compat.RESHARD or cuts_end(operand.node)):
         (operand,) = operand.node.inputs
         assert isinstance(operand, Value)
     return operand
@@ -125,15 +130,20 @@ def _merge(treatment: Merged, logits: Any) -> list[Any]:
     rows, lead = placement.rows, logits.shape[:-1]
     tokens = placement.tokens if math.prod(lead) % placement.size(placement.tokens) == 0 else ()
 
+    def ids_of(places: Any, n: int) -> Any:
+        return cyclic_ids(places, rows, placement.shards) if treatment.cyclic else places + lax.axis_index(rows) * n
+
     def best(own: Any) -> tuple[Any, Any]:
+        n = own.shape[1]
+        if treatment.vocab < logits.shape[-1]:
+            inside = ids_of(jnp.arange(n, dtype=jnp.int32), n) < treatment.vocab
+            own = jnp.where(inside, own, _below_all(own.dtype, arg_max=k is None))
         if k is None:
             places = lax.argmax(own, 1, jnp.int32)[:, None]
             values = jnp.take_along_axis(own, places, axis=1, mode="promise_in_bounds")
         else:
-            values, places = lax.top_k(own, min(k, own.shape[1]))
-        if treatment.cyclic:
-            return values, cyclic_ids(places, rows, placement.shards)
-        return values, places + lax.axis_index(rows) * own.shape[1]
+            values, places = lax.top_k(own, min(k, n))
+        return values, ids_of(places, n)
 
     def on_each(own: Any) -> tuple[Any, ...]:
         values, ids = (lax.all_gather(part, rows, axis=1, tiled=True) for part in best(own))
@@ -157,3 +167,10 @@ def _merge(treatment: Merged, logits: Any) -> list[Any]:
     results = mapped(logits.reshape(-1, logits.shape[-1]))
     outputs = treatment.node.outputs
     return [part.reshape(v.shape).astype(v.aval.dtype) for part, v in zip(results, outputs, strict=True)]
+
+
+def _below_all(dtype: Any, arg_max: bool) -> Any:
+    """What is chosen last. A top-k ranks a negative NaN below minus infinity, an arg max any NaN above all."""
+    if jnp.issubdtype(dtype, jnp.integer):
+        return jnp.asarray(jnp.iinfo(dtype).min, dtype)
+    return jnp.asarray(-jnp.inf, dtype) if arg_max else jnp.copysign(jnp.asarray(jnp.nan, dtype), -1)

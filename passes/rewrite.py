@@ -234,7 +234,7 @@ def _signature(treatment: Treatment) -> Any:
     if isinstance(treatment, TopGroups):
         return treatment.active, treatment.group_size
     if isinstance(treatment, Merged):
-        return "merged", treatment.k, treatment.placement, treatment.cyclic
+        return "merged", treatment.k, treatment.vocab, treatment.placement, treatment.cyclic
     return "dense", treatment.contracted_first
 
 

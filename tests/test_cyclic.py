@@ -140,6 +140,32 @@ def check_ties_and_nans_are_broken_as_dense():
             np.testing.assert_array_equal(got, jax.jit(fun)(w, tokens()))
 
 
+def check_a_padded_vocabulary_is_cut_to_its_true_size():
+    """Its end, which holds the largest logits, is never chosen; NaNs of either sign are as dense."""
+    size = 33
+    head = np.array(weights()["head"])
+    head[:, size:] *= 9.0
+    broken = head.copy()
+    broken[0, 3:] = -np.nan
+    mesh = mesh_of(4)
+
+    def cut_best(w, x):
+        return jnp.argmax((x @ w["head"])[:, :size], -1), lax.top_k(jnp.tanh(x @ w["head"])[:, :size], K)
+
+    def returned_too(w, x):
+        return lax.top_k((x @ w["head"])[:, :size], K), x @ w["head"]
+
+    for values in (head, broken):
+        w, x = placed(mesh, {"head": jnp.asarray(values)})
+        for fun, how in ((cut_best, "cyclically"), (returned_too, "contiguous")):
+            step = hx.sparsify(fun, config=full_width())
+            assert [how in site.rows for site in step.trace(w, x).plan.sites] == [True, True]
+            assert_same(step(w, x), jax.jit(fun)({"head": jnp.asarray(values)}, tokens()))
+    w, x = placed(mesh)
+    step = hx.sparsify(lambda w, x: jnp.argmax((x @ w["head"])[:, :size], -1), config=narrow())
+    assert sum(c.sent for c in collectives(compiled(step, w, x))) == 8 * TOKENS
+
+
 def check_a_skewed_vocabulary_needs_no_more_candidates():
     """The sixteen largest logits all have the lowest ids: contiguous, one device would have them all."""
     head = np.asarray(weights()["head"]) * 0.01
@@ -149,6 +175,8 @@ def check_a_skewed_vocabulary_needs_no_more_candidates():
     top = hx.sparsify(lambda w, x: lax.top_k(x @ w["head"], 16), config=narrow(16, fill="-inf"))
     assert np.sort(np.asarray(top(w, x)[1])[0]).tolist() == list(range(16))
     assert np.isfinite(np.asarray(top(w, x)[0])).all()
+    fewer = hx.sparsify(best, config=narrow(3)).trace(w, x)
+    assert fewer.plan.sites[0].computed == 8  # fewer candidates than devices: one of each
 
 
 def check_candidates_go_back_to_their_places_where_all_others_are_minus_infinity():

@@ -10,15 +10,16 @@ from hire_xform.lowering import da_top_k, da_top_k_p
 
 
 def oracle(scores, k, shards):
-    """Block after block, each sorted by (NaN first, value, lower index)."""
+    """Block after block, each sorted by (NaN first, value, lower index), then what is beyond the last score."""
     n = scores.shape[-1]
-    width, own = n // shards, -(-k // shards)
+    width, own = -(-n // shards), -(-k // shards)
     rows = []
     for row in scores.reshape(-1, n):
         picked = []
         for s in range(shards):
-            block = range(s * width, (s + 1) * width)
-            picked += sorted(block, key=lambda i: (not np.isnan(row[i]), -row[i] if row[i] == row[i] else 0.0, i))[:own]
+            ends = min(s * width, n), min((s + 1) * width, n)
+            block = sorted(range(*ends), key=lambda i: (not np.isnan(row[i]), -row[i] if row[i] == row[i] else 0.0, i))
+            picked += [*block, *range(max(ends[1], s * width), (s + 1) * width)][:own]
         rows.append(picked)
     return np.array(rows, np.int32).reshape(*scores.shape[:-1], own * shards)
 
@@ -26,15 +27,19 @@ def oracle(scores, k, shards):
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
 def test_takes_the_best_of_each_shard(data):
-    shards = data.draw(st.sampled_from([1, 2, 4]))
-    n = 12 * shards
+    shards = data.draw(st.sampled_from([1, 2, 4, 5, 7]))
+    n = data.draw(st.sampled_from([12 * shards, 11, 3]))
     k = data.draw(st.sampled_from([1, 2, shards, 5, 7, n]).filter(lambda k: k <= n))
     pool = st.sampled_from([0.0, 1.0, 1.5, -2.0, 3.0, np.inf, -np.inf, np.nan, -np.nan])
     scores = np.array(data.draw(st.lists(pool, min_size=2 * n, max_size=2 * n)), np.float32).reshape(2, n)
     values, indices = da_top_k(scores, k, shards)
     expected = oracle(scores, k, shards)
     np.testing.assert_array_equal(indices, expected)
-    np.testing.assert_array_equal(values, np.take_along_axis(scores, expected, -1))
+    beyond = expected >= n
+    chosen = np.take_along_axis(scores, np.minimum(expected, n - 1), -1)
+    np.testing.assert_array_equal(values, np.where(beyond, -np.inf, chosen))
+    for row in np.asarray(indices):
+        assert len(set(row.tolist())) == len(row)
 
 
 def test_negative_nan_ranks_first():
@@ -63,8 +68,7 @@ def test_narrow_types_are_ranked_as_f32():
     [
         (jnp.zeros(8), 0, 1, ValueError, "k=0"),
         (jnp.zeros(8), 9, 1, ValueError, "expected 1 <= k <= 8"),
-        (jnp.zeros(8), 4, 3, ValueError, "shards=3 does not divide"),
-        (jnp.zeros(8), 4, 0, ValueError, "shards=0"),
+        (jnp.zeros(8), 4, 0, ValueError, "shards=0; expected at least 1"),
         (jnp.zeros(()), 1, 1, ValueError, "scalar"),
         (jnp.zeros(8, bool), 1, 1, TypeError, "bool"),
         (jnp.zeros(8, jnp.complex64), 1, 1, TypeError, "complex64"),
@@ -75,6 +79,35 @@ def test_bad_input_is_named(scores, k, shards, error, message):
         da_top_k(scores, k, shards)
     with pytest.raises(error, match=message):
         jax.eval_shape(lambda s: da_top_k(s, k, shards), scores)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.int8, jnp.uint8, jnp.float8_e4m3fn])
+def test_a_short_block_fills_up_with_the_lowest_value_of_any_dtype(dtype):
+    """The one score in the last of three blocks is the lowest there can be: it stands before what is none."""
+    lowest = jnp.iinfo(dtype).min if jnp.issubdtype(dtype, jnp.integer) else jnp.finfo(dtype).min
+    scores = jnp.asarray([1, 2, 3, 4, 5, 6, lowest], dtype)
+    values, indices = da_top_k(scores, 6, 3)
+    assert indices.tolist() == [2, 1, 5, 4, 6, 7]
+    assert values.dtype == dtype
+    assert float(values[-2]) == float(jnp.asarray(lowest, dtype)) >= float(values[-1])
+
+
+def test_uneven_blocks_under_vmap_grad_and_export():
+    """Scattered with ``mode="drop"``, what is beyond the last score is passed over."""
+    scores = jnp.asarray(np.random.default_rng(0).permutation(22).reshape(2, 11), jnp.float32)
+
+    def kept(row):
+        values, index = da_top_k(row, 8, 4)
+        return jnp.zeros(11).at[index].set(values, mode="drop", unique_indices=True)
+
+    want = np.zeros((2, 11), np.float32)
+    for row, picked in zip(want, oracle(np.asarray(scores), 8, 4), strict=True):
+        row[picked[picked < 11]] = 1.0
+    np.testing.assert_array_equal(jax.jit(jax.vmap(kept))(scores), want * scores)
+    total = jax.grad(lambda s: jnp.where(jnp.isfinite(v := da_top_k(s, 8, 4)[0]), v, 0.0).sum())
+    np.testing.assert_array_equal(total(scores), want)
+    exported = jax.export.export(jax.jit(kept), platforms=("cpu", "tpu", "cuda"))(scores[0])
+    np.testing.assert_array_equal(exported.call(scores[0]), kept(scores[0]))
 
 
 def test_vmap_moves_the_batch_axis(normal):

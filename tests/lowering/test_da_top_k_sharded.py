@@ -85,6 +85,35 @@ def check_fewer_shards_than_devices_is_refused_where_the_type_says_so():
         da_top_k(given, K, 4)
 
 
+def check_fewer_shards_than_devices_under_automatic_axes():
+    """No device holds a whole block: scores are gathered until some do, along no more axes than that takes."""
+    for count, data, axes, shards in ((8, 1, "model", 4), (4, 2, ("data", "model"), 2), (4, 2, ("model", "data"), 4)):
+        given = placed(count, PartitionSpec(None, axes), AxisType.Auto, data=data)
+        step = jax.jit(partial(da_top_k, k=K, shards=shards))
+        same(step(given), shards)
+        gathered = [c for c in collectives(step.lower(given).compile()) if c.sent > TOKENS * K]
+        assert [c.sent for c in gathered] == [TOKENS * N // 8 * 4], gathered
+
+
+def check_uneven_blocks_of_what_is_cut_from_an_even_axis():
+    given = placed(8, PartitionSpec(None, "model"), AxisType.Auto)
+    cut = jax.jit(lambda s: da_top_k(s[:, : N - 3], K, 8))
+    assert collectives(cut.lower(given).compile()) == []
+    for a, b in zip(cut(given), da_top_k(jnp.asarray(scores())[:, : N - 3], K, 8), strict=True):
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+    assert np.asarray(cut(given)[1]).max() < N
+
+
+def check_jax_places_no_array_unevenly():
+    """So a site's weights always have as many rows on each device, and nothing here has to do with others."""
+    mesh = jax.make_mesh((4,), ("model",), axis_types=(AxisType.Auto,), devices=jax.devices()[:4])
+    uneven, spec = jnp.zeros((3, 7)), PartitionSpec(None, "model")
+    with pytest.raises(ValueError, match="evenly divi"):
+        jax.device_put(uneven, NamedSharding(mesh, spec))
+    with pytest.raises(ValueError, match="evenly divi"):
+        jax.shard_map(lambda s: s, mesh=mesh, in_specs=spec, out_specs=spec)(uneven)
+
+
 def check_replicated_scores_and_eager_calls():
     for types in (AxisType.Auto, AxisType.Explicit):
         for spec in (PartitionSpec(), PartitionSpec("model")):
