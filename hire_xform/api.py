@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import types
 import warnings
@@ -18,6 +19,7 @@ from hire_xform.errors import HireWarning
 from hire_xform.memory import PackMemory
 from hire_xform.passes import compat
 from hire_xform.passes.pack import Packed
+from hire_xform.passes.shards import platform_named
 from hire_xform.stages import Traced
 
 _JIT_OPTIONS = {
@@ -194,11 +196,15 @@ class Sparsified:
     def trace(self, *args: Any, **kwargs: Any) -> Traced:
         """Traces for these arguments: arrays, or ``jax.ShapeDtypeStruct``; computes nothing.
 
+        What is bound to devices by its sharding is planned and lowered for those devices, which may be described by a
+        topology and not be here.
+
         Raises:
           Whatever the function raises when traced.
         """
         args, kwargs = self.signature.wrap_statics(args, kwargs)
-        return self.traced(abstract_call(self.signature, args, kwargs))
+        call = abstract_call(self.signature, args, kwargs)
+        return self.traced(call).at(call.where)
 
     def lower(self, *args: Any, **kwargs: Any) -> jax.stages.Lowered:
         """``trace(...).lower()``."""
@@ -206,15 +212,20 @@ class Sparsified:
 
     def traced(self, call: Abstract) -> Traced:
         """The trace of a call, made once for each structure, shapes and static values."""
+        call = dataclasses.replace(call, platform=call.platform or self._default_platform())
         key = (call, compat.trace_settings())
         if key not in self._traces:
-            backend = self.options.get("backend") or jax.default_backend()
-            platform = "gpu" if backend in ("gpu", "cuda", "rocm") else str(backend)
             self._traces[key] = self.traced_class(
-                self.signature, self.config, call, platform, self.jit_options, self.calibration
+                self.signature, self.config, call, call.platform, self.jit_options, self.calibration
             )
             self._tell_unmatched(self._traces[key])
         return self._traces[key]
+
+    def _default_platform(self) -> str:
+        """Where a call runs whose arguments say nothing of it."""
+        device = self.options.get("device") or compat.default_device()
+        named = getattr(device, "platform", device) or self.options.get("backend") or jax.default_backend()
+        return platform_named(str(named))
 
     def _tell_unmatched(self, traced: Traced) -> None:
         """Warns once, at the first trace, of rules that match nothing in it."""

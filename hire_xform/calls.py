@@ -15,7 +15,7 @@ from hire_xform.passes import compat
 from hire_xform.passes.manual import is_explicit
 from hire_xform.passes.pack import Packed, PackedToken
 from hire_xform.passes.provenance import Root
-from hire_xform.passes.shards import placement_of, token_axes_of
+from hire_xform.passes.shards import device_of, placement_of, platform_of, token_axes_of
 
 # What jax.jit traces; any other leaf (a function, a string, a dtype) is static.
 ARRAY_TYPES = (jax.Array, np.ndarray, np.generic, bool, int, float, complex, jax.ShapeDtypeStruct)
@@ -49,6 +49,9 @@ class Abstract:
       roots: for each array leaf, the root it is as a weight, or None.
       placed: for each array leaf that is a weight over several devices, its sharding; None for the others.
       token_axes: mesh axes that data comes in sharded over.
+      platform: of the devices that the array leaves are on, where one of them says so.
+      where: for each array leaf, the sharding it was given with, if that was stated. What a trace means does not hang
+        on it, but what it is compiled for does.
     """
 
     treedef: Any
@@ -57,6 +60,8 @@ class Abstract:
     roots: tuple[Root | None, ...] = field(compare=False)
     placed: tuple[Any, ...] = ()
     token_axes: tuple[str, ...] = ()
+    platform: str | None = None
+    where: tuple[Any, ...] = field(default=(), compare=False)
     # Types of the static values: 1, 1.0 and True are equal.
     _types: tuple[type, ...] = field(init=False, repr=False)
 
@@ -263,13 +268,24 @@ def _where(leaf: Any) -> Any:
     return None if compat.is_tracer(leaf) else placement_of(leaf)
 
 
+def stated_sharding(leaf: Any) -> Any:
+    """Where a leaf is bound to be: over several devices, or on the one it was committed to."""
+    return None if compat.is_tracer(leaf) else placement_of(leaf) or device_of(leaf)
+
+
+def platform_in(shardings: Iterable[Any]) -> str | None:
+    """The platform that some shardings name; None where none does."""
+    return next((name for name in map(platform_of, shardings) if name is not None), None)
+
+
 def abstract_call(signature: Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Abstract:
     """Reduces a call (static arguments wrapped) to what tracing depends on.
 
     Raises:
       TypeError: a leaf is neither an array nor hashable, or a Packed is only part of an argument.
     """
-    axes = {name: None for p in [*args, *kwargs.values()] if _is_held(p) for name in p.layout.token_axes}
+    held = [p for p in [*args, *kwargs.values()] if _is_held(p)]
+    axes = {name: None for p in held for name in p.layout.token_axes}
     args, kwargs = expand_packed(args, kwargs)
     inside = [p for p, v in jax.tree_util.tree_leaves_with_path((args, kwargs), is_leaf=_is_packed) if _is_packed(v)]
     if inside:
@@ -283,6 +299,7 @@ def abstract_call(signature: Signature, args: tuple[Any, ...], kwargs: dict[str,
     roots: list[Root | None] = []
     placed: list[Any] = []
     data: list[Any] = []
+    where: list[Any] = []
     counts: dict[int, int] = {}
     for position, (path, leaf) in enumerate(found):
         key = argument_of(path)
@@ -293,6 +310,7 @@ def abstract_call(signature: Signature, args: tuple[Any, ...], kwargs: dict[str,
             statics.append((position, leaf))
             continue
         avals.append(aval_of(leaf))
+        where.append(stated_sharding(leaf))
         number = signature.weight_number(key)
         placed.append(None if number is None else _where(leaf))
         if number is None:
@@ -302,7 +320,10 @@ def abstract_call(signature: Signature, args: tuple[Any, ...], kwargs: dict[str,
         roots.append(Root(f"arg{number}", counts.get(number, 0)))
         counts[number] = counts.get(number, 0) + 1
     token_axes = tuple(axes) or token_axes_of(data)
-    return Abstract(treedef, tuple(statics), tuple(avals), tuple(roots), tuple(placed), token_axes)
+    platform = platform_in([*where, *(stated_sharding(leaf) for p in held if _is_packed(p) for leaf in p.leaves)])
+    return Abstract(
+        treedef, tuple(statics), tuple(avals), tuple(roots), tuple(placed), token_axes, platform, tuple(where)
+    )
 
 
 def _is_held(value: Any) -> bool:

@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
-from hire_xform.calls import Abstract, abstract_call, argument_of, aval_of, unwrap_statics
+from hire_xform.calls import (
+    Abstract,
+    abstract_call,
+    argument_of,
+    aval_of,
+    platform_in,
+    stated_sharding,
+    unwrap_statics,
+)
 from hire_xform.counting import Counts, count_rungs
 from hire_xform.errors import TracedWeightsError
 from hire_xform.passes import compat
@@ -94,6 +102,7 @@ class Entry:
         # Where the weights are, and what data came in sharded over: not seen under jit, where axes are automatic.
         self._placed: list[Any] = []
         self._token_axes: tuple[str, ...] = ()
+        self._platform: str | None = None
         # Plain weights that the traced programs read; the others are not passed on, which costs time at every call.
         self._passed: set[Root] = set()
 
@@ -102,7 +111,7 @@ class Entry:
         try:
             return self.jitted(*self.operands(leaves, packed))
         except _NeedsPackingError:
-            self._prepare(leaves, [leaves[i] for i in self._weights])
+            self._prepare(leaves, [leaves[i] for i in self._weights], packed)
             return self.jitted(*self.operands(leaves, packed))
 
     def operands(self, leaves: list[Any], packed: list[Packed]) -> tuple[Any, ...]:
@@ -110,21 +119,22 @@ class Entry:
         weights = [leaves[i] for i in self._weights]
         current = self._current
         if current is None or tuple(map(id, weights)) != current.ids:
-            current = self._prepare(leaves, weights)
+            current = self._prepare(leaves, weights, packed)
         held = [p.leaves for p in packed]
         rest = [leaves[i] for i in self._rest]
         donated = [leaves[i] for i in self._donated]
         return [leaves[i] for i in current.passed], current.forms, held, rest, donated
 
-    def _prepare(self, leaves: list[Any], weights: list[Any]) -> _Current:
+    def _prepare(self, leaves: list[Any], weights: list[Any], packed: list[Packed]) -> _Current:
         """Packs what the plans seen so far, and that for these shapes, read of these weights."""
         placed = [None if compat.is_tracer(w) else placement_of(w) for w in weights]
         data = [leaves[i] for i in (*self._rest, *self._donated)]
         axes = token_axes_of(None if compat.is_tracer(d) else placement_of(d) for d in data)
-        if (placed, axes) != (self._placed, self._token_axes):
+        platform = platform_in(map(stated_sharding, [*weights, *data, *(leaf for p in packed for leaf in p.leaves)]))
+        if (placed, axes, platform) != (self._placed, self._token_axes, self._platform):
             if self._current is not None:  # what was traced is for weights that were elsewhere
                 self.jitted = jax.jit(_named(self._body, self._owner.signature.fun), **self._options)
-            self._placed, self._token_axes, self._keys = placed, axes, {}
+            self._placed, self._token_axes, self._platform, self._keys = placed, axes, platform, {}
         traced = self._owner.traced(self._abstract(leaves))
         avals = [aval_of(w) for w in weights]
         if avals != self._weight_avals:
@@ -171,6 +181,7 @@ class Entry:
         """The abstract plain call for this call's leaves."""
         avals = [None if i in self._statics else aval_of(leaf) for i, leaf in enumerate(leaves)]
         call = abstract_call(self._owner.signature, *self._rebuild(avals))
+        call = dataclasses.replace(call, platform=self._platform)
         known = {r: p for r, p in zip(self._weight_roots, self._placed, strict=False) if p is not None}
         if not known and not self._token_axes:
             return call

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -97,6 +98,14 @@ class Traced(Program):
         placed = None if number is None else self.call.placed[number]
         return struct(self.aval(root), placed)
 
+    def at(self, where: tuple[Any, ...]) -> Traced:
+        """The same for leaves that are elsewhere: nothing but what ``lower`` compiles for hangs on it."""
+        if where == self.call.where:
+            return self
+        moved = copy.copy(self)
+        moved.call = replace(self.call, where=where)
+        return moved
+
     def explain(self) -> str:
         """Each site and each refusal as text: path, source line, kind, bytes before and after, reasons."""
         text = _explain.explain(self.plan)
@@ -116,6 +125,8 @@ class Traced(Program):
 
     def lower(self, lowering_platforms: Sequence[str] | None = None) -> jax.stages.Lowered:
         """Lowers the rewritten program, with ``Packed`` in the place of the weights; as ``jax.stages.Traced.lower``.
+
+        Every operand is where the traced arguments said, so that it compiles for their devices.
 
         Args:
           lowering_platforms: platforms to lower for, such as ``("tpu",)``; None is the default backend's.
@@ -229,13 +240,18 @@ class Traced(Program):
         argument = self._argument(self.call.rebuild([_ABSENT] * len(self.call.avals)), number)
         leaves, treedef = jax.tree.flatten(argument)
         mine = [root for root in self.call.roots if root is not None and root.kind == f"arg{number}"]
-        first = self.call.roots.index(mine[0]) if mine else 0
+        first = self._first(number)
         avals = self.call.avals[first : first + len(mine)]
         static = tuple((i, v) for i, v in enumerate(leaves) if v is not _ABSENT)
         holding = self._holdings.get(f"arg{number}", Holding((), (), ()))
         placed = self.call.placed[first : first + len(mine)]
         held = holding.kept, holding.keys, holding.restored
         return PackLayout(number, treedef, avals, static, *held, placed, self.call.token_axes)
+
+    def _first(self, number: int) -> int:
+        """The position among the array leaves of the first of an argument's."""
+        kinds = [None if root is None else root.kind for root in self.call.roots]
+        return kinds.index(f"arg{number}") if f"arg{number}" in kinds else 0
 
     def _argument(self, call: tuple[Any, Any], number: int) -> Any:
         args, kwargs = call
@@ -249,17 +265,20 @@ class Traced(Program):
 
     def packed_call(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The call's arguments as shapes, with abstract ``Packed`` weights."""
-        plain, kwargs = self.call.rebuild([struct(a) for a in self.call.avals])
+        where = self.call.where
+        plain, kwargs = self.call.rebuild([struct(a, s) for a, s in zip(self.call.avals, where, strict=True)])
         args = list(plain)
         for number in self.signature.weights:
             if f"arg{number}" not in self._holdings:
                 continue
             layout, holding = self._layout(number), self._holdings[f"arg{number}"]
-            kept = [struct(layout.avals[i], layout.placed[i]) for i in holding.kept]
-            forms = [
-                pack_shapes(k, layout.avals[k.recipe.root.index], layout.placed[k.recipe.root.index])
-                for k in holding.keys
-            ]
+            first = self._first(number)
+            kept = [struct(layout.avals[i], layout.placed[i] or where[first + i]) for i in holding.kept]
+            forms = []
+            for key in holding.keys:
+                leaf = key.recipe.root.index
+                sharding = layout.placed[leaf] or where[first + leaf]
+                forms.append(pack_shapes(key, layout.avals[leaf], sharding))
             packed = Packed(kept, forms, layout)
             if number < len(args):
                 args[number] = packed

@@ -373,6 +373,11 @@ def trace_settings() -> tuple[Any, ...]:
     return jax.sharding.get_abstract_mesh(), *(getattr(jax.config, name, None) for name in _TRACE_SETTINGS)
 
 
+def default_device() -> Any:
+    """The device, or the name of the platform, that ``jax.default_device`` sets; None where nothing is set."""
+    return getattr(jax.config, "jax_default_device", None)
+
+
 def is_tracer(value: Any) -> bool:
     """True for a value that an outer transformation is tracing."""
     return isinstance(value, jax.core.Tracer)

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, Sharding
 
 from hire_xform.passes import compat
 from hire_xform.passes.decisions import PackKey, Plan
@@ -40,14 +40,15 @@ def pack_array(key: PackKey, leaf: Any) -> Any:
         return packer(key.recipe.steps, bare_form(key.form))(leaf, *given_to(key.form))
 
 
-def pack_shapes(key: PackKey, leaf: Any, sharding: NamedSharding | None = None) -> Any:
+def pack_shapes(key: PackKey, leaf: Any, sharding: Sharding | None = None) -> Any:
     """Shapes and dtypes of ``pack_array``'s result, and where it is, of a leaf that is there; computes nothing."""
     given = tuple((tuple(a.shape), np.dtype(a.dtype)) for a in given_to(key.form))
     made = _pack_shapes(key.recipe.steps, bare_form(key.form), ((tuple(leaf.shape), np.dtype(leaf.dtype)), *given))
     if sharding is None:
         return made
-    placed = NamedSharding(sharding.mesh, packed_spec(sharding, leaf.shape, key))
-    return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=placed), made)
+    if isinstance(sharding, NamedSharding):
+        sharding = NamedSharding(sharding.mesh, packed_spec(sharding, leaf.shape, key))
+    return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), made)
 
 
 @functools.lru_cache(maxsize=256)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from hire_xform.passes.detect import FfnMatch, VocabMatch, up_rows, vocab_rows
 from hire_xform.passes.manual import is_explicit
@@ -73,6 +73,30 @@ def placement_of(array: Any) -> NamedSharding | None:
     if not isinstance(sharding, NamedSharding) or sharding.mesh.size < 2:
         return None
     return sharding
+
+
+def device_of(array: Any) -> SingleDeviceSharding | None:
+    """The one device that an array is committed to, or that a ``ShapeDtypeStruct`` states; None where nothing does."""
+    devices = _devices(getattr(array, "sharding", None)) if getattr(array, "committed", True) else ()
+    return SingleDeviceSharding(devices[0]) if len(devices) == 1 else None
+
+
+def platform_of(sharding: Any) -> str | None:
+    """The platform of a sharding's devices: "cpu", "gpu" or "tpu"; None where it names no devices."""
+    devices = _devices(sharding)
+    return platform_named(devices[0].platform) if devices else None
+
+
+def platform_named(name: str) -> str:
+    """A platform's name as the planner knows it: one for all kinds of GPU."""
+    return "gpu" if name in ("gpu", "cuda", "rocm") else name
+
+
+def _devices(sharding: Any) -> Sequence[Any]:
+    """A sharding's devices; none of what is not one, or is over a mesh without devices."""
+    if isinstance(sharding, NamedSharding):
+        return list(sharding.mesh.devices.flat) if isinstance(sharding.mesh, Mesh) else ()
+    return tuple(sharding.device_set) if isinstance(sharding, SingleDeviceSharding) else ()
 
 
 def placed_rows(sharding: NamedSharding, shape: Sequence[int], recipe: Recipe) -> list[Names] | str:

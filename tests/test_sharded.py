@@ -146,33 +146,40 @@ def explicit_block(w, x):
     return jnp.matmul(hidden, w["down"][0], out_sharding=jax.typeof(x).sharding)
 
 
+def logits(w, x):
+    return x @ w["head"]
+
+
+def best(w, x):
+    return jnp.argmax(x @ w["head"], axis=-1)
+
+
+def drawn(w, x):
+    return jax.random.categorical(jax.random.key(0), x @ w["head"])
+
+
+def best_few(w, x, k=5):
+    return lax.top_k(jax.nn.log_softmax(jnp.tanh(x @ w["head"])[None]), k)
+
+
 def check_logits_move_nothing_and_their_arg_max_sixteen_bytes():
     for types in (AUTO, EXPLICIT):
         for model in (2, 4, 8):
             w, x = placed(mesh_of(model, types=types))
-            assert collectives(compiled(hx.sparsify(lambda w, x: x @ w["head"], config=narrow()), w, x)) == []
-            best = hx.sparsify(lambda w, x: jnp.argmax(x @ w["head"], axis=-1), config=narrow())
-            sent = collectives(compiled(best, w, x))
-            assert 0 < sum(c.sent for c in sent) <= 16 * TOKENS, sent
-            drawn = hx.sparsify(lambda w, x: jax.random.categorical(jax.random.key(0), x @ w["head"]), config=narrow())
-            sent = collectives(compiled(drawn, w, x))
-            assert 0 < sum(c.sent for c in sent) <= 16 * TOKENS, sent
+            assert collectives(compiled(hx.sparsify(logits, config=narrow()), w, x)) == []
+            for token in (best, drawn):
+                sent = collectives(compiled(hx.sparsify(token, config=narrow()), w, x))
+                assert 0 < sum(c.sent for c in sent) <= 16 * TOKENS, sent
 
 
 def check_a_top_k_of_logits_moves_its_own_few():
-    k = 5
-
-    def best(w, x):
-        logits = jnp.tanh(x @ w["head"])
-        return lax.top_k(jax.nn.log_softmax(logits[None]), k)
-
     for model, data in ((2, 1), (4, 1), (8, 1), (4, 2)):
         w, x = placed(mesh_of(model, data))
-        step = hx.sparsify(best, config=full_width())
-        assert_same(step(w, x), jax.jit(best)(weights(), tokens()))
+        step = hx.sparsify(best_few, config=full_width())
+        assert_same(step(w, x), jax.jit(best_few)(weights(), tokens()))
         sent = [c for c in collectives(compiled(step, w, x)) if c.op == "all-gather"]
-        assert sum(c.sent for c in sent) == 8 * k * TOKENS // data, sent
-    moved = collectives(jax.jit(best).lower(w, x).compile())
+        assert sum(c.sent for c in sent) == 8 * 5 * TOKENS // data, sent
+    moved = collectives(jax.jit(best_few).lower(w, x).compile())
     assert sum(c.sent for c in moved) > TOKENS // data * V // model * 4
     tied = jnp.zeros((D, V)).at[:, ::3].set(1.0)
     w, x = placed(mesh_of(8))
@@ -208,8 +215,8 @@ def check_all_logits_on_all_devices_move_what_dense_moves():
     mesh = mesh_of(4)
     w, x = placed(mesh)
     everywhere = NamedSharding(mesh, P())
-    step = hx.sparsify(lambda w, x: x @ w["head"], config=narrow(), out_shardings=everywhere)
-    dense = jax.jit(lambda w, x: x @ w["head"], out_shardings=everywhere).lower(w, x).compile()
+    step = hx.sparsify(logits, config=narrow(), out_shardings=everywhere)
+    dense = jax.jit(logits, out_shardings=everywhere).lower(w, x).compile()
     sent = sum(c.sent for c in collectives(compiled(step, w, x)))
     assert 0 < sent <= sum(c.sent for c in collectives(dense))
 
@@ -276,12 +283,14 @@ def single(step, packed, x):
 
 def check_shapes_with_shardings_trace_and_lower():
     for types, fun in ((AUTO, decode), (EXPLICIT, explicit_decode)):
-        w, x = placed(mesh_of(4, types=types))
+        # Along an axis of the tokens that no part of the program would split by itself.
+        w, x = placed(mesh_of(4, 2, types), x_spec=P(None, "data"))
         shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), (w, x))
         step = hx.sparsify(fun, config=full_width())
         traced = step.trace(*shapes)
         assert shards_of(traced.plan) == [4, 4]
         program = traced.lower().compile()
+        assert program.input_shardings[0][-1].is_equivalent_to(x.sharding, 2)
         assert_same(program(traced.pack(w), x), decode(weights(), tokens()))
         with pytest.raises(ValueError, match="is placed as one device's; expected"):
             traced.pack(weights())
