@@ -5,8 +5,10 @@ BIN := $(VENV)/bin
 # Processes that tests and random programs are spread over.
 JOBS ?= 2
 PYTEST_ARGS ?=
+# What is installed here runs on the CPU; the TPU's compiler, beside it for the tests, would otherwise look for a TPU.
+export JAX_PLATFORMS ?= cpu
 
-.PHONY: demo test fast random lint typecheck bench models quality wheel clean
+.PHONY: demo test fast tpu random lint typecheck bench models quality wheel clean
 
 # One stamp a set of extras: installing again only when pyproject.toml changed.
 $(VENV)/.created:
@@ -23,6 +25,11 @@ $(VENV)/.test: $(VENV)/.created pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[examples,test,frameworks]'
 	touch $@
 
+# The TPU's compiler is large; the fast tests do without.
+$(VENV)/.tpu: $(VENV)/.test
+	$(BIN)/python -m pip install --quiet --editable '.[examples,test,frameworks,tpu-aot]'
+	touch $@
+
 $(VENV)/.dev: $(VENV)/.created pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[examples,test,frameworks,dev]'
 	touch $@
@@ -31,12 +38,16 @@ demo: $(VENV)/.examples
 	$(BIN)/hire-xform demo
 
 # Fast tests first, so that a plain mistake shows within seconds; then the slow ones.
-test: $(VENV)/.test
+test: $(VENV)/.tpu
 	$(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal -m "not slow" $(PYTEST_ARGS)
 	$(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal -m slow $(PYTEST_ARGS)
 
 fast: $(VENV)/.test
 	$(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal -m "not slow" $(PYTEST_ARGS)
+
+# Only what is compiled for TPUs that are not here.
+tpu: $(VENV)/.tpu
+	$(BIN)/python -m pytest -q -m tpu_aot $(PYTEST_ARGS)
 
 # Many random programs, spread over processes; every EVALUATE-th is evaluated, the others are rewritten and looked at.
 N ?= 20000

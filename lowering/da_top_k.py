@@ -9,8 +9,8 @@ it holds, and its picks stay with it. Over more devices than ``shards`` scores a
 blocks. Other axes may be sharded at will.
 
 The primitive carries the partitioned form as a jaxpr, ``call_jaxpr``: JAX looks for ``custom_partitioning`` in the
-parameters of an equation to know that a program must be lowered with its devices at hand. On one device, and inside a
-``shard_map`` that is manual in every axis, the plain form is lowered.
+parameters of an equation to know that a program must be lowered with its devices at hand. On one device, inside a
+``shard_map``, and on TPU, whose compiler splits a top-k along batch axes by itself, the plain form is lowered.
 """
 
 import functools
@@ -191,10 +191,15 @@ def _partition(mesh: Any, arguments: Sequence[Any], results: Any, *, k: int, sha
 
 
 def _lower(ctx: Any, scores: Any, *, k: int, shards: int, call_jaxpr: ClosedJaxpr) -> Any:
+    around = ctx.module_context.axis_context
     # Inside a shard_map the jaxpr, which was traced outside of one, would lack the manual axes of its constants.
-    if getattr(ctx.module_context.axis_context, "manual_axes", ()):
-        return mlir.lower_fun(functools.partial(_portable, k=k, shards=shards), multiple_results=True)(ctx, scores)
+    if getattr(around, "manual_axes", ()) or getattr(around, "num_devices", None) == 1:
+        return _lower_plain(ctx, scores, k=k, shards=shards, call_jaxpr=call_jaxpr)
     return mlir.lower_fun(jaxpr_as_fun(call_jaxpr), multiple_results=True)(ctx, scores)
+
+
+def _lower_plain(ctx: Any, scores: Any, *, k: int, shards: int, call_jaxpr: ClosedJaxpr) -> Any:
+    return mlir.lower_fun(functools.partial(_portable, k=k, shards=shards), multiple_results=True)(ctx, scores)
 
 
 def _batch(args: Sequence[jax.Array], dims: Sequence[Any], *, k: int, shards: int, call_jaxpr: Any) -> tuple[Any, Any]:
@@ -222,3 +227,5 @@ da_top_k_p.def_abstract_eval(_abstract)
 batching.primitive_batchers[da_top_k_p] = _batch
 ad.primitive_jvps[da_top_k_p] = _jvp
 mlir.register_lowering(da_top_k_p, _lower)
+# Programs compiled ahead of time for a described TPU could not call back to be partitioned, either.
+mlir.register_lowering(da_top_k_p, _lower_plain, platform="tpu")

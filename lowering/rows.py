@@ -65,8 +65,27 @@ def _slabs(rows: jax.Array, index: jax.Array, group_size: int) -> jax.Array:
     """``[K * g, d]``: the chosen groups, one after the other."""
     n, d = rows.shape
     slabs = rows.reshape(n // group_size, group_size, d) if group_size > 1 else rows
-    taken = slabs.at[index].get(mode="promise_in_bounds")
+    taken = _gather(slabs, index) if index.shape[0] < 2 else _gather_where_they_lie(slabs, index)
     return taken.reshape(index.shape[0] * group_size, d)
+
+
+def _gather(slabs: jax.Array, index: jax.Array) -> jax.Array:
+    return slabs.at[index].get(mode="promise_in_bounds")
+
+
+def _gather_where_they_lie(slabs: jax.Array, index: jax.Array) -> jax.Array:
+    """``slabs[index]``, on TPU in a loop of two steps.
+
+    XLA's TPU backend takes a gather for one that reads its whole operand, and where that fits into VMEM it fetches all
+    of it ahead. What a loop reads it leaves in HBM (seen in programs compiled for v5e; tests/test_tpu_compiler.py).
+    """
+
+    def in_two_steps(slabs: jax.Array, index: jax.Array) -> jax.Array:
+        halves = jnp.pad(index, (0, index.shape[0] % 2), mode="edge").reshape(2, -1)
+        _, taken = lax.scan(lambda carry, half: (carry, _gather(slabs, half)), None, halves)
+        return taken.reshape(-1, *taken.shape[2:])[: index.shape[0]]
+
+    return lax.platform_dependent(slabs, index, tpu=in_two_steps, default=_gather)
 
 
 def select_rows_dot(

@@ -4,8 +4,22 @@ import math
 import re
 from dataclasses import dataclass
 
-_OPS = ("all-reduce", "all-gather", "all-to-all", "collective-permute", "reduce-scatter", "collective-broadcast")
+_OPS = (
+    "all-reduce",
+    "all-gather",
+    "all-to-all",
+    "ragged-all-to-all",
+    "collective-permute",
+    "reduce-scatter",
+    "collective-broadcast",
+)
 _LINE = re.compile(rf"= (?P<type>\(.*?\)|\S+) (?P<op>{'|'.join(_OPS)})(?P<start>-start)?\((?P<rest>.*)")
+# Whatever else says which devices it is between would be a collective that is not counted.
+_BETWEEN_DEVICES = re.compile(r"\b(replica_groups|source_target_pairs|channel_id)=")
+_COMPUTATION = re.compile(r"(?:ENTRY )?(%[\w.-]+) .*\{$")
+_INSTRUCTION = re.compile(r" *(?:ROOT )?%[\w.-]+ = (?P<type>\(.*?\)|\S+) (?P<op>[\w-]+)\(")
+# These name what is there already, or, as copy-done, what another instruction writes.
+_WRITES_NOTHING = {"parameter", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "copy-done"}
 _ARRAY = re.compile(r"([a-z]+)(\d+)?[a-z0-9]*\[([\d,]*)\]")
 
 
@@ -44,6 +58,7 @@ def collectives(compiled):
     for line in compiled.as_text().splitlines():
         match = _LINE.search(line)
         if match is None:
+            assert not _BETWEEN_DEVICES.search(line), f"a collective of an unknown kind: {line.strip()}"
             continue
         sizes = _sizes(match["type"])
         if match["start"]:
@@ -62,3 +77,17 @@ def collectives(compiled):
 def largest_array(compiled):
     """Bytes of the largest array in a compiled program: what any one device holds at most at once."""
     return max(size for line in compiled.as_text().splitlines() for size in _sizes(line.split(" metadata=")[0]))
+
+
+def arrays_written(compiled):
+    """Bytes of every array that an instruction of a compiled program writes; what a fusion keeps to itself is not."""
+    text = compiled.as_text()
+    fused = set(re.findall(r"calls=(%[\w.-]+)", text))
+    found, inside = [], None
+    for line in text.splitlines():
+        if computation := _COMPUTATION.match(line):
+            inside = computation[1]
+        match = _INSTRUCTION.match(line)
+        if match is not None and inside not in fused and match["op"] not in _WRITES_NOTHING:
+            found.extend(_sizes(match["type"]))
+    return found

@@ -11,3 +11,5 @@ if metadata.version("jaxlib").startswith("0.10."):
     _QUICK.append("--xla_cpu_use_fusion_emitters=false")
 if os.environ.get("HIRE_TEST_OPTIMISED", "0") != "1":
     os.environ["XLA_FLAGS"] = " ".join([*_QUICK, os.environ.get("XLA_FLAGS", "")]).strip()
+# Unless told otherwise: the TPU's compiler, which some tests have installed, would have JAX look for a TPU.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")

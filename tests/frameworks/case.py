@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -55,17 +54,6 @@ class Case:
 
     def __repr__(self) -> str:
         return f"{self.framework}-{self.model}-{self.nesting}".replace(" ", "_")
-
-
-def why_missing(extra: str, error: ImportError) -> str:
-    """The reason to skip what needs an extra that is not installed.
-
-    Raises:
-      ImportError: ``HIRE_REQUIRE_EXTRAS=1`` says that everything has to be there.
-    """
-    if os.environ.get("HIRE_REQUIRE_EXTRAS", "0") == "1":
-        raise error
-    return f"needs pip install 'hire-xform[{extra}]': {error}"
 
 
 def cases_of(framework: str) -> list[Case]:

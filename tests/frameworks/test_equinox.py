@@ -6,8 +6,8 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import pytest
-from case import why_missing
 from checks import assert_same, full_width, kinds
+from extras import why_missing
 
 import hire_xform as hx
 

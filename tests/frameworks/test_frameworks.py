@@ -1,7 +1,8 @@
 """Models of every framework, unedited: all blocks found, equal at full width, as few functions as before."""
 
 import pytest
-from case import FRAMEWORKS, Case, cases_of, why_missing
+from case import FRAMEWORKS, Case, cases_of
+from extras import why_missing
 from measure import measure
 
 

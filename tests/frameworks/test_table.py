@@ -4,7 +4,8 @@ import re
 from pathlib import Path
 
 import pytest
-from case import FRAMEWORKS, cases_of, why_missing
+from case import FRAMEWORKS, cases_of
+from extras import why_missing
 
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 
