@@ -1,4 +1,4 @@
-"""Packs weights with a progress bar when there is much to do."""
+"""Packs weights, made sure to be those that were traced, with a progress bar when there is much to do."""
 
 from __future__ import annotations
 
@@ -10,9 +10,12 @@ import jax
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
+from hire_xform.calls import is_array
+from hire_xform.passes import compat
 from hire_xform.passes.decisions import PackKey
-from hire_xform.passes.pack import pack_array, packing_bytes
+from hire_xform.passes.pack import Packed, PackLayout, pack_array, packing_bytes
 from hire_xform.passes.provenance import Root
+from hire_xform.passes.shards import placement_of
 
 # Below this many bytes packing is over before a bar could be read.
 SHOW_FROM = 256 << 20
@@ -38,3 +41,48 @@ def pack_keys(keys: Sequence[PackKey], leaf_of: Callable[[Root], Any], progress:
             made[key] = jax.block_until_ready(pack_array(key, leaf_of(key.recipe.root)))
             bar.advance(task, packing_bytes([key], leaf_of))
         return made
+
+
+def check_weights(number: int, weight: Any, layout: PackLayout) -> list[Any]:
+    """The array leaves of a weights argument, checked against what was traced.
+
+    Raises:
+      TypeError, ValueError: structure, shape or dtype differ.
+    """
+    if isinstance(weight, Packed):
+        raise TypeError(f"pack: argument {number} is already Packed; expected the plain weights")
+    leaves, treedef = jax.tree_util.tree_flatten(weight)
+    if treedef != layout.treedef:
+        raise ValueError(
+            f"pack: argument {number} has another structure than the weights that were traced; got {treedef}, expected "
+            f"{layout.treedef}"
+        )
+    paths = [path for path, _ in jax.tree_util.tree_flatten_with_path(weight)[0]]
+    static = dict(layout.static)
+    for i, (path, leaf) in enumerate(zip(paths, leaves, strict=True)):
+        same = is_array(leaf) if i not in static else type(leaf) is type(static[i]) and leaf == static[i]
+        if not same:
+            expected = f"{static[i]!r}" if i in static else "an array"
+            raise TypeError(f"pack: weights{jax.tree_util.keystr(path)} is {leaf!r}; expected {expected} as traced")
+    arrays = [(path, leaf) for i, (path, leaf) in enumerate(zip(paths, leaves, strict=True)) if i not in static]
+    for (path, leaf), aval, placed in zip(arrays, layout.avals, layout.placed, strict=True):
+        got = jax.typeof(leaf) if not isinstance(leaf, jax.ShapeDtypeStruct) else leaf
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            raise TypeError(f"pack: weights{jax.tree_util.keystr(path)} is a ShapeDtypeStruct; expected an array")
+        if tuple(got.shape) != tuple(aval.shape) or got.dtype != aval.dtype:
+            raise ValueError(
+                f"pack: weights{jax.tree_util.keystr(path)} is {got.dtype}{list(got.shape)}; expected "
+                f"{aval.dtype}{list(aval.shape)} as traced"
+            )
+        is_placed = None if compat.is_tracer(leaf) else placement_of(leaf)
+        same = is_placed == placed or (placed is not None and leaf.sharding.is_equivalent_to(placed, leaf.ndim))
+        if not same and not compat.is_tracer(leaf):
+            raise ValueError(
+                f"pack: weights{jax.tree_util.keystr(path)} is placed as {_placed_text(is_placed)}; expected "
+                f"{_placed_text(placed)}, as traced"
+            )
+    return [leaf for _, leaf in arrays]
+
+
+def _placed_text(sharding: Any) -> str:
+    return "one device's" if sharding is None else f"{sharding.spec} of {dict(sharding.mesh.shape)}"

@@ -12,12 +12,11 @@ import jax
 
 from hire_xform import explain as _explain
 from hire_xform.calibration import Calibration
-from hire_xform.calls import Abstract, Signature, is_array, merge, unwrap_statics
+from hire_xform.calls import Abstract, Signature, merge, unwrap_statics
 from hire_xform.collector import collector_paused
 from hire_xform.config import Config
 from hire_xform.errors import PackedMismatchError
-from hire_xform.packing import pack_keys
-from hire_xform.passes import compat
+from hire_xform.packing import check_weights, pack_keys
 from hire_xform.passes.cyclic import distribute_rows
 from hire_xform.passes.decisions import Need, PackKey, Plan
 from hire_xform.passes.measured import Measure
@@ -25,7 +24,7 @@ from hire_xform.passes.pack import Holding, Packed, PackLayout, decide_holding, 
 from hire_xform.passes.plan import make_plan
 from hire_xform.passes.provenance import Root
 from hire_xform.passes.rewrite import Rewriter
-from hire_xform.passes.shards import place, placement_of
+from hire_xform.passes.shards import place
 from hire_xform.passes.treatment import Treatment, treatments
 from hire_xform.passes.walk import Node
 from hire_xform.program import Program, struct
@@ -357,51 +356,6 @@ class _Absent:
 
 
 _ABSENT = _Absent()
-
-
-def check_weights(number: int, weight: Any, layout: PackLayout) -> list[Any]:
-    """The array leaves of a weights argument, checked against what was traced.
-
-    Raises:
-      TypeError, ValueError: structure, shape or dtype differ.
-    """
-    if isinstance(weight, Packed):
-        raise TypeError(f"pack: argument {number} is already Packed; expected the plain weights")
-    leaves, treedef = jax.tree_util.tree_flatten(weight)
-    if treedef != layout.treedef:
-        raise ValueError(
-            f"pack: argument {number} has another structure than the weights that were traced; got {treedef}, expected "
-            f"{layout.treedef}"
-        )
-    paths = [path for path, _ in jax.tree_util.tree_flatten_with_path(weight)[0]]
-    static = dict(layout.static)
-    for i, (path, leaf) in enumerate(zip(paths, leaves, strict=True)):
-        same = is_array(leaf) if i not in static else type(leaf) is type(static[i]) and leaf == static[i]
-        if not same:
-            expected = f"{static[i]!r}" if i in static else "an array"
-            raise TypeError(f"pack: weights{jax.tree_util.keystr(path)} is {leaf!r}; expected {expected} as traced")
-    arrays = [(path, leaf) for i, (path, leaf) in enumerate(zip(paths, leaves, strict=True)) if i not in static]
-    for (path, leaf), aval, placed in zip(arrays, layout.avals, layout.placed, strict=True):
-        got = jax.typeof(leaf) if not isinstance(leaf, jax.ShapeDtypeStruct) else leaf
-        if isinstance(leaf, jax.ShapeDtypeStruct):
-            raise TypeError(f"pack: weights{jax.tree_util.keystr(path)} is a ShapeDtypeStruct; expected an array")
-        if tuple(got.shape) != tuple(aval.shape) or got.dtype != aval.dtype:
-            raise ValueError(
-                f"pack: weights{jax.tree_util.keystr(path)} is {got.dtype}{list(got.shape)}; expected "
-                f"{aval.dtype}{list(aval.shape)} as traced"
-            )
-        is_placed = None if compat.is_tracer(leaf) else placement_of(leaf)
-        same = is_placed == placed or (placed is not None and leaf.sharding.is_equivalent_to(placed, leaf.ndim))
-        if not same and not compat.is_tracer(leaf):
-            raise ValueError(
-                f"pack: weights{jax.tree_util.keystr(path)} is placed as {_placed_text(is_placed)}; expected "
-                f"{_placed_text(placed)}, as traced"
-            )
-    return [leaf for _, leaf in arrays]
-
-
-def _placed_text(sharding: Any) -> str:
-    return "one device's" if sharding is None else f"{sharding.spec} of {dict(sharding.mesh.shape)}"
 
 
 def _no_measurement(match: Any, names: Any) -> None:

@@ -159,10 +159,15 @@ def check_a_top_k_of_logits_moves_its_own_few():
 
 def check_da_top_k_moves_nothing():
     for types in (AUTO, EXPLICIT):
-        scores = on(mesh_of(4, types=types), (TOKENS, 512), None, "model")
-        assert collectives(dense(partial(da_top_k, k=12, shards=4), scores)) == []
-        scores = on(mesh_of(2, 2, types), (TOKENS, 512), "data", "model")
-        assert collectives(dense(partial(da_top_k, k=12, shards=4), scores)) == []
+        four, two_by_two = mesh_of(4, types=types), mesh_of(2, 2, types)
+        for mesh, spec, shards in (
+            (four, (None, "model"), 4),
+            (four, (None, "model"), 8),
+            (two_by_two, ("data", "model"), 4),
+            (two_by_two, (None, ("data", "model")), 4),
+        ):
+            scores = on(mesh, (TOKENS, 512), *spec)
+            assert collectives(dense(partial(da_top_k, k=12, shards=shards), scores)) == [], (types, spec, shards)
     assert bytes_sent(dense(lambda s: lax.top_k(s, 12), on(mesh_of(4), (TOKENS, 512), None, "model"))) > 0
 
 
