@@ -27,7 +27,7 @@ from hire_xform.passes.measured import Measure, Regrouped, input_numbers, site_s
 from hire_xform.passes.pack import Packed
 from hire_xform.passes.provenance import Root
 from hire_xform.passes.settings import PREDICTOR, Ffn
-from hire_xform.site_calibration import Curve, SiteCalibration, proved_criterion
+from hire_xform.site_calibration import CHOICE, Curve, SiteCalibration, proved_criterion
 from hire_xform.stages import Traced, call_leaves
 
 # Sums over all batches, int64 or float64, by site path and name.
@@ -206,6 +206,8 @@ class _Collected:
             criterion = "units" if match.region.zeroing else "energy"
         if settings.certify:
             criterion = proved_criterion(settings)
+            if isinstance(match, FfnMatch) and match.region.own is not None:
+                criterion += CHOICE
         group_size = settings.group_size if isinstance(settings, Ffn) else 1
         predicted = [bytes_read(way.match, way.settings, 1, 1, group_size) for way in decision.ways]
         curves = {

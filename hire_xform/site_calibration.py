@@ -10,7 +10,7 @@ from functools import cached_property
 import numpy as np
 
 from hire_xform.lowering import PredictorSpec
-from hire_xform.passes.ladder import ladder_of
+from hire_xform.passes.ladder import MOST, ladder_of
 from hire_xform.passes.measured import Chosen, Inputs, Order
 from hire_xform.passes.settings import Ffn, Vocab
 
@@ -67,7 +67,8 @@ class SiteCalibration:
       group_size: units that were ranked together, g.
       criterion: what recall counts. "argmax": tokens whose dense arg max is among the candidates. "units": units that
         are not zero and are chosen. "energy": the share of energy of the units chosen.
-        "proved" and of what, of a certified site: tokens that so many candidates, or units, prove.
+        "proved" and of what, of a certified site: tokens that so many candidates, or units, prove; " choice" at its end
+        where the model chooses its units itself.
       tokens: int64 ``[*stack]``.
       fired: int64 ``[*stack, m]``, tokens at which a unit is not zero; None for a vocabulary.
       energy: f64 ``[*stack, m]``, sum of the squares of activation times norm of the down row; None for a vocabulary.
@@ -177,8 +178,17 @@ class SiteCalibration:
         return None if self.fired is None else self.fired / np.maximum(self.tokens, 1)[..., None]
 
     def sizes_for(self, recall: float, predictor: PredictorSpec | None = None) -> np.ndarray:
-        """For each layer the fewest candidates (or groups) that reach a recall, int ``[*stack]``."""
-        return 1 + np.argmax(self._recall(predictor) >= recall - 1e-12, axis=-1)
+        """For each layer the fewest candidates (or groups) that reach a recall, int ``[*stack]``.
+
+        Of a certified block whose model chooses its units, a recall of the tokens that fewer than all of them prove:
+        the others run dense whatever the size.
+        """
+        found = self._recall(predictor)
+        wanted = np.full((*found.shape[:-1], 1), recall)
+        if self._one_size and found.shape[-1] > 1:
+            provable = found[..., -2:-1]
+            wanted = np.where(provable > 0, recall * provable, 1.0)
+        return 1 + np.argmax(found >= wanted - 1e-12, axis=-1)
 
     def chosen_for(self, recall: float) -> SiteCalibration:
         """With the predictor and sizes that reach a recall at the fewest bytes; of equals the first measured."""
@@ -204,9 +214,10 @@ class SiteCalibration:
                 curve.wanted[layer],
                 lambda count: count * self.row_bytes,
                 self.units // self.group_size * self.row_bytes,
-                tried=self.kind == "vocab",
+                tried=self.kind == "vocab" or self._one_size,
                 fixed=curve.predictor_bytes,
                 least=int(sizes[layer]),
+                most=1 if self._one_size else MOST,
             )
             sizes[layer], read[layer] = ladder.counts[-1], ladder.read
         return sizes, float(read.mean())
@@ -251,7 +262,12 @@ class SiteCalibration:
 
     @property
     def _proved(self) -> str:
-        return self.criterion if self.criterion.startswith("proved") else ""
+        return self.criterion.removesuffix(CHOICE) if self.criterion.startswith("proved") else ""
+
+    @property
+    def _one_size(self) -> bool:
+        """True of a certified block whose model chooses its units: it has one size, and proves after computing it."""
+        return self.criterion.endswith(CHOICE)
 
     def _stated_size(self, settings: Vocab | Ffn) -> int:
         if isinstance(settings, Vocab):
@@ -265,6 +281,10 @@ class SiteCalibration:
         if enough:
             return min(enough, key=lambda p: self.curves[p].predictor_bytes)
         return max(self.curves, key=lambda p: reached[p])
+
+
+# What the criterion of a certified block ends in whose model chooses its units itself.
+CHOICE = " choice"
 
 
 def proved_criterion(settings: Vocab | Ffn) -> str:

@@ -5,11 +5,14 @@ activations, and usable under ``vmap``, ``scan``, ``jit`` and ``jax.export``.
 """
 
 from hire_xform.lowering.certified import certified_logits
+from hire_xform.lowering.certified_choice import ChoiceBlock, ChoiceOperands, Largest, certified_choice, groups_needed
 from hire_xform.lowering.certified_ffn import CertifiedBlock, CertifiedOperands, certified_ffn, largest_norm, upper_gate
 from hire_xform.lowering.cofiring import SKETCHED_FROM, cofiring
 from hire_xform.lowering.cyclic import cyclic_ids, from_cyclic, return_candidates, to_cyclic
 from hire_xform.lowering.da_top_k import da_top_k, da_top_k_p
 from hire_xform.lowering.goals import Goal, Nucleus, TopSet, fewest_candidates
+from hire_xform.lowering.intervals import Interval
+from hire_xform.lowering.moment_bounds import UnitMoments, bounded_moments_bytes, pack_bounded_moments
 from hire_xform.lowering.own_sparsity import (
     among_largest,
     kth_largest,
@@ -38,6 +41,7 @@ from hire_xform.lowering.statistics import (
     KL_SIZES,
     covariance,
     first_in_order,
+    groups_wanted,
     open_units,
     proved_ranks,
     unit_ranks,
@@ -60,7 +64,11 @@ __all__ = [
     "SKETCHED_FROM",
     "CertifiedBlock",
     "CertifiedOperands",
+    "ChoiceBlock",
+    "ChoiceOperands",
     "Goal",
+    "Interval",
+    "Largest",
     "LowRank",
     "Nucleus",
     "Packed",
@@ -70,8 +78,11 @@ __all__ = [
     "Quantized",
     "Selection",
     "TopSet",
+    "UnitMoments",
     "UpProduct",
     "among_largest",
+    "bounded_moments_bytes",
+    "certified_choice",
     "certified_ffn",
     "certified_logits",
     "choose",
@@ -87,6 +98,8 @@ __all__ = [
     "first_in_order",
     "from_cyclic",
     "group_scores",
+    "groups_needed",
+    "groups_wanted",
     "keep_top_groups",
     "kth_largest",
     "largest_norm",
@@ -95,6 +108,7 @@ __all__ = [
     "moments_bytes",
     "open_units",
     "over_groups",
+    "pack_bounded_moments",
     "pack_moments",
     "pack_predictor",
     "pack_proof",

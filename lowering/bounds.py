@@ -84,6 +84,12 @@ class ScoresWithBounds:
     upper: jax.Array
     exact_error: jax.Array
 
+    @property
+    def lower(self) -> jax.Array:
+        """f32 ``[T, n]``: no dense product is below it; all bounds are the same on both sides of a score."""
+        scores = lax.stop_gradient(self.scores)
+        return scores - (self.upper - scores) * (1.0 + 8.0 * U) - 8.0 * U * jnp.abs(scores)
+
 
 def quantized_scores(x: jax.Array, packed: Packed, spec: Quantized, *, input_bits: int = 24) -> ScoresWithBounds:
     """Predicts products with every row and bounds them.

@@ -15,6 +15,7 @@ __all__ = [
     "KL_SIZES",
     "covariance",
     "first_in_order",
+    "groups_wanted",
     "open_units",
     "proved_ranks",
     "unit_ranks",
@@ -107,8 +108,20 @@ def open_units(gate: jax.Array) -> dict[str, jax.Array]:
     Returns:
       ``wanted``: int32 ``[n]``, the tokens that have 1 (or none), 2, ... groups open.
     """
-    needed = jnp.maximum(jnp.sum(jnp.logical_not(gate <= 0.0), axis=1), 1)
-    return {"wanted": jnp.zeros(gate.shape[1], jnp.int32).at[needed - 1].add(1)}
+    return groups_wanted(jnp.maximum(jnp.sum(jnp.logical_not(gate <= 0.0), axis=1), 1), gate.shape[1])
+
+
+def groups_wanted(needed: jax.Array, groups: int) -> dict[str, jax.Array]:
+    """Totals of a certified block.
+
+    Args:
+      needed: int ``[T]``, how many groups of units prove it, 1 to ``groups``.
+      groups: n, how many there are.
+
+    Returns:
+      ``wanted``: int32 ``[n]``, the tokens that need 1, 2, ... groups.
+    """
+    return {"wanted": jnp.zeros(groups, jnp.int32).at[needed - 1].add(1)}
 
 
 def unit_totals(activation: jax.Array, down_norms: jax.Array, group_size: int = 1) -> dict[str, jax.Array]:

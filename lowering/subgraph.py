@@ -17,10 +17,13 @@ from hire_xform.lowering.selection import choose, select
 from hire_xform.lowering.top_groups import group_energy
 
 __all__ = [
+    "Gather",
     "UpProduct",
+    "chosen_products",
     "chosen_units",
     "ffn",
     "ffn_bytes",
+    "gather_chosen",
     "group_scores",
     "vocab_bytes",
     "vocab_candidates",
@@ -246,7 +249,42 @@ def chosen_units(
     Returns:
       ``[T, d_out]`` of ``out_dtype``.
     """
-    tokens = ups[0].x.shape[0]
+    with jax.named_scope("compute"):
+        activation = region(
+            [h.astype(up.dtype) for h, up in zip(chosen_products(ups, index, group_size), ups, strict=True)],
+            gather_chosen(index, ups[0].x.shape[0], units, group_size),
+        )
+        return combine_rows(
+            activation,
+            down,
+            _groups_from(index, first_row, group_size),
+            group_size=group_size,
+            preferred_element_type=out_dtype,
+        )
+
+
+def chosen_products(ups: Sequence[UpProduct], index: jax.Array, group_size: int) -> list[jax.Array]:
+    """Each product into the units, of the chosen ones only: ``[T, K * group_size]``, not yet rounded to 16 bits.
+
+    Args:
+      ups: the products; predictors are not read.
+      index: the chosen groups of units, ``[K]`` for all tokens or ``[T, K]``.
+      group_size: units in a group.
+    """
+    return [
+        select_rows_dot(
+            up.x,
+            up.rows,
+            _groups_from(index, up.first_row, group_size),
+            group_size=group_size,
+            preferred_element_type=jnp.promote_types(up.dtype, jnp.float32),
+        )
+        for up in ups
+    ]
+
+
+def gather_chosen(index: jax.Array, tokens: int, units: int, group_size: int) -> Gather:
+    """What brings ``[m]``, ``[1, m]`` or ``[T, m]`` to the units of the chosen groups; see :func:`ffn`."""
     chosen = (index[..., None] * group_size + jnp.arange(group_size, dtype=index.dtype)).reshape(*index.shape[:-1], -1)
 
     def gather(values: jax.Array) -> jax.Array:
@@ -255,20 +293,11 @@ def chosen_units(
         values = jnp.broadcast_to(values, (tokens, units))
         return jnp.take_along_axis(values, chosen, axis=1, mode="promise_in_bounds")
 
-    def groups_from(row: jax.Array | int) -> jax.Array:
-        return index if isinstance(row, int) and row == 0 else index + row // group_size
+    return gather
 
-    with jax.named_scope("compute"):
-        hiddens = [
-            select_rows_dot(
-                up.x, up.rows, groups_from(up.first_row), group_size=group_size, preferred_element_type=up.dtype
-            )
-            for up in ups
-        ]
-        activation = region(hiddens, gather)
-        return combine_rows(
-            activation, down, groups_from(first_row), group_size=group_size, preferred_element_type=out_dtype
-        )
+
+def _groups_from(index: jax.Array, row: jax.Array | int, group_size: int) -> jax.Array:
+    return index if isinstance(row, int) and row == 0 else index + row // group_size
 
 
 def vocab_bytes(

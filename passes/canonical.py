@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import jax.numpy as jnp
+from jax import lax
 
 from hire_xform.passes.layout import Layout, row_major, to_canonical, whole
 from hire_xform.passes.products import Product
@@ -49,3 +50,16 @@ def result_shape(product: Product, flat: Any) -> Any:
         lead = range(len(x_shape), len(x_shape) + len(w_shape))
         shaped = jnp.transpose(shaped, (*lead, *range(len(x_shape))))
     return shaped
+
+
+def dense_product(product: Product, x: Any, rows: Any, contracted_first: bool = False) -> Any:
+    """The product of ``[T, d]`` with its rows as the program has it, but for the layout."""
+    params = product.node.params
+    found = lax.dot_general(
+        x,
+        rows,
+        (((1,), (0 if contracted_first else 1,)), ((), ())),
+        precision=params["precision"],
+        preferred_element_type=params["preferred_element_type"],
+    )
+    return found.astype(product.out.aval.dtype)

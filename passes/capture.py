@@ -15,6 +15,8 @@ from hire_xform.lowering import (
     cofiring,
     covariance,
     group_scores,
+    groups_needed,
+    groups_wanted,
     open_units,
     predict_scores,
     proved_ranks,
@@ -25,7 +27,7 @@ from hire_xform.lowering import (
     upper_gate,
     vocab_ranks,
 )
-from hire_xform.passes.canonical import flat_activation, result_shape
+from hire_xform.passes.canonical import dense_product, flat_activation, result_shape
 from hire_xform.passes.decisions import Decision, Need
 from hire_xform.passes.detect import FfnMatch, VocabMatch
 from hire_xform.passes.environment import Env, PackedView, read
@@ -34,7 +36,8 @@ from hire_xform.passes.measured import input_numbers
 from hire_xform.passes.rewrite import Rewriter
 from hire_xform.passes.settings import Ffn
 from hire_xform.passes.splice import FfnParts, ffn_parts, site_operands, site_signature
-from hire_xform.passes.splice_certified import certified_block, dense_product
+from hire_xform.passes.splice_certified import certified_block
+from hire_xform.passes.splice_choice import choice_block
 from hire_xform.passes.walk import Frame
 
 # For each product into the units, what is recorded with the stack index of its weight.
@@ -163,6 +166,11 @@ def _ffn(
     for number, (way, own) in enumerate(ways if ranks else ()):
         settings = way.settings
         assert isinstance(settings, Ffn)
+        if settings.certify and match.region.own is not None:
+            upper, needed = groups_needed(*choice_block(way, match, operands, own)[:2])
+            proved = unit_ranks(activation, norms, upper, settings.group_size)
+            recorded[0].update(_numbered(proved | groups_wanted(needed, upper.shape[1]), number))
+            continue
         if settings.certify:
             gate = upper_gate(*certified_block(way, match, operands, own)[:2])
             opened = unit_ranks(activation, norms, gate, settings.group_size) | open_units(gate)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from jax.extend.core import primitives as prims
 from jax.lax import Precision
 
+from hire_xform.passes.bounded import unbounded
 from hire_xform.passes.detect import FfnMatch, VocabMatch
 from hire_xform.passes.zeros import gate_of
 
@@ -25,7 +27,10 @@ def not_certifiable(match: VocabMatch | FfnMatch, platform: str) -> str | None:
         return f"certify=True does not know what precision={_precision(match)} rounds to on {platform}"
     if isinstance(match, FfnMatch):
         if match.region.own is not None:
-            return f"certify=True proves zeros of max(u, 0), not the model's own choice ({match.region.own.name})"
+            if platform == "tpu" and any(n.primitive is prims.approx_top_k_p for n in match.region.nodes):
+                return "certify=True proves an exact top-k; approx_max_k is none on a TPU"
+            what = unbounded(match.region)
+            return None if what is None else f"certify=True has no bounds of {what}, which is in the model's own choice"
         if gate_of(match.region) is None:
             return (
                 f"certify=True proves zeros of max(u, 0), alone, squared, or times another product; not of this "
@@ -35,7 +40,7 @@ def not_certifiable(match: VocabMatch | FfnMatch, platform: str) -> str | None:
 
 
 def input_bits(match: VocabMatch | FfnMatch, platform: str) -> int | None:
-    """Significant bits that the product to be bounded keeps of f32 inputs on a platform; None when not known."""
+    """Significant bits that the products to be bounded keep of f32 inputs on a platform; None when not known."""
     precision = _precision(match)
     stated = set(precision) if isinstance(precision, (tuple, list)) else {precision}
     if not stated <= {None, *Precision}:
@@ -49,5 +54,8 @@ def input_bits(match: VocabMatch | FfnMatch, platform: str) -> int | None:
 def _precision(match: VocabMatch | FfnMatch) -> Any:
     if isinstance(match, VocabMatch):
         return match.product.node.params["precision"]
+    if match.region.own is not None:
+        stated = [up.product.node.params["precision"] for up in match.region.ups]
+        return tuple(p for each in stated for p in (each if isinstance(each, (tuple, list)) else (each,)))
     gate = gate_of(match.region)
     return match.region.ups[gate.up if gate is not None else 0].product.node.params["precision"]

@@ -6,7 +6,14 @@ from typing import Any
 
 import numpy as np
 
-from hire_xform.lowering import ffn_bytes, moments_bytes, predictor_bytes, proof_bytes, vocab_bytes
+from hire_xform.lowering import (
+    bounded_moments_bytes,
+    ffn_bytes,
+    moments_bytes,
+    predictor_bytes,
+    proof_bytes,
+    vocab_bytes,
+)
 from hire_xform.passes.detect import FfnMatch, VocabMatch
 from hire_xform.passes.forms import Proving, down_forms, up_forms
 from hire_xform.passes.settings import Ffn, Vocab
@@ -47,6 +54,7 @@ def bytes_read(
         norms="norms" in down_forms(region, settings),
     )
     total += sum(moments_bytes(up[0]) for up, read in zip(ups, forms, strict=True) if "moments" in read)
+    total += sum(bounded_moments_bytes(up[0]) for up, read in zip(ups, forms, strict=True) if "bounded_moments" in read)
     total += sum(
         _proof_bytes(settings, match.units // shards, d, dtype) for d, dtype, predicted in ups if predicted is not None
     )

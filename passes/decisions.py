@@ -105,9 +105,10 @@ class Refusal:
 class PackKey:
     """One packed form of one weight.
 
-    ``"rows"``, the ``"norms"`` of its rows, the ``"largest"`` of them, their ``"moments"``, for a predictor spec its
-    arrays, for ``Proving`` also how far they can be from the rows, and for ``Fitted`` either, fitted to its inputs.
-    ``Regrouped`` is any of these in another order. ``Levels`` is of no weight, but has an entry for each layer of it.
+    ``"rows"``, the ``"norms"`` of its rows, the ``"largest"`` of them, their ``"moments"``, those with bounds
+    (``"bounded_moments"``), for a predictor spec its arrays, for ``Proving`` also how far they can be from the rows,
+    and for ``Fitted`` either, fitted to its inputs. ``Regrouped`` is any of these in another order. ``Levels`` is of no
+    weight, but has an entry for each layer of it.
     """
 
     recipe: Recipe

@@ -26,6 +26,11 @@ def vocab_forms(settings: Vocab) -> list[Any]:
 def up_forms(region: Region, settings: Ffn) -> list[list[Any]]:
     """Of each product into the units: its rows, its predictor if it is scored, what a proof or a threshold takes."""
     spec = settings.spec
+    if settings.certify and region.own is not None:
+        return [
+            ["rows", Proving(spec) if scored else "largest", *(["bounded_moments"] if totalled else [])]
+            for scored, totalled in zip(region.scored, region.totalled, strict=True)
+        ]
     if settings.certify:
         gate = gate_of(region)
         proved = ["rows", Proving(spec)]

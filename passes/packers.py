@@ -15,6 +15,7 @@ from hire_xform.lowering import (
     PredictorSpec,
     from_cyclic,
     largest_norm,
+    pack_bounded_moments,
     pack_moments,
     pack_predictor,
     pack_proof,
@@ -190,6 +191,8 @@ def _finish(form: Any, rows: Any) -> Any:
         return largest_norm(rows)
     if form == "moments":
         return pack_moments(rows)
+    if form == "bounded_moments":
+        return pack_bounded_moments(rows)
     return _fit(form, rows, None)
 
 

@@ -19,6 +19,7 @@ from jax.extend.core import primitives as prims
 from hire_xform.lowering import among_largest, kth_largest
 from hire_xform.passes import sums
 from hire_xform.passes.known import known_scalar
+from hire_xform.passes.of_chosen import one_column
 from hire_xform.passes.pointwise import COMPARES, known_number
 from hire_xform.passes.region import (
     Apply,
@@ -134,7 +135,7 @@ class _Assumed:
         return among_largest(values, _KEPT)
 
     def total(self, region: Region, operand: int, values: Sequence[Any]) -> Any:
-        return sums.total(region.exprs, region.varies, operand, values, lambda _: 0.0, 1.0, region.units)
+        return sums.total(region.exprs, region.varies, operand, one_column(values), lambda _: 0.0, 1.0, region.units)
 
 
 def _values() -> np.ndarray:

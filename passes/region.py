@@ -178,7 +178,7 @@ class Region:
                 number = np.asarray(e.operand.val)
                 found.append((str(number.dtype), number.tobytes()))
             elif isinstance(e, Apply):
-                found.append((e.node.primitive, _hashable(e.node.params), e.operands, _is_relu(e, self)))
+                found.append((e.node.primitive, hashable(e.node.params), e.operands, _is_relu(e, self)))
             elif isinstance(e, (Grouped, Kth, Kept, Place, Total)):
                 found.append((type(e), e))
             else:
@@ -193,7 +193,7 @@ class Region:
         return ", ".join(dict.fromkeys(names)) or "none"
 
 
-def _hashable(params: dict[str, Any]) -> Any:
+def hashable(params: dict[str, Any]) -> Any:
     """An equation's parameters as a key; only identical ones compare equal where they can't be hashed."""
     items = tuple(sorted(params.items(), key=lambda item: item[0]))
     try:

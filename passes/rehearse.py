@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from hire_xform.lowering import KL_SIZES, first_in_order, group_scores, predict_scores, record
-from hire_xform.passes.canonical import flat_activation, result_shape
+from hire_xform.passes.canonical import dense_product, flat_activation, result_shape
 from hire_xform.passes.capture import dense_activation
 from hire_xform.passes.decisions import Decision, Need
 from hire_xform.passes.detect import FfnMatch, VocabMatch
@@ -25,7 +25,6 @@ from hire_xform.passes.of_chosen import OfChosen
 from hire_xform.passes.rewrite import Rewriter
 from hire_xform.passes.settings import Ffn
 from hire_xform.passes.splice import ffn_parts, site_operands, site_signature
-from hire_xform.passes.splice_certified import dense_product
 from hire_xform.passes.walk import Frame
 
 

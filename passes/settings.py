@@ -116,8 +116,9 @@ class Ffn:
     group_size: int = 1
     # How the units are scored. None is what a calibration chose, without one `Quantized(8)`.
     predictor: PredictorSpec | None = None
-    # Prove for every input that the units left out are zero, or run the dense block. For ReLU, squared ReLU and ReGLU;
-    # takes weights of f32, bf16 or f16.
+    # Prove for every input that the units left out are zero, or run the dense block. For ReLU, squared ReLU and ReGLU,
+    # and for a model's own top-k or threshold, whose choice is proved to be the dense one; takes weights of f32, bf16
+    # or f16.
     certify: bool = False
     # "zeroing": only blocks whose units not chosen are exactly zero over a range (ReLU and its kin). "any": all.
     activations: str = "zeroing"

@@ -12,7 +12,7 @@ from hire_xform.lowering import choose, rungs
 from hire_xform.passes.cost import bytes_read
 from hire_xform.passes.decisions import Rung
 from hire_xform.passes.detect import FfnMatch, VocabMatch
-from hire_xform.passes.ladder import Ladder, ladder_of
+from hire_xform.passes.ladder import MOST, Ladder, ladder_of
 from hire_xform.passes.levels import WORTH, Levels, levels_of, told
 from hire_xform.passes.measured import Chosen
 from hire_xform.passes.needs import stack_need
@@ -67,7 +67,12 @@ class Reading:
     @property
     def tried(self) -> bool:
         """Whether what is computed exactly is read before it is known whether the dense form must be run."""
-        return isinstance(self.match, VocabMatch)
+        return isinstance(self.match, VocabMatch) or self.chooses
+
+    @property
+    def chooses(self) -> bool:
+        """Whether it is a block whose model chooses its units itself: certified, it has one size."""
+        return isinstance(self.match, FfnMatch) and self.match.region.own is not None
 
 
 @dataclass(frozen=True)
@@ -131,7 +136,16 @@ def _ladder(read: Reading, predicted: int, needs: np.ndarray, last: int) -> Ladd
     def bytes_of(count: int) -> float:
         return read.exact(read.rows_of((count, last) if count < last else (last,))[0])
 
-    return ladder_of(needs, bytes_of, read.dense, tried=read.tried, fixed=predicted, tokens=read.tokens, last=last)
+    return ladder_of(
+        needs,
+        bytes_of,
+        read.dense,
+        tried=read.tried,
+        fixed=predicted,
+        tokens=read.tokens,
+        last=last,
+        most=1 if read.chooses else MOST,
+    )
 
 
 def _with_ladders(

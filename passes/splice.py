@@ -209,8 +209,9 @@ def ffn_parts(
                 x=x, rows=rows, first_row=first, packed=packed, spec=settings.spec, dtype=up.product.out.aval.dtype
             )
         )
-        if "moments" in forms:
-            mean[number], variance = moments(x, forms["moments"].whole())
+        for form in ("moments", "bounded_moments"):
+            if form in forms:
+                mean[number], variance = moments(x, forms[form].whole())
     values = operands[len(ups) :]
     sides = [
         v if canonical else canonical_side(v, side.layout, tokens, match.units)

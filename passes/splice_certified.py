@@ -7,18 +7,23 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from hire_xform.lowering import CertifiedBlock, CertifiedOperands, certified_ffn, certified_logits
-from hire_xform.passes.canonical import canonical_activation, canonical_side, flat_activation, result_shape
+from hire_xform.passes.canonical import (
+    canonical_activation,
+    canonical_side,
+    dense_product,
+    flat_activation,
+    result_shape,
+)
 from hire_xform.passes.decisions import Decision
 from hire_xform.passes.detect import FfnMatch, VocabMatch
 from hire_xform.passes.environment import PackedView
 from hire_xform.passes.forms import Proving, down_forms, up_forms
 from hire_xform.passes.of_chosen import OfChosen
-from hire_xform.passes.products import Product
 from hire_xform.passes.region import replay
 from hire_xform.passes.settings import Ffn, Vocab
+from hire_xform.passes.splice_choice import choice_result
 from hire_xform.passes.zeros import gate_of
 
 
@@ -27,20 +32,9 @@ def certified_function(decision: Decision) -> Callable[[list[Any], list[PackedVi
     match = decision.match
     if isinstance(match, VocabMatch):
         return lambda operands, views: _vocab(decision, match, operands, views)
+    if match.region.own is not None:
+        return lambda operands, views: choice_result(decision, match, operands, views)
     return lambda operands, views: _ffn(decision, match, operands, views)
-
-
-def dense_product(product: Product, x: Any, rows: Any, contracted_first: bool = False) -> Any:
-    """The product of ``[T, d]`` with its rows as the program has it, but for the layout."""
-    params = product.node.params
-    found = lax.dot_general(
-        x,
-        rows,
-        (((1,), (0 if contracted_first else 1,)), ((), ())),
-        precision=params["precision"],
-        preferred_element_type=params["preferred_element_type"],
-    )
-    return found.astype(product.out.aval.dtype)
 
 
 def _vocab(decision: Decision, match: VocabMatch, operands: Sequence[Any], views: Sequence[PackedView]) -> Any:

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax.numpy as jnp
 from jax.extend.core import primitives as prims
 
 from hire_xform.passes.region import Apply, Expr, Up
@@ -37,7 +36,7 @@ def product_summed(exprs: Sequence[Expr], varies: Sequence[bool], number: int) -
         found.add(up)
         return 1.0
 
-    _poly(exprs, varies, number, lambda _: 1.0, mean)
+    polynomial(exprs, varies, number, lambda _: 1.0, mean)
     if len(found) != 1:
         raise NoPolynomialError
     return found.pop()
@@ -47,7 +46,7 @@ def total(
     exprs: Sequence[Expr],
     varies: Sequence[bool],
     number: int,
-    values: Sequence[Any],
+    value: Callable[[int], Any],
     mean: Callable[[int], Any],
     variance: Any,
     units: int,
@@ -58,27 +57,27 @@ def total(
       exprs: a region's expressions.
       varies: which of them differ by unit.
       number: the expression.
-      values: the values of the expressions before it, scalars or ``[T, K]``; of those that do not differ by unit one
-        column is read.
+      value: the value of an expression that does not differ by unit, a scalar or ``[T, 1]``.
       mean: the mean of a product over all units.
       variance: its variance.
       units: how many there are.
     """
-
-    def value(of: int) -> Any:
-        return values[of][:, :1] if jnp.ndim(values[of]) == 2 else values[of]
-
-    square, _, constant = _poly(exprs, varies, number, value, mean)
+    square, _, constant = polynomial(exprs, varies, number, value, mean)
     return units * (constant if square is None else square * variance + constant)
 
 
-def _poly(
+def polynomial(
     exprs: Sequence[Expr],
     varies: Sequence[bool],
     number: int,
     value: Callable[[int], Any],
     mean: Callable[[int], Any],
 ) -> Poly:
+    """Expression ``number`` as a polynomial of one product's distance from its mean; arguments as in :func:`total`.
+
+    Raises:
+      NoPolynomialError: it is none.
+    """
     if not varies[number]:
         return None, None, value(number)
     expr = exprs[number]
@@ -86,7 +85,7 @@ def _poly(
         return None, 1.0, mean(number)
     if not isinstance(expr, Apply):
         raise NoPolynomialError
-    operands = [_poly(exprs, varies, o, value, mean) for o in expr.operands]
+    operands = [polynomial(exprs, varies, o, value, mean) for o in expr.operands]
     p = expr.node.primitive
     if p in _SAME:
         return operands[0]

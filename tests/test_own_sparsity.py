@@ -21,7 +21,7 @@ def weights(dtype=jnp.float32):
     return {name: jnp.asarray(rng.normal(size=shape) * 0.3, dtype) for name, shape in shapes.items()}
 
 
-def tokens(count, dtype=jnp.float32, seed=1):
+def tokens(count=1, dtype=jnp.float32, seed=1):
     return jnp.asarray(np.random.default_rng(seed).normal(size=(count, D)), dtype)
 
 
