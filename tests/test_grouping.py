@@ -134,7 +134,7 @@ def test_the_order_is_kept_in_the_file_and_is_for_its_groups_only(tmp_path):
 def test_groups_may_stay_as_they_are(predictor):
     params = cofiring_params()
     given = batches(params)
-    asked = dict(config=GROUPED, predictors=[predictor], recall=0.9)
+    asked = {"config": GROUPED, "predictors": [predictor], "recall": 0.9}
     moved, kept = (hx.calibrate(gated, given, regroup=regroup, **asked) for regroup in (True, False))
     (site,) = kept.sites.values()
     assert site.order is None
