@@ -14,13 +14,13 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from hire_xform.lowering.bounds import norm
 from hire_xform.lowering.da_top_k import da_top_k
 from hire_xform.lowering.predictors import PredictorSpec
 from hire_xform.lowering.proofs import Proof, scores_with_bounds
+from hire_xform.lowering.proved_or_dense import proved_or_dense
 from hire_xform.lowering.selection import Selection, rungs
 from hire_xform.lowering.subgraph import UpProduct, chosen_units
 
@@ -104,8 +104,7 @@ def certified_ffn(block: CertifiedBlock, operands: CertifiedOperands) -> tuple[j
       one more for the dense block.
     """
 
-    @jax.custom_batching.custom_vmap
-    def run(o: CertifiedOperands) -> tuple[jax.Array, jax.Array]:
+    def attempt(o: CertifiedOperands) -> tuple[jax.Array, jax.Array]:
         groups = block.units // block.group_size
         selections = rungs(o.xs[0].shape[0], groups, (*block.smaller, block.active))
         with jax.named_scope("predict"):
@@ -115,46 +114,7 @@ def certified_ffn(block: CertifiedBlock, operands: CertifiedOperands) -> tuple[j
         sizes = [functools.partial(_open_units, block, o, gate, s) for s in selections]
         return lax.switch(rung, [*sizes, lambda: _dense(block, o)]), rung
 
-    @run.def_vmap
-    def _batched(size: int, in_batched: list, o: CertifiedOperands) -> tuple:
-        batched = in_batched[0]
-        if any(jax.tree.leaves(batched[2:])):
-            each = jax.tree.map(lambda a, b: a if b else jnp.broadcast_to(a, (size, *jnp.shape(a))), o, batched)
-            return lax.map(run, each), (True, True)
-        tokens = o.xs[0].shape[1 if batched.xs[0] else 0]
-        xs = [_together(x, b, size, tokens) for x, b in zip(o.xs, batched.xs, strict=True)]
-        sides = [_together(s, b, size, tokens) for s, b in zip(o.sides, batched.sides, strict=True)]
-        out, rung = run(o._replace(xs=xs, sides=sides))
-        return (out.reshape(size, tokens, -1), jnp.broadcast_to(rung, (size,))), (True, True)
-
-    @jax.custom_jvp
-    def differentiable(o: CertifiedOperands) -> tuple[jax.Array, jax.Array]:
-        return run(o)
-
-    @differentiable.defjvp
-    def _jvp(primals: tuple, tangents: tuple) -> tuple:
-        """The dense block's, which reads every row."""
-        (o,), (do,) = primals, tangents
-
-        def dense(xs: list, sides: list, rows: list, down: jax.Array) -> jax.Array:
-            return _dense(block, o._replace(xs=xs, sides=sides, rows=rows, down=down))
-
-        wanted = (o.xs, o.sides, o.rows, o.down)
-        _, change = jax.jvp(dense, wanted, (do.xs, do.sides, do.rows, do.down))
-        out, rung = differentiable(o)
-        return (out, rung), (change, np.zeros(rung.shape, jax.dtypes.float0))
-
-    return differentiable(operands)
-
-
-def _together(value: jax.Array, batched: bool, size: int, tokens: int) -> jax.Array:
-    """An operand of all examples' tokens: ``[T, n]`` for each of ``size`` examples becomes ``[size * T, n]``."""
-    if not batched and (value.ndim == 0 or (value.shape[0] == 1 and tokens != 1)):
-        return value  # the same for all tokens
-    full = value if batched else jnp.broadcast_to(value, (size, *value.shape))
-    if full.ndim == 1:
-        full = full[:, None, None]
-    return jnp.broadcast_to(full, (size, tokens, full.shape[2])).reshape(size * tokens, full.shape[2])
+    return proved_or_dense(attempt, lambda o: _dense(block, o), operands)
 
 
 def _dense(block: CertifiedBlock, o: CertifiedOperands) -> jax.Array:
