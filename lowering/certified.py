@@ -21,6 +21,7 @@ from jax import lax
 
 from hire_xform.lowering.bounds import ScoresWithBounds
 from hire_xform.lowering.goals import Goal, in_the_way, proved
+from hire_xform.lowering.goals_across import proved_across
 from hire_xform.lowering.predictors import PredictorSpec
 from hire_xform.lowering.proofs import Proof, scores_with_bounds
 from hire_xform.lowering.rows import select_rows_dot
@@ -44,6 +45,8 @@ def certified_logits(
     fill: Literal["predicted", "-inf"] = "predicted",
     out_dtype: jax.typing.DTypeLike,
     input_bits: int = 24,
+    across: Sequence[str] = (),
+    shards: int = 1,
 ) -> tuple[jax.Array, jax.Array]:
     """``x @ rows.T`` with exact logits for the candidates, and the arg max (or another goal) of the dense product.
 
@@ -66,13 +69,30 @@ def certified_logits(
       fill: what stands for the other logits.
       out_dtype: dtype of the logits.
       input_bits: significant bits that the dense product keeps of f32 inputs.
+      across: in a ``shard_map``, mesh axes of the devices that have parts of the rows: all else is of one device's
+        part, and the goal is proved of all of them, or each runs its dense product. ``smaller`` is then empty.
+      shards: devices along them.
 
     Returns:
       Logits ``[T, V]`` of ``out_dtype``, and an int32 scalar: the number of the size that was computed, of ``smaller``
       and then ``candidates``; one more for the dense product.
+
+    Raises:
+      ValueError: there are smaller sizes of rows that several devices have parts of.
     """
+    if across and smaller:
+        raise ValueError(f"certified_logits: smaller={tuple(smaller)} across devices; expected one size")
     vocab = rows.shape[0] if vocab is None else vocab
-    head = _Head(spec=spec, goal=goal, vocab=vocab, fill=fill, out_dtype=jnp.dtype(out_dtype), input_bits=input_bits)
+    head = _Head(
+        spec=spec,
+        goal=goal,
+        vocab=vocab,
+        fill=fill,
+        out_dtype=jnp.dtype(out_dtype),
+        input_bits=input_bits,
+        across=tuple(across),
+        shards=shards,
+    )
     # Arrays are operands of `run`, never closed over: transformations have to see them.
     arrays = (rows, proof, jnp.asarray(first_row, jnp.int32))
 
@@ -125,6 +145,8 @@ class _Head:
     fill: str
     out_dtype: jnp.dtype
     input_bits: int
+    across: tuple[str, ...]
+    shards: int
 
     def climb(
         self,
@@ -183,7 +205,11 @@ class _Head:
         """Whether the goal is proved for every token, bool scalar."""
         with jax.named_scope("prove"):
             error, others = _bounds(found, index, exact)
-            return jnp.all(proved(self.goal, lax.stop_gradient(exact), error, others, index, self.out_dtype))
+            exact = lax.stop_gradient(exact)
+            if self.across:
+                told = (self.out_dtype, self.across, self.shards)
+                return jnp.all(proved_across(self.goal, exact, error, others, *told))
+            return jnp.all(proved(self.goal, exact, error, others, index, self.out_dtype))
 
     def wanted(self, found: ScoresWithBounds, index: jax.Array, exact: jax.Array, sizes: Sequence[int]) -> jax.Array:
         """The first of ``sizes[1:]`` that is known to prove the goal, or else the last: its number, int32 scalar."""

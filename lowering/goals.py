@@ -100,7 +100,7 @@ def in_the_way(
         peak = jnp.max(low, axis=1, keepdims=True)
         inside = jnp.sum(jnp.exp(low - peak), axis=1)
         weight = jnp.exp(others.astype(jnp.float32) - peak)
-        return weight, goal.eps * inside / ((1.0 - goal.eps) * (1.0 + _sum_rounding(others)))
+        return weight, goal.eps * inside / ((1.0 - goal.eps) * (1.0 + sum_rounding(others.shape[1])))
     value = exact.astype(out_dtype).astype(jnp.float32)
     last = jax.lax.top_k(value, min(fewest_candidates(goal), value.shape[1]))[0][:, -1:]
     # Computing more rows only raises it.
@@ -138,12 +138,12 @@ def _nucleus(exact: jax.Array, error: jax.Array, others: jax.Array, out_dtype: j
     peak = jnp.max(low, axis=1, keepdims=True)
     inside = jnp.sum(jnp.exp(low - peak), axis=1)
     outside = jnp.sum(jnp.exp(others.astype(out_dtype).astype(jnp.float32) - peak), axis=1)
-    return (outside * (1.0 + _sum_rounding(others)) * (1.0 - eps) <= eps * inside) & finite
+    return (outside * (1.0 + sum_rounding(others.shape[1])) * (1.0 - eps) <= eps * inside) & finite
 
 
-def _sum_rounding(values: jax.Array) -> float:
+def sum_rounding(vocab: int) -> float:
     """Twice what a sum of V exponentials rounds by (V u), with an exponential's own error: 88 u of its argument's."""
-    return 2.0 * (values.shape[1] + 1024.0) * U
+    return 2.0 * (vocab + 1024.0) * U
 
 
 def candidates_needed(goal: Goal, logits: jax.Array, upper: jax.Array, exact_error: jax.Array) -> jax.Array:
@@ -162,7 +162,7 @@ def candidates_needed(goal: Goal, logits: jax.Array, upper: jax.Array, exact_err
         inside = jnp.cumsum(jnp.exp(low - peak), axis=1)
         weights = jnp.exp(high - peak)
         outside = jnp.cumsum(weights[:, ::-1], axis=1)[:, ::-1] - weights
-        enough = outside * (1.0 + _sum_rounding(upper)) * (1.0 - goal.eps) <= goal.eps * inside
+        enough = outside * (1.0 + sum_rounding(upper.shape[1])) * (1.0 - goal.eps) <= goal.eps * inside
         return jnp.where(jnp.any(enough, axis=1), 1 + jnp.argmax(enough, axis=1), vocab)
     k = min(fewest_candidates(goal), vocab)
     values, best = jax.lax.top_k(logits.astype(jnp.float32), k)

@@ -166,7 +166,8 @@ def may_be_cyclic(decision: Decision) -> bool:
 
 
 def _drops_others(decision: Decision) -> bool:
-    return getattr(decision.settings, "fill", "") == "-inf"
+    # Where nothing is proved a certified site has all logits, not only the candidates'.
+    return getattr(decision.settings, "fill", "") == "-inf" and not decision.settings.certify
 
 
 def distribute_rows(plan: Plan, read_elsewhere: Callable[[Plan], Iterable[Root]]) -> Plan:

@@ -27,12 +27,12 @@ def under_automatic_axes(run: Callable[..., Any], mesh: Any, results: Any) -> Ca
     Args:
       run: a function of arrays.
       mesh: the mesh; if none of its axes is explicit, ``run`` is returned.
-      results: the abstract values that the program expects of ``run``, whose shardings are given to what it returns.
+      results: the specs that the program expects of what ``run`` returns.
     """
     if not is_explicit(mesh):
         return run
     abstract = mesh.abstract_mesh
-    out = jax.tree.map(lambda aval: NamedSharding(abstract, aval.sharding.spec), results)
+    out = jax.tree.map(lambda spec: NamedSharding(abstract, spec), results)
 
     def typed(*operands: Any) -> Any:
         automatic = jax.sharding.auto_axes(run, axes=mesh.axis_names, out_sharding=out)

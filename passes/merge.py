@@ -119,8 +119,8 @@ def _lies_with(operand: Value, placement: Placement) -> bool:
 
 def merge(treatment: Merged, logits: Any) -> list[Any]:
     """The equation's results of ``[..., V]`` along the last axis, V split over the devices of the placement."""
-    avals = [value.aval for value in treatment.node.outputs]
-    run = under_automatic_axes(lambda logits: _merge(treatment, logits), treatment.placement.mesh, avals)
+    specs = [value.aval.sharding.spec for value in treatment.node.outputs]
+    run = under_automatic_axes(lambda logits: _merge(treatment, logits), treatment.placement.mesh, specs)
     found: list[Any] = run(logits)
     return found
 

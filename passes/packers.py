@@ -122,7 +122,7 @@ def as_blocks(key: PackKey, shape: Sequence[int], rows: Any, sharding: NamedShar
         return jax.shard_map(back, mesh=mesh_here(sharding.mesh), in_specs=spec, out_specs=spec)(rows)
 
     blocks = Recipe(key.recipe.root, tuple(step for step in key.recipe.steps if step is not cyclic))
-    return blocks, under_automatic_axes(run, sharding.mesh, jax.typeof(rows))(rows)
+    return blocks, under_automatic_axes(run, sharding.mesh, jax.typeof(rows).sharding.spec)(rows)
 
 
 def packed_spec(sharding: NamedSharding, shape: Sequence[int], key: PackKey) -> PartitionSpec:

@@ -10,7 +10,7 @@ import numpy as np
 from hire_xform.lowering import choose
 from hire_xform.passes.certify import ALL_BITS, input_bits, not_certifiable
 from hire_xform.passes.cost import FIXED_BYTES, ROW_COST
-from hire_xform.passes.decisions import Decision, Plan, Refusal, Site
+from hire_xform.passes.decisions import Decision, Plan, Refusal, Rung, Site
 from hire_xform.passes.detect import Detection, FfnMatch, VocabMatch, vocab_rows
 from hire_xform.passes.measured import Measure, Measurement, unmeasured, with_choices
 from hire_xform.passes.needs import needs_of, order_of, stack_need
@@ -92,8 +92,6 @@ def _decide(
     if isinstance(placement, str):
         return placement
     shards = 1 if placement is None else placement.shards
-    if placement is not None and settings.certify:
-        return f"its weights are sharded over {placement}, and certification is for one device in this version"
     if isinstance(match, VocabMatch):
         assert isinstance(settings, Vocab)
         product = match.product
@@ -127,6 +125,8 @@ def _decide(
         return f"{tokens} tokens in one call, more than max_tokens={settings.max_tokens}; a prefill runs dense"
     if isinstance(match, FfnMatch) and shards > 1 and match.region.own is not None:
         return f"the model itself chooses among all its units, which are sharded over {placement}"
+    if isinstance(match, FfnMatch) and placement is not None and settings.certify and match.region.own is not None:
+        return "the model itself chooses among its units, which is certified without explicit axes only"
     if units // shards % computed_each:
         return f"group_size={computed_each} does not divide the {units // shards} hidden units of each device"
     # From here on of one device, which has its share of the units, and of the tokens where data is sharded too.
@@ -166,7 +166,7 @@ def _decide(
         calibrated=chosen.how + told_more + sizes.how,
         shards=shards,
         placed="" if placement is None else str(placement),
-        rungs=sizes.rungs,
+        rungs=tuple(Rung(r.computed * shards, r.bytes * shards, r.share) for r in sizes.rungs),
     )
     needs = needs_of(match, settings, None if measurement is None else measurement.inputs, shards, order)
     if sizes.levels is not None:

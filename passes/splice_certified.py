@@ -38,11 +38,20 @@ def certified_function(decision: Decision) -> Callable[[list[Any], list[PackedVi
 
 
 def _vocab(decision: Decision, match: VocabMatch, operands: Sequence[Any], views: Sequence[PackedView]) -> Any:
+    logits, rung = flat_certified_logits(decision, match, flat_activation(match.product, operands[0]), views)
+    return result_shape(match.product, logits), rung
+
+
+def flat_certified_logits(
+    decision: Decision, match: VocabMatch, x: Any, views: Sequence[PackedView], across: Sequence[str] = ()
+) -> tuple[Any, Any]:
+    """The logits ``[T, V]`` of ``[T, d]``, or one device's part of them, proved ``across`` mesh axes; and the size."""
     product, settings = match.product, decision.settings
     assert isinstance(settings, Vocab)
+    shards = decision.site.shards if across else 1
     rows, first = views[0].rows()
     logits, rung = certified_logits(
-        flat_activation(product, operands[0]),
+        x,
         rows,
         views[1].whole(),
         settings.spec,
@@ -50,19 +59,29 @@ def _vocab(decision: Decision, match: VocabMatch, operands: Sequence[Any], views
         candidates=decision.count,
         smaller=decision.smaller,
         goal=settings.certify,
-        vocab=product.width,
+        vocab=product.width // shards,
         first_row=first,
         fill=settings.fill,  # type: ignore[arg-type]
         out_dtype=product.out.aval.dtype,
         input_bits=decision.input_bits,
+        across=across,
+        shards=shards,
     )
-    return result_shape(product, views[0].filled(logits)), rung
+    return views[0].filled(logits), rung
 
 
 def certified_block(
-    decision: Decision, match: FfnMatch, operands: Sequence[Any], views: Sequence[PackedView]
+    decision: Decision,
+    match: FfnMatch,
+    operands: Sequence[Any],
+    views: Sequence[PackedView],
+    shards: int = 1,
+    canonical: bool = False,
 ) -> tuple[CertifiedBlock, CertifiedOperands, PackedView]:
-    """A block for ``certified_ffn``, its operands, and the rows of its contracting product as packed."""
+    """A block for ``certified_ffn``, or one device's part of it, its operands, and its down rows as packed.
+
+    ``canonical``: the operands are in canonical layout already.
+    """
     settings, region, tokens = decision.settings, match.region, match.tokens
     gate = gate_of(region)
     assert isinstance(settings, Ffn)
@@ -76,7 +95,8 @@ def certified_block(
         own, first = forms["rows"].rows()
         rows.append(own)
         first_rows.append(jnp.asarray(first, jnp.int32))
-        xs.append(forms["rows"].filled(canonical_activation(up.product, operand, up.layout, tokens)))
+        x = operand if canonical else canonical_activation(up.product, operand, up.layout, tokens)
+        xs.append(forms["rows"].filled(x))
         if "largest" in forms:
             largest.append(forms["largest"].whole())
         else:
@@ -84,9 +104,12 @@ def certified_block(
     last = {form: next(given) for form in down_forms(region, settings)}
     down, first_down = last["rows"].rows()
     values = operands[len(region.ups) :]
-    sides = [canonical_side(v, s.layout, tokens, match.units) for v, s in zip(values, region.sides, strict=True)]
+    sides = [
+        v if canonical else canonical_side(v, side.layout, tokens, match.units)
+        for v, side in zip(values, region.sides, strict=True)
+    ]
     block = CertifiedBlock(
-        units=match.units,
+        units=match.units // shards,
         gate=gate.up,
         region=lambda hiddens, sides, gather: replay(region, hiddens, sides, gather, jax.nn.relu, statistics),
         gate_value=lambda hiddens, sides: replay(

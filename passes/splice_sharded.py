@@ -16,7 +16,7 @@ import jax
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from hire_xform.lowering import from_cyclic, return_candidates
+from hire_xform.lowering import certified_ffn, from_cyclic, return_candidates
 from hire_xform.passes import compat
 from hire_xform.passes.canonical import canonical_activation, canonical_side, flat_activation, result_shape
 from hire_xform.passes.decisions import Decision
@@ -25,6 +25,7 @@ from hire_xform.passes.environment import PackedView
 from hire_xform.passes.manual import mesh_here, under_automatic_axes
 from hire_xform.passes.shards import Names, Placement, spec_of
 from hire_xform.passes.splice import ffn_parts, flat_block, flat_candidates, flat_logits
+from hire_xform.passes.splice_certified import certified_block, flat_certified_logits
 
 
 def sharded_function(decision: Decision) -> Callable[[list[Any], list[PackedView]], Any]:
@@ -39,39 +40,65 @@ def sharded_function(decision: Decision) -> Callable[[list[Any], list[PackedView
         packed = [_packed_spec(view, placement) for view in views]
 
         def body(given: list[Any], views: list[PackedView]) -> Any:
-            # Everything is made to vary over the same axes: the program's own equations do not mix what does not.
-            axes = (*placement.rows, *placement.tokens)
-            given, views = jax.tree.map(lambda value: compat.vary(value, axes), (given, views))
+            if not certified:
+                # Everything is made to vary over the same axes: the program's own equations do not mix what does not.
+                given, views = jax.tree.map(lambda value: compat.vary(value, axes), (given, views))
             own = [_own_part(view, need.key.form, placement) for view, need in zip(views, decision.needs, strict=True)]
             if isinstance(match, VocabMatch):
-                return _logits(decision, match, given[0], own, placement)
-            parts = ffn_parts(decision, match, given, own, canonical=True)
-            part = flat_block(decision, match, parts, placement.shards)
-            return lax.psum(part, placement.rows) if placement.rows else part
+                part, rung = _logits(decision, match, given, own, placement)
+            else:
+                part, rung = _block(decision, match, given, own, placement)
+            return (part, rung[None]) if certified else part
 
+        axes = (*placement.rows, *tokens)
         columns: Names = placement.rows if isinstance(match, VocabMatch) else ()
+        out = PartitionSpec(tokens or None, columns or None)
         mapped = jax.shard_map(
             body,
             mesh=mesh_here(placement.mesh),
             in_specs=(specs, packed),
-            out_specs=PartitionSpec(tokens or None, columns or None),
+            out_specs=(out, PartitionSpec(axes or None)) if certified else out,
+            check_vma=not certified,  # branches are of the same devices, which their types do not say
         )
-        return result_shape(_product(match), mapped(given, views))
+        if not certified:
+            return result_shape(_product(match), mapped(given, views))
+        flat, rungs = mapped(given, views)
+        return result_shape(_product(match), flat), rungs.max()
 
-    return under_automatic_axes(run, placement.mesh, _product(match).out.aval)
+    certified = bool(decision.settings.certify)
+    result = _product(match).out.aval.sharding.spec
+    return under_automatic_axes(run, placement.mesh, (result, PartitionSpec()) if certified else result)
 
 
 def _logits(
-    decision: Decision, match: VocabMatch, x: Any, views: Sequence[PackedView], placement: Placement
-) -> jax.Array:
-    """A device's part of the logits: of the rows it has, or, where these are cyclic, of those it had."""
-    rows, shards = placement.rows, placement.shards
+    decision: Decision, match: VocabMatch, given: Sequence[Any], views: Sequence[PackedView], placement: Placement
+) -> tuple[jax.Array, Any]:
+    """A device's part of the logits: of the rows it has, or, where these are cyclic, of those it had; and the size."""
+    (x,), rows, shards = given, placement.rows, placement.shards
     if decision.cyclic == "candidates":
         exact, index = flat_candidates(decision, match, x, views, shards)
         exact = exact.astype(match.product.out.aval.dtype)
-        return return_candidates(exact, index, rows, shards, match.units // shards)
-    logits = flat_logits(decision, match, x, views, shards, canonical=True)
-    return from_cyclic(logits, rows, shards, axis=1) if decision.cyclic == "logits" else logits
+        return return_candidates(exact, index, rows, shards, match.units // shards), None
+    rung: Any = None
+    if decision.settings.certify:
+        logits, rung = flat_certified_logits(decision, match, x, views, rows)
+    else:
+        logits = flat_logits(decision, match, x, views, shards, canonical=True)
+    return from_cyclic(logits, rows, shards, axis=1) if decision.cyclic == "logits" else logits, rung
+
+
+def _block(
+    decision: Decision, match: FfnMatch, given: Sequence[Any], views: Sequence[PackedView], placement: Placement
+) -> tuple[jax.Array, Any]:
+    """The whole block, each device's units added up, and the size that a device took: each falls back by itself."""
+    rung: Any = None
+    if decision.settings.certify:
+        block, operands, down = certified_block(decision, match, given, views, placement.shards, canonical=True)
+        part, rung = certified_ffn(block, operands)
+        part = down.filled(part)
+    else:
+        part = flat_block(decision, match, ffn_parts(decision, match, given, views, canonical=True), placement.shards)
+    return lax.psum(part, placement.rows) if placement.rows else part, rung
 
 
 def _product(match: VocabMatch | FfnMatch) -> Any:
