@@ -4,7 +4,6 @@ from functools import partial
 
 import devices
 import jax
-import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -176,12 +175,6 @@ def test_dead_code():
     assert "top_k" not in lowered
     assert "da_top_k" in text(0)
     assert "da_top_k" in text(1)
-
-
-def test_export_round_trip():
-    step = jax.jit(partial(da_top_k, k=K, shards=4))
-    exported = jax.export.export(step, platforms=("cpu", "cuda", "tpu"))(scores())
-    same(jax.jit(exported.call)(scores()), 4)
 
 
 @pytest.mark.parametrize("name", devices.checks(__name__))

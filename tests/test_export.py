@@ -1,0 +1,104 @@
+"""A rewritten program exported, written down, read again and called: as in a process that has no hire_xform."""
+
+import devices
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from checks import FORCE, assert_same
+from jax import lax
+from test_sharded import D, decode, mesh_of, narrow, placed, tokens, weights
+
+import hire_xform as hx
+from hire_xform.lowering import da_top_k
+
+PLATFORMS = ("cpu", "cuda", "tpu")
+
+
+@pytest.fixture(scope="module")
+def found():
+    return devices.outcomes(__name__)
+
+
+def written_and_read(jitted, *operands, platforms=PLATFORMS):
+    exported = jax.export.export(jitted, platforms=platforms)(*operands)
+    assert exported.platforms == platforms
+    return jax.export.deserialize(exported.serialize())
+
+
+@pytest.mark.parametrize("predictor", [hx.Quantized(8), hx.Quantized(4), hx.LowRank(0.5)], ids=str)
+def test_a_step_with_packed_and_with_plain_weights(predictor):
+    config = hx.Config(vocab=hx.Vocab(candidates=16, predictor=predictor), ffn=hx.Ffn(predictor=predictor), rules=FORCE)
+    step, w, x = hx.sparsify(decode, config=config), weights(), tokens(1)
+    for given in (step.trace(w, x).pack(w), w):
+        jitted, operands = step.program(given, x)
+        again = written_and_read(jitted, *operands)
+        assert_same(again.call(*operands), step(w, x))
+    _, operands = step.program(given, tokens(2)[1:])
+    assert_same(again.call(*operands), step(w, tokens(2)[1:]))
+
+
+def test_a_packed_argument_is_exported_as_it_is_if_nothing_is_written():
+    step, w, x = hx.sparsify(decode, config=narrow()), weights(), tokens(1)
+    packed = step.trace(w, x).pack(w)
+    exported = jax.export.export(jax.jit(step), platforms=PLATFORMS)(packed, x)
+    assert_same(exported.call(packed, x), step(packed, x))
+    with pytest.raises(ValueError, match="unregistered type"):
+        exported.serialize()
+
+
+def test_the_models_own_top_k_and_a_certified_step():
+    def own(w, x):
+        hidden = jax.nn.relu(x @ w["up"][0])
+        kept, _ = lax.top_k(hidden, 8)
+        return jnp.where(hidden >= kept[:, -1:], hidden, 0.0) @ w["down"][0]
+
+    for fun, config in ((own, narrow()), (decode, hx.lossless(rules=FORCE))):
+        step, w, x = hx.sparsify(fun, config=config), weights(), tokens(1)
+        jitted, operands = step.program(w, x)
+        assert step.trace(w, x).plan.sites
+        assert_same(written_and_read(jitted, *operands).call(*operands), step(w, x))
+
+
+def test_a_batch_of_any_size_is_one_program():
+    step, w = hx.sparsify(decode, config=narrow()), weights()
+    (batch,) = jax.export.symbolic_shape("b")
+    each = jax.jit(jax.vmap(lambda x: decode_one(step, w, x)))
+    exported = jax.export.export(each)(jax.ShapeDtypeStruct((batch, D), jnp.float32))
+    again = jax.export.deserialize(exported.serialize())
+    for count in (1, 3):
+        assert_same(again.call(tokens(count)), each(tokens(count)))
+
+
+def decode_one(step, w, x):
+    return step(w, x[None])[0]
+
+
+def check_a_step_over_four_devices():
+    w, x = placed(mesh_of(4))
+    step = hx.sparsify(decode, config=narrow())
+    jitted, operands = step.program(w, x)
+    again = written_and_read(jitted, *operands)
+    assert again.nr_devices == 4
+    assert_same(again.call(*operands), step(w, x))
+
+
+def check_da_top_k_over_devices_is_not_written_down():
+    """Where it is split by a rule it calls back into this process: better refused than read in another."""
+    w, x = placed(mesh_of(4))
+    logits = jax.jit(lambda w, x: x @ w["head"])(w, x)
+    with pytest.raises(NotImplementedError, match="host_callbacks"):
+        jax.export.export(jax.jit(lambda s: da_top_k(s, 8, 4)))(logits)
+
+
+def test_da_top_k():
+    scores = np.random.default_rng(0).normal(size=(3, 64)).astype(np.float32)
+    for shards in (1, 4, 5):
+        again = written_and_read(jax.jit(lambda s, shards=shards: da_top_k(s, 8, shards)), scores)
+        assert_same(again.call(scores), da_top_k(scores, 8, shards))
+
+
+@pytest.mark.parametrize("name", devices.checks(__name__))
+def test_on_devices(found, name):
+    assert not found[name], found[name]
