@@ -33,6 +33,7 @@ from hire_xform.lowering.predictors import (
     predictor_bytes,
 )
 from hire_xform.lowering.proofs import Proof, pack_proof, proof_bytes, scores_with_bounds
+from hire_xform.lowering.proved_for import proved_for, proved_for_p
 from hire_xform.lowering.record import record, record_p
 from hire_xform.lowering.rows import combine_rows, select_rows_dot
 from hire_xform.lowering.rungs import mark_rung, rung_p
@@ -116,6 +117,8 @@ __all__ = [
     "predict_scores",
     "predictor_bytes",
     "proof_bytes",
+    "proved_for",
+    "proved_for_p",
     "proved_ranks",
     "record",
     "record_p",

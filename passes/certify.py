@@ -9,6 +9,7 @@ from jax.lax import Precision
 
 from hire_xform.passes.bounded import unbounded
 from hire_xform.passes.detect import FfnMatch, VocabMatch
+from hire_xform.passes.products import Product
 from hire_xform.passes.zeros import gate_of
 
 # Significant bits of an f32 input: all of them. Fewer where a product rounds its inputs first.
@@ -47,15 +48,33 @@ def input_bits(match: VocabMatch | FfnMatch, platform: str) -> int | None:
         return None
     if platform == "cpu" or stated == {Precision.HIGHEST}:
         return ALL_BITS
+    if all(v.aval.dtype.name == "bfloat16" for p in _bounded(match) for v in (p.x, p.weight)):
+        return ALL_BITS  # exact in one pass of bf16, and in TF32
     # TPU: one pass of bf16, at HIGH three. GPU: TF32.
     return {"tpu": 16 if stated == {Precision.HIGH} else 8, "gpu": 11}.get(platform)
 
 
+def platforms_proved(match: VocabMatch | FfnMatch, bits: int) -> tuple[str, ...]:
+    """Where a match is certified that was planned for products that keep ``bits`` of their inputs."""
+    return tuple(
+        platform
+        for platform in ("cpu", "gpu", "tpu")
+        if not_certifiable(match, platform) is None and (input_bits(match, platform) or 0) >= bits
+    )
+
+
 def _precision(match: VocabMatch | FfnMatch) -> Any:
+    stated = [product.node.params["precision"] for product in _bounded(match)]
+    if len(stated) == 1:
+        return stated[0]
+    return tuple(p for each in stated for p in (each if isinstance(each, (tuple, list)) else (each,)))
+
+
+def _bounded(match: VocabMatch | FfnMatch) -> list[Product]:
+    """The products whose values are bounded."""
     if isinstance(match, VocabMatch):
-        return match.product.node.params["precision"]
+        return [match.product]
     if match.region.own is not None:
-        stated = [up.product.node.params["precision"] for up in match.region.ups]
-        return tuple(p for each in stated for p in (each if isinstance(each, (tuple, list)) else (each,)))
+        return [up.product for up in match.region.ups]
     gate = gate_of(match.region)
-    return match.region.ups[gate.up if gate is not None else 0].product.node.params["precision"]
+    return [match.region.ups[gate.up if gate is not None else 0].product]

@@ -15,8 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hire_xform.lowering import mark_rung
+from hire_xform.lowering import mark_rung, proved_for
 from hire_xform.passes import compat, control
+from hire_xform.passes.certify import platforms_proved
 from hire_xform.passes.decisions import Decision, Need
 from hire_xform.passes.environment import Env, PackedView, Views, read
 from hire_xform.passes.liveness import Liveness
@@ -121,7 +122,7 @@ class Rewriter:
             return result
         value, rung = result
         mark_rung(rung, decision.site.path, len(decision.rungs))
-        return value
+        return proved_for(value, platforms_proved(decision.match, decision.input_bits), decision.site.path)
 
     def _call(self, frame: Frame, env: Env, views: Views) -> None:
         needs = self._frame_needs(frame)

@@ -1,5 +1,7 @@
 """A rewritten program exported, written down, read again and called: as in a process that has no hire_xform."""
 
+from functools import partial
+
 import devices
 import jax
 import jax.export
@@ -48,17 +50,42 @@ def test_a_packed_argument_is_exported_as_it_is_if_nothing_is_written():
         exported.serialize()
 
 
-def test_the_models_own_top_k_and_a_certified_step():
+def test_the_models_own_top_k():
     def own(w, x):
         hidden = jax.nn.relu(x @ w["up"][0])
         kept, _ = lax.top_k(hidden, 8)
         return jnp.where(hidden >= kept[:, -1:], hidden, 0.0) @ w["down"][0]
 
-    for fun, config in ((own, narrow()), (decode, hx.lossless(rules=FORCE))):
-        step, w, x = hx.sparsify(fun, config=config), weights(), tokens(1)
-        jitted, operands = step.program(w, x)
-        assert step.trace(w, x).plan.sites
-        assert_same(written_and_read(jitted, *operands).call(*operands), step(w, x))
+    step, w, x = hx.sparsify(own, config=narrow()), weights(), tokens(1)
+    assert step.trace(w, x).plan.sites
+    jitted, operands = step.program(w, x)
+    assert_same(written_and_read(jitted, *operands).call(*operands), step(w, x))
+
+
+def block_and_head(w, x, precision=None):
+    hidden = jax.nn.relu(jnp.dot(x, w["up"][0], precision=precision))
+    return jnp.dot(hidden @ w["down"][0], w["head"], precision=precision)
+
+
+def test_a_certified_step_is_lowered_only_where_it_is_proved():
+    config, w, x = hx.lossless(rules=FORCE), weights(), tokens(1)
+    step = hx.sparsify(block_and_head, config=config)
+    jitted, operands = step.program(w, x)
+    assert_same(written_and_read(jitted, *operands, platforms=("cpu",)).call(*operands), step(w, x))
+    for platform in ("cuda", "tpu"):
+        with pytest.raises(ValueError, match=f"is certified for cpu, and is now lowered for {platform}"):
+            jax.export.export(jitted, platforms=("cpu", platform))(*operands)
+        with pytest.raises(ValueError, match=f"is now lowered for {platform}"):
+            step.trace(w, x).lower(lowering_platforms=(platform,))
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [(lax.Precision.HIGHEST, jnp.float32), (None, jnp.bfloat16)])
+def test_a_certified_step_whose_products_round_nothing_is_lowered_everywhere(precision, dtype):
+    w, x = jax.tree.map(lambda a: a.astype(dtype), (weights(), tokens(1)))
+    step = hx.sparsify(partial(block_and_head, precision=precision), config=hx.lossless(rules=FORCE))
+    assert len(step.trace(w, x).plan.sites) == 2
+    jitted, operands = step.program(w, x)
+    assert_same(written_and_read(jitted, *operands).call(*operands), step(w, x))
 
 
 def test_a_batch_of_any_size_is_one_program():
