@@ -35,7 +35,12 @@ PREDICTORS: tuple[PredictorSpec, ...] = (
     Projected(0.5, bits=8),
 )
 # Of sites that are all to be certified: quantised rows have the tightest bounds, coordinates the fewest bytes.
-CERTIFIED_PREDICTORS: tuple[PredictorSpec, ...] = (Quantized(8), LowRank(0.5, bits=8), LowRank(0.75, bits=4))
+CERTIFIED_PREDICTORS: tuple[PredictorSpec, ...] = (
+    Quantized(8),
+    LowRank(0.5, bits=8),
+    LowRank(0.5625, bits=4),
+    LowRank(0.75, bits=4),
+)
 
 
 def calibrate(
@@ -70,8 +75,9 @@ def calibrate(
     reach it at the fewest weight bytes that one token reads. Layers of one loop have sizes of their own, in branches of
     the loop's body, where that saves enough; ``explain()`` says so.
 
-    A certified site gets the size that proves that share of the tokens, and 99.9 % at least, of a head 99.97 %: what is
-    not proved runs dense. Sites are measured certified where ``config`` has them so.
+    A certified site gets up to three sizes, of which each input takes the smallest that will do: those with the fewest
+    expected bytes, dense runs included. The largest proves that share of the tokens, and 99.9 % at least, of a head
+    99.99 %; what it does not prove runs dense. Sites are measured certified where ``config`` has them so.
 
     ``max_kl`` and ``max_loss_increase`` are measured end to end: all sites sparse together, one token at a time, on
     these batches. How bytes are shared out among the sites follows from their curves; see ``choosing.py``.

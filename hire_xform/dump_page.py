@@ -8,7 +8,7 @@ from importlib import resources
 from itertools import groupby
 
 from hire_xform.dump_text import count_of, headline, phases_of, plural, short_reason, short_source
-from hire_xform.explain import describe, size
+from hire_xform.explain import at_most, describe, size
 from hire_xform.listing import PHASES, Body, Dump, Equation
 from hire_xform.passes.decisions import Plan, Refusal, Site
 
@@ -66,7 +66,7 @@ def _site(number: int, site: Site, side: str) -> str:
     share = site.sparse_bytes / max(site.dense_bytes, 1)
     facts = [
         short_source(site.source),
-        f"{plural(site.tokens, 'token')}; {site.computed:,} of {site.units:,} exact",
+        f"{plural(site.tokens, 'token')}; {at_most(site)}{site.computed:,} of {site.units:,} exact",
         describe(site.settings),
     ]
     if site.activation:

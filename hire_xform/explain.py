@@ -44,6 +44,11 @@ def describe(settings: Vocab | Ffn) -> str:
     return f"{settings.spec}{group}"
 
 
+def at_most(site: Site) -> str:
+    """What stands before the rows that a site computes, where they are the most of several sizes."""
+    return "at most " if len(site.rungs) > 2 else ""
+
+
 def _site_key(site: Site) -> tuple:
     same = (site.kind, site.source, site.tokens, site.dense_bytes, site.sparse_bytes, site.settings, site.inputs)
     return (
@@ -80,13 +85,12 @@ def _site(sites: list[Site]) -> list[str]:
     what = "logits" if site.kind == "vocab" else "hidden units"
     for_whom = f"{site.tokens} token" + ("s" if site.tokens > 1 else "")
     shared = ", one set shared by all" if site.shared and site.tokens > 1 else ""
-    most = "at most " if len(site.rungs) > 2 else ""
     expected = " expected" if site.rungs and site.rungs[0].share is not None else ""
     lines = [
         f"  {site.kind:5s}  {_paths(sites)}",
         f"         {site.source}",
         f"         {size(dense)} -> {size(sparse)} ({sparse / dense:.0%}){expected}; {for_whom}: "
-        f"{most}{site.computed:,} of {site.units:,} {what} exact{shared}",
+        f"{at_most(site)}{site.computed:,} of {site.units:,} {what} exact{shared}",
         f"         {describe(site.settings)}" + (f"; activation: {site.activation}" if site.activation else ""),
         f"         weights: {', '.join(site.weights)}" + (" and alike" if len(sites) > 1 else ""),
     ]

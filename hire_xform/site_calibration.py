@@ -80,7 +80,8 @@ class SiteCalibration:
       curves: what was measured of each predictor.
       row_bytes: bytes that one token reads of one candidate (or group of units) that is computed exactly.
       predictor: the one that was chosen.
-      sizes: candidates (or groups of units) of each layer that were chosen, int64 ``[*stack]``.
+      sizes: candidates (or groups of units) of each layer that were chosen, int64 ``[*stack]``; of a certified site the
+        largest of several, of which the others follow from its curve.
       target: what they were chosen for, such as "recall 0.99"; with recall, any predictor measured has a size.
       recall: the recall that was asked for; None where it was something else.
     """
@@ -240,7 +241,9 @@ class SiteCalibration:
         )
         if stated is not None:
             predictor = settings.predictor or self._best_at(self._stated_size(settings))
-            return Chosen(predictor, None, f"calibrated, but {name}={stated} is given", needs=self._needs(predictor))
+            # A block is the same with fewer units where they will do; logits that are asked for are computed.
+            needs = self._needs(predictor) if self.kind == "ffn" else None
+            return Chosen(predictor, None, f"calibrated, but {name}={stated} is given", needs=needs)
         predictor = settings.predictor or self.predictor
         if predictor == self.predictor:
             sizes = self.sizes

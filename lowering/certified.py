@@ -5,14 +5,12 @@ possible dense values reaches its own; where intervals meet only in a value that
 the best's, as the dense arg max breaks ties. The proof is of the logits as the projection returns them, whatever the
 order in which the dense product sums; see ``lowering/bounds.py``. Section 5 of the design; derived there and here.
 
-Of several compiled sizes the smallest is computed first. Its exact logits are a floor for the best one, so that the
-rows that may still be better are known: those whose bound reaches the floor. More candidates only raise it.
+Of several compiled sizes the smallest is computed first, and rows are added until the goal is proved.
 """
 
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +18,7 @@ import numpy as np
 from jax import lax
 
 from hire_xform.lowering.bounds import ScoresWithBounds
-from hire_xform.lowering.goals import Goal, in_the_way, proved
+from hire_xform.lowering.goals import Goal, proved
 from hire_xform.lowering.goals_across import proved_across
 from hire_xform.lowering.predictors import PredictorSpec
 from hire_xform.lowering.proofs import Proof, scores_with_bounds
@@ -50,8 +48,8 @@ def certified_logits(
 ) -> tuple[jax.Array, jax.Array]:
     """``x @ rows.T`` with exact logits for the candidates, and the arg max (or another goal) of the dense product.
 
-    With ``smaller`` sizes the smallest is tried first. What is exact then tells which other rows are still in the way
-    of a proof, and the smallest size that holds those is computed, less what there is already.
+    With ``smaller`` sizes these are tried first. A larger one adds the rows of next largest bound to those that are
+    there, so that no row is read twice.
 
     Under ``vmap`` over ``x`` the tokens of all examples are taken together: one dense product if any of them fails.
 
@@ -158,42 +156,40 @@ class _Head:
         dense: Callable[[], jax.Array],
     ) -> tuple[jax.Array, jax.Array]:
         """Logits, and the number of the selection that proved the goal for every token, or one more."""
-        sizes = [s.size for s in selections]
         with jax.named_scope("predict"):
             found = scores_with_bounds(x, proof, self.spec, input_bits=self.input_bits)
-        with jax.named_scope("select"):
-            # The smaller selections are the beginnings of the largest.
-            index = select(found.upper, selections[-1])
 
-        def products(index: jax.Array) -> jax.Array:
+        def rung(number: int, index: Any, exact: Any, failed: Any) -> tuple[jax.Array, jax.Array]:
+            """The first selection from this one on that will do, given the rows that are computed already."""
+            if number == len(selections):
+                return dense(), lax.full_like(failed, number, jnp.int32)
+            here, before = selections[number], selections[number - 1] if number else None
+            if before is not None and here.size == before.size:
+                return rung(number + 1, index, exact, failed)
+            with jax.named_scope("select"):
+                more, fresh = _next_rows(found.upper, index, here, before)
             with jax.named_scope("compute"):
                 out = jnp.promote_types(self.out_dtype, jnp.float32)
-                return select_rows_dot(x, rows, index + first_row, preferred_element_type=out)
+                added = select_rows_dot(x, rows, more + first_row, preferred_element_type=out)
+            index = more if index is None else jnp.concatenate([index, more], axis=-1)
+            exact = added if exact is None else jnp.concatenate([exact, added], axis=1)
+            with jax.named_scope("prove"):
+                others = _without(found.upper, index)
+                error = jnp.take_along_axis(found.exact_error, jnp.broadcast_to(index, exact.shape), axis=1)
+                sure = jnp.all(self.proved(lax.stop_gradient(exact), error, others, index)) & fresh
+            return lax.cond(
+                sure,
+                lambda: (self.logits(found, index, exact), lax.full_like(sure, number, jnp.int32)),
+                lambda: rung(number + 1, index, exact, sure),
+            )
 
-        first = index[..., : sizes[0]]
-        exact = products(first)
+        return rung(0, None, None, None)
 
-        def larger() -> tuple[jax.Array, jax.Array]:
-            """The goal is not proved by the first selection."""
-
-            def computed(size: int) -> tuple[jax.Array, jax.Array]:
-                own = jnp.concatenate([exact, products(index[..., sizes[0] : size])], axis=1)
-                return self.logits(found, index[..., :size], own), self.proved(found, index[..., :size], own)
-
-            branches = [functools.partial(computed, size) for size in sizes[1:]]
-            if len(branches) == 1:
-                number, (logits, sure) = jnp.int32(0), branches[0]()
-            else:
-                number = self.wanted(found, index, exact, sizes)
-                logits, sure = lax.switch(number, branches)
-            return logits, jnp.where(sure, number + 1, len(sizes))
-
-        sure = self.proved(found, first, exact)
-        if len(sizes) == 1:
-            rung = jnp.where(sure, 0, 1)
-            return lax.cond(sure, lambda: self.logits(found, first, exact), dense), rung
-        logits, rung = lax.cond(sure, lambda: (self.logits(found, first, exact), jnp.int32(0)), larger)
-        return lax.cond(rung < len(sizes), lambda: logits, dense), rung
+    def proved(self, exact: jax.Array, error: jax.Array, others: jax.Array, index: jax.Array) -> jax.Array:
+        """For each token whether the goal is proved, bool ``[T]``."""
+        if self.across:
+            return proved_across(self.goal, exact, error, others, self.out_dtype, self.across, self.shards)
+        return proved(self.goal, exact, error, others, index, self.out_dtype)
 
     def logits(self, found: ScoresWithBounds, index: jax.Array, exact: jax.Array) -> jax.Array:
         """All logits ``[T, V]``, with those of ``index`` exact."""
@@ -201,35 +197,26 @@ class _Head:
         logits = rest.astype(exact.dtype).at[_at(index, rest)].set(exact, unique_indices=True, mode="promise_in_bounds")
         return logits.astype(self.out_dtype)
 
-    def proved(self, found: ScoresWithBounds, index: jax.Array, exact: jax.Array) -> jax.Array:
-        """Whether the goal is proved for every token, bool scalar."""
-        with jax.named_scope("prove"):
-            error, others = _bounds(found, index, exact)
-            exact = lax.stop_gradient(exact)
-            if self.across:
-                told = (self.out_dtype, self.across, self.shards)
-                return jnp.all(proved_across(self.goal, exact, error, others, *told))
-            return jnp.all(proved(self.goal, exact, error, others, index, self.out_dtype))
-
-    def wanted(self, found: ScoresWithBounds, index: jax.Array, exact: jax.Array, sizes: Sequence[int]) -> jax.Array:
-        """The first of ``sizes[1:]`` that is known to prove the goal, or else the last: its number, int32 scalar."""
-        with jax.named_scope("select"):
-            error, others = _bounds(found, index[..., : sizes[0]], exact)
-            weight, allowed = in_the_way(self.goal, lax.stop_gradient(exact), error, others, self.out_dtype)
-            ordered = jnp.take_along_axis(weight, jnp.broadcast_to(index, (exact.shape[0], sizes[-1])), axis=1)
-            total = jnp.sum(weight, axis=1)
-            held = [jnp.sum(ordered[:, :size], axis=1) for size in sizes[1:-1]]
-            short = [jnp.logical_not(jnp.all(total - part <= allowed)) for part in held]
-            # What a size holds grows with it.
-            return sum((s.astype(jnp.int32) for s in short), jnp.int32(0))
-
 
 def _at(index: jax.Array, values: jax.Array) -> tuple:
     """Where ``index`` points to in ``values [T, V]``."""
     return (slice(None), index) if index.ndim == 1 else (jnp.arange(values.shape[0])[:, None], index)
 
 
-def _bounds(found: ScoresWithBounds, index: jax.Array, exact: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Of the rows of ``index`` how far a dense product can be from theirs, of all others what it can be at most."""
-    others = found.upper.at[_at(index, found.upper)].set(-jnp.inf, unique_indices=True, mode="promise_in_bounds")
-    return jnp.take_along_axis(found.exact_error, jnp.broadcast_to(index, exact.shape), axis=1), others
+def _without(upper: jax.Array, index: jax.Array) -> jax.Array:
+    """Upper bounds ``[T, V]`` of all rows but those of ``index``, which get minus infinity."""
+    return upper.at[_at(index, upper)].set(-jnp.inf, unique_indices=True, mode="promise_in_bounds")
+
+
+def _next_rows(
+    upper: jax.Array, index: jax.Array | None, selection: Selection, before: Selection | None
+) -> tuple[jax.Array, jax.Array]:
+    """What a selection adds to the rows of the one before, and whether none of it is among those."""
+    if index is None or before is None:
+        return select(upper, selection), jnp.bool_(True)
+    more = Selection(mode=selection.mode, size=selection.size - before.size, k=selection.k - before.k)
+    others = _without(upper, index)
+    added = select(others, more)
+    # Computed rows have minus infinity, and are taken again only where nothing else is left.
+    bounds = jnp.take_along_axis(others, jnp.broadcast_to(added, (upper.shape[0], more.size)), axis=1)
+    return added, jnp.all(bounds > -jnp.inf)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from hire_xform.lowering.bounds import U
 from hire_xform.lowering.own_sparsity import among_largest
 
-__all__ = ["Goal", "Nucleus", "TopSet", "candidates_needed", "fewest_candidates", "in_the_way", "proved"]
+__all__ = ["Goal", "Nucleus", "TopSet", "candidates_needed", "fewest_candidates", "proved"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,35 +77,6 @@ def proved(
     if isinstance(goal, Nucleus):
         return _nucleus(exact, error, others, out_dtype, goal.eps)
     return _arg_max(exact, error, jnp.max(others, axis=1), index, out_dtype)
-
-
-def in_the_way(
-    goal: Goal, exact: jax.Array, error: jax.Array, others: jax.Array, out_dtype: jnp.dtype
-) -> tuple[jax.Array, jax.Array]:
-    """How much each other row is in the way of a proof, by what is exact already; what is more of it proves the goal.
-
-    It does so but for values that can't be told apart: a tie among what is computed.
-
-    Args:
-      goal, exact, error, others, out_dtype: as for :func:`proved`.
-
-    Returns:
-      f32 ``[T, V]``, and how much of it, in all, may be left of rows that are not computed, f32 ``[T]``. NaN where
-      nothing is known.
-    """
-    others = others.astype(out_dtype)
-    low = (exact - error).astype(out_dtype)
-    if isinstance(goal, Nucleus):
-        low = low.astype(jnp.float32)
-        peak = jnp.max(low, axis=1, keepdims=True)
-        inside = jnp.sum(jnp.exp(low - peak), axis=1)
-        weight = jnp.exp(others.astype(jnp.float32) - peak)
-        return weight, goal.eps * inside / ((1.0 - goal.eps) * (1.0 + sum_rounding(others.shape[1])))
-    value = exact.astype(out_dtype).astype(jnp.float32)
-    last = jax.lax.top_k(value, min(fewest_candidates(goal), value.shape[1]))[0][:, -1:]
-    # Computing more rows only raises it.
-    floor = jnp.min(jnp.where(value >= last, low, jnp.inf), axis=1, keepdims=True)
-    return jnp.logical_not(floor > others).astype(jnp.float32), jnp.zeros(exact.shape[0], jnp.float32)
 
 
 def _top_set(

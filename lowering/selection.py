@@ -79,11 +79,14 @@ def _union(tokens: int, n_groups: int, k: int) -> int:
 
 
 def rungs(tokens: int, n_groups: int, counts: Sequence[int]) -> tuple[Selection, ...]:
-    """Selections of several sizes, each of which may be the beginning of the next: all in the mode of the largest.
+    """Selections of several sizes for one use, all in the mode of the largest.
 
     Args:
       tokens, n_groups: as for :func:`choose`.
       counts: how many each token wants, ascending.
+
+    Returns:
+      For each a selection, none smaller than the one before; the last is ``choose``'s own.
 
     Raises:
       ValueError: a size is out of range, or no larger than the one before.

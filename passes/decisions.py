@@ -21,7 +21,8 @@ class Rung:
     Attributes:
       computed: rows computed exactly per execution.
       bytes: weight bytes that one execution reads, of the predictor and of all that is tried before included.
-      share: of the executions, how many are expected to take it by the calibration; None without one.
+      share: of the executions, how many are expected to take it by the calibration, tokens of one execution taken as
+        independent; None without a calibration.
     """
 
     computed: int

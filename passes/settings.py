@@ -55,7 +55,8 @@ class Vocab:
     """
 
     # Rows of the vocabulary computed exactly for each token; more than there are means all of them. None is what a
-    # calibration found, without one 256.
+    # calibration found, without one 256. Of a certified one it finds several sizes, of which each input takes the
+    # smallest that proves its goal; a number that is given is the only size.
     candidates: int | None = None
     # How the other rows are scored, and the candidates found. None is what a calibration chose, without one
     # `Quantized(8)`.
@@ -110,7 +111,8 @@ class Ffn:
 
     # Share of the hidden units (or of their groups) computed for each token: a fraction, 0 < active <= 1. None is what
     # a calibration found; without one 0.25, but for blocks whose model keeps a top-k, or what is above a threshold:
-    # there it is that share, and half as much again for the predictor to err in.
+    # there it is that share, and half as much again for the predictor to err in. Certified: the most, before the dense
+    # block; a calibration adds smaller sizes.
     active: float | None = None
     # Neighbouring units chosen together and read as one slab. Above 1 only for models trained or calibrated for it.
     group_size: int = 1

@@ -103,6 +103,11 @@ def test_a_size_that_is_given_is_the_last_one():
     rungs = step.trace(p, xs[:1]).plan.sites[0].rungs
     assert [r.computed for r in rungs[-2:]] == [72, 96]
     assert 1 <= len(rungs) - 2 <= 2
+    # As many logits as are asked for are exact: a head has that one size.
+    head = lambda p, x: x @ p["gate"]  # noqa: E731
+    _, step = calibrated(head, p, xs, config=hx.Config(vocab=hx.Vocab(candidates=12, certify=True), rules=FORCE))
+    site = step.trace(p, xs[:1]).plan.sites[0]
+    assert [r.computed for r in site.rungs] == [12, 96]
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["f32", "bf16"])

@@ -56,31 +56,26 @@ GAPS = (1e-2, 4e-3, 3e-3, 2e-3, 1e-3, 7e-4, 5e-4)
 
 
 def test_a_head_takes_the_smallest_size_that_holds_what_it_needs():
-    met = set()
+    met, beyond = set(), 0
     for sizes in ((4, 7, 16), (2, 8, 12), (5,)):
-        for seed, gap in enumerate(GAPS * 4):
+        for seed, gap in enumerate(GAPS * 2):
             x, rows = close(seed, gap)
+            if seed >= 10:
+                # Rows that are kept badly: their bounds are above that of the best, which is not among the first.
+                x = x.at[:, 0].set(0.0)
+                rows = rows.at[seed : seed + 6].set(rows[seed : seed + 6].at[:, 0].set(300.0))
             need, upper = needed(x, rows)
             need = int(need[0])
-            if int(jnp.sum(upper[0] > upper[0, jnp.argmax(dense(x, rows)[0])])) >= sizes[0]:
-                continue  # the best row is not among the first: what it needs is not known at first
             logits, rung = run(x, rows, sizes, fill="-inf")
             assert rung == sum(need > size for size in sizes), (sizes, need)
             shown = jnp.isfinite(logits)
             assert int(shown.sum()) == (*sizes, V)[rung]
             np.testing.assert_allclose(logits[shown], dense(x, rows)[shown], rtol=1e-5, atol=1e-5)
             met |= {need - size for size in sizes}
-    # At an edge, and one above it.
+            beyond += int(jnp.sum(upper[0] > upper[0, jnp.argmax(dense(x, rows)[0])])) >= sizes[0]
+    # At an edge, and one above it; and the best row was not always among the first.
     assert met >= {0, 1}
-
-
-def test_a_best_row_beyond_the_first_size_is_found():
-    """Its bound is not among the largest: the floor of the first size asks for more rows than are needed in the end."""
-    found = set()
-    for seed in range(30):
-        x, rows = close(seed, 1e-3)
-        found.add(run(x, rows, (1, 12, 200))[1])
-    assert found >= {1, 2} or found >= {0, 1}
+    assert beyond
 
 
 @pytest.mark.parametrize("sizes", [(2, 8, 32), (4, 64)], ids=str)
@@ -106,14 +101,15 @@ def test_what_is_not_finite_runs_dense_at_once_or_in_the_end(bad):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["f32", "bf16"])
 def test_several_tokens_take_the_size_of_the_neediest(dtype):
     taken = set()
-    for seed, gap in enumerate(GAPS):
+    for seed, gap in enumerate(GAPS[1::2]):
         x, rows = close(seed, gap, dtype, tokens=3)
-        for sizes in ((3, 8, 30), (2, 20, 150)):  # of their own, and one shared set
-            _, rung = run(x, rows, sizes, out=dtype)
-            alone = [run(x[t : t + 1], rows, sizes, out=dtype)[1] for t in range(3)]
-            assert rung == max(alone) or rungs(3, V, sizes)[0].mode == "shared"
-            taken.add(rung)
+        _, rung = run(x, rows, (3, 8, 30), out=dtype)
+        assert rung == max(run(x[t : t + 1], rows, (3, 8, 30), out=dtype)[1] for t in range(3))
+        taken.add(rung)
+        _, rung = run(x, rows, (2, 20, 150), out=dtype)  # one set for all of them
+        assert rung < 3
     assert len(taken) >= 2
+    assert [rungs(3, V, sizes)[0].mode for sizes in ((3, 8, 30), (2, 20, 150))] == ["per_token", "shared"]
 
 
 @pytest.mark.parametrize("goal", [TopSet(5), Nucleus(0.05)], ids=str)
@@ -158,6 +154,29 @@ def test_the_derivative_is_that_of_the_dense_product_in_every_rung():
             (x,),
         )
         np.testing.assert_allclose(slope, dense(x, rows), rtol=1e-4, atol=1e-4)
+
+
+def test_bounds_of_minus_infinity_prove_nothing_twice():
+    """Rows that overflow: what is left to add may be rows that are there already."""
+    x, rows = trained_like(2)
+    for scale in (-3e38, 3e38):
+        given = (x * 1e3, jnp.full_like(rows, scale).at[0].set(0.0))
+        logits, _ = climbed(*given, made(given[1], SPEC), (1, 5, 9), jnp.float32, (("goal", TopSet(1)),))
+        want = jitted_dense(*given, jnp.float32)
+        np.testing.assert_array_equal(jnp.argmax(logits, -1), jnp.argmax(want, -1))
+
+
+def test_inside_a_shard_map():
+    x, rows = close(4, 2e-3, tokens=2)
+    proof = made(rows, SPEC)
+
+    def step(x):
+        return certified_logits(x, rows, proof, SPEC, dense, candidates=64, smaller=(2, 16), out_dtype=jnp.float32)
+
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = jax.sharding.PartitionSpec("data")
+    mapped = jax.shard_map(lambda x: step(x)[0], mesh=mesh, in_specs=spec, out_specs=spec)
+    np.testing.assert_allclose(jax.jit(mapped)(x), jax.jit(step)(x)[0], rtol=1e-5, atol=1e-5)
 
 
 def test_sizes_have_to_ascend():
