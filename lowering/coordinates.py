@@ -42,24 +42,35 @@ from jax import lax
 from hire_xform.lowering.blocks import fold_row_blocks, map_row_blocks
 from hire_xform.lowering.bounds import ScoresWithBounds, U, norm, slack, tiny
 from hire_xform.lowering.factors import matmul, principal_directions, weighted_factors
-from hire_xform.lowering.predictors import LowRank, Projected, factor_dtype, fine_scores, pack_nibbles, quantize
+from hire_xform.lowering.predictors import (
+    CLIPS,
+    LowRank,
+    Projected,
+    closest,
+    factor_dtype,
+    fine_scores,
+    leading_directions,
+    pack_nibbles,
+    quantize,
+)
 
 __all__ = ["coordinate_scores", "coordinate_shapes", "pack_coordinates"]
 
 _PACK_BLOCK = 4096
 # Share of the mean that the rows' second moments are shrunk by, as `factors` shrinks those of the inputs.
 _SHRINKAGE = 1e-3
-# Clipping the largest coordinates makes the others' steps smaller; packing tries these shares of the largest.
-_CLIPS = {8: (1.0,), 4: (1.0, 0.9, 0.8, 0.7)}
+_CLIPS = {8: (1.0,), 4: CLIPS}
 _LEVELS = {8: 127, 4: 7}
 _SMALLEST = 2.0**-126
 Packed = dict[str, jax.Array]
 
 
-def _segments(rank: int, bits: int | None) -> list[tuple[int, int]]:
-    """Coordinates that share a scale. In 4 bits the leading ones, which matter most, have steps of their own."""
-    ends = [rank // 6, rank // 2, rank] if bits == 4 and rank >= 24 else [rank]
-    return list(zip([0, *ends[:-1]], ends, strict=True))
+def _segments(rank: int, bits: int) -> list[tuple[int, int, int]]:
+    """Coordinates that share a scale, from where to where, and their bits: the leading ones matter most."""
+    lead = leading_directions(rank)
+    if bits == 8 or rank < 24:
+        return [(0, rank, bits)]
+    return [(0, lead, 8), (lead, rank // 2, bits), (rank // 2, rank, bits)]
 
 
 def coordinate_shapes(
@@ -68,7 +79,7 @@ def coordinate_shapes(
     """Names, shapes and dtypes of what :func:`pack_coordinates` makes of an ``[n, d]`` matrix of ``dtype``."""
     struct, half = jax.ShapeDtypeStruct, jnp.bfloat16
     rank = spec.rank_for(n, d)
-    segments = _segments(rank, spec.bits)
+    segments = [(0, rank, 0)] if spec.bits is None else _segments(rank, spec.bits)
     made = {
         "basis_q": struct((d, d), jnp.int8),
         "basis_scale": struct((d,), jnp.float32),
@@ -81,9 +92,9 @@ def coordinate_shapes(
     if spec.bits is None:
         return {**made, "a": struct((n, rank), factor_dtype(dtype))}
     made["scale"] = struct((n, len(segments)), half)
-    for i, (low, high) in enumerate(segments):
+    for i, (low, high, bits) in enumerate(segments):
         width = high - low
-        made[f"q{i}"] = struct((n, width), jnp.int8) if spec.bits == 8 else struct((n, (width + 1) // 2), jnp.uint8)
+        made[f"q{i}"] = struct((n, width), jnp.int8) if bits == 8 else struct((n, (width + 1) // 2), jnp.uint8)
     return made
 
 
@@ -145,9 +156,9 @@ def pack_coordinates(rows: jax.Array, spec: LowRank | Projected, covariance: jax
             made["error"] = _rounded_up(_distance(own[:, :rank], made["a"]))[:, None]
             return made
         scales, errors = [], []
-        for i, (low, high) in enumerate(_segments(rank, spec.bits)):
-            q, scale, error = _in_bits(own[:, low:high], spec.bits)
-            made[f"q{i}"] = q if spec.bits == 8 else pack_nibbles(q)
+        for i, (low, high, bits) in enumerate(_segments(rank, spec.bits)):
+            q, scale, error = _in_bits(own[:, low:high], bits)
+            made[f"q{i}"] = q if bits == 8 else pack_nibbles(q)
             scales.append(scale)
             errors.append(_rounded_up(error))
         return {**made, "scale": jnp.stack(scales, axis=1).astype(half), "error": jnp.stack(errors, axis=1)}
@@ -200,16 +211,7 @@ def _in_bits(own: jax.Array, bits: int) -> tuple[jax.Array, jax.Array, jax.Array
         # An integer of 8 bits times a scale of 8 is exact.
         return q, scale, _distance(own, q * scale[:, None])
 
-    best = clipped(1.0)
-    for share in _CLIPS[bits][1:]:
-        other = clipped(share)
-        better = other[2] < best[2]
-        best = (
-            jnp.where(better[:, None], other[0], best[0]),
-            jnp.where(better, other[1], best[1]),
-            jnp.where(better, other[2], best[2]),
-        )
-    q, scale, error = best
+    q, scale, error = closest(clipped(share) for share in _CLIPS[bits])
     return jnp.where(jnp.isnan(q), 0.0, q).astype(jnp.int8), scale, error
 
 
@@ -282,19 +284,11 @@ def _parts(z: jax.Array, packed: Packed, spec: LowRank | Projected) -> Iterator[
             share, k = _in_two_halves(own, a)
         yield share, lax.stop_gradient(k), lax.stop_gradient(own), slack(own.shape[1])
         return
-    rank = 0
-    for i in range(packed["error"].shape[1]):
-        q = packed[f"q{i}"]
-        # The last segment of 4 bits may be padded; its width is what is left.
-        width = _widths(spec, packed, z.shape[1])[i]
-        own = z[:, rank : rank + width]
-        rank += width
-        share, k = fine_scores(own, q, packed["scale"][:, i].astype(jnp.float32), spec.bits)
-        yield share, lax.stop_gradient(k), lax.stop_gradient(own), _score_rounding(width)
-
-
-def _widths(spec: LowRank | Projected, packed: Packed, d: int) -> list[int]:
-    return [high - low for low, high in _segments(spec.rank_for(packed["size"].shape[0], d), spec.bits)]
+    rank = spec.rank_for(packed["size"].shape[0], z.shape[1])
+    for i, (low, high, bits) in enumerate(_segments(rank, spec.bits)):
+        own = z[:, low:high]
+        share, k = fine_scores(own, packed[f"q{i}"], packed["scale"][:, i].astype(jnp.float32), bits)
+        yield share, lax.stop_gradient(k), lax.stop_gradient(own), _score_rounding(high - low)
 
 
 def _in_two_halves(own: jax.Array, a: jax.Array) -> tuple[jax.Array, jax.Array]:

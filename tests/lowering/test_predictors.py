@@ -6,12 +6,13 @@ import pytest
 from hire_xform import lowering
 from hire_xform.lowering import (
     LowRank,
+    Projected,
     Quantized,
     da_top_k,
     packed_shapes,
     predictor_bytes,
 )
-from hire_xform.lowering.predictors import _unpack_nibbles, pack_nibbles
+from hire_xform.lowering.predictors import _quantize_clipped, _unpack_nibbles, pack_nibbles, quantize
 
 pack_predictor = jax.jit(lowering.pack_predictor, static_argnums=1)
 predict_scores = jax.jit(lowering.predict_scores, static_argnums=(2, 3))
@@ -105,6 +106,32 @@ def test_low_rank_is_the_best_of_its_rank(shape, normal):
         error = np.linalg.norm(packed["a"] @ packed["basis"].T - rows)
         u, s, vt = np.linalg.svd(rows, full_matrices=False)
         assert error <= np.linalg.norm((u[:, :rank] * s[:rank]) @ vt[:rank] - rows) + 1e-4
+
+
+@pytest.mark.parametrize("make", [LowRank, Projected])
+def test_of_four_bits_the_leading_directions_have_eight(make, normal):
+    n, d, lead = 200, 64, 8
+    sizes = jnp.where(jnp.arange(d) < lead, 30.0, 1.0)
+    directions = jnp.linalg.qr(normal((d, d)))[0]
+    rows, x = (normal((n, d)) * sizes) @ directions.T, normal((50, d))
+    spec = make(1.0, bits=4)
+    packed = pack_predictor(rows, spec, (directions * sizes**2) @ directions.T if make is Projected else None)
+    assert packed["lead_q"].shape == (n, lead)
+    off = predict_scores(x, packed, spec, n) - x @ rows.T
+    spread = jnp.std(x @ rows.T)
+    # Of the others, a part in 100 of the variance, 4 bits lose a tenth at most; plain 4 bits lose that of everything.
+    plain = Quantized(4)
+    in_four = predict_scores(x, pack_predictor(rows, plain), plain, n) - x @ rows.T
+    assert jnp.std(off) < 0.02 * spread < 0.2 * jnp.std(in_four)
+
+
+def test_large_entries_are_clipped_where_that_brings_a_row_closer(normal):
+    for values in (normal((64, 128)), normal((64, 128)) ** 3):
+        q, scale = _quantize_clipped(values, 7)
+        r, peak = quantize(values, 7)
+        clipped, unclipped = (jnp.sum((values - q * s[:, None]) ** 2, 1) for q, s in ((q, scale), (r, peak)))
+        assert bool(jnp.all(clipped <= unclipped))
+        assert float(jnp.mean(clipped)) < 0.95 * float(jnp.mean(unclipped))
 
 
 def test_full_rank_is_exact(normal):
