@@ -73,7 +73,9 @@ def calibrate(
     feed-forward block the share of its units that are not zero that are chosen, and where units are never exactly zero,
     of its energy: the square of activation times norm of the down row. Each site gets the predictor, and the size, that
     reach it at the fewest weight bytes that one token reads. Layers of one loop have sizes of their own, in branches of
-    the loop's body, where that saves enough; ``explain()`` says so.
+    the loop's body, where that saves enough; ``explain()`` says so. Units that fire for almost every token are always
+    computed, and have no predictor, where that saves 2 % or more of what a block reads: of blocks that leave zeros,
+    uncertified, whose units are not chosen in groups.
 
     A certified site gets up to three sizes, of which each input takes the smallest that will do: those with the fewest
     expected bytes, dense runs included. The largest proves that share of the tokens, and 99.9 % at least, of a head
@@ -89,7 +91,7 @@ def calibrate(
       fun: the function, as for ``sparsify``.
       batches: tuples of its arguments, plain weights included; a list or the like, since it is read more than once. An
         iterator, which can be read once, will do if all predictors are ``Quantized``; groups of units are then those of
-        neighbours as they are.
+        neighbours as they are, and all units are predicted.
       weights_argnums: positions of the arguments that hold weights.
       recall: what the sizes are to reach, 0 < recall <= 1. Without any target 0.99.
       max_kl: instead, the mean KL divergence, in nats a token, of the softmax of the sparse logits from that of the
@@ -146,7 +148,8 @@ def calibrate(
             "fitted in a first pass and measured in a second; expected a list, or the like, or "
             "predictors=[hx.Quantized(8)]"
         )
-    first = fits or (fitted is None and grouped and iter(batches) is not batches)
+    often = name == "recall" and any(isinstance(s, Ffn) and not s.certify for s in _all_settings(config))
+    first = fits or (fitted is None and (grouped or often) and iter(batches) is not batches)
     show = sys.stderr.isatty() if progress is None else progress
     measuring = Measuring(fun, weights_argnums, jit_options)
     known: Sequence[Calibration | None] = (fitted,) * 3
@@ -158,7 +161,10 @@ def calibrate(
         known = (known[0],) * 3
     plain = _everywhere(config, _plainly)
     measured = measuring.predictors(_shown(batches, "predictors", show), plain, predictors, known)
-    sites = {path: site.chosen_for(value if name == "recall" else 0.99) for path, site in measured.sites.items()}
+    sites = {
+        path: site.chosen_for(value if name == "recall" else 0.99, name == "recall")
+        for path, site in measured.sites.items()
+    }
     found = Calibration(sites, f"{name} {value:g}", measured.batches)
     if name == "recall":
         return found

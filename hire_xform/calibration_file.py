@@ -15,11 +15,11 @@ from hire_xform.calibration import Calibration
 from hire_xform.lowering import LowRank, PredictorSpec, Projected, Quantized
 from hire_xform.site_calibration import Curve, SiteCalibration
 
-FORMAT, VERSION = "hire_xform.calibration", 3
+FORMAT, VERSION = "hire_xform.calibration", 4
 _SPECS: dict[str, Any] = {spec.__name__: spec for spec in (Quantized, LowRank, Projected)}
-_TEXTS = ("kind", "path", "width", "units", "group_size", "criterion", "row_bytes", "target", "recall")
+_TEXTS = ("kind", "path", "width", "units", "group_size", "criterion", "row_bytes", "target", "recall", "static")
 _LISTS = ("weights", "stack", "input_numbers")
-_ARRAYS = ("tokens", "fired", "energy", "sizes", "touched", "order")
+_ARRAYS = ("tokens", "fired", "energy", "sizes", "touched", "order", "often")
 _CURVES = ("wanted", "wanted_energy", "kl")
 
 
@@ -32,12 +32,13 @@ def write(calibration: Calibration, path: str | os.PathLike[str]) -> None:
         entry: dict[str, Any] = {name: getattr(site, name) for name in (*_TEXTS, *_LISTS)}
         entry["predictor"] = _told(site.predictor)
         entry["covariances"] = len(site.covariances)
-        entry["curves"] = [{**_told(p), "predictor_bytes": c.predictor_bytes} for p, c in site.curves.items()]
+        entry["curves"] = [_told_curve(p, c) for p, c in site.curves.items()]
         sites.append(entry)
         named = {name: getattr(site, name) for name in _ARRAYS}
         named.update({f"covariance{i}": c for i, c in enumerate(site.covariances)})
         for i, curve in enumerate(site.curves.values()):
             named.update({f"{name}{i}": getattr(curve, name) for name in _CURVES})
+            named.update({f"static{count}_{i}": wanted for count, (wanted, _) in curve.static.items()})
         arrays.update({f"{number}/{name}": np.asarray(a, order="C") for name, a in named.items() if a is not None})
     told = {"target": calibration.target, "batches": calibration.batches, "sites": sites}
     header = {"format": FORMAT, "version": str(VERSION), "calibration": json.dumps(told)}
@@ -102,12 +103,14 @@ def _site(number: int, entry: dict[str, Any], arrays: dict[str, np.ndarray]) -> 
         found |= {"touched": array("touched", (*stack, 2)), "order": array("order", (*stack, units))}
     else:
         found |= {"touched": None, "order": None}
+    found["often"] = array("often", (*stack, units)) if f"{number}/often" in arrays else None
     curves = {
         _spec(told): Curve(
             wanted=array(f"wanted{i}", ranked),
             wanted_energy=array(f"wanted_energy{i}", ranked if block else None),
             kl=array(f"kl{i}", None if block else (*stack, -1)),
             predictor_bytes=told["predictor_bytes"],
+            static={c: (array(f"static{c}_{i}", ranked), read) for c, read in told["static"]},
         )
         for i, told in enumerate(entry["curves"])
     }
@@ -119,10 +122,15 @@ def _site(number: int, entry: dict[str, Any], arrays: dict[str, np.ndarray]) -> 
     return SiteCalibration(**made, **found, predictor=predictor, curves=curves)
 
 
+def _told_curve(spec: PredictorSpec, curve: Curve) -> dict[str, Any]:
+    static = [(count, read) for count, (_, read) in curve.static.items()]
+    return {**_told(spec), "predictor_bytes": curve.predictor_bytes, "static": static}
+
+
 def _told(spec: PredictorSpec) -> dict[str, Any]:
     return {"type": type(spec).__name__, **vars(spec)}
 
 
 def _spec(entry: dict[str, Any]) -> PredictorSpec:
-    fields = {name: value for name, value in entry.items() if name not in ("type", "predictor_bytes")}
+    fields = {name: value for name, value in entry.items() if name not in ("type", "predictor_bytes", "static")}
     return _SPECS[entry["type"]](**fields)

@@ -95,7 +95,7 @@ class Measuring:
 class _CaptureTrace(Traced):
     """A trace whose program is dense and records statistics; of several predictors where none is stated."""
 
-    rewriter_class = Capture
+    rewriter_class: type[Capture] = Capture
 
     def __init__(self, predictors: tuple[PredictorSpec, ...], *args: Any):
         self._predictors = predictors
@@ -105,7 +105,11 @@ class _CaptureTrace(Traced):
         plan_of = super()._plan
         plans = [plan_of(_stating(config, p), platform, *measured) for p in self._predictors]
         ways = zip(*(plan.decisions for plan in plans), strict=True)
-        return dataclasses.replace(plans[0], decisions=tuple(Measured.of(own) for own in ways))
+        measure: Measure = measured[0] if measured else lambda match, names: None
+        made = [Measured.of(own) for own in ways]
+        if self.rewriter_class.ranks:
+            made = [one.with_static_sets(measure(one.match, one.site.weights)) for one in made]
+        return dataclasses.replace(plans[0], decisions=tuple(made))
 
 
 class _InputTrace(_CaptureTrace):
@@ -216,6 +220,13 @@ class _Collected:
                 wanted_energy=own.get(f"wanted_energy{i}"),
                 kl=own.get(f"kl{i}"),
                 predictor_bytes=predicted[i][0],
+                static={
+                    count: (
+                        own[f"static{count}_{i}"],
+                        bytes_read(match, way.settings, 1, 1, 1 + count, static=count)[0],
+                    )
+                    for count in decision.static_sets
+                },
             )
             for i, way in enumerate(decision.ways)
             if f"wanted{i}" in own
@@ -257,6 +268,7 @@ class _Collected:
             energy=energy,
             touched=touched,
             order=order,
+            often=before.by_rate if before is not None and decision.static_sets else None,
             covariances=tuple(covariances) if known is None else known.sites[path].covariances,
             input_numbers=tuple(firsts.index(i) for i in numbers),
             curves=curves,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -28,12 +28,15 @@ class Curve:
       wanted_energy: f64 ``[*stack, units / g]``; None for a vocabulary.
       kl: f64 ``[*stack, K]``, sum over tokens of the KL divergence of 1, 2, ... candidates; None for a block.
       predictor_bytes: bytes that one token reads of the predictor and of what goes with it.
+      static: for so many units that fire most, always computed and first in the order: ``wanted``, and the bytes of the
+        predictor of the others.
     """
 
     wanted: np.ndarray
     wanted_energy: np.ndarray | None
     kl: np.ndarray | None
     predictor_bytes: int
+    static: Mapping[int, tuple[np.ndarray, int]] = field(default_factory=dict)
 
     @cached_property
     def found(self) -> np.ndarray:
@@ -77,11 +80,14 @@ class SiteCalibration:
       touched: share of groups of units that hold one that fires, ``[*stack, 2]``: of neighbours as they are, and of
         groups of units that fire together; None where units are not grouped.
       order: int32 ``[*stack, m]``, for each place the unit, in which these are neighbours; None likewise.
+      often: int32 ``[*stack, m]``, the units by how often they fire, those that do most first; None where none may be
+        always computed.
       curves: what was measured of each predictor.
       row_bytes: bytes that one token reads of one candidate (or group of units) that is computed exactly.
       predictor: the one that was chosen.
       sizes: candidates (or groups of units) of each layer that were chosen, int64 ``[*stack]``; of a certified site the
         largest of several, of which the others follow from its curve.
+      static: how many of a block's units, among ``sizes``, are always computed: the first of ``often``.
       target: what they were chosen for, such as "recall 0.99"; with recall, any predictor measured has a size.
       recall: the recall that was asked for; None where it was something else.
     """
@@ -101,12 +107,14 @@ class SiteCalibration:
     input_numbers: tuple[int, ...]
     touched: np.ndarray | None
     order: np.ndarray | None
+    often: np.ndarray | None
     curves: Mapping[PredictorSpec, Curve]
     row_bytes: int
     predictor: PredictorSpec
     sizes: np.ndarray
     target: str
     recall: float | None
+    static: int = 0
 
     @cached_property
     def inputs(self) -> tuple[Inputs, ...]:
@@ -129,6 +137,26 @@ class SiteCalibration:
         same = isinstance(settings, Ffn) and settings.group_size == self.group_size
         return self._order if same else None
 
+    @property
+    def by_rate(self) -> np.ndarray | None:
+        """The units by how often they fire, as they were measured or will be; None for a vocabulary."""
+        if self.often is not None or self.fired is None:
+            return self.often
+        return np.argsort(-self.fired, axis=-1, kind="stable").astype(np.int32)
+
+    def static_sets(self) -> tuple[Order | None, tuple[int, ...]]:
+        """The order of a block's units by how often they fire, and how many of the first may be always computed.
+
+        So many fire at each of a few rates at least, in every layer.
+        """
+        rate, often = self.firing_rate, self.by_rate
+        if rate is None or often is None or not self.tokens.min():
+            return None, ()
+        most = [int(np.sum(rate >= at, axis=-1).min()) for at in STATIC_RATES]
+        counts = {c for c in most if self.units * STATIC_SHARE <= c < self.units}
+        how = f"besides, the {self.static:,} units that fire most are always computed and never predicted"
+        return Order(_digest(often), often, how), tuple(sorted(counts))
+
     def curve(self, predictor: PredictorSpec | None = None) -> Curve:
         """What was measured of a predictor; None is the one that was chosen.
 
@@ -142,6 +170,8 @@ class SiteCalibration:
 
     def _recall(self, predictor: PredictorSpec | None) -> np.ndarray:
         curve = self.curve(predictor)
+        if self.static in curve.static:
+            return _share(curve.static[self.static][0])
         return curve.found_energy if self.criterion == "energy" else curve.found
 
     def recall_at(self, size: int, predictor: PredictorSpec | None = None) -> np.ndarray:
@@ -171,7 +201,9 @@ class SiteCalibration:
 
     def bytes_at(self, size: int, predictor: PredictorSpec | None = None) -> int:
         """Weight bytes that one token reads of one layer with so many candidates (or groups of units)."""
-        return self.curve(predictor).predictor_bytes + size * self.row_bytes
+        curve = self.curve(predictor)
+        read = curve.static[self.static][1] if self.static in curve.static else curve.predictor_bytes
+        return read + size * self.row_bytes
 
     @property
     def firing_rate(self) -> np.ndarray | None:
@@ -191,15 +223,31 @@ class SiteCalibration:
             wanted = np.where(provable > 0, recall * provable, 1.0)
         return 1 + np.argmax(found >= wanted - 1e-12, axis=-1)
 
-    def chosen_for(self, recall: float) -> SiteCalibration:
-        """With the predictor and sizes that reach a recall at the fewest bytes; of equals the first measured."""
+    def chosen_for(self, recall: float, static: bool = True) -> SiteCalibration:
+        """With the predictor and sizes that reach a recall at the fewest bytes; of equals the first measured.
 
+        Args:
+          recall: the recall.
+          static: whether some units may be always computed.
+        """
+        if self.static:
+            return replace(self, static=0).chosen_for(recall, static)
         if self._proved:
             recall = max(recall, PROVED[self.kind])
-        found = {predictor: self._sized_for(recall, predictor) for predictor in self.curves}
-        best = min(found, key=lambda p: self.curves[p].predictor_bytes + found[p][1])
-        sizes = found[best][0]
-        return replace(self, predictor=best, sizes=sizes, target=f"recall {recall:g} ({self.criterion})", recall=recall)
+        found: dict[tuple[PredictorSpec, int], tuple[np.ndarray, float]] = {}
+        for predictor, curve in self.curves.items():
+            sizes, rows = self._sized_for(recall, predictor)
+            found[predictor, 0] = sizes, curve.predictor_bytes + rows
+            for count, (wanted, predicted) in curve.static.items() if static else ():
+                # At least one of the others.
+                sizes = np.maximum(1 + np.argmax(_share(wanted) >= recall - 1e-12, axis=-1), count + 1)
+                found[predictor, count] = sizes, predicted + self.row_bytes * float(sizes.mean())
+        plain = min((way for way in found if not way[1]), key=lambda way: found[way][1])
+        best = min(found, key=lambda way: found[way][1])
+        if found[best][1] > (1.0 - STATIC_WORTH) * found[plain][1]:
+            best = plain
+        target = f"recall {recall:g} ({self.criterion})"
+        return replace(self, predictor=best[0], sizes=found[best][0], target=target, recall=recall, static=best[1])
 
     def _sized_for(self, recall: float, predictor: PredictorSpec) -> tuple[np.ndarray, float]:
         """For each layer the size that reaches a recall, and the mean bytes of rows that one token reads.
@@ -223,8 +271,17 @@ class SiteCalibration:
             sizes[layer], read[layer] = ladder.counts[-1], ladder.read
         return sizes, float(read.mean())
 
-    def choose(self, settings: Vocab | Ffn) -> Chosen:
-        """What these settings should have where they state nothing; the size is the largest of all layers'."""
+    def choose(self, settings: Vocab | Ffn, static: bool) -> Chosen:
+        """What these settings should have where they state nothing; the size is the largest of all layers'.
+
+        Args:
+          settings: what is stated.
+          static: whether some units may be always computed.
+        """
+        own = isinstance(settings, Ffn) and settings.active is None and settings.predictor in (None, self.predictor)
+        if self.static and not (static and own):
+            assert self.recall is not None
+            return self.chosen_for(self.recall, static=False).choose(settings, False)
         if isinstance(settings, Ffn) and settings.group_size != self.group_size:
             how = f"not calibrated with these groups but with groups of {self.group_size}; its size is the default"
             return Chosen(None, None, how)
@@ -246,7 +303,7 @@ class SiteCalibration:
             return Chosen(predictor, None, f"calibrated, but {name}={stated} is given", needs=needs)
         predictor = settings.predictor or self.predictor
         if predictor == self.predictor:
-            sizes = self.sizes
+            sizes = self.sizes - self.static
         elif predictor in self.curves and self.recall is not None:
             sizes = self._sized_for(self.recall, predictor)[0]
         else:
@@ -257,7 +314,7 @@ class SiteCalibration:
         what = "candidate" if self.kind == "vocab" else "unit" if self.group_size == 1 else "group"
         sized = f"{size:,} {what}{'s' * (size > 1)}"
         how = f"calibrated: {sized} for {self.target}, {tokens:,} tokens"
-        return Chosen(predictor, size, how, sizes if self.stack else None, self._needs(predictor))
+        return Chosen(predictor, size, how, sizes if self.stack else None, self._needs(predictor), self.static)
 
     def _needs(self, predictor: PredictorSpec) -> np.ndarray | None:
         """How many tokens need 1, 2, ... rows (or groups) of a certified site, ``[*stack, n]``, where that is known."""
@@ -288,6 +345,11 @@ class SiteCalibration:
 
 # What the criterion of a certified block ends in whose model chooses its units itself.
 CHOICE = " choice"
+
+
+# Rates of firing at which units are tried as always computed, the share of the units that they must be at least, and of
+# what a token reads that they must save.
+STATIC_RATES, STATIC_SHARE, STATIC_WORTH = (0.99, 0.95, 0.9, 0.8), 1 / 32, 0.02
 
 
 def proved_criterion(settings: Vocab | Ffn) -> str:

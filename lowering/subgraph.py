@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from hire_xform.lowering.predictors import Packed, PredictorSpec, predict_scores, predictor_bytes
 from hire_xform.lowering.rows import combine_rows, select_rows_dot
 from hire_xform.lowering.selection import choose, select
+from hire_xform.lowering.static_units import static_units
 from hire_xform.lowering.top_groups import group_energy
 
 __all__ = [
@@ -151,6 +152,7 @@ def ffn(
     group_size: int = 1,
     out_dtype: jax.typing.DTypeLike,
     shards: int = 1,
+    static: int = 0,
 ) -> jax.Array:
     """A feed-forward block, ``region(ups) @ down``, with only the chosen hidden units computed.
 
@@ -171,10 +173,12 @@ def ffn(
       down_norms: f32 ``[m]``, the norm of each row of ``down``; not read, and may be None, when there is a ``score``.
       score: from the predicted ``[T, m]`` of each of ``ups`` (None for those without predictor) the units' scores,
         ``[T, m]``. The chosen units then reach ``region`` in ascending order, as ties of a top-k are broken.
-      active: how many *groups* each token may have computed, ``1 <= active <= m / group_size``.
+      active: how many *groups* each token may have computed, ``1 <= active <= m / group_size``; of those predicted.
       group_size: neighbouring units chosen together, a divisor of ``m``.
       out_dtype: dtype of the result.
       shards: equal blocks of groups that each give their share.
+      static: how many units, the first ones, are always computed. The predictors are of the others only. Takes groups
+        of one unit, one shard and no ``score``.
 
     Returns:
       ``[T, d_out]`` of ``out_dtype``.
@@ -187,6 +191,12 @@ def ffn(
     m = down.shape[0] if units is None else units
     if group_size < 1 or m % group_size:
         raise ValueError(f"ffn: group_size={group_size} does not divide the {m} hidden units")
+    if static:
+        if group_size > 1 or shards > 1 or score is not None or not 0 < static < m:
+            raise ValueError(f"ffn: static={static} of {m} units; expected fewer, in groups of one, on one device")
+        return _with_static(
+            ups, region, down, m, first_row, down_norms, active=active, out_dtype=out_dtype, static=static
+        )
     tokens, n_groups = ups[0].x.shape[0], m // group_size
     selection = choose(tokens, n_groups, active, shards)
     with jax.named_scope("predict"):
@@ -198,6 +208,33 @@ def ffn(
     return chosen_units(
         ups, region, down, index, units=m, first_row=first_row, group_size=group_size, out_dtype=out_dtype
     )
+
+
+def _with_static(
+    ups: Sequence[UpProduct],
+    region: Region,
+    down: jax.Array,
+    units: int,
+    first_row: jax.Array | int,
+    down_norms: jax.Array | None,
+    *,
+    active: int,
+    out_dtype: jax.typing.DTypeLike,
+    static: int,
+) -> jax.Array:
+    others = units - static
+    wide = jnp.promote_types(out_dtype, jnp.float32)
+    with jax.named_scope("predict"):
+        norms = None if down_norms is None else down_norms[static:]
+        scores = group_scores(
+            ups, lambda hiddens, _: region(hiddens, lambda v: v[..., static:]), units=others, down_norms=norms
+        )
+    with jax.named_scope("select"):
+        index = select(jax.lax.stop_gradient(scores), choose(ups[0].x.shape[0], others, active)) + static
+    chosen = chosen_units(ups, region, down, index, units=units, first_row=first_row, out_dtype=wide)
+    with jax.named_scope("compute"):
+        products = [(up.x, up.rows, up.first_row, up.dtype) for up in ups]
+        return (static_units(products, region, down, first_row, static).astype(wide) + chosen).astype(out_dtype)
 
 
 def group_scores(
@@ -326,6 +363,7 @@ def ffn_bytes(
     group_size: int = 1,
     norms: bool = True,
     shards: int = 1,
+    static: int = 0,
 ) -> int:
     """Weight bytes one call of :func:`ffn` reads: predictors, chosen up and down rows, and the down norms.
 
@@ -338,12 +376,13 @@ def ffn_bytes(
       active: groups each token may have computed.
       group_size: units in a group.
       norms: whether the down norms are read.
-      shards: as in :func:`ffn`.
+      shards, static: as in :func:`ffn`.
 
     Returns:
       Bytes.
     """
-    units = choose(tokens, m // group_size, active, shards).rows_read(tokens) * group_size
+    m -= static
+    units = choose(tokens, m // group_size, active, shards).rows_read(tokens) * group_size + static
     total = (4 * m if norms else 0) + units * d_out * jnp.dtype(down_dtype).itemsize
     for d, dtype, spec in ups:
         row = d * jnp.dtype(dtype).itemsize

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import jax
@@ -32,7 +32,8 @@ from hire_xform.passes.decisions import Decision, Need
 from hire_xform.passes.detect import FfnMatch, VocabMatch
 from hire_xform.passes.environment import Env, PackedView, read
 from hire_xform.passes.forms import Proving, up_forms, vocab_forms
-from hire_xform.passes.measured import input_numbers
+from hire_xform.passes.measured import Measurement, Regrouped, input_numbers
+from hire_xform.passes.needs import may_be_static, stack_need
 from hire_xform.passes.rewrite import Rewriter
 from hire_xform.passes.settings import Ffn
 from hire_xform.passes.splice import FfnParts, ffn_parts, site_operands, site_signature
@@ -50,9 +51,12 @@ class Measured(Decision):
 
     Attributes:
       ways: a decision for each. ``needs`` are theirs, one after the other; all else is the first one's.
+      static_sets: how many of the units that fire most are tried as always computed; the last of ``needs`` is then
+        their order.
     """
 
     ways: tuple[Decision, ...]
+    static_sets: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, ways: Sequence[Decision]) -> Measured:
@@ -62,6 +66,16 @@ class Measured(Decision):
         values["needs"] = tuple(need for way in different for need in way.needs)
         return cls(**values, ways=different)
 
+    def with_static_sets(self, measurement: Measurement | None) -> Measured:
+        """Also measured with some units always computed, where that may be."""
+        if measurement is None or self.placement is not None or not may_be_static(self.match, self.settings):
+            return self
+        order, counts = measurement.static_sets()
+        if order is None or not counts:
+            return self
+        need = stack_need(self.match, Regrouped("order", order))
+        return replace(self, needs=(*self.needs, need), static_sets=counts)
+
 
 class Capture(Rewriter):
     """Puts "dense, and statistics" where the rewriter would put the sparse subgraph.
@@ -69,7 +83,8 @@ class Capture(Rewriter):
     Values are recorded (``lowering/record.py``) under the site's path: ``tokens``, of a block what ``unit_totals``
     says, ``covariance0``, ... of the inputs of each product into the units, and for the predictor of each of a
     measurement's ``ways``, by its number, what ``vocab_ranks`` or ``unit_ranks`` say; where it is to be certified
-    ``proved_ranks`` or ``open_units``.
+    ``proved_ranks`` or ``open_units``. Of units that may be always computed, by how many they are, ``wanted`` of a
+    choice that takes them first.
     """
 
     # Whether predictors are run; without, nothing is recorded of them.
@@ -77,7 +92,8 @@ class Capture(Rewriter):
 
     def _site(self, decision: Decision, env: Env, seen: list[PackedView]) -> Any:
         assert isinstance(decision, Measured)
-        key = tuple(site_signature(way) for way in decision.ways), tuple(input_numbers(decision.match))
+        ways = tuple(site_signature(way) for way in decision.ways)
+        key = ways, tuple(input_numbers(decision.match)), decision.static_sets
         if key not in self._calls:
             self._calls[key] = jax.jit(_measured(decision, self.ranks))
         value, recorded = self._calls[key](site_operands(decision, lambda o: read(env, o)), seen)
@@ -186,6 +202,11 @@ def _ffn(
             group_size=settings.group_size,
         )
         recorded[0].update(_numbered(unit_ranks(activation, norms, scores, settings.group_size), number))
+        for count in decision.static_sets if ranks else ():
+            # First in the order of choice, whatever their scores.
+            place = jnp.argsort(views[-1].whole())
+            found = unit_ranks(activation, norms, jnp.where(place < count, jnp.inf, scores), 1)
+            recorded[0].update(_numbered({f"static{count}_": found["wanted"]}, number))
     return result_shape(match.down, parts.down["rows"].filled(result)), recorded
 
 

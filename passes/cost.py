@@ -26,9 +26,24 @@ FIXED_BYTES = {"cpu": 1 << 20, "gpu": 4 << 20, "tpu": 4 << 20}
 
 
 def bytes_read(
-    match: VocabMatch | FfnMatch, settings: Vocab | Ffn, count: int, tokens: int, computed: int, shards: int = 1
+    match: VocabMatch | FfnMatch,
+    settings: Vocab | Ffn,
+    count: int,
+    tokens: int,
+    computed: int,
+    shards: int = 1,
+    static: int = 0,
 ) -> tuple[int, int]:
-    """Bytes per execution on one device: of the predictor (and norms), and of the rows computed exactly."""
+    """Bytes per execution on one device: of the predictor (and norms), and of the rows computed exactly.
+
+    Args:
+      match, settings: the site.
+      count: rows, or groups of units, that each token may have of those predicted.
+      tokens: of one execution.
+      computed: rows computed exactly, those that always are included.
+      shards: over how many devices it is.
+      static: units that are always computed.
+    """
     spec = settings.spec
     if isinstance(match, VocabMatch):
         product = match.product
@@ -52,6 +67,7 @@ def bytes_read(
         active=count,
         group_size=settings.group_size,
         norms="norms" in down_forms(region, settings),
+        static=static,
     )
     total += sum(moments_bytes(up[0]) for up, read in zip(ups, forms, strict=True) if "moments" in read)
     total += sum(bounded_moments_bytes(up[0]) for up, read in zip(ups, forms, strict=True) if "bounded_moments" in read)

@@ -57,6 +57,7 @@ class Site:
       rows: of a sharded vocabulary, how its rows are distributed over devices, and why.
       rungs: of a certified site the sizes that it may take, ``computed`` being the largest, and last its dense form; of
         layers with sizes of their own those of each, one after the other. ``Sparsified.with_rungs`` counts them.
+      static: hidden units that are always computed and never predicted; ``computed`` has them.
     """
 
     kind: str
@@ -79,6 +80,7 @@ class Site:
     placed: str = ""
     rows: str = ""
     rungs: tuple[Rung, ...] = ()
+    static: int = 0
 
 
 @dataclass(frozen=True)
@@ -142,6 +144,7 @@ class Decision:
         stay in it, and all that reads them minds it. ``"candidates"``, ``"logits"``: these are sent back to where their
         rows lay. Empty where rows are contiguous blocks.
       smaller: of a certified site, fewer than ``count``, ascending: the smallest that will do is taken.
+      static: units that are always computed, the first that are packed; ``count`` is of the others.
     """
 
     match: VocabMatch | FfnMatch
@@ -154,6 +157,7 @@ class Decision:
     levels: Levels | None = None
     cyclic: Literal["", "kept", "candidates", "logits"] = ""
     smaller: tuple[int, ...] = ()
+    static: int = 0
 
     @property
     def rungs(self) -> tuple[int, ...]:

@@ -60,6 +60,14 @@ class Regrouped:
     order: Order
 
 
+@dataclass(frozen=True)
+class Predicted:
+    """A packed form of the rows that are predicted: all but the first ``static``, which are always computed."""
+
+    form: Any
+    static: int
+
+
 class Measurement(Protocol):
     """What was measured of one site."""
 
@@ -70,8 +78,11 @@ class Measurement(Protocol):
     def order_for(self, settings: Vocab | Ffn) -> Order | None:
         """The order in which the units of groups of this size are neighbours; None for that they have."""
 
-    def choose(self, settings: Vocab | Ffn) -> Chosen:
-        """What a site with these settings should have where they state nothing."""
+    def static_sets(self) -> tuple[Order | None, tuple[int, ...]]:
+        """The order of a block's units by how often they fire, and how many of the first may be always computed."""
+
+    def choose(self, settings: Vocab | Ffn, static: bool) -> Chosen:
+        """What a site with these settings should have where they state nothing; ``static``: some units always."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +96,7 @@ class Chosen:
       sizes: where weights are stacked, that of each layer, int ``[*stack]``; ``size`` is the largest.
       needs: of a certified site, how many tokens were seen to need 1, 2, ... rows (or groups), ``[*stack, n]``; None
         where that was not measured with its predictor.
+      static: units that are always computed, the first in the order of ``static_sets``; ``size`` is of the others.
     """
 
     predictor: PredictorSpec | None
@@ -92,6 +104,7 @@ class Chosen:
     how: str
     sizes: np.ndarray | None = None
     needs: np.ndarray | None = None
+    static: int = 0
 
 
 # Of a match and the names of its weights, what was measured.
@@ -113,11 +126,20 @@ def unmeasured(settings: Vocab | Ffn, measurement: Measurement | None) -> str | 
     return None
 
 
-def with_choices(settings: Vocab | Ffn, measurement: Measurement | None, units: int) -> tuple[Vocab | Ffn, Chosen]:
-    """Settings with the predictor and size a calibration chose where they state none, and what it chose."""
+def with_choices(
+    settings: Vocab | Ffn, measurement: Measurement | None, units: int, static: bool
+) -> tuple[Vocab | Ffn, Chosen]:
+    """Settings with the predictor and size a calibration chose where they state none, and what it chose.
+
+    Args:
+      settings: what the user states.
+      measurement: what the calibration says; None without one.
+      units: rows, or hidden units, there are.
+      static: whether some units may be always computed.
+    """
     if measurement is None:
         return dataclasses.replace(settings, predictor=settings.spec), Chosen(None, None, "")
-    chosen = measurement.choose(settings)
+    chosen = measurement.choose(settings, static)
     stated = settings.candidates if isinstance(settings, Vocab) else settings.active
     settings = dataclasses.replace(settings, predictor=chosen.predictor or settings.spec)
     if stated is not None or chosen.size is None:

@@ -8,7 +8,7 @@ from typing import Any
 from hire_xform.passes.decisions import Need, PackKey
 from hire_xform.passes.detect import FfnMatch, VocabMatch, up_rows, vocab_rows
 from hire_xform.passes.forms import Proving, down_forms, up_forms, vocab_forms
-from hire_xform.passes.measured import Fitted, Inputs, Measurement, Order, Regrouped, takes_inputs
+from hire_xform.passes.measured import Fitted, Inputs, Measurement, Order, Predicted, Regrouped, takes_inputs
 from hire_xform.passes.parts import is_cut
 from hire_xform.passes.provenance import Origin, Recipe, Stack
 from hire_xform.passes.settings import Ffn, Vocab
@@ -29,13 +29,17 @@ def needs_of(
     inputs: Sequence[Inputs] | None,
     shards: int,
     order: Order | None,
+    static: int = 0,
 ) -> tuple[Need, ...]:
     """The packed forms of a site, in the order of ``Decision.needs``."""
 
     def needs(recipe: Recipe, forms: list[Any], origin: Origin, columns: int, number: int = 0) -> list[Need]:
         fitted = (settings.spec, Proving(settings.spec))
+        predicting = [form in fitted for form in forms]
         if inputs is not None and takes_inputs(settings.spec):
             forms = [Fitted(form, inputs[number]) if form in fitted else form for form in forms]
+        if static:
+            forms = [Predicted(form, static) if own else form for form, own in zip(forms, predicting, strict=True)]
         if order is not None:
             forms = [Regrouped(form, order) for form in forms]
         # Rows lie as they are, each device's part of them together; all else is made of each part by itself.
@@ -59,10 +63,22 @@ def needs_of(
 
 def order_of(match: VocabMatch | FfnMatch, settings: Vocab | Ffn, measurement: Measurement | None) -> Order | None:
     """The order that a block's units are packed in, where its groups are of units that fire together."""
-    if isinstance(match, VocabMatch) or measurement is None or settings.certify or match.region.own is not None:
-        return None
-    weights = [(up_rows(up), up.product.origin) for up in match.region.ups] + [(match.down_rows(), match.down.origin)]
-    stacks = {tuple(s.size for s in recipe.steps if isinstance(s, Stack)) for recipe, _ in weights}
-    if len(stacks) > 1 or any(is_cut(origin.refs) for _, origin in weights):
+    if measurement is None or not may_reorder(match, settings):
         return None
     return measurement.order_for(settings)
+
+
+def may_reorder(match: VocabMatch | FfnMatch, settings: Vocab | Ffn) -> bool:
+    """Whether the units of a site may be packed in another order."""
+    if isinstance(match, VocabMatch) or settings.certify or match.region.own is not None:
+        return False
+    weights = [(up_rows(up), up.product.origin) for up in match.region.ups] + [(match.down_rows(), match.down.origin)]
+    stacks = {tuple(s.size for s in recipe.steps if isinstance(s, Stack)) for recipe, _ in weights}
+    return len(stacks) == 1 and not any(is_cut(origin.refs) for _, origin in weights)
+
+
+def may_be_static(match: VocabMatch | FfnMatch, settings: Vocab | Ffn) -> bool:
+    """Whether some units of a site may be always computed: of those that zeros tell apart, and that are no groups."""
+    if not isinstance(match, FfnMatch) or not isinstance(settings, Ffn) or settings.group_size > 1:
+        return False
+    return match.region.zeroing and may_reorder(match, settings)

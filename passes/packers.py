@@ -25,7 +25,7 @@ from hire_xform.passes.decisions import PackKey
 from hire_xform.passes.forms import Proving
 from hire_xform.passes.levels import Levels
 from hire_xform.passes.manual import mesh_here, under_automatic_axes
-from hire_xform.passes.measured import Fitted, Regrouped
+from hire_xform.passes.measured import Fitted, Predicted, Regrouped
 from hire_xform.passes.recipe import Cyclic, Recipe, Root, Stack, Step
 from hire_xform.passes.shards import Names, as_automatic, names_of, placed_rows, stacks_of
 
@@ -158,10 +158,11 @@ class RegroupedForm:
 def _regrouped(recipe: Recipe, form: Any, leaf: Any, order: Any, *given: Any) -> Any:
     if form == "order":
         return order
+    static, form = (form.static, form.form) if isinstance(form, Predicted) else (0, form)
     make = functools.partial(_fit, form.form) if given else functools.partial(_finish, form)
 
     def one(rows: Any, order: Any, *given: Any) -> Any:
-        return make(rows[order], *given)
+        return make(rows[order[static:]], *given)
 
     for _ in range(order.ndim - 1):
         one = jax.vmap(one)
@@ -172,6 +173,8 @@ def bare_form(form: Any) -> Any:
     """A form without the arrays that it is made with, which the packer is given."""
     if isinstance(form, Regrouped):
         return RegroupedForm(bare_form(form.form))
+    if isinstance(form, Predicted):
+        return Predicted(bare_form(form.form), form.static)
     return FittedForm(form.form) if isinstance(form, Fitted) else form
 
 
@@ -179,6 +182,8 @@ def given_to(form: Any) -> tuple[Any, ...]:
     """Those arrays."""
     if isinstance(form, Regrouped):
         return (form.order.units, *given_to(form.form))
+    if isinstance(form, Predicted):
+        return given_to(form.form)
     return (form.inputs.covariance,) if isinstance(form, Fitted) else ()
 
 

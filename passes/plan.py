@@ -13,7 +13,7 @@ from hire_xform.passes.cost import FIXED_BYTES, ROW_COST
 from hire_xform.passes.decisions import Decision, Plan, Refusal, Rung, Site
 from hire_xform.passes.detect import Detection, FfnMatch, VocabMatch, vocab_rows
 from hire_xform.passes.measured import Measure, Measurement, unmeasured, with_choices
-from hire_xform.passes.needs import needs_of, order_of, stack_need
+from hire_xform.passes.needs import may_be_static, needs_of, order_of, stack_need
 from hire_xform.passes.parts import parts_of_rows
 from hire_xform.passes.provenance import Root
 from hire_xform.passes.settings import Choice, Ffn, Vocab
@@ -79,7 +79,8 @@ def _decide(
     settings = choice.settings
     if settings is None:
         return choice.reason
-    settings, chosen = with_choices(settings, measurement, match.units)
+    may_have_static = placement is None and may_be_static(match, settings)
+    settings, chosen = with_choices(settings, measurement, match.units, may_have_static)
     if (why := unmeasured(settings, measurement)) is not None:
         return why
     if not match.node.scope.iterations:
@@ -132,12 +133,16 @@ def _decide(
     # From here on of one device, which has its share of the units, and of the tokens where data is sharded too.
     here = tokens if placement is None else tokens // placement.size(placement.tokens)
     count = -(-count // shards)
-    selection = choose(here, units // shards // computed_each, count)
-    computed = selection.rows_read(here) * computed_each
+    static = chosen.static
+    groups = (units // shards - static) // computed_each
+    selection = choose(here, groups, count)
+    computed = selection.rows_read(here) * computed_each + static
     iterations = match.node.scope.iterations
     order = None if placement is not None else order_of(match, settings, measurement)
+    if static and measurement is not None:
+        order = measurement.static_sets()[0]
     told_more = "" if order is None else f"; {order.how}"
-    read = Reading(match, settings, here, units // shards // computed_each, computed_each, shards)
+    read = Reading(match, settings, here, groups, computed_each, shards, static)
     sizes = sizes_of(read, chosen if placement is None else UNCHOSEN, count)
     predicted, exact = sizes.predicted, sizes.exact
     sparse = (predicted + exact) * iterations * shards
@@ -167,12 +172,15 @@ def _decide(
         shards=shards,
         placed="" if placement is None else str(placement),
         rungs=tuple(Rung(r.computed * shards, r.bytes * shards, r.share) for r in sizes.rungs),
+        static=static,
     )
-    needs = needs_of(match, settings, None if measurement is None else measurement.inputs, shards, order)
+    needs = needs_of(match, settings, None if measurement is None else measurement.inputs, shards, order, static)
     if sizes.levels is not None:
         needs = (*needs, stack_need(match, sizes.levels))
     bits = input_bits(match, platform) or ALL_BITS
-    return Decision(match, site, settings, count, needs, bits, placement, sizes.levels, smaller=sizes.smaller)
+    return Decision(
+        match, site, settings, count, needs, bits, placement, sizes.levels, smaller=sizes.smaller, static=static
+    )
 
 
 def _over(placement: Placement | None) -> str:

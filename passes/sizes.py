@@ -33,6 +33,7 @@ class Reading:
       groups: rows, or groups of units, to choose from.
       group_size: units in one.
       shards: over how many devices the site is.
+      static: units that are always computed, and not chosen from.
     """
 
     match: VocabMatch | FfnMatch
@@ -41,10 +42,11 @@ class Reading:
     groups: int
     group_size: int
     shards: int
+    static: int = 0
 
     def rows(self, count: int) -> int:
         """Rows computed exactly, where that is the site's one size."""
-        return choose(self.tokens, self.groups, count).rows_read(self.tokens) * self.group_size
+        return choose(self.tokens, self.groups, count).rows_read(self.tokens) * self.group_size + self.static
 
     def rows_of(self, ladder: Sequence[int]) -> list[int]:
         """The same of each of several sizes."""
@@ -53,7 +55,8 @@ class Reading:
 
     def bytes(self, count: int) -> tuple[int, int]:
         """Bytes of the predictor, and of the rows of one size."""
-        return bytes_read(self.match, self.settings, count, self.tokens, self.rows(count), self.shards)
+        rows = self.rows(count)
+        return bytes_read(self.match, self.settings, count, self.tokens, rows, self.shards, self.static)
 
     def exact(self, rows: int) -> int:
         """Bytes of so many rows."""

@@ -50,6 +50,7 @@ def site_signature(decision: Decision) -> Any:
     settings = (
         decision.settings,
         decision.rungs,
+        decision.static,
         decision.levels,
         len(decision.needs),
         decision.site.tokens,
@@ -247,6 +248,7 @@ def flat_block(decision: Decision, match: FfnMatch, parts: FfnParts, shards: int
         active=decision.count,
         group_size=settings.group_size,
         out_dtype=match.down.out.aval.dtype,
+        static=decision.static,
     )
     return parts.down["rows"].filled(result)
 

@@ -485,7 +485,7 @@ def test_files_that_can_not_be_used_are_refused_with_the_reason(made, tmp_path):
     refused(content[:-7], "truncated")
     refused(content[:3], "truncated")
     refused(b"", "truncated")
-    refused(content.replace(b'"version":"3"', b'"version":"2"'), "format version 2.*reads 3")
+    refused(content.replace(b'"version":"4"', b'"version":"2"'), "format version 2.*reads 4")
     refused(content.replace(b"hire_xform.calibration", b"another_xx.calibration"), "no calibration")
     refused(content.replace(b"criterion", b"critorion"), "damaged")
     length = struct.unpack("<Q", content[:8])[0]
