@@ -177,7 +177,8 @@ def _ffn(
     settings = decision.settings
     assert isinstance(settings, Ffn)
     recorded[0].update(unit_totals(activation, norms, settings.group_size))
-    if settings.group_size > 1 and not ranks:
+    # Groups that the model itself keeps stay what they are.
+    if settings.group_size > 1 and not ranks and match.region.own is None:
         recorded[0]["together"] = cofiring(activation != 0 if match.region.zeroing else jnp.abs(activation) * norms)
     for number, (way, own) in enumerate(ways if ranks else ()):
         settings = way.settings

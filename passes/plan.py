@@ -79,6 +79,7 @@ def _decide(
     settings = choice.settings
     if settings is None:
         return choice.reason
+    settings = _in_own_groups(match, settings)
     may_have_static = placement is None and may_be_static(match, settings)
     settings, chosen = with_choices(settings, measurement, match.units, may_have_static)
     if (why := unmeasured(settings, measurement)) is not None:
@@ -110,9 +111,6 @@ def _decide(
                 'allow it with activations="any"'
             )
         own = match.region.own
-        if own is not None and own.group > 1 and settings.group_size == 1:
-            # The model keeps whole groups; so do we.
-            settings = dataclasses.replace(settings, group_size=own.group)
         if own is not None and settings.group_size % own.group:
             return (
                 f"group_size={settings.group_size} is no multiple of the {own.group} units that the model itself keeps "
@@ -181,6 +179,14 @@ def _decide(
     return Decision(
         match, site, settings, count, needs, bits, placement, sizes.levels, smaller=sizes.smaller, static=static
     )
+
+
+def _in_own_groups(match: VocabMatch | FfnMatch, settings: Vocab | Ffn) -> Vocab | Ffn:
+    """Settings that choose the groups that the model itself keeps, where they state none."""
+    own = match.region.own if isinstance(match, FfnMatch) else None
+    if own is None or own.group == 1 or not isinstance(settings, Ffn) or settings.group_size > 1:
+        return settings
+    return dataclasses.replace(settings, group_size=own.group)
 
 
 def _over(placement: Placement | None) -> str:

@@ -163,3 +163,21 @@ def test_sums_and_maxima_over_groups():
     groups = np.asarray(values).reshape(3, 4, 6)
     np.testing.assert_allclose(over_groups(values, 6, False), np.repeat(groups.sum(-1), 6, -1), rtol=1e-5)
     np.testing.assert_array_equal(over_groups(values, 6, True), np.repeat(groups.max(-1), 6, -1))
+
+
+def test_groups_of_the_model_are_calibrated_as_they_are():
+    held = weights()
+    dense = plain_block(CHOICES["energy"])
+    given = [(held, tokens(4))] * 2
+    config = hx.Config(rules=FORCE)
+    calibration = hx.calibrate(dense, given, config=config, predictors=[hx.Quantized(8)])
+    (measured,) = calibration.sites.values()
+    assert (measured.group_size, measured.order) == (G, None)
+    (site,) = hx.sparsify(dense, config=config, calibration=calibration).trace(*given[0]).plan.sites
+    assert site.calibrated.startswith("calibrated: ")
+    # In a function of the same weights without the top-k they are not made other groups of, either.
+    same = hx.sparsify(
+        plain_block(jax.nn.relu), config=hx.Config(ffn=hx.Ffn(group_size=G), rules=FORCE), calibration=calibration
+    )
+    (site,) = same.trace(*given[0]).plan.sites
+    assert "neighbours" not in site.calibrated
