@@ -31,7 +31,7 @@ from jax import lax
 
 from hire_xform.lowering.predictors import Packed, Quantized, fine_scores, pack_predictor, unpacked_rows
 
-__all__ = ["ScoresWithBounds", "U", "norm", "pack_bounds", "quantized_scores", "slack", "tiny"]
+__all__ = ["ScoresWithBounds", "U", "norm", "pack_bounds", "product_error", "quantized_scores", "slack", "tiny"]
 
 # Half of f32's last place.
 U = 2.0**-24
@@ -41,6 +41,21 @@ def slack(d: int, input_bits: int = 24) -> float:
     """The relative rounding of a product of ``d`` terms and of a score, to be multiplied by both norms."""
     inputs = 2.1 * 2.0**-input_bits if input_bits < 24 else 0.0
     return 1.02 * (d + 2.0 * d**0.5 + 48.0) * U + inputs
+
+
+def product_error(terms: jax.Array, d: int, input_bits: int = 24) -> jax.Array:
+    """How far two products of the same ``d`` terms can be from each other, whatever the order of their sums.
+
+    Either is within ``d u / (1 - d u)`` of the exact one, times the sum of the terms' magnitudes; that is less than the
+    product of the norms, and known where the row is read. It holds for one that is subtracted from what was computed.
+
+    Args:
+      terms: that sum, computed in f32.
+      d: how many terms.
+      input_bits: significant bits that the dense product keeps of its f32 inputs.
+    """
+    inputs = 2.1 * 2.0**-input_bits if input_bits < 24 else 0.0
+    return 2.0 * ((1.02 * (d + 16.0) * U + inputs) * terms + tiny(d))
 
 
 def tiny(d: int) -> float:

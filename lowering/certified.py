@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from hire_xform.lowering.bounds import ScoresWithBounds
+from hire_xform.lowering.bounds import ScoresWithBounds, product_error
 from hire_xform.lowering.goals import Goal, proved
 from hire_xform.lowering.goals_across import proved_across
 from hire_xform.lowering.predictors import PredictorSpec
@@ -159,31 +159,35 @@ class _Head:
         with jax.named_scope("predict"):
             found = scores_with_bounds(x, proof, self.spec, input_bits=self.input_bits)
 
-        def rung(number: int, index: Any, exact: Any, failed: Any) -> tuple[jax.Array, jax.Array]:
+        def products(index: jax.Array, magnitudes: bool = False) -> jax.Array:
+            out = jnp.promote_types(self.out_dtype, jnp.float32)
+            at = index + first_row
+            return select_rows_dot(x, rows, at, preferred_element_type=out, magnitudes=magnitudes)
+
+        def rung(number: int, index: Any, exact: Any, terms: Any, failed: Any) -> tuple[jax.Array, jax.Array]:
             """The first selection from this one on that will do, given the rows that are computed already."""
             if number == len(selections):
                 return dense(), lax.full_like(failed, number, jnp.int32)
             here, before = selections[number], selections[number - 1] if number else None
             if before is not None and here.size == before.size:
-                return rung(number + 1, index, exact, failed)
+                return rung(number + 1, index, exact, terms, failed)
             with jax.named_scope("select"):
                 more, fresh = _next_rows(found.upper, index, here, before)
             with jax.named_scope("compute"):
-                out = jnp.promote_types(self.out_dtype, jnp.float32)
-                added = select_rows_dot(x, rows, more + first_row, preferred_element_type=out)
-            index = more if index is None else jnp.concatenate([index, more], axis=-1)
-            exact = added if exact is None else jnp.concatenate([exact, added], axis=1)
+                exact = _joined(exact, products(more))
+                terms = _joined(terms, lax.stop_gradient(products(more, magnitudes=True)))
+            index = _joined(index, more)
             with jax.named_scope("prove"):
                 others = _without(found.upper, index)
-                error = jnp.take_along_axis(found.exact_error, jnp.broadcast_to(index, exact.shape), axis=1)
+                error = product_error(terms, x.shape[1], self.input_bits)
                 sure = jnp.all(self.proved(lax.stop_gradient(exact), error, others, index)) & fresh
             return lax.cond(
                 sure,
                 lambda: (self.logits(found, index, exact), lax.full_like(sure, number, jnp.int32)),
-                lambda: rung(number + 1, index, exact, sure),
+                lambda: rung(number + 1, index, exact, terms, sure),
             )
 
-        return rung(0, None, None, None)
+        return rung(0, None, None, None, None)
 
     def proved(self, exact: jax.Array, error: jax.Array, others: jax.Array, index: jax.Array) -> jax.Array:
         """For each token whether the goal is proved, bool ``[T]``."""
@@ -201,6 +205,10 @@ class _Head:
 def _at(index: jax.Array, values: jax.Array) -> tuple:
     """Where ``index`` points to in ``values [T, V]``."""
     return (slice(None), index) if index.ndim == 1 else (jnp.arange(values.shape[0])[:, None], index)
+
+
+def _joined(before: jax.Array | None, added: jax.Array) -> jax.Array:
+    return added if before is None else jnp.concatenate([before, added], axis=-1)
 
 
 def _without(upper: jax.Array, index: jax.Array) -> jax.Array:

@@ -95,6 +95,7 @@ def select_rows_dot(
     *,
     group_size: int = 1,
     preferred_element_type: jax.typing.DTypeLike | None = None,
+    magnitudes: bool = False,
 ) -> jax.Array:
     """``x @ rows[index].T`` with only those rows read.
 
@@ -104,6 +105,7 @@ def select_rows_dot(
       index: ``[K]`` or ``[T, K]`` int; counts groups of ``group_size`` rows. Must be in bounds.
       group_size: neighbours read as one slab, a divisor of ``n``.
       preferred_element_type: dtype of the result; None is the operands' common dtype. Sums run in f32 at least.
+      magnitudes: the same of ``|x|`` and of the rows' magnitudes.
 
     Returns:
       ``[T, K * group_size]``.
@@ -115,11 +117,12 @@ def select_rows_dot(
     common = jnp.result_type(x.dtype, rows.dtype)
     out_dtype = common if preferred_element_type is None else preferred_element_type
     common = _wide(common)
-    x = x.astype(common)
+    x = jnp.abs(x.astype(common)) if magnitudes else x.astype(common)
 
     def shared(x: jax.Array, index: jax.Array) -> jax.Array:
         def products(part: jax.Array) -> jax.Array:
-            out = skinny_dot(x, _slabs(rows, part, group_size).astype(common))
+            slabs = _slabs(rows, part, group_size).astype(common)
+            out = skinny_dot(x, jnp.abs(slabs) if magnitudes else slabs)
             return out.T.reshape(part.shape[0], group_size, x.shape[0])
 
         out = map_row_blocks(products, _block(rows, index, group_size), index)

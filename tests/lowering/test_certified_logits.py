@@ -8,8 +8,16 @@ import numpy as np
 import pytest
 from jax import lax
 
-from hire_xform.lowering import LowRank, Projected, Quantized, certified_logits, pack_proof, scores_with_bounds
-from hire_xform.lowering.bounds import norm
+from hire_xform.lowering import (
+    LowRank,
+    Projected,
+    Quantized,
+    certified_logits,
+    pack_proof,
+    scores_with_bounds,
+    select_rows_dot,
+)
+from hire_xform.lowering.bounds import norm, product_error
 
 V, D = 300, 48
 SPECS = [
@@ -99,6 +107,27 @@ def _bounded(x, proof, spec):
 
 def bounded(x, proof, spec):
     return [np.asarray(a, np.float64) for a in _bounded(x, proof, spec)]
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["f32", "bf16"])
+def test_the_rounding_of_computed_rows_is_bounded_by_their_terms(dtype):
+    """Sums in several orders, forwards one by one too, and rows whose terms cancel."""
+    sums = jax.jit(lambda terms: lax.scan(lambda total, term: (total + term, None), jnp.zeros(V), terms.T)[0])
+    for seed in range(4):
+        x, rows = trained_like(seed, dtype, scale=10.0 ** (seed - 2))
+        if seed % 2:
+            rows = rows.at[:, D // 2 :].set(-rows[:, : D // 2] * x[0, : D // 2] / x[0, D // 2 :])
+        index = jnp.arange(V)
+        size = select_rows_dot(x, rows, index, preferred_element_type=jnp.float32, magnitudes=True)
+        error = np.asarray(product_error(size, D), np.float64)[0]
+        terms = np.asarray(x, np.float64) * np.asarray(rows, np.float64)
+        np.testing.assert_allclose(size[0], np.abs(terms).sum(1), rtol=1e-5)
+        product = select_rows_dot(x, rows, index, preferred_element_type=jnp.float32)[0]
+        wide = x.astype(jnp.float32) * rows.astype(jnp.float32)
+        for found in (product, dense(x, rows)[0], sums(wide), sums(wide[:, ::-1])):
+            assert (np.abs(np.asarray(found, np.float64) - terms.sum(1)) <= error / 2).all()
+        # It is tighter than what is known of a row before it is read.
+        assert (error <= bounded(x, made(rows, SPECS[0]), SPECS[0])[2][0] * (1 + 1e-6)).all()
 
 
 @every_spec
