@@ -265,7 +265,9 @@ class Traced(Program):
     def packed_call(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The call's arguments as shapes, with abstract ``Packed`` weights."""
         where = self.call.where
-        plain, kwargs = self.call.rebuild([struct(a, s) for a, s in zip(self.call.avals, where, strict=True)])
+        held = [root is not None and root.kind in self._holdings for root in self.call.roots]
+        given = zip(self.call.avals, where, held, strict=True)
+        plain, kwargs = self.call.rebuild([_ABSENT if packed else struct(a, s) for a, s, packed in given])
         args = list(plain)
         for number in self.signature.weights:
             if f"arg{number}" not in self._holdings:

@@ -70,7 +70,10 @@ def _slabs(rows: jax.Array, index: jax.Array, group_size: int) -> jax.Array:
 
 
 def _gather(slabs: jax.Array, index: jax.Array) -> jax.Array:
-    return slabs.at[index].get(mode="promise_in_bounds")
+    slab = tuple(range(1, slabs.ndim))
+    numbers = lax.GatherDimensionNumbers(offset_dims=slab, collapsed_slice_dims=(0,), start_index_map=(0,))
+    starts = lax.expand_dims(index, (1,))
+    return lax.gather(slabs, starts, numbers, (1, *slabs.shape[1:]), mode=lax.GatherScatterMode.PROMISE_IN_BOUNDS)
 
 
 def _gather_where_they_lie(slabs: jax.Array, index: jax.Array) -> jax.Array:
@@ -81,9 +84,11 @@ def _gather_where_they_lie(slabs: jax.Array, index: jax.Array) -> jax.Array:
     """
 
     def in_two_steps(slabs: jax.Array, index: jax.Array) -> jax.Array:
-        halves = jnp.pad(index, (0, index.shape[0] % 2), mode="edge").reshape(2, -1)
-        _, taken = lax.scan(lambda carry, half: (carry, _gather(slabs, half)), None, halves)
-        return taken.reshape(-1, *taken.shape[2:])[: index.shape[0]]
+        count = index.shape[0]
+        if count % 2:
+            index = lax.concatenate([index, lax.slice_in_dim(index, count - 1, count)], 0)
+        _, taken = lax.scan(lambda carry, half: (carry, _gather(slabs, half)), None, index.reshape(2, -1))
+        return lax.slice_in_dim(lax.collapse(taken, 0, 2), 0, count)
 
     return lax.platform_dependent(slabs, index, tpu=in_two_steps, default=_gather)
 
@@ -198,9 +203,11 @@ def _walk_rows(h: jax.Array, rows: jax.Array, index: jax.Array, group_size: int)
         begins, share = one
         for slab in range(_ROWS_A_STEP):
             begin = lax.index_in_dim(begins, slab, keepdims=False)
-            taken = lax.dynamic_slice(rows, (begin, lax.full_like(begin, 0)), (group_size, d))
+            start = (begin, lax.full_like(begin, 0))
+            taken = lax.dynamic_slice(rows, start, (group_size, d), allow_negative_indices=False).astype(total.dtype)
             for row in range(group_size):
-                total = total + share[:, slab * group_size + row, None] * taken[row].astype(total.dtype)
+                at = slab * group_size + row
+                total = total + lax.slice_in_dim(share, at, at + 1, axis=1) * lax.slice_in_dim(taken, row, row + 1)
         return total, None
 
     # Inside a shard_map, zeros that vary over the manual axes that any operand does.

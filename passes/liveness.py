@@ -17,7 +17,7 @@ from hire_xform.passes.merge import Merged
 from hire_xform.passes.provenance import IndexSlice
 from hire_xform.passes.top_groups import TopGroups
 from hire_xform.passes.treatment import Treatment
-from hire_xform.passes.walk import Graph, Node, Operand, Scope, Value, carried_inputs
+from hire_xform.passes.walk import Frame, Graph, Node, Operand, Scope, Value, carried_inputs
 
 
 class Liveness:
@@ -41,6 +41,7 @@ class Liveness:
     def _scope(self, scope: Scope) -> list[Operand]:
         """Marks a scope backwards from its outputs; returns what it needs of the scopes around it, by index."""
         outward: list[Operand] = []
+        entered: set[Frame] = set()
         carry = carried_inputs(scope.node) if scope.kind in ("scan", "while") and scope.node is not None else []
         unchanging = [value.outer is not None for value in carry] + [False] * (len(scope.outputs) - len(carry))
         self._need(o for o, same in zip(scope.outputs, unchanging, strict=True) if not same)
@@ -48,10 +49,12 @@ class Liveness:
             # Loops are marked whether or not their results are read: their bodies may have effects.
             if node.eqn.effects or any(v in self.values for v in node.outputs):
                 self.nodes.add(node)
-                # The derivative rule of a custom call around it reads the call's own operands, weights included.
-                for frame in node.frame.ancestors():
-                    if frame.kind == "custom" and not frame.inline:
-                        self._need(frame.inputs)
+                if node.frame not in entered:
+                    entered.add(node.frame)
+                    # The derivative rule of a custom call around it reads the call's own operands, weights included.
+                    for frame in node.frame.ancestors():
+                        if frame.kind == "custom" and not frame.inline:
+                            self._need(frame.inputs)
                 if not node.children and node not in self._treatments:
                     self._need(node.inputs)
                     continue

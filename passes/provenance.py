@@ -210,6 +210,8 @@ class Provenance:
     def _mark_derived(self, node: Node) -> None:
         """Marks what is made of weights alone. Data may say which part of a weight is taken, and how it is scaled."""
         made_of = [v for v in node.inputs if isinstance(v, Value)]
+        if made_of and all(self._is_data(v) for v in made_of):
+            return
         if _picks_matrix(node):
             made_of = made_of[:1]
         elif any(_is_matrix(v) for v in made_of) and node.primitive not in _READS_BY_DATA:
@@ -221,6 +223,10 @@ class Provenance:
             how = f"{node.primitive} at {node.source}"
             for result in node.outputs:
                 self._derived[result] = how
+
+    def _is_data(self, value: Value) -> bool:
+        fixed = value in self._fixed or value in self._origins or value in self._derived
+        return not fixed and value.const is None
 
 
 # With one row of data these give data: a product, and the look-up of one token.

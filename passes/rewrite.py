@@ -88,7 +88,12 @@ class Rewriter:
                         self._call(item, env, views)
                 elif item in self.live.nodes:
                     contexts.enter(item.eqn)
-                    self._node(item, env, views)
+                    if item.children or item in self.treated:
+                        self._node(item, env, views)
+                    else:
+                        results = compat.bind(item.eqn, [read(env, o) for o in item.inputs])
+                        for value, result in zip(item.outputs, results, strict=True):
+                            env[value] = result
 
     def _node(self, node: Node, env: Env, views: Views) -> None:
         treatment = self.treated.get(node)

@@ -87,7 +87,10 @@ class Frame:
 
 @dataclass(eq=False, slots=True, repr=False)
 class Node:
-    """One equation that is not a call, with its operands and results as values; ``order`` is its place in its scope."""
+    """One equation that is not a call, with its operands and results as values.
+
+    ``order`` is its place in its scope, ``primitive`` the equation's own.
+    """
 
     eqn: Any
     frame: Frame
@@ -96,6 +99,11 @@ class Node:
     order: int
     outputs: list[Value] = field(default_factory=list)
     children: list[Scope] = field(default_factory=list)
+    primitive: Any = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Looks its primitive up once: every pass asks for it."""
+        self.primitive = self.eqn.primitive
 
     @property
     def scope(self) -> Scope:
@@ -110,11 +118,6 @@ class Node:
             if line != compat.UNKNOWN_SOURCE:
                 return line
         return compat.UNKNOWN_SOURCE
-
-    @property
-    def primitive(self) -> Any:
-        """Its primitive object."""
-        return self.eqn.primitive
 
     @property
     def inner(self) -> Scope:

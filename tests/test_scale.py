@@ -1,6 +1,8 @@
 """Deep models: functions are shared, and work grows with depth no faster than the model does."""
 
 import re
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -96,3 +98,40 @@ def test_a_packed_deep_model_holds_as_many_bytes_for_each_layer():
     assert sizes[2] - sizes[1] == sizes[1] - sizes[0]
     plain = sum(int(np.prod(a.shape)) * a.dtype.itemsize for a in jax.tree.leaves(deep(6)[1][0]))
     assert sizes[2] < 1.5 * plain
+
+
+def own_calls(run) -> int:
+    """Calls of this library's functions, generators and comprehensions while ``run`` runs."""
+    own = [str(Path(module.__file__).parent) for module in (hx, hx.passes, hx.lowering)]
+    files: dict[str, bool] = {}
+    count = 0
+
+    def called(frame, event, argument):
+        nonlocal count
+        if event == "call":
+            name = frame.f_code.co_filename
+            if name not in files:
+                files[name] = any(name.startswith(folder) for folder in own)
+            count += files[name]
+
+    before = sys.getprofile()
+    sys.setprofile(called)
+    try:
+        run()
+    finally:
+        sys.setprofile(before)
+    return count
+
+
+def test_python_grows_in_step_with_depth_and_is_little_for_an_equation():
+    """From plain function to lowered program; the first layer is the dear one, since the others share what it makes."""
+    counts, sizes = [], []
+    for depth in (4, 8, 16):
+        step, shapes = deep(depth)
+        sizes.append(equations(jax.make_jaxpr(step)(*shapes)))
+        counts.append(
+            own_calls(lambda step=step, shapes=shapes: hx.sparsify(step, config=narrow()).trace(*shapes).lower())
+        )
+    more, most = counts[1] - counts[0], counts[2] - counts[1]
+    assert most <= 2.05 * more
+    assert most <= 70 * (sizes[2] - sizes[1]), (counts, sizes)
