@@ -303,3 +303,42 @@ def test_what_can_not_be_bounded_is_refused():
     plan = hx.sparsify(fun, config=certified()).trace(weights(), tokens()).plan
     assert not plan.sites
     assert "no bounds of exp" in plan.refusals[0].reason
+
+
+@pytest.mark.slow
+def test_calibrated_layers_of_a_loop_have_sizes_of_their_own():
+    """The second layer's rows have one large entry each, where tokens are small: bounds are wide, or say nothing."""
+    loose = weights()
+    loose["gate"] = loose["gate"].at[0].multiply(60.0)
+    stack = jax.tree.map(lambda a, b: jnp.stack([a, b]), weights(), loose)
+
+    def layers(p, x):
+        return lax.scan(lambda x, w: (jnp.tanh(x + BLOCKS["gated_gemma"](w, x)).at[:, 0].multiply(1e-3), None), x, p)[0]
+
+    x = tokens(64).at[:, 0].multiply(1e-3)
+    cal = hx.calibrate(layers, [(stack, x)], config=certified(None), predictors=[hx.Quantized(8)])
+    (site,) = cal.sites.values()
+    few, many = site.sizes
+    assert few < many
+    step = hx.sparsify(layers, config=certified(None), calibration=cal)
+    traced = step.trace(stack, x[:1])
+    assert "each layer has its own" in traced.plan.sites[0].calibrated
+    packed, fallen = traced.pack(stack), 0
+    for i in range(64):
+        result, counts = step.with_fallbacks(packed, x[i : i + 1])
+        assert_same(result, layers(stack, x[i : i + 1]), 1e-4)
+        fallen += sum(int(n) for n in counts.values())
+    assert 0 < fallen < 64
+    assert fallen == site.curve().wanted[:, -1].sum()  # those that no size proves, as was measured
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gated_gemma", "gated_mask", "gated_scatter", "energy"])
+def test_tokens_of_all_sizes(name):
+    p, fallen = weights(), 0
+    for seed in range(150):
+        size, shift = np.random.default_rng(seed).uniform(-3, 3, 2)
+        result, fallbacks, dense = run(name, p, tokens(seed=seed) * 10.0**size + shift * (seed % 3 == 0))
+        assert_same(result, dense, 1e-4)
+        fallen += fallbacks
+    assert fallen < 15
