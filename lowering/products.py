@@ -37,10 +37,13 @@ def skinny_dot(x: jax.Array, rows: jax.Array) -> jax.Array:
       ``[T, n]`` in the accumulation dtype (f32, f64, or int32 for integers).
     """
     padded = _pad_to_two(x)
+    # Integers are exact: a precision that is asked for around is not theirs.
+    precision = lax.Precision.DEFAULT if jnp.issubdtype(rows.dtype, jnp.integer) else None
     out = lax.dot_general(
         rows,
         padded,
         (((1,), (1,)), ((), ())),
+        precision=precision,
         preferred_element_type=accumulation_dtype(x.dtype, rows.dtype),
     )
     return out[:, : x.shape[0]].T

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from jax.extend.core import primitives as prims
+from jax.lax import Precision
 
 from hire_xform.passes import compat
 from hire_xform.passes.pointwise import POINTWISE
@@ -264,3 +266,12 @@ def _has_products(jaxpr: Any) -> bool:
         eqn.primitive is prims.dot_general_p or any(_has_products(sub) for _, sub in compat.sub_jaxprs(eqn))
         for eqn in inner.eqns
     )
+
+
+def precision_asked(products: Iterable[Product]) -> str | None:
+    """The highest precision that some products ask for by name, as ``jax.default_matmul_precision`` takes it."""
+    asked: list[Precision] = []
+    for product in products:
+        stated = product.node.params["precision"]
+        asked += [p for p in (stated if isinstance(stated, (tuple, list)) else (stated,)) if isinstance(p, Precision)]
+    return next((p.name.lower() for p in (Precision.HIGHEST, Precision.HIGH) if p in asked), None)

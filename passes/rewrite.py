@@ -22,6 +22,7 @@ from hire_xform.passes.decisions import Decision, Need
 from hire_xform.passes.environment import Env, PackedView, Views, read
 from hire_xform.passes.liveness import Liveness
 from hire_xform.passes.merge import Merged, merge
+from hire_xform.passes.products import precision_asked
 from hire_xform.passes.provenance import IndexSlice
 from hire_xform.passes.splice import dense_rows, site_function, site_operands, site_signature
 from hire_xform.passes.splice_sharded import sharded_function
@@ -120,6 +121,7 @@ class Rewriter:
         key = site_signature(decision)
         if key not in self._calls:
             function = (site_function if decision.placement is None else sharded_function)(decision)
+            function = _as_precise(function, precision_asked(decision.match.products))
             function.__name__ = function.__qualname__ = f"hire_{decision.site.kind}"
             self._calls[key] = jax.jit(function)
         result = self._calls[key](site_operands(decision, lambda o: read(env, o)), seen)
@@ -313,3 +315,13 @@ def _with_own_derivative(
         return out, out_dot
 
     return wrapped(*operands)
+
+
+def _as_precise(function: Callable[..., Any], asked: str | None) -> Callable[..., Any]:
+    """A site's function, whose chosen rows are multiplied as precisely as its dense products ask to be."""
+
+    def precisely(operands: list[Any], views: list[PackedView]) -> Any:
+        with jax.default_matmul_precision(asked):
+            return function(operands, views)
+
+    return function if asked is None else precisely

@@ -26,7 +26,7 @@ from hire_xform.passes.environment import PackedView
 from hire_xform.passes.forms import down_forms, up_forms
 from hire_xform.passes.levels import Levels
 from hire_xform.passes.of_chosen import OfChosen
-from hire_xform.passes.products import Product
+from hire_xform.passes.products import Product, precision_asked
 from hire_xform.passes.region import Up, replay
 from hire_xform.passes.settings import Ffn, Vocab
 from hire_xform.passes.splice_certified import certified_function
@@ -56,6 +56,8 @@ def site_signature(decision: Decision) -> Any:
         decision.site.tokens,
         decision.placement,
         decision.cyclic,
+        decision.input_bits,
+        precision_asked(match.products),
     )
     if isinstance(match, VocabMatch):
         return "vocab", settings, _product_signature(match.product)
