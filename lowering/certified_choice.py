@@ -27,11 +27,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from hire_xform.lowering.bounds import norm, slack, tiny
+from hire_xform.lowering.bounds import norm, product_error, slack, tiny
 from hire_xform.lowering.intervals import Interval, rounded
 from hire_xform.lowering.moment_bounds import UnitMoments, bounded_moments
 from hire_xform.lowering.own_sparsity import Moments
 from hire_xform.lowering.predictors import PredictorSpec
+from hire_xform.lowering.products import skinny_dot
 from hire_xform.lowering.proofs import Proof, scores_with_bounds
 from hire_xform.lowering.proved_or_dense import proved_or_dense
 from hire_xform.lowering.rows import combine_rows
@@ -65,6 +66,10 @@ class Largest(NamedTuple):
 
 class Proving(Protocol):
     """What the model does to the units, on intervals; a hidden is ``[T, K]`` for each product into them."""
+
+    @property
+    def compares(self) -> bool:
+        """Whether units are compared, so that how far apart two dense products can be decides what is proved."""
 
     def score(
         self, hiddens: Sequence[Interval], sides: Sequence[jax.Array], gather: Gather, moments: Sequence
@@ -222,9 +227,13 @@ def _attempt(block: ChoiceBlock, o: ChoiceOperands) -> tuple[jax.Array, jax.Arra
     ]
     with jax.named_scope("compute"):
         hiddens = chosen_products(ups, index, block.group_size)
+        terms = [
+            chosen_products([up], index, block.group_size, magnitudes=True)[0] if close else None
+            for up, close in zip(ups, _bounded_closely(block, o), strict=True)
+        ]
     gather = gather_chosen(index, tokens, block.units, block.group_size)
     with jax.named_scope("prove"):
-        fallback = jnp.logical_not(_proved(block, o, bounded, hiddens, index, gather))
+        fallback = jnp.logical_not(_proved(block, o, bounded, hiddens, terms, index, gather))
 
     def sparse() -> jax.Array:
         own = [h.astype(up.dtype) for h, up in zip(hiddens, ups, strict=True)]
@@ -247,12 +256,13 @@ def _proved(
     o: ChoiceOperands,
     bounded: _Bounded,
     hiddens: list[jax.Array],
+    terms: list[jax.Array | None],
     index: jax.Array,
     gather: Gather,
 ) -> jax.Array:
     """Whether what is certified holds for every token, a bool scalar; a NaN proves nothing."""
     tokens, sides = o.xs[0].shape[0], lax.stop_gradient(o.sides)
-    exact, score = _exact(block, o, bounded, hiddens, gather)
+    exact, score = _exact(block, o, bounded, hiddens, terms, gather)
     others = _grouped(block, bounded.score.high)
     at = (slice(None), index) if index.ndim == 1 else (jnp.arange(tokens)[:, None], index)
     chosen = jnp.zeros(others.shape, bool).at[at].set(True, unique_indices=True, mode="promise_in_bounds")
@@ -268,13 +278,33 @@ def _proved(
     return proved & (o.largest_down < jnp.inf)
 
 
+def _bounded_closely(block: ChoiceBlock, o: ChoiceOperands) -> list[bool]:
+    """For each product whether computed units are bounded by their own terms: where the choice hangs on it."""
+    return [proof is not None and block.proving.compares for proof in o.proofs]
+
+
 def _exact(
-    block: ChoiceBlock, o: ChoiceOperands, bounded: _Bounded, hiddens: Sequence[jax.Array], gather: Gather
+    block: ChoiceBlock,
+    o: ChoiceOperands,
+    bounded: _Bounded,
+    hiddens: Sequence[jax.Array],
+    terms: Sequence[jax.Array | None],
+    gather: Gather,
 ) -> tuple[list[Interval], Interval]:
-    """What dense products of computed units can be, and their score."""
+    """What dense products of computed units can be, and their score.
+
+    Args:
+      block, o, bounded: the block.
+      hiddens: for each product the computed units, ``[T, K]``.
+      terms: the same of magnitudes; None where the norms' bound will do.
+      gather: brings what is known of all units to these.
+    """
     exact = []
-    for value, off, dtype in zip(lax.stop_gradient(hiddens), bounded.apart, block.up_dtypes, strict=True):
-        value, near = value.astype(jnp.float32), gather(off)
+    for x, value, own, off, dtype in zip(
+        o.xs, lax.stop_gradient(hiddens), lax.stop_gradient(terms), bounded.apart, block.up_dtypes, strict=True
+    ):
+        near = gather(off) if own is None else product_error(own, x.shape[1], block.input_bits)
+        value = value.astype(jnp.float32)
         exact.append(rounded(Interval(value - near, value + near), dtype))
     score = block.proving.score(exact, lax.stop_gradient(o.sides), gather, bounded.moments)
     return exact, score.map(lambda end: jnp.broadcast_to(end, exact[0].low.shape))
@@ -292,7 +322,11 @@ def groups_needed(block: ChoiceBlock, o: ChoiceOperands) -> tuple[jax.Array, jax
         return values
 
     sides, bounded = lax.stop_gradient(o.sides), _bounded(block, o)
-    exact, score = _exact(block, o, bounded, _dense_hiddens(block, o), all_units)
+    terms = [
+        skinny_dot(*(jnp.abs(a.astype(jnp.float32)) for a in (x, _own(block, rows, first)))) if close else None
+        for x, rows, first, close in zip(o.xs, o.rows, o.first_rows, _bounded_closely(block, o), strict=True)
+    ]
+    exact, score = _exact(block, o, bounded, _dense_hiddens(block, o), terms, all_units)
     upper = _grouped(block, bounded.score.high)
     largest = _largest(block.ranks, score, jnp.full_like(upper[:, :1], -jnp.inf))
     zero, settled = block.proving.settle(exact, sides, all_units, bounded.moments, largest)

@@ -59,6 +59,7 @@ _OTHERS = frozenset(
     }
 )
 _BOUNDED = frozenset({*_LOGIC, *_SLOPED, *_EXACT, *_ADDS, *_ROOTS, *_OTHERS, *COMPARES})
+_TESTS = frozenset({prims.eq_p, prims.ne_p, *COMPARES})
 _MOST_POWER = 4
 # A root or a quotient of what is taken from all units is not known where its bounds are further apart than this share.
 _APART = 1.0 / 16.0
@@ -99,6 +100,13 @@ class Bounded:
     """
 
     region: Region
+
+    @property
+    def compares(self) -> bool:
+        """Whether units are compared with each other, or with what is made of all of them."""
+        region = self.region
+        tests = (n for n, e in enumerate(region.exprs) if isinstance(e, Apply) and e.node.primitive in _TESTS)
+        return bool(ranks_of(region)) or any(region.varies[n] for n in tests)
 
     def score(
         self, hiddens: Sequence[Interval], sides: Sequence[Any], gather: Callable[[Any], Any], moments: Sequence[Any]
