@@ -29,6 +29,7 @@ from jax import lax
 
 from hire_xform.lowering.bounds import norm, product_error, slack, tiny
 from hire_xform.lowering.intervals import Interval, rounded
+from hire_xform.lowering.largest import largest_or_nan
 from hire_xform.lowering.moment_bounds import UnitMoments, bounded_moments
 from hire_xform.lowering.own_sparsity import Moments
 from hire_xform.lowering.predictors import PredictorSpec
@@ -210,7 +211,7 @@ def _bounded(block: ChoiceBlock, o: ChoiceOperands) -> _Bounded:
 
 def _grouped(block: ChoiceBlock, values: jax.Array) -> jax.Array:
     """The largest of each group of units, ``[T, units / group_size]``; of NaNs a NaN."""
-    return values.reshape(values.shape[0], -1, block.group_size).max(axis=-1)
+    return largest_or_nan(values.reshape(values.shape[0], -1, block.group_size), -1)
 
 
 def _attempt(block: ChoiceBlock, o: ChoiceOperands) -> tuple[jax.Array, jax.Array]:
@@ -266,7 +267,7 @@ def _proved(
     others = _grouped(block, bounded.score.high)
     at = (slice(None), index) if index.ndim == 1 else (jnp.arange(tokens)[:, None], index)
     chosen = jnp.zeros(others.shape, bool).at[at].set(True, unique_indices=True, mode="promise_in_bounds")
-    outside = jnp.max(jnp.where(chosen, -jnp.inf, others), axis=1, keepdims=True)
+    outside = largest_or_nan(jnp.where(chosen, -jnp.inf, others), 1, keepdims=True)
     largest = _largest(block.ranks, score, outside)
     zero, settled = block.proving.settle(exact, sides, gather, bounded.moments, largest)
     proved = jnp.all(zero | settled)

@@ -18,6 +18,7 @@ from jax import lax
 
 from hire_xform.lowering.bounds import norm
 from hire_xform.lowering.da_top_k import da_top_k
+from hire_xform.lowering.largest import largest_or_nan
 from hire_xform.lowering.predictors import PredictorSpec
 from hire_xform.lowering.proofs import Proof, scores_with_bounds
 from hire_xform.lowering.proved_or_dense import proved_or_dense
@@ -91,7 +92,7 @@ class CertifiedOperands(NamedTuple):
 
 def largest_norm(rows: jax.Array) -> jax.Array:
     """An upper bound of the norm of every row of ``[n, d]``, f32 scalar; NaN or infinite where an entry is."""
-    return jnp.max(norm(rows))
+    return largest_or_nan(norm(rows))
 
 
 def certified_ffn(block: CertifiedBlock, operands: CertifiedOperands) -> tuple[jax.Array, jax.Array]:
@@ -137,7 +138,7 @@ def upper_gate(block: CertifiedBlock, o: CertifiedOperands) -> jax.Array:
     hiddens: list[jax.Array | None] = [None] * len(xs)
     hiddens[block.gate] = _rounded_up(found.upper, block.up_dtypes[block.gate])
     gate = block.gate_value(hiddens, sides).astype(jnp.float32)
-    return jnp.broadcast_to(gate, (tokens, block.units)).reshape(tokens, groups, block.group_size).max(axis=-1)
+    return largest_or_nan(jnp.broadcast_to(gate, (tokens, block.units)).reshape(tokens, groups, block.group_size), -1)
 
 
 def _rung(block: CertifiedBlock, o: CertifiedOperands, gate: jax.Array, selections: Sequence[Selection]) -> jax.Array:
@@ -156,7 +157,7 @@ def _open_units(block: CertifiedBlock, o: CertifiedOperands, gate: jax.Array, se
     """The block of a selection that holds every open group."""
     with jax.named_scope("select"):
         # A shared set is of the groups that are open for any token: those with the largest bounds of all tokens.
-        wanted = jnp.max(gate, axis=0) if selection.mode == "shared" else gate
+        wanted = largest_or_nan(gate, 0) if selection.mode == "shared" else gate
         index = da_top_k(wanted, selection.size)[1]
     ups = [
         UpProduct(x=x, rows=rows, first_row=_start(rows, first, block), packed=None, spec=block.spec, dtype=dtype)
@@ -194,8 +195,8 @@ def _stays_finite(
     limit = smallest / 64.0
     others = [x for i, x in enumerate(xs) if i != block.gate]
     for x, size in zip(others, largest, strict=False):
-        yield jnp.max(norm(x)) * size < limit
+        yield largest_or_nan(norm(x)) * size < limit
     yield largest[-1] < jnp.inf
     for side in sides:
         if jnp.issubdtype(side.dtype, jnp.floating):
-            yield jnp.max(jnp.abs(side)) < limit
+            yield largest_or_nan(jnp.abs(side)) < limit

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from hire_xform.lowering.bounds import U
+from hire_xform.lowering.largest import largest_or_nan
 from hire_xform.lowering.own_sparsity import among_largest
 
 __all__ = ["Goal", "Nucleus", "TopSet", "candidates_needed", "fewest_candidates", "proved"]
@@ -73,10 +74,10 @@ def proved(
     """
     index = jnp.broadcast_to(index, exact.shape)
     if isinstance(goal, TopSet):
-        return _top_set(exact, error, jnp.max(others, axis=1), index, out_dtype, goal.k, others.shape[1])
+        return _top_set(exact, error, largest_or_nan(others, 1), index, out_dtype, goal.k, others.shape[1])
     if isinstance(goal, Nucleus):
         return _nucleus(exact, error, others, out_dtype, goal.eps)
-    return _arg_max(exact, error, jnp.max(others, axis=1), index, out_dtype)
+    return _arg_max(exact, error, largest_or_nan(others, 1), index, out_dtype)
 
 
 def _top_set(

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from hire_xform.lowering.goals import Goal, Nucleus, fewest_candidates, sum_rounding
+from hire_xform.lowering.largest import largest_or_nan
 
 __all__ = ["proved_across"]
 
@@ -53,7 +54,7 @@ def proved_across(
         return jnp.full(exact.shape[:1], candidates == rows)
     floor = _kth_largest(low, k, tuple(names))
     # What is not a candidate is not known to be A; nor is a NaN known to be below it.
-    unknown = jnp.logical_not(jnp.max(others, axis=1) < floor) | jnp.logical_not(finite)
+    unknown = jnp.logical_not(largest_or_nan(others, 1) < floor) | jnp.logical_not(finite)
     can = high >= floor[:, None]
     if k > 1:
         count = jnp.where(unknown, k + 1, jnp.sum(can, axis=1))

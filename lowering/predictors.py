@@ -173,9 +173,10 @@ def quantize(values: jax.Array, levels: int) -> tuple[jax.Array, jax.Array]:
     """
     values = values.astype(jnp.float32)
     peak = jnp.max(jnp.abs(values), axis=-1)
-    # A NaN poisons the maximum and an infinity fails the test, so either makes its own scale NaN and no other.
+    # Each element is tested: on CPU a maximum of many passes over NaNs.
     # Spelled in lax: each jnp.where, clip and round would be a function of its own to trace and lower at every site.
-    scale = lax.select(lax.is_finite(peak), peak / levels, lax.full_like(peak, jnp.nan))
+    finite = lax.reduce_and(lax.is_finite(values), (values.ndim - 1,))
+    scale = lax.select(finite, peak / levels, lax.full_like(peak, jnp.nan))
     usable = scale > 0.0
     divisor = lax.select(usable, scale, lax.full_like(scale, 1.0))[..., None]
     rounded = lax.round(values / divisor, lax.RoundingMethod.TO_NEAREST_EVEN)
