@@ -80,8 +80,10 @@ class Traced(Program):
         return distribute_rows(plan, self._read_as_they_are)
 
     def _read_as_they_are(self, plan: Plan) -> list[Root]:
-        """The weights that the program of a plan reads besides its packed forms."""
-        todo = treatments(self._detection, plan, lambda root: True, lambda key: True)
+        """The weights that the program of a plan reads besides its packed forms, lookups in cyclic rows being there."""
+        cyclic = {need.key.recipe.root for d in plan.decisions if d.cyclic for need in d.needs}
+        keys = {need.key for d in plan.decisions for need in d.needs}
+        todo = treatments(self._detection, plan, lambda root: root not in cyclic, lambda key: key in keys)
         needed = self._rewriter(todo).needed_inputs()
         return [root for root, read in zip(self.call.roots, needed, strict=True) if root is not None and read]
 

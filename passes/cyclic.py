@@ -198,7 +198,7 @@ def distribute_rows(plan: Plan, read_elsewhere: Callable[[Plan], Iterable[Root]]
             break
         for decision in back:
             del chosen[decision]
-            told[decision] = "its weight is read elsewhere as well, and would be held twice"
+            told[decision] = "its weight is read elsewhere as well, other than by id, and would be held twice"
     return _with(plan, chosen, told)
 
 

@@ -14,6 +14,7 @@ from hire_xform.passes import compat
 from hire_xform.passes.expand import may_follow_product, trace_region
 from hire_xform.passes.follow import Fate, follow
 from hire_xform.passes.layout import Layout, row_major, whole
+from hire_xform.passes.lookups import Lookup, find_lookups
 from hire_xform.passes.parts import is_cut, parts_of_rows
 from hire_xform.passes.pointwise import STEPS
 from hire_xform.passes.probe import Probe
@@ -132,6 +133,7 @@ class Detection:
     rejections: list[Rejection]
     products: list[Product]
     order: dict[Node, int]
+    lookups: list[Lookup]
 
 
 def detect(graph: Graph, provenance: Provenance) -> Detection:
@@ -170,7 +172,7 @@ def detect(graph: Graph, provenance: Provenance) -> Detection:
     rejections += [Rejection(item.node, None, item.reason) for item in loose]
     rejections.sort(key=lambda r: order[r.node])
     matches.sort(key=lambda m: order[m.node])
-    return Detection(matches, rejections, products, order)
+    return Detection(matches, rejections, products, order, find_lookups(graph, provenance))
 
 
 def _combined(vocabularies: list[tuple[Product, Fate]]) -> dict[Product, str]:

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from jax.extend.core import primitives as prims
 
 from hire_xform.passes import compat
+from hire_xform.passes.cyclic_lookups import CyclicLookup
 from hire_xform.passes.decisions import Decision
 from hire_xform.passes.detect import VocabMatch
 from hire_xform.passes.merge import Merged
@@ -77,6 +78,8 @@ class Liveness:
                 yield from ((o, None) for o in node.inputs)
             elif isinstance(treatment, Merged):
                 yield treatment.operand, None
+            elif isinstance(treatment, CyclicLookup):
+                yield from ((o, None) for o in node.inputs[1:])
             else:
                 yield treatment.product.x, None
             for need in treatment.needs:

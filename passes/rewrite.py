@@ -18,6 +18,7 @@ import numpy as np
 from hire_xform.lowering import mark_rung, proved_for
 from hire_xform.passes import compat, control
 from hire_xform.passes.certify import platforms_proved
+from hire_xform.passes.cyclic_lookups import CyclicLookup, look_up
 from hire_xform.passes.decisions import Decision, Need
 from hire_xform.passes.environment import Env, PackedView, Views, read
 from hire_xform.passes.liveness import Liveness
@@ -105,6 +106,9 @@ class Rewriter:
                     env[node.outputs[0]] = self._site(treatment, env, seen)
                 elif isinstance(treatment, Merged):
                     env.update(zip(node.outputs, merge(treatment, read(env, treatment.operand)), strict=True))
+                elif isinstance(treatment, CyclicLookup):
+                    operands = [read(env, o) for o in node.inputs[1:]]
+                    env[node.outputs[0]] = look_up(treatment, seen[0].whole(), operands)
                 elif isinstance(treatment, TopGroups):
                     env[node.outputs[0]] = top_groups_product(treatment, lambda o: read(env, o))
                 else:
@@ -241,6 +245,8 @@ def _signature(treatment: Treatment) -> Any:
         return *settings, treatment.site.tokens, treatment.placement, treatment.cyclic
     if isinstance(treatment, TopGroups):
         return treatment.active, treatment.group_size
+    if isinstance(treatment, CyclicLookup):
+        return "lookup", treatment.parts
     if isinstance(treatment, Merged):
         return "merged", treatment.k, treatment.vocab, treatment.placement, treatment.cyclic
     return "dense", treatment.contracted_first

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from hire_xform.passes.cyclic import other_rows
+from hire_xform.passes.cyclic_lookups import CyclicLookup, cyclic_lookups
 from hire_xform.passes.decisions import Decision, Need, PackKey, Plan
 from hire_xform.passes.detect import Detection
 from hire_xform.passes.merge import Merged, merged
@@ -35,7 +36,7 @@ class DenseRows:
         return self.product.node
 
 
-Treatment = Decision | DenseRows | TopGroups | Merged
+Treatment = Decision | DenseRows | TopGroups | Merged | CyclicLookup
 
 
 def treatments(
@@ -48,7 +49,7 @@ def treatments(
 
     A decision whose packed forms are not all there takes those of rows that lie otherwise. Where these are not there
     either, it is left out: its products are then dense. Dense products whose leaf is not there read packed rows
-    instead, where some fit.
+    instead, where some fit, and so do lookups.
     """
 
     def there(need: Need) -> bool:
@@ -61,8 +62,11 @@ def treatments(
             if one is not None and all(there(n) for n in one.needs):
                 found[one.node] = one
                 break
-    treated = {p for t in found.values() if isinstance(t, Decision) for p in t.match.products}
-    found.update((one.node, one) for one in merged([t for t in found.values() if isinstance(t, Decision)]))
+    decisions = [one for one in found.values() if isinstance(one, Decision)]
+    treated = {p for decision in decisions for p in decision.match.products}
+    found.update((one.node, one) for one in merged(decisions))
+    absent = [one for one in detection.lookups if not has_leaf(one.origin.recipe.root)]
+    found.update((one.node, one) for one in cyclic_lookups(absent, decisions))
     for product in detection.products:
         if product in treated or has_leaf(product.origin.recipe.root) or product.batched:
             continue

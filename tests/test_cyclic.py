@@ -270,6 +270,34 @@ def check_packed_weights_serve_programs_that_want_them_otherwise():
             assert largest_array(logits) < w["head"].nbytes  # what travels is no weight
 
 
+def check_an_embedding_that_is_the_head_too_is_held_once():
+    """It is looked up by id, in range or not, where its rows have been put."""
+
+    def tied(w, token):
+        table = w["table"].astype(jnp.float32)
+        x = table[token] + jnp.take(w["table"], token + 1, axis=0, mode="clip") + w["table"][token[0]]
+        x = x + jnp.take(w["table"], token * 20, axis=0, fill_value=0.25)
+        return jnp.argmax(jnp.tanh(x @ table.T), axis=-1), x
+
+    token = jnp.array([0, 7, V - 1, -3])
+    plain = {"table": weights()["head"].T}
+    mesh = mesh_of(4)
+    w = jax.tree.map(lambda a: jax.device_put(a, NamedSharding(mesh, P("model", None))), plain)
+    step = hx.sparsify(tied, config=full_width())
+    traced = step.trace(w, token)
+    assert "cyclically" in layout(traced.plan)
+    packed = traced.pack(w)
+    assert packed.nbytes < 2 * w["table"].nbytes
+    want = jax.jit(tied)(plain, token)
+    for got in (step(packed, token), step(w, token), jax.jit(step)(packed, token)):
+        assert_same(got, want)
+    ops = {c.op for c in collectives(jax.jit(step).lower(packed, token).compile())}
+    assert ops <= {"all-reduce", "all-gather"}  # what the rows would be put back by is an all-to-all
+    assert_same(step(packed, jnp.tile(token, 20)), jax.jit(tied)(plain, jnp.tile(token, 20)))
+    summed = hx.sparsify(lambda w, token: (tied(w, token)[0], w["table"].sum()), config=full_width()).trace(w, token)
+    assert "is read elsewhere as well" in layout(summed.plan)
+
+
 def check_under_scan_vmap_grad_and_jit():
     w, x = placed(mesh_of(4))
 
