@@ -16,7 +16,6 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDev
 
 from hire_xform.passes.detect import FfnMatch, VocabMatch, up_rows, vocab_rows
 from hire_xform.passes.manual import is_explicit
-from hire_xform.passes.parts import is_cut
 from hire_xform.passes.recipe import Recipe, Reshape, Root, Slice, Stack, Step, Transpose
 
 # Mesh axes, outermost first.
@@ -176,13 +175,13 @@ def place(match: VocabMatch | FfnMatch, leaf_of: Callable[[Root], Any], token_ax
         parts = [(match.product, vocab_rows(match))]
     else:
         parts = [(up.product, up_rows(up)) for up in match.region.ups] + [(match.down, match.down_rows())]
+    if any(scope.kind == "shard_map" for scope in match.node.scope.chain()):
+        return None  # of the program's own, which says what each device has
     found: set[Names] = set()
     meshes: list[Any] = []
     for product, recipe in parts:
         leaf = leaf_of(recipe.root)
         sharding = placement_of(leaf)
-        if is_cut(product.origin.refs):
-            return None  # it stands in a shard_map of the program's own
         if sharding is None:
             found.add(())
             continue

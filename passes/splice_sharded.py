@@ -17,7 +17,6 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from hire_xform.lowering import certified_ffn, from_cyclic, return_candidates
-from hire_xform.passes import compat
 from hire_xform.passes.canonical import canonical_activation, canonical_side, flat_activation, result_shape
 from hire_xform.passes.decisions import Decision
 from hire_xform.passes.detect import FfnMatch, VocabMatch
@@ -40,9 +39,6 @@ def sharded_function(decision: Decision) -> Callable[[list[Any], list[PackedView
         packed = [_packed_spec(view, placement) for view in views]
 
         def body(given: list[Any], views: list[PackedView]) -> Any:
-            if not certified:
-                # Everything is made to vary over the same axes: the program's own equations do not mix what does not.
-                given, views = jax.tree.map(lambda value: compat.vary(value, axes), (given, views))
             own = [_own_part(view, need.key.form, placement) for view, need in zip(views, decision.needs, strict=True)]
             if isinstance(match, VocabMatch):
                 part, rung = _logits(decision, match, given, own, placement)
@@ -58,7 +54,8 @@ def sharded_function(decision: Decision) -> Callable[[list[Any], list[PackedView
             mesh=mesh_here(placement.mesh),
             in_specs=(specs, packed),
             out_specs=(out, PartitionSpec(axes or None)) if certified else out,
-            check_vma=not certified,  # branches are of the same devices, which their types do not say
+            # The program's own equations do not mix what varies over other axes, nor do branches of one device's own.
+            check_vma=False,
         )
         if not certified:
             return result_shape(_product(match), mapped(given, views))

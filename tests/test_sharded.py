@@ -211,6 +211,19 @@ def check_a_shard_map_body_with_its_own_psum():
     assert [c.op for c in sent] == ["all-reduce"], sent
 
 
+def check_sharded_weights_that_a_shard_map_has_whole_on_every_device():
+    mesh = mesh_of(4)
+    w, x = placed(mesh)
+    fun = jax.shard_map(
+        lambda w, x: (block(w, x), x @ w["head"]), mesh=mesh, in_specs=(P(), P("model")), out_specs=P("model")
+    )
+    step = hx.sparsify(fun, config=full_width())
+    traced = step.trace(w, x)
+    assert kinds(traced.plan) == ["ffn", "vocab"]
+    for got in (step(w, x), step(traced.pack(w), x)):
+        assert_same(got, (block(weights(), tokens()), tokens() @ weights()["head"]))
+
+
 def check_all_logits_on_all_devices_move_what_dense_moves():
     mesh = mesh_of(4)
     w, x = placed(mesh)
@@ -276,6 +289,11 @@ def check_grad_vmap_scan_and_a_jit_around():
         assert_same(got, decode(weights(), tokens()))
         if types is EXPLICIT:
             assert got.sharding.spec == P("data", "model")
+            continue
+        # Told over which axis the batch is, each device has its own part of it, and of weights, alone.
+        each = jax.jit(jax.vmap(partial(single, step), in_axes=(None, 0), spmd_axis_name="data"))
+        assert_same(each(packed, x), decode(weights(), tokens()))
+        assert {c.op for c in collectives(each.lower(packed, x).compile())} == {"all-reduce"}
 
 
 def twice(step, packed, x):
