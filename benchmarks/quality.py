@@ -25,13 +25,14 @@ sys.path.insert(0, str(ROOT / "examples"))
 from finetune_tiny_lm import topk_forward  # noqa: E402
 from tiny_lm import model as lm  # noqa: E402
 
-INT8, HALF, QUARTER = hx.Quantized(8), hx.LowRank(0.5, bits=8), hx.LowRank(0.25, bits=8)
-# Name, predictor and candidates of the head, predictor of the blocks.
+CANDIDATES = 256
+INT8, FINE, QUARTER = hx.Quantized(8), hx.LowRank(0.75, bits=4), hx.LowRank(0.25, bits=8)
+# Name, predictor of the head, predictor of the blocks.
 PREDICTORS = (
-    ("int8", INT8, 256, INT8),
-    ("head rank d/2, blocks int8", HALF, 160, INT8),
-    ("head and blocks rank d/2", HALF, 256, HALF),
-    ("head rank d/4, blocks int8", QUARTER, 256, INT8),
+    ("int8", INT8, INT8),
+    ("head rank 3d/4 in 4 bits, blocks int8", FINE, INT8),
+    ("head and blocks rank 3d/4 in 4 bits", FINE, FINE),
+    ("head rank d/4 in 8 bits, blocks int8", QUARTER, INT8),
 )
 
 
@@ -111,11 +112,11 @@ def blocks_of(operands) -> list[str]:
     return [site.path for site in sites if site.kind == "ffn"]
 
 
-def configured(paths: list[str], model: Model, head: hx.Vocab, blocks, shares: tuple[float, ...]) -> hx.Config:
+def configured(paths: list[str], model: Model, head, blocks, shares: tuple[float, ...]) -> hx.Config:
     """Settings that give each block its share, at every site whatever its size."""
     sizes = [hx.Ffn(active=share, group_size=model.group_size, predictor=blocks) for share in shares]
     rules = (FORCE, *(hx.Rule(path, ffn=size) for path, size in zip(paths, sizes, strict=True)))
-    return hx.Config(vocab=head, ffn=sizes[0], rules=rules)
+    return hx.Config(vocab=hx.Vocab(candidates=CANDIDATES, predictor=head), ffn=sizes[0], rules=rules)
 
 
 def measure(fitting: np.ndarray, unseen: np.ndarray, console: Console) -> list[Row]:
@@ -139,15 +140,14 @@ def measure(fitting: np.ndarray, unseen: np.ndarray, console: Console) -> list[R
         cache = lm.init_cache(lm.config_of(model.params), batch=1, length=before.shape[1])
         operands = (model.params, cache, before[0], followed[0], taught[0])
         paths = paths or blocks_of(operands)
-        for name, head, candidates, blocks in PREDICTORS:
+        for name, head, blocks in PREDICTORS:
             key = id(model.params)
             if (head, blocks) != (INT8, INT8) and key not in calibrations:
-                asked = hx.Config(vocab=hx.Vocab(predictor=HALF), ffn=hx.Ffn(predictor=HALF))
+                asked = hx.Config(vocab=hx.Vocab(predictor=FINE), ffn=hx.Ffn(predictor=FINE))
                 batches = [(model.params, jnp.asarray(window[None])) for window in fitting]
                 calibrations[key] = hx.calibrate(lm.forward, batches, config=asked)
             for label, shares in model.sizes.items():
-                vocab = hx.Vocab(candidates=candidates, predictor=head)
-                config = configured(paths, model, vocab, blocks, shares)
+                config = configured(paths, model, head, blocks, shares)
                 step = hx.sparsify(score, config=config, calibration=calibrations.get(key))
                 plan = step.trace(*operands).plan
                 packed = step.trace(*operands).pack(model.params)
@@ -186,10 +186,10 @@ def page(rows: list[Row], positions: int, fitted: int) -> str:
         "Made by `make quality`; do not edit.",
         "",
         f"The bundled model, {positions:,} positions of held-out text, decoded a token at a time with at most 255 "
-        f"tokens before. {_candidates()}, other logits predicted. Dense-trained: single units are "
+        f"tokens before. {CANDIDATES} candidates in the head, other logits predicted. Dense-trained: single units are "
         "chosen; with *groups*: of 8 neighbouring units, as they happen to lie. Top-k-trained: "
         "`examples/finetune_tiny_lm.py` from the dense weights; groups of 8 units, "
-        f"{trained} of them by block in training. Low rank is in 8 bits, fitted to the inputs of other held-out text "
+        f"{trained} of them by block in training. Low rank is fitted to the inputs of other held-out text "
         f"({fitted:,} tokens, `hx.calibrate`).",
         "",
         "- *bytes*: weights read a token by head and blocks together, of the dense model's 16.8 MB in f32.",
@@ -221,13 +221,6 @@ def page(rows: list[Row], positions: int, fitted: int) -> str:
     return "\n".join(lines)
 
 
-def _candidates() -> str:
-    """How many rows of the head are computed exactly."""
-    usual = PREDICTORS[0][2]
-    others = "".join(f" ({count} with {name})" for name, _, count, _ in PREDICTORS if count != usual)
-    return f"{usual} candidates in the head{others}"
-
-
 def plots(rows: list[Row], folder: Path) -> None:
     """Loss added and greedy agreement, each against bytes read."""
     try:
@@ -246,7 +239,7 @@ def plots(rows: list[Row], folder: Path) -> None:
     for name, label, value, target in kinds:
         figure, axes = plt.subplots(figsize=(7, 4.2))
         styles = (("dense-trained", "--", "o"), ("dense-trained, groups", ":", "^"), ("top-k-trained", "-", "s"))
-        for i, (predictor, *_) in enumerate(PREDICTORS):
+        for i, (predictor, _, _) in enumerate(PREDICTORS):
             for model, style, marker in styles:
                 own = [r for r in rows if (r.model, r.predictor) == (model, predictor)]
                 own = sorted(own, key=lambda r: r.bytes)
