@@ -87,6 +87,8 @@ def main():
             print(f"  {name:8s} dense               {sent(jax.jit(dense), w, x)}")
             print(f"  {name:8s} one lax.top_k       {sent(jax.jit(of_all), packed, w, x)}")
             print(f"  {name:8s} DA-TOP-k            {sent(jitted, *operands)}")
+            jitted, operands = hx.sparsify(dense, config=hx.lossless(rules=config.rules)).program(w, x)
+            print(f"  {name:8s} certified           {sent(jitted, *operands)}")
 
 
 if __name__ == "__main__":
