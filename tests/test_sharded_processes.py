@@ -6,10 +6,11 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import test_sharded as one
-from checks import full_width
+from checks import FORCE, full_width
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import hire_xform as hx
@@ -37,6 +38,14 @@ def child(number, port, types):
         (own,) = logits.addressable_shards
         assert own.data.shape == (one.TOKENS, one.V // PROCESSES)
         np.testing.assert_allclose(np.asarray(own.data), want[own.index], rtol=1e-4, atol=1e-3)
+    # Rows of the head go to other processes when they are packed, and what is proved is proved of all.
+    head = np.asarray(one.tokens()) @ np.asarray(one.weights()["head"])
+    for config in (full_width(), hx.lossless(rules=FORCE)):
+        step = hx.sparsify(lambda w, x: jnp.argmax(x @ w["head"], axis=-1), config=config)
+        traced = step.trace(w, x)
+        assert "cyclically" in traced.explain()
+        best = step(traced.pack(w), x)
+        np.testing.assert_array_equal(np.asarray(best.addressable_data(0)), head.argmax(axis=-1))
 
 
 @pytest.mark.slow
