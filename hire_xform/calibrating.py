@@ -31,6 +31,7 @@ PREDICTORS: tuple[PredictorSpec, ...] = (
     LowRank(0.125, bits=8),
     LowRank(0.25, bits=8),
     LowRank(0.5, bits=8),
+    LowRank(0.75, bits=4),
     Projected(0.25, bits=8),
     Projected(0.5, bits=8),
 )
