@@ -29,7 +29,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from hire_xform.lowering.predictors import Packed, Quantized, fine_scores, pack_predictor, unpacked_rows
+from hire_xform.lowering.predictors import Packed, Quantized, pack_predictor, unpacked_rows
+from hire_xform.lowering.quantized import fine_scores
 
 __all__ = ["ScoresWithBounds", "U", "norm", "pack_bounds", "product_error", "quantized_scores", "slack", "tiny"]
 

@@ -42,17 +42,8 @@ from jax import lax
 from hire_xform.lowering.blocks import fold_row_blocks, map_row_blocks
 from hire_xform.lowering.bounds import ScoresWithBounds, U, norm, slack, tiny
 from hire_xform.lowering.factors import matmul, principal_directions, weighted_factors
-from hire_xform.lowering.predictors import (
-    CLIPS,
-    LowRank,
-    Projected,
-    closest,
-    factor_dtype,
-    fine_scores,
-    leading_directions,
-    pack_nibbles,
-    quantize,
-)
+from hire_xform.lowering.predictors import LowRank, Projected, factor_dtype, leading_directions
+from hire_xform.lowering.quantized import CLIPS, closest, fine_scores, pack_nibbles, quantize
 
 __all__ = ["coordinate_scores", "coordinate_shapes", "pack_coordinates"]
 

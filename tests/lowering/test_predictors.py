@@ -12,7 +12,7 @@ from hire_xform.lowering import (
     packed_shapes,
     predictor_bytes,
 )
-from hire_xform.lowering.predictors import _quantize_clipped, _unpack_nibbles, pack_nibbles, quantize
+from hire_xform.lowering.quantized import pack_nibbles, quantize, quantize_clipped, unpack_nibbles
 
 pack_predictor = jax.jit(lowering.pack_predictor, static_argnums=1)
 predict_scores = jax.jit(lowering.predict_scores, static_argnums=(2, 3))
@@ -74,7 +74,7 @@ def test_quantisation_error_is_half_a_step(normal):
     rows = normal((40, 16))
     for bits, levels in ((8, 127), (4, 7)):
         packed = pack_predictor(rows, Quantized(bits))
-        q = packed["q"] if bits == 8 else jnp.concatenate(_unpack_nibbles(packed["q"]), axis=1)
+        q = packed["q"] if bits == 8 else jnp.concatenate(unpack_nibbles(packed["q"]), axis=1)
         error = np.abs(q * packed["scale"][:, None] - rows).max(axis=1)
         assert (error <= 0.501 * np.abs(rows).max(axis=1) / levels).all()
 
@@ -82,7 +82,7 @@ def test_quantisation_error_is_half_a_step(normal):
 @pytest.mark.parametrize("d", [1, 2, 7, 16])
 def test_nibbles_round_trip(d):
     q = jnp.asarray(np.random.default_rng(0).integers(-7, 8, (9, d)), jnp.int8)
-    low, high = _unpack_nibbles(pack_nibbles(q))
+    low, high = unpack_nibbles(pack_nibbles(q))
     np.testing.assert_array_equal(jnp.concatenate([low, high], axis=1)[:, :d], q)
 
 
@@ -92,7 +92,7 @@ def test_many_blocks_give_what_one_block_gives(normal, monkeypatch):
         whole = predict_scores(x, pack_predictor(rows, spec), spec, 101)
         with monkeypatch.context() as patch:
             patch.setattr("hire_xform.lowering.predictors._PACK_BLOCK", 16)
-            patch.setattr("hire_xform.lowering.predictors._NIBBLE_BLOCK_BYTES", 14 * 8)
+            patch.setattr("hire_xform.lowering.quantized._NIBBLE_BLOCK_BYTES", 14 * 8)
             blocked = lowering.predict_scores(x, lowering.pack_predictor(rows, spec), spec, 101)
         # Eigenvectors may turn by rounding; the product they give may not, but for 8-bit steps.
         np.testing.assert_allclose(whole, blocked, atol=0.05 if spec == LowRank(5, bits=8) else 1e-4)
@@ -127,7 +127,7 @@ def test_of_four_bits_the_leading_directions_have_eight(make, normal):
 
 def test_large_entries_are_clipped_where_that_brings_a_row_closer(normal):
     for values in (normal((64, 128)), normal((64, 128)) ** 3):
-        q, scale = _quantize_clipped(values, 7)
+        q, scale = quantize_clipped(values, 7)
         r, peak = quantize(values, 7)
         clipped, unclipped = (jnp.sum((values - q * s[:, None]) ** 2, 1) for q, s in ((q, scale), (r, peak)))
         assert bool(jnp.all(clipped <= unclipped))
