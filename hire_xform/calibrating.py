@@ -74,10 +74,10 @@ def calibrate(
     feed-forward block the share of its units that are not zero that are chosen, and where units are never exactly zero,
     of its energy: the square of activation times norm of the down row. Each site gets the predictor, and the size, that
     reach it at the fewest weight bytes that one token reads. The logits of no candidate are the predictor's, of which
-    recall says nothing: to sample or to score, ask for ``max_kl``. Layers of one loop have sizes of their own, in branches of
-    the loop's body, where that saves enough; ``explain()`` says so. Units that fire for almost every token are always
-    computed, and have no predictor, where that saves 2 % or more of what a block reads: of blocks that leave zeros,
-    uncertified, whose units are not chosen in groups.
+    recall says nothing: to sample or to score, ask for ``max_kl``. Layers of one loop have sizes of their own, in
+    branches of the loop's body, where that saves enough; ``explain()`` says so. Units that fire for almost every token
+    are always computed, and have no predictor, where that saves 2 % or more of what a block reads: of blocks that leave
+    zeros, uncertified, whose units are not chosen in groups.
 
     A certified site gets up to three sizes, of which each input takes the smallest that will do: those with the fewest
     expected bytes, dense runs included. The largest proves that share of the tokens, and 99.9 % at least, of a head
