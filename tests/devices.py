@@ -7,7 +7,17 @@ import subprocess
 import sys
 import traceback
 
+import jax
+from jax.sharding import AxisType
+
 DEVICES = 8
+
+
+def mesh_of(model, data=1, types=AxisType.Auto):
+    """A mesh of some of the devices, with a data and a model axis."""
+    return jax.make_mesh(
+        (data, model), ("data", "model"), axis_types=(types,) * 2, devices=jax.devices()[: data * model]
+    )
 
 
 def outcomes(module, environment=None):

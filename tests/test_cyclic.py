@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from checks import FORCE, assert_same, full_width
 from collectives import collectives, largest_array
+from devices import mesh_of
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
@@ -22,12 +23,6 @@ D, V, TOKENS, K = 8, 40, 4, 3
 @pytest.fixture(scope="module")
 def found():
     return devices.outcomes(__name__)
-
-
-def mesh_of(model, data=1, types=AUTO):
-    return jax.make_mesh(
-        (data, model), ("data", "model"), axis_types=(types,) * 2, devices=jax.devices()[: data * model]
-    )
 
 
 def weights(vocab=V):

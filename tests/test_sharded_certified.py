@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from checks import FORCE, assert_same
 from collectives import collectives
+from devices import mesh_of
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
@@ -21,12 +22,6 @@ SPECS = {"up": P(None, "model"), "bias": P("model"), "down": P("model", None), "
 @pytest.fixture(scope="module")
 def found():
     return devices.outcomes(__name__)
-
-
-def mesh_of(model, data=1, types=AUTO):
-    return jax.make_mesh(
-        (data, model), ("data", "model"), axis_types=(types,) * 2, devices=jax.devices()[: data * model]
-    )
 
 
 def weights(bias=0.0):
