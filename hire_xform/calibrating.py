@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from typing import Any
 
@@ -17,6 +17,7 @@ from hire_xform.api import check_function
 from hire_xform.calibration import Calibration
 from hire_xform.choosing import chosen_for_cost
 from hire_xform.config import Config, Ffn, Rule, Vocab
+from hire_xform.errors import HireWarning
 from hire_xform.lowering import LowRank, PredictorSpec, Projected, Quantized
 from hire_xform.measuring import Measuring
 from hire_xform.passes.measured import takes_inputs
@@ -50,6 +51,7 @@ def calibrate(
     *,
     weights_argnums: int | Sequence[int] = 0,
     recall: float | None = None,
+    head_kl: float | None = 0.01,
     max_kl: float | None = None,
     max_loss_increase: float | None = None,
     loss: Callable[..., Any] | None = None,
@@ -73,11 +75,11 @@ def calibrate(
     Recall is, for a vocabulary projection, the share of tokens whose dense arg max is among the candidates; for a
     feed-forward block the share of its units that are not zero that are chosen, and where units are never exactly zero,
     of its energy: the square of activation times norm of the down row. Each site gets the predictor, and the size, that
-    reach it at the fewest weight bytes that one token reads. The logits of no candidate are the predictor's, of which
-    recall says nothing: to sample or to score, ask for ``max_kl``. Layers of one loop have sizes of their own, in
-    branches of the loop's body, where that saves enough; ``explain()`` says so. Units that fire for almost every token
-    are always computed, and have no predictor, where that saves 2 % or more of what a block reads: of blocks that leave
-    zeros, uncertified, whose units are not chosen in groups.
+    reach it at the fewest weight bytes that one token reads. Of the logits of no candidate, which are the predictor's,
+    recall says nothing: so a head's softmax has to be close as well, by ``head_kl``. Layers of one loop have sizes of
+    their own, in branches of the loop's body, where that saves enough; ``explain()`` says so. Units that fire for
+    almost every token are always computed, and have no predictor, where that saves 2 % or more of what a block reads:
+    of blocks that leave zeros, uncertified, whose units are not chosen in groups.
 
     A certified site gets up to three sizes, of which each input takes the smallest that will do: those with the fewest
     expected bytes, dense runs included. The largest proves that share of the tokens, and 99.9 % at least, of a head
@@ -96,6 +98,11 @@ def calibrate(
         neighbours as they are, and all units are predicted.
       weights_argnums: positions of the arguments that hold weights.
       recall: what the sizes are to reach, 0 < recall <= 1. Without any target 0.99.
+      head_kl: with a recall, the largest mean KL divergence, in nats a token, of the softmax of a head's sparse logits
+        from that of the dense ones; with ``fill="-inf"``, where that is infinite, of the dense ones from the sparse:
+        minus the logarithm of the mass that the candidates hold. None allows any, for greedy decoding, which reads the
+        arg max only. Not for certified heads. Where no predictor measured is within it, recall alone decides, and a
+        warning says so.
       max_kl: instead, the mean KL divergence, in nats a token, of the softmax of the sparse logits from that of the
         dense ones, as the vocabulary projection returns them; of several projections the largest. Both runs see the
         same arguments. For ``fill="predicted"``.
@@ -122,6 +129,8 @@ def calibrate(
         raise TypeError(f"calibrate: loss={loss!r}; expected a function, and max_loss_increase with it")
     if name == "max_kl" and any(isinstance(s, Vocab) and s.fill != "predicted" for s in _all_settings(config)):
         raise ValueError('calibrate: max_kl with fill="-inf", of which the KL divergence is infinite')
+    if head_kl is not None:
+        _checked_positive("head_kl", head_kl)
     if progress is not None and not isinstance(progress, bool):
         raise TypeError(f"calibrate: progress={progress!r}; expected True, False or None")
     certified = [s.certify for s in _all_settings(config)]
@@ -164,11 +173,12 @@ def calibrate(
     plain = _everywhere(config, _plainly)
     measured = measuring.predictors(_shown(batches, "predictors", show), plain, predictors, known)
     sites = {
-        path: site.chosen_for(value if name == "recall" else 0.99, name == "recall")
+        path: site.chosen_for(value, head_kl) if name == "recall" else site.chosen_for(0.99, static=False)
         for path, site in measured.sites.items()
     }
     found = Calibration(sites, f"{name} {value:g}", measured.batches)
     if name == "recall":
+        _warn_beyond(found)
         return found
     if name == "max_kl" and not any(site.kind == "vocab" for site in sites.values()):
         raise ValueError("calibrate: max_kl: the function has no vocabulary projection; expected another target")
@@ -183,11 +193,30 @@ def _checked_target(**targets: Any) -> tuple[str, float]:
     if len(given) > 1:
         raise TypeError(f"calibrate: {' and '.join(given)} are given; expected one of them")
     name, value = next(iter(given.items())) if given else ("recall", 0.99)
-    most = 1 if name == "recall" else math.inf
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= most or value == math.inf:
-        bound = "0 < recall <= 1" if name == "recall" else "more than 0"
+    if name == "recall":
+        return name, _checked_positive(name, value, 1.0, "0 < recall <= 1")
+    return name, _checked_positive(name, value)
+
+
+def _checked_positive(name: str, value: Any, most: float = sys.float_info.max, bound: str = "more than 0") -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= most:
         raise ValueError(f"calibrate: {name}={value!r}; expected a number, {bound}")
-    return name, float(value)
+    return float(value)
+
+
+def _warn_beyond(found: Calibration) -> None:
+    """Warns of heads whose logits, with every predictor measured, are further from the dense ones than was asked."""
+    for site in found.sites.values():
+        if site.beyond_head_kl:
+            kl = float(site.kl_at(int(site.sizes.max())).max())
+            warnings.warn(
+                f"calibrate: {site.path} ({', '.join(site.weights)}): no predictor measured keeps the logits within "
+                f"head_kl={site.head_kl:g} nats a token of the dense ones; with {site.predictor} and "
+                f"{int(site.sizes.max())} candidates it is {kl:.2g}. For greedy decoding pass head_kl=None; to sample "
+                'or to score give it other predictors, such as hx.Quantized(8), or fill="predicted"',
+                HireWarning,
+                stacklevel=3,
+            )
 
 
 def _checked_predictors(predictors: Any) -> tuple[PredictorSpec, ...]:

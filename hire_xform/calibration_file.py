@@ -15,9 +15,12 @@ from hire_xform.calibration import Calibration
 from hire_xform.lowering import LowRank, PredictorSpec, Projected, Quantized
 from hire_xform.site_calibration import Curve, SiteCalibration
 
-FORMAT, VERSION = "hire_xform.calibration", 4
+FORMAT, VERSION = "hire_xform.calibration", 5
 _SPECS: dict[str, Any] = {spec.__name__: spec for spec in (Quantized, LowRank, Projected)}
-_TEXTS = ("kind", "path", "width", "units", "group_size", "criterion", "row_bytes", "target", "recall", "static")
+_TEXTS = (
+    *("kind", "path", "width", "units", "group_size", "criterion"),
+    *("row_bytes", "target", "recall", "head_kl", "static"),
+)
 _LISTS = ("weights", "stack", "input_numbers")
 _ARRAYS = ("tokens", "fired", "energy", "sizes", "touched", "order", "often")
 _CURVES = ("wanted", "wanted_energy", "kl")

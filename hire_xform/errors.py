@@ -2,7 +2,7 @@
 
 
 class HireWarning(UserWarning):
-    """Something works, and its result is right, but not as fast as it could be."""
+    """Something works as documented, but not as fast, or with logits not as close, as it could be."""
 
 
 class TracedWeightsError(TypeError):

@@ -26,7 +26,8 @@ class Curve:
     Attributes:
       wanted: int64 ``[*stack, units / g]``, what stands there of what recall counts: arg maxes, or units not zero.
       wanted_energy: f64 ``[*stack, units / g]``; None for a vocabulary.
-      kl: f64 ``[*stack, K]``, sum over tokens of the KL divergence of 1, 2, ... candidates; None for a block.
+      kl: f64 ``[*stack, K]``, sum over tokens of the KL divergence of 1, 2, ... candidates, as ``vocab_ranks`` has it
+        for the site's fill; None for a block.
       predictor_bytes: bytes that one token reads of the predictor and of what goes with it.
       static: for so many units that fire most, always computed and first in the order: ``wanted``, and the bytes of the
         predictor of the others.
@@ -90,6 +91,8 @@ class SiteCalibration:
       static: how many of a block's units, among ``sizes``, are always computed: the first of ``often``.
       target: what they were chosen for, such as "recall 0.99"; with recall, any predictor measured has a size.
       recall: the recall that was asked for; None where it was something else.
+      head_kl: with a recall, the largest KL divergence, in nats a token, of the logits of an uncertified head; None
+        for any.
     """
 
     kind: str
@@ -114,6 +117,7 @@ class SiteCalibration:
     sizes: np.ndarray
     target: str
     recall: float | None
+    head_kl: float | None = None
     static: int = 0
 
     @cached_property
@@ -223,38 +227,74 @@ class SiteCalibration:
             wanted = np.where(provable > 0, recall * provable, 1.0)
         return 1 + np.argmax(found >= wanted - 1e-12, axis=-1)
 
-    def chosen_for(self, recall: float, static: bool = True) -> SiteCalibration:
+    def chosen_for(self, recall: float, head_kl: float | None = None, static: bool = True) -> SiteCalibration:
         """With the predictor and sizes that reach a recall at the fewest bytes; of equals the first measured.
 
         Args:
           recall: the recall.
+          head_kl: the largest KL divergence, in nats a token, of the logits of an uncertified head; None for any. Where
+            no predictor measured is within it, recall alone decides, and ``beyond_head_kl`` is true of the result.
           static: whether some units may be always computed.
         """
         if self.static:
-            return replace(self, static=0).chosen_for(recall, static)
+            return replace(self, static=0).chosen_for(recall, head_kl, static)
         if self._proved:
             recall = max(recall, PROVED[self.kind])
+        limit = None if self.kind == "ffn" or self._proved else head_kl
+        asked = replace(self, recall=recall, head_kl=limit)
+        return asked._chosen(static)
+
+    def _chosen(self, static: bool) -> SiteCalibration:
+        """With the predictor and sizes of fewest bytes for what is asked for."""
+        recall = self.recall
+        assert recall is not None
         found: dict[tuple[PredictorSpec, int], tuple[np.ndarray, float]] = {}
         for predictor, curve in self.curves.items():
-            sizes, rows = self._sized_for(recall, predictor)
+            sizes, rows = self._sized_for(predictor)
             found[predictor, 0] = sizes, curve.predictor_bytes + rows
             for count, (wanted, predicted) in curve.static.items() if static else ():
                 # At least one of the others.
                 sizes = np.maximum(1 + np.argmax(_share(wanted) >= recall - 1e-12, axis=-1), count + 1)
                 found[predictor, count] = sizes, predicted + self.row_bytes * float(sizes.mean())
-        plain = min((way for way in found if not way[1]), key=lambda way: found[way][1])
-        best = min(found, key=lambda way: found[way][1])
+
+        def cost(way: tuple[PredictorSpec, int]) -> tuple[bool, float]:
+            sizes, read = found[way]
+            return self._beyond(sizes, way[0]), read
+
+        plain = min((way for way in found if not way[1]), key=cost)
+        best = min(found, key=cost)
         if found[best][1] > (1.0 - STATIC_WORTH) * found[plain][1]:
             best = plain
-        target = f"recall {recall:g} ({self.criterion})"
-        return replace(self, predictor=best[0], sizes=found[best][0], target=target, recall=recall, static=best[1])
+        limit = "" if self.head_kl is None else f", at most {self.head_kl:g} nats"
+        target = f"recall {recall:g} ({self.criterion}{limit})"
+        return replace(self, predictor=best[0], sizes=found[best][0], target=target, static=best[1])
 
-    def _sized_for(self, recall: float, predictor: PredictorSpec) -> tuple[np.ndarray, float]:
-        """For each layer the size that reaches a recall, and the mean bytes of rows that one token reads.
+    @property
+    def beyond_head_kl(self) -> bool:
+        """True of a head whose logits, at the sizes chosen, are further from the dense ones than was asked for."""
+        return self._beyond(self.sizes, self.predictor)
+
+    def _beyond(self, sizes: np.ndarray, predictor: PredictorSpec) -> bool:
+        if self.head_kl is None:
+            return False
+        return any(self.kl_at(int(sizes[i]), predictor)[i] > self.head_kl for i in np.ndindex(*self.stack))
+
+    def _within_head_kl(self, sizes: np.ndarray, predictor: PredictorSpec) -> np.ndarray:
+        """The least sizes from these on whose logits are within ``head_kl``; these where none that was measured is."""
+        kl = self.curve(predictor).kl
+        if self.head_kl is None or kl is None:
+            return sizes
+        enough = kl <= self.head_kl * np.maximum(self.tokens, 1)[..., None]
+        enough &= np.arange(1, kl.shape[-1] + 1) >= sizes[..., None]
+        return np.where(enough.any(axis=-1), 1 + np.argmax(enough, axis=-1), sizes)
+
+    def _sized_for(self, predictor: PredictorSpec) -> tuple[np.ndarray, float]:
+        """For each layer the size that is asked for, and the mean bytes of rows that one token reads.
 
         Of a certified site the largest of its sizes, which is that at least, and what it is expected to read.
         """
-        sizes = np.asarray(self.sizes_for(recall, predictor), np.int64)
+        assert self.recall is not None
+        sizes = self._within_head_kl(np.asarray(self.sizes_for(self.recall, predictor), np.int64), predictor)
         if not self._proved or not self.tokens.min():
             return sizes, self.row_bytes * float(sizes.mean())
         curve, read = self.curves[predictor], np.zeros(self.stack)
@@ -280,8 +320,7 @@ class SiteCalibration:
         """
         own = isinstance(settings, Ffn) and settings.active is None and settings.predictor in (None, self.predictor)
         if self.static and not (static and own):
-            assert self.recall is not None
-            return self.chosen_for(self.recall, static=False).choose(settings, False)
+            return replace(self, static=0)._chosen(static=False).choose(settings, False)
         if isinstance(settings, Ffn) and settings.group_size != self.group_size:
             how = f"not calibrated with these groups but with groups of {self.group_size}; its size is the default"
             return Chosen(None, None, how)
@@ -305,7 +344,7 @@ class SiteCalibration:
         if predictor == self.predictor:
             sizes = self.sizes - self.static
         elif predictor in self.curves and self.recall is not None:
-            sizes = self._sized_for(self.recall, predictor)[0]
+            sizes = self._sized_for(predictor)[0]
         else:
             for_that = f" for {self.target}" if predictor in self.curves else ""
             how = f"not calibrated with this predictor{for_that} but with {self.predictor}; its size is the default"
@@ -314,6 +353,8 @@ class SiteCalibration:
         what = "candidate" if self.kind == "vocab" else "unit" if self.group_size == 1 else "group"
         sized = f"{size:,} {what}{'s' * (size > 1)}"
         how = f"calibrated: {sized} for {self.target}, {tokens:,} tokens"
+        if self._beyond(sizes, predictor):
+            how += f"; its logits are {self.kl_at(size, predictor).max():.2g} nats a token from the dense ones"
         return Chosen(predictor, size, how, sizes if self.stack else None, self._needs(predictor), self.static)
 
     def _needs(self, predictor: PredictorSpec) -> np.ndarray | None:
@@ -335,9 +376,10 @@ class SiteCalibration:
         return max(1, round(settings.active_of(None) * (self.units // self.group_size)))
 
     def _best_at(self, size: int) -> PredictorSpec:
-        """For a size that is given: the fewest bytes of those that reach the recall, or else the highest recall."""
+        """For a size that is given: the fewest bytes of those that do what is asked for, or else the highest recall."""
         reached = {p: float(self.recall_at(size, p).min()) for p in self.curves}
         enough = [p for p in self.curves if self.recall is not None and reached[p] >= self.recall]
+        enough = [p for p in enough if not self._beyond(np.full(self.stack, size), p)] or enough
         if enough:
             return min(enough, key=lambda p: self.curves[p].predictor_bytes)
         return max(self.curves, key=lambda p: reached[p])

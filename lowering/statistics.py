@@ -33,20 +33,23 @@ def covariance(x: jax.Array) -> jax.Array:
     return lax.dot_general(x, x, (((0,), (0,)), ((), ())), precision=lax.Precision.HIGHEST)
 
 
-def vocab_ranks(logits: jax.Array, scores: jax.Array) -> dict[str, jax.Array]:
+def vocab_ranks(logits: jax.Array, scores: jax.Array, fill: str = "predicted") -> dict[str, jax.Array]:
     """Totals of a vocabulary projection and a predictor.
 
     With candidates C, logits z, scores s and ``p = softmax(z)``, what a sampler sees is ``q``, the softmax of z on C
     and of s elsewhere. Then ``KL(p | q) = sum_{not C} p (z - s) + log Z_q - log Z_p``, Z being the sums of
-    exponentials, all of which running sums in the order of choice give for every number of candidates.
+    exponentials, all of which running sums in the order of choice give for every number of candidates. Where minus
+    infinity stands for the others ``KL(p | q)`` is infinite, but ``KL(q | p) = -log p(C)``.
 
     Args:
       logits: ``[T, V]``, the dense ones.
       scores: ``[T, V]``, the predictor's.
+      fill: what stands for the logits of no candidate, "predicted" or "-inf".
 
     Returns:
       ``wanted``: int32 ``[V]``, by position, the tokens whose dense arg max stands there. ``kl``: f32
-      ``[min(V, KL_SIZES)]``, the sum over tokens of the KL divergence in nats, of 1, 2, ... candidates.
+      ``[min(V, KL_SIZES)]``, the sum over tokens of the KL divergence in nats, of 1, 2, ... candidates: ``KL(p | q)``,
+      with ``fill="-inf"`` ``KL(q | p)``.
     """
     ranked = _ranked(scores)
     best = jnp.argmax(logits, axis=1)[:, None]
@@ -55,19 +58,24 @@ def vocab_ranks(logits: jax.Array, scores: jax.Array) -> dict[str, jax.Array]:
     before = (ranked > own) | ((ranked == own) & (jnp.arange(ranked.shape[1])[None, :] < best))
     position = jnp.sum(before, axis=1)
     wanted = jnp.zeros(ranked.shape[1], jnp.int32).at[position].add(1)
-    return {"wanted": wanted, "kl": _divergences(logits.astype(jnp.float32), scores, ranked)}
+    return {"wanted": wanted, "kl": _divergences(logits.astype(jnp.float32), scores, ranked, fill)}
 
 
-def _divergences(logits: jax.Array, scores: jax.Array, ranked: jax.Array) -> jax.Array:
+def _divergences(logits: jax.Array, scores: jax.Array, ranked: jax.Array, fill: str) -> jax.Array:
     sizes = min(logits.shape[1], KL_SIZES)
-    peak = jnp.maximum(logits.max(axis=1), scores.max(axis=1))[:, None]
-    exact, rough = jnp.exp(logits - peak), jnp.exp(scores - peak)
-    dense = exact.sum(axis=1, keepdims=True)
-    missed = exact / dense * (logits - scores)
     order = lax.top_k(ranked, sizes)[1]
 
     def chosen(values: jax.Array) -> jax.Array:
         return jnp.take_along_axis(values, order, axis=1)
+
+    if fill == "-inf":
+        mass = jnp.cumsum(chosen(jax.nn.softmax(logits, axis=1)), axis=1)
+        # No mass at all is that of the smallest number, so that sums stay finite.
+        return -jnp.log(jnp.clip(mass, jnp.finfo(jnp.float32).tiny, 1.0)).sum(axis=0)
+    peak = jnp.maximum(logits.max(axis=1), scores.max(axis=1))[:, None]
+    exact, rough = jnp.exp(logits - peak), jnp.exp(scores - peak)
+    dense = exact.sum(axis=1, keepdims=True)
+    missed = exact / dense * (logits - scores)
 
     def not_chosen(values: jax.Array) -> jax.Array:
         """Sums over all but the first 1, 2, ... in the order of choice, without taking large sums apart."""
@@ -80,7 +88,12 @@ def _divergences(logits: jax.Array, scores: jax.Array, ranked: jax.Array) -> jax
 
 
 def proved_ranks(
-    logits: jax.Array, scores: jax.Array, upper: jax.Array, exact_error: jax.Array, goal: Goal = True
+    logits: jax.Array,
+    scores: jax.Array,
+    upper: jax.Array,
+    exact_error: jax.Array,
+    goal: Goal = True,
+    fill: str = "predicted",
 ) -> dict[str, jax.Array]:
     """Totals of a certified vocabulary projection.
 
@@ -88,6 +101,7 @@ def proved_ranks(
       logits: ``[T, V]``, the dense ones.
       scores, upper, exact_error: as ``scores_with_bounds`` gives them.
       goal: what is to be proved.
+      fill: as for ``vocab_ranks``.
 
     Returns:
       ``wanted``: int32 ``[V]``, by position in the order of upper bounds, the tokens that candidates up to there
@@ -96,7 +110,7 @@ def proved_ranks(
     ranked = _ranked(upper)
     needed = candidates_needed(goal, logits, ranked, exact_error)
     wanted = jnp.zeros(logits.shape[1], jnp.int32).at[needed - 1].add(1)
-    return {"wanted": wanted, "kl": _divergences(logits.astype(jnp.float32), scores, ranked)}
+    return {"wanted": wanted, "kl": _divergences(logits.astype(jnp.float32), scores, ranked, fill)}
 
 
 def open_units(gate: jax.Array) -> dict[str, jax.Array]:

@@ -151,11 +151,12 @@ def _vocab(
         forms = dict(zip(vocab_forms(way.settings), own, strict=True))  # type: ignore[arg-type]
         if way.settings.certify:
             bound = scores_with_bounds(x, forms[Proving(spec)].whole(), spec, input_bits=way.input_bits)
-            ranks_of = proved_ranks(logits, bound.scores, bound.upper, bound.exact_error, way.settings.certify)
+            bounds = bound.scores, bound.upper, bound.exact_error
+            ranks_of = proved_ranks(logits, *bounds, way.settings.certify, way.settings.fill)
             found.update(_numbered(ranks_of, number))
             continue
         scores = predict_scores(x, forms[spec].whole(), spec, product.width)
-        found.update(_numbered(vocab_ranks(logits, scores), number))
+        found.update(_numbered(vocab_ranks(logits, scores, way.settings.fill), number))
     return result_shape(product, views[0].filled(logits)), [found]
 
 

@@ -95,7 +95,8 @@ def _vocab(
     dense = dense_product(product, x, forms["rows"].whole())
     scores = predict_scores(x, forms[settings.spec].whole(), settings.spec, product.width)
     chosen = first_in_order(scores, views[-1].whole(), min(KL_SIZES, product.width))
-    logits = jnp.where(chosen, dense, scores.astype(dense.dtype))
+    rest = scores.astype(dense.dtype) if settings.fill == "predicted" else -jnp.inf
+    logits = jnp.where(chosen, dense, rest)
     return result_shape(product, forms["rows"].filled(logits)), logits.astype(jnp.float32)
 
 
