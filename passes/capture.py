@@ -35,7 +35,7 @@ from hire_xform.passes.forms import Proving, up_forms, vocab_forms
 from hire_xform.passes.measured import Measurement, Regrouped, input_numbers
 from hire_xform.passes.needs import may_be_static, stack_need
 from hire_xform.passes.rewrite import Rewriter
-from hire_xform.passes.settings import Ffn
+from hire_xform.passes.settings import Ffn, Vocab
 from hire_xform.passes.splice import FfnParts, ffn_parts, site_operands, site_signature
 from hire_xform.passes.splice_certified import certified_block
 from hire_xform.passes.splice_choice import choice_block
@@ -147,16 +147,17 @@ def _vocab(
     logits = dense_product(product, x, views[0].whole())
     found = {"tokens": jnp.int32(x.shape[0]), "covariance0": covariance(x)}
     for number, (way, own) in enumerate(_by_way(decision, views) if ranks else ()):
-        spec = way.settings.spec
-        forms = dict(zip(vocab_forms(way.settings), own, strict=True))  # type: ignore[arg-type]
-        if way.settings.certify:
+        settings = way.settings
+        assert isinstance(settings, Vocab)
+        spec, forms = settings.spec, dict(zip(vocab_forms(settings), own, strict=True))
+        if settings.certify:
             bound = scores_with_bounds(x, forms[Proving(spec)].whole(), spec, input_bits=way.input_bits)
             bounds = bound.scores, bound.upper, bound.exact_error
-            ranks_of = proved_ranks(logits, *bounds, way.settings.certify, way.settings.fill)
+            ranks_of = proved_ranks(logits, *bounds, settings.certify, settings.fill)
             found.update(_numbered(ranks_of, number))
             continue
         scores = predict_scores(x, forms[spec].whole(), spec, product.width)
-        found.update(_numbered(vocab_ranks(logits, scores, way.settings.fill), number))
+        found.update(_numbered(vocab_ranks(logits, scores, settings.fill), number))
     return result_shape(product, views[0].filled(logits)), [found]
 
 

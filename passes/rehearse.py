@@ -23,7 +23,7 @@ from hire_xform.passes.forms import vocab_forms
 from hire_xform.passes.needs import stack_need
 from hire_xform.passes.of_chosen import OfChosen
 from hire_xform.passes.rewrite import Rewriter
-from hire_xform.passes.settings import Ffn
+from hire_xform.passes.settings import Ffn, Vocab
 from hire_xform.passes.splice import ffn_parts, site_operands, site_signature
 from hire_xform.passes.walk import Frame
 
@@ -90,7 +90,8 @@ def _vocab(
     decision: Decision, match: VocabMatch, operands: Sequence[Any], views: Sequence[PackedView]
 ) -> tuple[Any, Any]:
     product, settings = match.product, decision.settings
-    forms = dict(zip(vocab_forms(settings), views[:-1], strict=True))  # type: ignore[arg-type]
+    assert isinstance(settings, Vocab)
+    forms = dict(zip(vocab_forms(settings), views[:-1], strict=True))
     x = flat_activation(product, operands[0])
     dense = dense_product(product, x, forms["rows"].whole())
     scores = predict_scores(x, forms[settings.spec].whole(), settings.spec, product.width)
