@@ -64,6 +64,16 @@ def test_a_jitted_layer_called_24_times_stays_one_function():
     assert functions(text) <= functions(jax.jit(step).lower(*shapes).as_text()) + 30
 
 
+def test_a_layer_whose_jit_asks_for_it_is_inlined():
+    sparse = []
+    for inline in (True, False):
+        step, shapes = deep(2, jax.jit(models.layer, inline=inline))
+        traced = hx.sparsify(step, config=narrow()).trace(*shapes)
+        assert kinds(traced.plan) == ["ffn"] * 2 + ["vocab"]
+        sparse.append(traced.lower().as_text())
+    assert [len(re.findall(r"func\.func private @layer\w*\(", text)) for text in sparse] == [0, 1]
+
+
 def test_a_plain_relu_model_is_planned_and_lowered_without_compiling_anything():
     step, shapes = deep(3)
     compiled = []
