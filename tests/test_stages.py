@@ -1,0 +1,217 @@
+"""Traces, and what they report."""
+
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import models
+import numpy as np
+import pytest
+from checks import FORCE, assert_same, kinds, narrow, primitives_of
+from tied import FULL, D, M, V, inputs, make_weights, net
+
+import hire_xform as hx
+from hire_xform.lowering import da_top_k_p
+
+
+def test_tracing_shapes_computes_nothing(packs):
+    struct = jax.ShapeDtypeStruct
+    shapes = {
+        "w1": struct((4096, 1 << 20), jnp.bfloat16),
+        "b1": struct((1 << 20,), jnp.bfloat16),
+        "w2": struct((1 << 20, 4096), jnp.bfloat16),
+        "embed": struct((1 << 20, 4096), jnp.bfloat16),
+    }
+    traced = hx.sparsify(net).trace(shapes, struct((1, 4096), jnp.bfloat16))
+    assert kinds(traced.plan) == ["ffn", "vocab"]
+    assert da_top_k_p in primitives_of(traced.sparse_jaxpr)
+    assert "module" in traced.lower().as_text()
+    assert not packs
+
+
+def test_a_trace_is_made_once():
+    count = []
+
+    def counted(params, x):
+        count.append(1)
+        return net(params, x)
+
+    step, params = hx.sparsify(counted, config=FULL), make_weights()
+    assert step.trace(params, inputs()) is step.trace(params, inputs(seed=4))
+    for seed in range(3):
+        step(params, inputs(seed=seed))
+    assert len(count) == 1
+
+
+def test_lower_gives_what_jax_gives():
+    step, params = hx.sparsify(net, config=FULL), make_weights()
+    traced = step.trace(params, inputs())
+    compiled = traced.lower().compile()
+    assert_same(compiled(traced.pack(params), inputs()), net(params, inputs()))
+    assert "stablehlo" in step.lower(params, inputs()).as_text()
+    assert "stablehlo" in traced.lower(lowering_platforms=("tpu",)).as_text()
+
+
+def test_without_sites_it_is_the_function_jax_runs():
+    step, params = hx.sparsify(net), make_weights()
+    traced = step.trace(params, inputs())
+    assert not traced.plan.sites
+    assert str(traced.sparse_jaxpr).count("dot_general") == str(traced.jaxpr).count("dot_general") == 3
+    got, want = step(params, inputs()), jax.jit(net)(params, inputs())
+    np.testing.assert_array_equal(got, want)
+    assert_same(jax.jit(step)(params, inputs()), want)  # nothing is packed, so tracers may come
+    assert_same(jax.grad(lambda p: step(p, inputs()).sum())(params), jax.grad(lambda p: net(p, inputs()).sum())(params))
+
+
+def test_a_function_without_weights_or_products_passes():
+    step = hx.sparsify(lambda x: jnp.sin(x) + 1)
+    assert_same(step(inputs()), jnp.sin(inputs()) + 1)
+    assert hx.sparsify(lambda: jnp.ones(3))().shape == (3,)
+
+
+def test_explain_says_where_weights_were_looked_for():
+    step = hx.sparsify(lambda graph, params, x: net(params, x))
+    assert "in weights_argnums=(0,) and those that are closed over: none here" in (
+        step.trace((), make_weights(), inputs()).explain()
+    )
+
+
+def test_explain_names_paths_weights_sources_and_reasons():
+    def named(params, x):
+        x = jax.nn.silu(x @ params["w1"]) @ params["w2"]
+        return x @ params["embed"].T
+
+    config = hx.Config(rules=FORCE)
+    traced = hx.sparsify(named, config=config).trace(make_weights(), inputs())
+    text = traced.explain()
+    for part in (
+        "dot_general[2]",
+        "params['embed']",
+        "test_stages.py",
+        "vocab",
+        "dot_general[0]",
+        "exact zeros",
+        "forced",
+    ):
+        assert part in text, text
+    for refusal in traced.plan.refusals:
+        assert refusal.reason in text
+
+
+def test_every_weight_product_is_a_site_or_a_refusal():
+    def many(params, x):
+        a = jax.nn.relu(x @ params["w1"]) @ params["w2"]
+        b = jax.nn.softmax(a @ params["w1"]) @ params["w2"]
+        return b @ params["embed"].T, jnp.cumsum(b @ params["w1"], -1)
+
+    traced = hx.sparsify(many, config=FULL).trace(make_weights(), inputs())
+    products = sum(len(site.weights) for site in traced.plan.sites) + len(traced.plan.refusals)
+    assert products == str(traced.jaxpr).count("dot_general[") == 6
+    assert all(r.source != "unknown" for r in traced.plan.refusals)
+
+
+def test_the_plan_is_json():
+    traced = hx.sparsify(net, config=narrow()).trace(make_weights(), inputs())
+    found = json.loads(traced.plan.to_json())
+    assert [s["kind"] for s in found["sites"]] == ["ffn", "vocab"]
+    assert found["platform"] == jax.default_backend()
+    assert found["sites"][0]["path"] == traced.plan.sites[0].path
+    assert found["sites"][0]["settings"]["active"] == 0.1
+    assert found["sites"][0]["sparse_bytes"] < found["sites"][0]["dense_bytes"] * 2
+
+
+def test_sites_are_in_program_order_and_scans_count_iterations():
+    def stacked(params, x):
+        def body(x, w):
+            return x + jax.nn.relu(x @ w["w1"]) @ w["w2"], None
+
+        x, _ = jax.lax.scan(body, x, params["stack"])
+        return x @ params["embed"].T
+
+    params = make_weights()
+    params["stack"] = {name: jnp.stack([params[name]] * 3) for name in ("w1", "w2")}
+    plan = hx.sparsify(stacked, config=FULL).trace(params, inputs()).plan
+    assert kinds(plan) == ["ffn", "vocab"]
+    assert plan.sites[0].path.startswith("scan[0]/")
+    assert plan.sites[0].dense_bytes == 3 * 2 * D * M * 4
+
+
+def test_later_rules_win():
+    rules = (hx.Rule("*", force=True), hx.Rule("*", skip=True), hx.Rule("dot_general[2]", force=True))
+    plan = hx.sparsify(net, config=hx.Config(rules=rules)).trace(make_weights(), inputs()).plan
+    assert kinds(plan) == ["vocab"]
+    assert any("skip=True" in r.reason for r in plan.refusals)
+
+
+def test_settings_of_a_rule_apply_where_it_matches():
+    rules = (*FORCE, hx.Rule("dot_general[1]", ffn=hx.Ffn(active=0.5)))
+    plan = hx.sparsify(net, config=hx.Config(rules=rules)).trace(make_weights(), inputs()).plan
+    assert plan.sites[0].computed == M // 2
+    assert plan.sites[1].computed == V  # candidates=256 are more than there are
+
+
+def test_rules_that_match_nothing_are_told_once_and_listed():
+    rules = (*FORCE, hx.Rule("scan[7]/*", skip=True), hx.Rule("dot_general[1]"), hx.Rule("jit:mlp*"))
+    step = hx.sparsify(models.relu_ffn, config=hx.Config(rules=rules))
+    w, x = models.list_params()["layers"][0], jnp.ones((1, models.D))
+    where = r"'scan\[7\]/\*', 'jit:mlp\*'\. .*Paths there are: dot_general\[1\]"
+
+    def run():
+        step(w, x)
+        step.trace(w, jnp.ones((2, models.D)))
+        return step.trace(w, x)
+
+    with pytest.warns(hx.HireWarning, match=where) as told:
+        traced = run()
+    assert len(told) == 1
+    assert traced.plan.unmatched_rules == ("scan[7]/*", "jit:mlp*")
+    assert "Rules that match nothing here: 'scan[7]/*', 'jit:mlp*'" in traced.explain()
+    assert '"unmatched_rules"' in traced.plan.to_json()
+
+
+def test_a_rule_for_everything_need_not_match(recwarn):
+    step = hx.sparsify(lambda w, x: x, config=hx.Config(rules=FORCE))
+    step(jnp.ones(2), jnp.ones(2))
+    assert not recwarn
+
+
+def test_debug_callbacks_run_once_a_call():
+    seen = []
+
+    def loud(params, x):
+        jax.debug.callback(lambda v: seen.append(float(v)), x.sum())
+        return net(params, x)
+
+    step, params = hx.sparsify(loud, config=FULL), make_weights()
+    step(params, inputs())
+    step(params, inputs())
+    jax.effects_barrier()
+    assert len(seen) == 2
+
+
+def test_x64_inputs_keep_their_dtypes():
+    with jax.enable_x64(True):
+        params = {name: jnp.asarray(np.asarray(value), jnp.float64) for name, value in make_weights().items()}
+        x = jnp.asarray(np.asarray(inputs()), jnp.float64)
+        step = hx.sparsify(net, config=FULL)
+        got = step(params, x)
+        assert got.dtype == jnp.float64
+        assert_same(got, net(params, x), 1e-12)
+
+
+def test_matmul_precision_is_part_of_the_trace():
+    step, params = hx.sparsify(net, config=FULL), make_weights()
+    step(params, inputs())
+    with jax.default_matmul_precision("highest"):
+        assert_same(step(params, inputs()), net(params, inputs()))
+
+
+def test_functools_wraps_around_it():
+    step, params = hx.sparsify(net, config=FULL), make_weights()
+
+    @functools.wraps(step)
+    def wrapped(*args):
+        return step(*args)
+
+    assert_same(wrapped(params, inputs()), net(params, inputs()))
