@@ -48,6 +48,7 @@ def sizes_table(params, fitting, unseen, recall: float) -> Table:
             lm.forward, batches, recall=recall, predictors=[hx.Quantized(8)]
         ),
         f"recall {recall}": hx.calibrate(lm.forward, batches, recall=recall),
+        f"recall {recall}, head_kl=None": hx.calibrate(lm.forward, batches, recall=recall, head_kl=None),
     }
     table = Table(title=f"{len(unseen) * (length - 1):,} held-out positions; calibrated on {fitting.size:,} others")
     for name in ("", "loss", "added", "same arg max", "MB of head and blocks", "exact units and rows"):
@@ -72,7 +73,7 @@ def _short(predictor) -> str:
     """A predictor in a few letters."""
     if isinstance(predictor, hx.Quantized):
         return f"q{predictor.bits}"
-    return f"{'lr' if isinstance(predictor, hx.LowRank) else 'p'}{predictor.rank:g}"
+    return f"{'lr' if isinstance(predictor, hx.LowRank) else 'p'}{predictor.rank:g} in {predictor.bits}"
 
 
 def rank_table(params, fitting, unseen) -> Table:

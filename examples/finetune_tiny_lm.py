@@ -25,7 +25,9 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import tiny_lm
+import tiny_lm_training as training
 import train_tiny_lm as base
+from library_corpus import Corpus
 from rich.console import Console
 
 import hire_xform as hx
@@ -35,7 +37,7 @@ MODEL = Path(__file__).resolve().parent / "tiny_lm"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Recipe(base.Recipe):
+class Recipe(training.Recipe):
     """What a run must agree on to continue another."""
 
     active: tuple[float, ...]  # share of the groups that each block keeps, first block first
@@ -66,7 +68,7 @@ def topk_forward(params: tiny_lm.Params, active: tuple[float, ...], group_size: 
     return hx.topk_ffn(tiny_lm.forward, config=config_for([site.path for site in found], active, group_size))
 
 
-def losses(params: tiny_lm.Params, active: tuple[float, ...], group_size: int) -> tuple[base.Loss, base.Loss]:
+def losses(params: tiny_lm.Params, active: tuple[float, ...], group_size: int) -> tuple[training.Loss, training.Loss]:
     """What is trained, the divergence from the dense model, and what is validated, the cross entropy.
 
     Args:
@@ -129,7 +131,7 @@ def regrouped(params: tiny_lm.Params, recipe: Recipe, tokens: np.ndarray, batche
     noted = jax.jit(lambda windows: [c.T @ c for c in contributions(params, windows)])
     sums = [np.zeros((recipe.model.d_ff, recipe.model.d_ff)) for _ in params["layers"]]
     for step in range(batches):
-        for total, found in zip(sums, noted(base.batch_at(tokens, recipe, step)[:, :-1]), strict=True):
+        for total, found in zip(sums, noted(training.batch_at(tokens, recipe, step)[:, :-1]), strict=True):
             total += np.asarray(found, np.float64)
     layers = []
     for layer, together in zip(params["layers"], sums, strict=True):
@@ -142,15 +144,15 @@ def regrouped(params: tiny_lm.Params, recipe: Recipe, tokens: np.ndarray, batche
 # --- the run ----------------------------------------------------------------------------------------------------------
 
 
-def export(output: Path, corpus: base.Corpus, state: dict[str, Any], recipe: Recipe, header: dict[str, Any]) -> str:
+def export(output: Path, corpus: Corpus, state: dict[str, Any], recipe: Recipe, header: dict[str, Any]) -> str:
     """Writes the weights and the record of the run; returns a line about it."""
     output.mkdir(parents=True, exist_ok=True)
     path = output / "topk_weights.safetensors"
     tiny_lm.save(path, state["params"], dtype=ml_dtypes.bfloat16)
     dense, params = tiny_lm.load(MODEL / "weights.safetensors"), tiny_lm.load(path)
     _, top_k = losses(dense, recipe.active, recipe.group_size)
-    loss, scored = base.validate(params, corpus.heldout, recipe.length, None, top_k)
-    dense_loss, _ = base.validate(dense, corpus.heldout, recipe.length)
+    loss, scored = training.validate(params, corpus.heldout, recipe.length, None, top_k)
+    dense_loss, _ = training.validate(dense, corpus.heldout, recipe.length)
     done = header["step"]
     record = {
         "active": recipe.active,
@@ -181,21 +183,21 @@ def finetune(args: argparse.Namespace, recipe: Recipe, console: Console) -> None
     """Trains, from the dense weights or from a checkpoint, and exports at the end."""
     args.checkpoints.mkdir(parents=True, exist_ok=True)
     checkpoint = args.checkpoints / "topk_state.safetensors"
-    corpus = base.corpus_for(args.source, recipe, MODEL / "tokenizer.json")
+    corpus = training.corpus_for(args.source, recipe, MODEL / "tokenizer.json")
     dense = tiny_lm.load(MODEL / "weights.safetensors")
     trained, validated = losses(dense, recipe.active, recipe.group_size)
     if args.resume or args.export:
         if not checkpoint.exists():
             raise FileNotFoundError(f"nothing to resume: no checkpoint at {checkpoint}")
-        state, header = base.load_checkpoint(checkpoint)
-        base.check_same_recipe(recipe, header["recipe"])
+        state, header = training.load_checkpoint(checkpoint)
+        training.check_same_recipe(recipe, header["recipe"])
         if len(corpus.train) != header["training_tokens"]:
             raise ValueError(f"--source has {len(corpus.train)} training tokens, not {header['training_tokens']}")
     else:
         if checkpoint.exists() and not args.fresh:
             raise FileExistsError(f"there is a checkpoint at {checkpoint}: give --resume to continue it, or --fresh")
         params = regrouped(dense, recipe, corpus.train)
-        before, _ = base.validate(params, corpus.heldout, recipe.length, None, validated)
+        before, _ = training.validate(params, corpus.heldout, recipe.length, None, validated)
         console.print(f"with the top-k, before training: {before:.4f} nats per held-out token")
         zeros = {part: jax.tree.map(jnp.zeros_like, params) for part in ("mean", "square")}
         state = {"params": params, **zeros, "count": jnp.zeros((), jnp.float32)}
@@ -212,7 +214,7 @@ def finetune(args: argparse.Namespace, recipe: Recipe, console: Console) -> None
         if not base.loop(args, recipe, console, corpus, state, header, checkpoint, trained, validated):
             console.print(f"stopped after {header['step']} steps; continue with --resume")
             return
-        state, header = base.load_checkpoint(checkpoint)
+        state, header = training.load_checkpoint(checkpoint)
     console.print(export(args.output, corpus, state, recipe, header))
 
 
