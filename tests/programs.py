@@ -84,7 +84,7 @@ simple = st.one_of(
 def nested(inner):
     body = st.lists(inner, min_size=1, max_size=3)
     return st.one_of(
-        st.tuples(st.just("jit"), body, st.integers(1, 2)),
+        st.tuples(st.just("jit"), body, st.integers(1, 2), st.booleans()),
         st.tuples(st.just("remat"), body),
         st.tuples(st.just("scan"), body, st.integers(0, LAYERS), st.booleans(), st.integers(1, 2)),
         st.tuples(st.just("fori"), body, way, st.integers(0, 2)),
@@ -288,10 +288,10 @@ _SIMPLE = {
 }
 
 
-def _jit(w, x, kept, body, times):
+def _jit(w, x, kept, body, times, inline):
     arrays, called = _arrays(w)
 
-    @jax.jit
+    @partial(jax.jit, inline=inline)
     def inner(arrays, x):
         found = []
         return _run(body, {**arrays, "called": called}, x, found), found
