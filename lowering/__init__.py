@@ -32,6 +32,7 @@ from hire_xform.lowering.predictors import (
     predict_scores,
     predictor_bytes,
 )
+from hire_xform.lowering.promotion import usual_promotion
 from hire_xform.lowering.proofs import Proof, pack_proof, proof_bytes, scores_with_bounds
 from hire_xform.lowering.proved_for import proved_for, proved_for_p
 from hire_xform.lowering.record import record, record_p
@@ -132,6 +133,7 @@ __all__ = [
     "unit_ranks",
     "unit_totals",
     "upper_gate",
+    "usual_promotion",
     "vocab_bytes",
     "vocab_candidates",
     "vocab_logits",

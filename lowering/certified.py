@@ -21,6 +21,7 @@ from hire_xform.lowering.bounds import ScoresWithBounds, product_error
 from hire_xform.lowering.goals import Goal, proved
 from hire_xform.lowering.goals_across import proved_across
 from hire_xform.lowering.predictors import PredictorSpec
+from hire_xform.lowering.promotion import usual_promotion
 from hire_xform.lowering.proofs import Proof, scores_with_bounds
 from hire_xform.lowering.rows import select_rows_dot
 from hire_xform.lowering.selection import Selection, rungs, select
@@ -105,6 +106,7 @@ def certified_logits(
         return head.climb(x, rows, proof, start, selections, lambda: dense(x, own_rows(rows, first_row)))
 
     @run.def_vmap
+    @usual_promotion()
     def _batched(size: int, in_batched: list, x: jax.Array, arrays: tuple) -> tuple:
         if any(jax.tree.leaves(in_batched[1])):
             x_of, arrays_of = (jax.tree.map(_spread(size), a, b) for a, b in zip((x, arrays), in_batched, strict=True))
@@ -117,6 +119,7 @@ def certified_logits(
         return run(x, arrays)
 
     @differentiable.defjvp
+    @usual_promotion()
     def _jvp(primals: tuple, tangents: tuple) -> tuple:
         """The dense product's, of every logit that is not minus infinity; it reads every row."""
         (x, arrays), (dx, darrays) = primals, tangents

@@ -27,6 +27,9 @@ from jax.extend.core import ClosedJaxpr, Primitive, jaxpr_as_fun
 from jax.interpreters import ad, batching, mlir
 from jax.sharding import AbstractMesh, use_abstract_mesh
 
+from hire_xform.lowering.eager import compiled_alone
+from hire_xform.lowering.promotion import usual_promotion
+
 __all__ = ["da_top_k", "da_top_k_p"]
 
 
@@ -111,6 +114,7 @@ def _devices_along(sharding: Any, axis: int) -> int:
     return size
 
 
+@usual_promotion()
 def _portable(scores: jax.Array, *, k: int, shards: int) -> tuple[jax.Array, jax.Array]:
     """``lax.top_k`` of f32 keys over the blocks as one more batch axis."""
     n = scores.shape[-1]
@@ -202,11 +206,13 @@ def _lower_plain(ctx: Any, scores: Any, *, k: int, shards: int, call_jaxpr: Clos
     return mlir.lower_fun(functools.partial(_portable, k=k, shards=shards), multiple_results=True)(ctx, scores)
 
 
+@usual_promotion()
 def _batch(args: Sequence[jax.Array], dims: Sequence[Any], *, k: int, shards: int, call_jaxpr: Any) -> tuple[Any, Any]:
     (scores,), (dim,) = args, dims
     return _bind(jnp.moveaxis(scores, dim, 0), k, shards), (0, 0)
 
 
+@usual_promotion()
 def _jvp(
     primals: Sequence[jax.Array], tangents: Sequence[Any], *, k: int, shards: int, call_jaxpr: ClosedJaxpr
 ) -> tuple[Any, Any]:
@@ -222,7 +228,7 @@ def _jvp(
 # Unused, it is dropped: it has no effects, which is the rule that JAX applies by itself.
 da_top_k_p = Primitive("da_top_k")
 da_top_k_p.multiple_results = True
-da_top_k_p.def_impl(jax.jit(da_top_k_p.bind, static_argnames=("k", "shards", "call_jaxpr")))
+da_top_k_p.def_impl(compiled_alone(da_top_k_p, "k", "shards", "call_jaxpr"))
 da_top_k_p.def_abstract_eval(_abstract)
 batching.primitive_batchers[da_top_k_p] = _batch
 ad.primitive_jvps[da_top_k_p] = _jvp

@@ -13,6 +13,8 @@ from jax.core import ShapedArray
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
+from hire_xform.lowering.eager import compiled_alone
+
 __all__ = ["proved_for", "proved_for_p"]
 
 # The names that JAX lowers for, and what plans call them.
@@ -55,7 +57,7 @@ def _jvp(primals: Sequence[Any], tangents: Sequence[Any], **params: Any) -> tupl
 
 
 proved_for_p = Primitive("hire_proved_for")
-proved_for_p.def_impl(jax.jit(proved_for_p.bind, static_argnames=("platforms", "path")))
+proved_for_p.def_impl(compiled_alone(proved_for_p, "platforms", "path"))
 proved_for_p.def_abstract_eval(_abstract)
 batching.primitive_batchers[proved_for_p] = _batch
 ad.primitive_jvps[proved_for_p] = _jvp

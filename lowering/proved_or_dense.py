@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from hire_xform.lowering.promotion import usual_promotion
+
 __all__ = ["proved_or_dense"]
 
 
@@ -32,6 +34,7 @@ def proved_or_dense(
         return attempt(o)
 
     @run.def_vmap
+    @usual_promotion()
     def _batched(size: int, in_batched: list, o: Any) -> tuple:
         batched = in_batched[0]
         if any(jax.tree.leaves(batched._replace(xs=[], sides=[]))):
@@ -48,6 +51,7 @@ def proved_or_dense(
         return run(o)
 
     @differentiable.defjvp
+    @usual_promotion()
     def _jvp(primals: tuple, tangents: tuple) -> tuple:
         """The dense block's, which reads every row."""
         (o,), (do,) = primals, tangents

@@ -9,6 +9,7 @@ from jax import lax
 
 from hire_xform.lowering.blocks import map_row_blocks
 from hire_xform.lowering.products import skinny_dot
+from hire_xform.lowering.promotion import usual_promotion
 
 __all__ = [
     "CLIPS",
@@ -115,6 +116,7 @@ def integer_scores(tokens: jax.Array, q: jax.Array, bits: int) -> jax.Array:
 
 
 @quantized_scores.defjvp
+@usual_promotion()
 def quantized_scores_jvp(bits: int, primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
     """Straight through the rounding of ``x``; the packed arrays have no derivative."""
     x, q, scale = primals
@@ -157,6 +159,7 @@ def fine_scores(x: jax.Array, q: jax.Array, scale: jax.Array, bits: int) -> tupl
 
 
 @fine_scores.defjvp
+@usual_promotion()
 def _fine_scores_jvp(bits: int, primals: tuple, tangents: tuple) -> tuple[tuple, tuple]:
     """Straight through the rounding of ``x``; the packed arrays have no derivative."""
     x, q, scale = primals

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax
 import numpy as np
 
 from hire_xform.passes import compat
+from hire_xform.passes.surroundings import concretely
 from hire_xform.passes.walk import Node, Operand, Value
 
 # Equations followed back, and entries of a constant: a normal quantile has some 60 and tables of 9.
@@ -24,7 +24,7 @@ def known_scalar(operand: Operand) -> float | None:
         order = _computed_from(operand)
         if order is None:
             return None
-        with jax.ensure_compile_time_eval():
+        with concretely():
             value = np.asarray(_evaluate(operand, order))
     return float(value) if np.issubdtype(value.dtype, np.number) else None
 

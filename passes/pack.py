@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -14,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, Sharding
 
+from hire_xform.lowering import usual_promotion
 from hire_xform.passes import compat
 from hire_xform.passes.decisions import PackKey, Plan
 from hire_xform.passes.detect import Detection
@@ -23,6 +23,7 @@ from hire_xform.passes.provenance import Reshape, Root, Stack, Step, Transpose
 from hire_xform.passes.recipe import Cyclic
 from hire_xform.passes.rewrite import Rewriter
 from hire_xform.passes.shards import placement_of
+from hire_xform.passes.surroundings import concretely
 from hire_xform.passes.treatment import Treatment, treatments
 from hire_xform.passes.walk import Node
 
@@ -36,7 +37,7 @@ def pack_array(key: PackKey, leaf: Any) -> Any:
     if sharding is not None:
         return pack_placed(key, leaf, sharding)
     # Under a trace around the call too: packed forms of concrete weights are remembered, so they must be concrete.
-    with contextlib.nullcontext() if compat.is_tracer(leaf) else jax.ensure_compile_time_eval():
+    with usual_promotion() if compat.is_tracer(leaf) else concretely():
         return packer(key.recipe.steps, bare_form(key.form))(leaf, *given_to(key.form))
 
 

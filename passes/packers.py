@@ -28,6 +28,7 @@ from hire_xform.passes.manual import mesh_here, under_automatic_axes
 from hire_xform.passes.measured import Fitted, Predicted, Regrouped
 from hire_xform.passes.recipe import Cyclic, Recipe, Root, Stack, Step
 from hire_xform.passes.shards import Names, as_automatic, names_of, placed_rows, stacks_of
+from hire_xform.passes.surroundings import concretely
 
 
 @functools.lru_cache(maxsize=256)
@@ -51,7 +52,7 @@ def pack_placed(key: PackKey, leaf: Any, sharding: NamedSharding) -> Any:
     """A packed form of a leaf that is over several devices: each packs the rows it holds, and holds what it packed."""
     spec = packed_spec(sharding, leaf.shape, key)
     mesh = as_automatic(sharding.mesh)
-    with jax.ensure_compile_time_eval(), jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+    with concretely(), jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         given = (jax.device_put(a, NamedSharding(mesh, PartitionSpec())) for a in given_to(key.form))
         pack = shard_packer(key.recipe.steps, bare_form(key.form), mesh, spec)
         made = pack(jax.device_put(leaf, NamedSharding(mesh, sharding.spec)), *given)

@@ -36,6 +36,7 @@ from hire_xform.passes.region import (
     needed,
     replay,
 )
+from hire_xform.passes.surroundings import concretely
 from hire_xform.passes.zeros import gate_of
 
 # Values of a unit that are tried: none is zero, and the spread is that of normally distributed units.
@@ -67,7 +68,7 @@ class Probe:
     def _once(self, key: Any, trial: Callable[[], Any], failed: Any) -> Any:
         if key not in self._tried:
             try:
-                with jax.ensure_compile_time_eval():
+                with concretely():
                     self._tried[key] = trial()
             except Exception:  # whatever an equation raises on numbers it was not written for: not verified
                 self._tried[key] = failed

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hire_xform.lowering import mark_rung, proved_for
+from hire_xform.lowering import mark_rung, proved_for, usual_promotion
 from hire_xform.passes import compat, control
 from hire_xform.passes.certify import platforms_proved
 from hire_xform.passes.cyclic_lookups import CyclicLookup, look_up
@@ -69,7 +69,8 @@ class Rewriter:
         top = self.graph.top
         env = {v: o for v, o in zip(top.inputs, operands, strict=True) if o is not None}
         views = {need: PackedView(packed(need)) for need in self._scope_needs(top)}
-        self._frame(top.root, env, views)
+        with usual_promotion():
+            self._frame(top.root, env, views)
         return [read(env, o) for o in top.outputs]
 
     def run_scope(self, scope: Scope, env: Env, views: Views) -> list[Any]:

@@ -1,0 +1,26 @@
+"""What stands around a call, and must not change what is packed or tried: settings, and outer traces."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import jax
+
+from hire_xform.lowering import usual_promotion
+
+
+@contextlib.contextmanager
+def concretely() -> Iterator[None]:
+    """Operations on arrays that are there give arrays, under an outer trace too.
+
+    ``jax_debug_nans`` and ``jax_debug_infs`` are off: they are for what the user's program computes, and rows that are
+    not finite are marked by a NaN when they are packed, as regions are tried where they may give one. So is
+    ``jax_disable_jit``, which would pack by one operation after the other, and a transfer guard: numbers that a region
+    is tried on come from the host.
+    """
+    debugging = jax.debug_nans(False), jax.debug_infs(False), jax.disable_jit(False), jax.transfer_guard("allow")
+    with contextlib.ExitStack() as stack:
+        for context in (jax.ensure_compile_time_eval(), usual_promotion(), *debugging):
+            stack.enter_context(context)
+        yield
