@@ -84,7 +84,7 @@ def rank_table(params, fitting, unseen) -> Table:
     for rank in (0.25, 0.125):
         spec = hx.LowRank(rank)
         config = hx.Config(vocab=hx.Vocab(predictor=spec), ffn=None)
-        calibration = hx.calibrate(lm.forward, [(params, w[None]) for w in fitting], config=config)
+        calibration = hx.calibrate(lm.forward, [(params, w[None]) for w in fitting], config=config, head_kl=None)
         (site,) = (s for s in calibration.sites.values() if s.kind == "vocab")
         program = jax.make_jaxpr(lm.forward)(params, unseen[0][None])
 
