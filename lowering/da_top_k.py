@@ -8,7 +8,7 @@ f32. With the last axis split over ``shards`` devices, or fewer, no score leaves
 it holds, and its picks stay with it. Over more devices than ``shards`` scores are gathered until devices hold whole
 blocks. Other axes may be sharded at will.
 
-The primitive carries the partitioned form as a jaxpr, ``call_jaxpr``: JAX looks for ``custom_partitioning`` in the
+The primitive carries the partitioned form as a jaxpr, ``split_form``: JAX looks for ``custom_partitioning`` in the
 parameters of an equation to know that a program must be lowered with its devices at hand. On one device, inside a
 ``shard_map``, and on TPU, whose compiler splits a top-k along batch axes by itself, the plain form is lowered.
 """
@@ -76,7 +76,7 @@ def _filled_up(scores: jax.Array, missing: int) -> jax.Array:
 
 def _bind(scores: Any, k: int, shards: int) -> list[Any]:
     own_form = _partitioned(scores.shape, jnp.dtype(scores.dtype), k, shards)
-    return da_top_k_p.bind(scores, k=k, shards=shards, call_jaxpr=own_form)
+    return da_top_k_p.bind(scores, k=k, shards=shards, split_form=own_form)
 
 
 def _check(shape: tuple[int, ...], dtype: jax.typing.DTypeLike, k: int, shards: int) -> None:
@@ -91,7 +91,7 @@ def _check(shape: tuple[int, ...], dtype: jax.typing.DTypeLike, k: int, shards: 
         raise ValueError(f"da_top_k: shards={shards}; expected at least 1")
 
 
-def _abstract(scores: ShapedArray, *, k: int, shards: int, call_jaxpr: ClosedJaxpr) -> tuple[ShapedArray, ShapedArray]:
+def _abstract(scores: ShapedArray, *, k: int, shards: int, split_form: ClosedJaxpr) -> tuple[ShapedArray, ShapedArray]:
     _check(scores.shape, scores.dtype, k, shards)
     devices = _devices_along(scores.sharding, len(scores.shape) - 1)
     if shards % devices:
@@ -194,27 +194,27 @@ def _partition(mesh: Any, arguments: Sequence[Any], results: Any, *, k: int, sha
     return mesh, local, (sharding, sharding), (sharding,)
 
 
-def _lower(ctx: Any, scores: Any, *, k: int, shards: int, call_jaxpr: ClosedJaxpr) -> Any:
+def _lower(ctx: Any, scores: Any, *, k: int, shards: int, split_form: ClosedJaxpr) -> Any:
     around = ctx.module_context.axis_context
     # Inside a shard_map the jaxpr, which was traced outside of one, would lack the manual axes of its constants.
     if getattr(around, "manual_axes", ()) or getattr(around, "num_devices", None) == 1:
-        return _lower_plain(ctx, scores, k=k, shards=shards, call_jaxpr=call_jaxpr)
-    return mlir.lower_fun(jaxpr_as_fun(call_jaxpr), multiple_results=True)(ctx, scores)
+        return _lower_plain(ctx, scores, k=k, shards=shards, split_form=split_form)
+    return mlir.lower_fun(jaxpr_as_fun(split_form), multiple_results=True)(ctx, scores)
 
 
-def _lower_plain(ctx: Any, scores: Any, *, k: int, shards: int, call_jaxpr: ClosedJaxpr) -> Any:
+def _lower_plain(ctx: Any, scores: Any, *, k: int, shards: int, split_form: ClosedJaxpr) -> Any:
     return mlir.lower_fun(functools.partial(_portable, k=k, shards=shards), multiple_results=True)(ctx, scores)
 
 
 @usual_promotion()
-def _batch(args: Sequence[jax.Array], dims: Sequence[Any], *, k: int, shards: int, call_jaxpr: Any) -> tuple[Any, Any]:
+def _batch(args: Sequence[jax.Array], dims: Sequence[Any], *, k: int, shards: int, split_form: Any) -> tuple[Any, Any]:
     (scores,), (dim,) = args, dims
     return _bind(jnp.moveaxis(scores, dim, 0), k, shards), (0, 0)
 
 
 @usual_promotion()
 def _jvp(
-    primals: Sequence[jax.Array], tangents: Sequence[Any], *, k: int, shards: int, call_jaxpr: ClosedJaxpr
+    primals: Sequence[jax.Array], tangents: Sequence[Any], *, k: int, shards: int, split_form: ClosedJaxpr
 ) -> tuple[Any, Any]:
     """As for a gather of the chosen scores; the choice itself is constant almost everywhere."""
     values, indices = _bind(primals[0], k, shards)
@@ -228,7 +228,7 @@ def _jvp(
 # Unused, it is dropped: it has no effects, which is the rule that JAX applies by itself.
 da_top_k_p = Primitive("da_top_k")
 da_top_k_p.multiple_results = True
-da_top_k_p.def_impl(compiled_alone(da_top_k_p, "k", "shards", "call_jaxpr"))
+da_top_k_p.def_impl(compiled_alone(da_top_k_p, "k", "shards", "split_form"))
 da_top_k_p.def_abstract_eval(_abstract)
 batching.primitive_batchers[da_top_k_p] = _batch
 ad.primitive_jvps[da_top_k_p] = _jvp

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from checks import FORCE, assert_same, full_width, kinds
+from jax.experimental import checkify
 from tied import FULL, D, M, V, inputs, make_weights, net
 
 import hire_xform as hx
@@ -149,3 +150,34 @@ def test_a_function_called_in_a_scan_packs_nothing_inside(packs):
     for _ in range(3):
         x = jnp.tanh(net(params, x)[:, :D])
     assert_same(got, x)
+
+
+@pytest.mark.parametrize("config", [FULL, hx.lossless(rules=FORCE)], ids=["full width", "lossless"])
+@pytest.mark.parametrize("order", ["outside", "inside"])
+def test_checkify_finds_the_checks_of_the_model(order, config):
+    def checked(params, x):
+        checkify.check(jnp.all(x < 100), "too large: {most}", most=x.max())
+        x = x + jnp.maximum(x @ params["w1"] + params["b1"], 0.0) @ params["w2"]
+        return x @ params["embed"].T
+
+    params, x = make_weights(), inputs()
+    wrapped = checkify.checkify(checked) if order == "inside" else checked
+    step = hx.sparsify(wrapped, config=config)
+    assert kinds(step.trace(params, x).plan) == ["ffn", "vocab"]
+    packed = step.trace(params, x).pack(params)
+    run = jax.jit(checkify.checkify(step) if order == "outside" else step)
+    error, logits = run(packed, x)
+    assert error.get() is None
+    dense = checkify.checkify(checked)(params, x)[1]
+    assert_same(jnp.argmax(logits, -1), jnp.argmax(dense, -1))
+    assert "too large" in run(packed, 1000 * x)[0].get()
+
+
+def test_checkify_of_every_operation_passes_through():
+    params, x = make_weights(), inputs()
+    packed = hx.sparsify(net, config=FULL).trace(params, x).pack(params)
+    every = jax.jit(checkify.checkify(hx.sparsify(net, config=FULL), errors=checkify.float_checks))
+    error, logits = every(packed, x)
+    assert error.get() is None
+    assert_same(logits, net(params, x))
+    assert "nan" in every(packed, x.at[0, 0].set(jnp.nan))[0].get()
