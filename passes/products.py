@@ -70,7 +70,15 @@ class Product:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the weight operand, read once per execution."""
+        """Bytes that the dense program reads of the weight in an execution: as it is stored, where that is narrower.
+
+        Where it is stored wider than it is used, as it is used: a loop around it may be left with the narrow copy.
+        """
+        return math.prod(self.weight.shape) * min(self.origin.itemsize, np.dtype(self.weight.aval.dtype).itemsize)
+
+    @property
+    def rows_nbytes(self) -> int:
+        """Bytes of its packed rows, which have the dtype of the product."""
         return math.prod(self.weight.shape) * np.dtype(self.weight.aval.dtype).itemsize
 
     @property

@@ -77,10 +77,14 @@ Ref = ScanSlice | IndexSlice | ShardSlice
 
 @dataclass(frozen=True)
 class Origin:
-    """A weight value: its recipe, and what resolves each stack axis at run time, outermost first."""
+    """A weight value: its recipe, and what resolves each stack axis at run time, outermost first.
+
+    ``itemsize`` is that of the narrowest dtype it has had, from the leaf on: the bytes of an entry as it is read.
+    """
 
     recipe: Recipe
     refs: tuple[Ref, ...] = ()
+    itemsize: int = 1 << 30
 
 
 class Provenance:
@@ -101,7 +105,7 @@ class Provenance:
         self.consts: dict[int, Any] = {}
         for value, root in zip(graph.top.inputs, roots, strict=True):
             if root is not None:
-                self._origins[value] = Origin(Recipe(root))
+                self._origins[value] = Origin(Recipe(root), itemsize=_dtype_of(value).itemsize)
         self._scope(graph.top)
 
     def origin(self, operand: Operand) -> Origin | None:
@@ -110,7 +114,7 @@ class Provenance:
             return None
         if operand.const is not None:
             self.consts[id(operand.const)] = operand.const
-            return Origin(Recipe(Root("const", id(operand.const))))
+            return Origin(Recipe(Root("const", id(operand.const))), itemsize=_dtype_of(operand).itemsize)
         return self._origins.get(operand)
 
     def derived(self, operand: Operand) -> str | None:
@@ -124,7 +128,7 @@ class Provenance:
             origin = self.origin(value.outer)
             if origin is not None and value.scanned:
                 size = shape_of(value.outer)[0]
-                origin = Origin(origin.recipe.then(Stack(size)), (*origin.refs, ScanSlice(scope)))
+                origin = _stacked(origin, [Stack(size)], [ScanSlice(scope)])
             if origin is not None and value.split:
                 origin = _sharded(origin, value)
             if origin is not None:
@@ -266,8 +270,12 @@ def _sharded(origin: Origin, value: Value) -> Origin:
     steps: list[Step] = [Reshape(tuple(cut))]
     steps += [Transpose(perm)] if perm != tuple(range(len(cut))) else []
     steps += [Stack(count) for _, count, _ in value.split]
-    refs = tuple(ShardSlice(value.scope, axes, count, dim, value.shape) for dim, count, axes in value.split)
-    return Origin(origin.recipe.then(*steps), (*origin.refs, *refs))
+    refs = [ShardSlice(value.scope, axes, count, dim, value.shape) for dim, count, axes in value.split]
+    return _stacked(origin, steps, refs)
+
+
+def _stacked(origin: Origin, steps: Sequence[Step], refs: Sequence[Ref]) -> Origin:
+    return dataclasses.replace(origin, recipe=origin.recipe.then(*steps), refs=(*origin.refs, *refs))
 
 
 def _extended(origin: Origin, *steps: Step) -> list[Origin]:
@@ -297,7 +305,10 @@ def _convert(node: Node, origin: Origin) -> list[Origin] | None:
     source, target = _dtype_of(node.inputs[0]), np.dtype(node.params["new_dtype"])
     if not (jnp.issubdtype(source, jnp.floating) and jnp.issubdtype(target, jnp.floating)):
         return None
-    return _extended(origin, Convert(target)) if source != target else [origin]
+    if source == target:
+        return [origin]
+    narrow = dataclasses.replace(origin, itemsize=min(origin.itemsize, target.itemsize))
+    return _extended(narrow, Convert(target))
 
 
 def _broadcast(node: Node, origin: Origin) -> list[Origin] | None:
@@ -370,7 +381,7 @@ def _indexed(node: Node, origin: Origin, axes: list[int], refs: list[IndexSlice]
     to_front = (*axes, *(axis for axis in range(len(shape)) if axis not in axes))
     steps: list[Step] = [] if to_front == tuple(range(len(shape))) else [Transpose(to_front)]
     steps += [*(Stack(shape[axis]) for axis in axes), Reshape(node.outputs[0].shape)]
-    return [Origin(origin.recipe.then(*steps), (*origin.refs, *refs))]
+    return [_stacked(origin, steps, refs)]
 
 
 def _picks_matrix(node: Node) -> bool:

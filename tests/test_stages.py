@@ -215,3 +215,33 @@ def test_functools_wraps_around_it():
         return step(*args)
 
     assert_same(wrapped(params, inputs()), net(params, inputs()))
+
+
+@pytest.mark.parametrize(
+    ("stored", "used", "itemsize"),
+    [
+        ("bfloat16", "float32", 2),
+        ("float32", "bfloat16", 2),
+        ("float8_e4m3fn", "bfloat16", 1),
+        ("float32", "float32", 4),
+    ],
+)
+@pytest.mark.parametrize("scanned", [False, True], ids=["one", "scanned"])
+def test_dense_bytes_are_those_of_the_weights_as_they_are_stored(stored, used, itemsize, scanned):
+    """A product that widens what is stored reads what is stored; no bytes are made up to look better against."""
+    layers = 3
+
+    def block(w, x):
+        up, down = (w[name].astype(used) for name in ("w1", "w2"))
+        return x + jax.nn.relu(x @ up) @ down
+
+    def deep(params, x):
+        if not scanned:
+            return block(params, x)
+        return jax.lax.scan(lambda x, w: (block(w, x), None), x, params)[0]
+
+    lead = (layers,) if scanned else ()
+    params = {"w1": jax.ShapeDtypeStruct((*lead, D, M), stored), "w2": jax.ShapeDtypeStruct((*lead, M, D), stored)}
+    plan = hx.sparsify(deep, config=hx.Config(rules=FORCE)).trace(params, jax.ShapeDtypeStruct((1, D), used)).plan
+    assert kinds(plan) == ["ffn"]
+    assert plan.dense_bytes == 2 * D * M * itemsize * (layers if scanned else 1)
