@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from hire_xform.lowering import Nucleus, TopSet
 from hire_xform.passes.decisions import Plan, Refusal, Site
 from hire_xform.passes.settings import Ffn, Vocab
 
@@ -38,10 +39,26 @@ def explain(plan: Plan) -> str:
 
 def describe(settings: Vocab | Ffn) -> str:
     """Settings in a few words."""
+    certified = f", certify={settings.certify!r}" if settings.certify else ""
     if isinstance(settings, Vocab):
-        return f"{settings.spec}, fill={settings.fill!r}"
+        return f"{settings.spec}, fill={settings.fill!r}{certified}"
     group = f", groups of {settings.group_size}" if settings.group_size > 1 else ""
-    return f"{settings.spec}{group}"
+    return f"{settings.spec}{group}{certified}"
+
+
+def _proved(site: Site) -> str:
+    """What a certified site proves, and what the bytes stand for."""
+    goal = site.settings.certify
+    if isinstance(goal, TopSet):
+        what = f"the {goal.k:,} largest logits are the dense ones"
+    elif isinstance(goal, Nucleus):
+        what = f"the candidates hold all but {goal.eps:g} of the dense softmax"
+    elif site.kind == "vocab":
+        what = "the arg max is the dense one"
+    else:
+        what = "the units chosen are the dense ones" if site.own else "every unit left out is zero"
+    counted = "" if site.rungs and site.rungs[0].share is not None else "; the bytes are those of calls that are proved"
+    return f"proved for every call: {what}; a call that is not proved runs dense{counted}"
 
 
 def at_most(site: Site) -> str:
@@ -94,6 +111,8 @@ def _site(sites: list[Site]) -> list[str]:
         f"         {describe(site.settings)}" + (f"; activation: {site.activation}" if site.activation else ""),
         f"         weights: {', '.join(site.weights)}" + (" and alike" if len(sites) > 1 else ""),
     ]
+    if site.settings.certify:
+        lines.append(f"         {_proved(site)}")
     if expected:
         lines.append(f"         as many as are needed, with the share of calls expected: {_rungs(site)}")
     if site.placed:

@@ -245,3 +245,25 @@ def test_dense_bytes_are_those_of_the_weights_as_they_are_stored(stored, used, i
     plan = hx.sparsify(deep, config=hx.Config(rules=FORCE)).trace(params, jax.ShapeDtypeStruct((1, D), used)).plan
     assert kinds(plan) == ["ffn"]
     assert plan.dense_bytes == 2 * D * M * itemsize * (layers if scanned else 1)
+
+
+def test_explain_says_what_a_certified_site_proves_and_what_its_bytes_are():
+    params, x = make_weights(), inputs()
+
+    def told(**config):
+        return hx.sparsify(net, config=hx.Config(**config, rules=FORCE)).trace(params, x).explain()
+
+    unproved = "; a call that is not proved runs dense; the bytes are those of calls that are proved"
+    both = told(vocab=hx.Vocab(certify=True), ffn=hx.Ffn(certify=True))
+    assert f"proved for every call: the arg max is the dense one{unproved}" in both
+    assert f"proved for every call: every unit left out is zero{unproved}" in both
+    assert "Quantized(bits=8), fill='predicted', certify=True" in both
+    top, mass = (told(vocab=hx.Vocab(certify=goal)) for goal in (hx.TopSet(5), hx.Nucleus(0.01)))
+    assert f"the 5 largest logits are the dense ones{unproved}" in top
+    assert f"the candidates hold all but 0.01 of the dense softmax{unproved}" in mass
+    assert "proved" not in told()
+    config = hx.lossless(rules=FORCE)
+    calibration = hx.calibrate(net, [(params, inputs(30))], config=config)
+    chosen = hx.sparsify(net, config=config, calibration=calibration).trace(params, x).explain()
+    assert "the arg max is the dense one; a call that is not proved runs dense\n" in chosen
+    assert "with the share of calls expected" in chosen
