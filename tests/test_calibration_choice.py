@@ -9,7 +9,7 @@ import models
 import numpy as np
 import pytest
 from calibrated import FORCED, D, M, V, arguments, block, block_params, normal, of_kind, plainly, skewed
-from checks import FORCE
+from checks import FORCE, assert_same
 
 import hire_xform as hx
 
@@ -102,6 +102,29 @@ def test_sizes_are_the_least_that_reach_the_recall_and_layers_share_the_largest(
     assert head.computed == int(of_kind(calibration, "vocab").sizes)
     assert f"calibrated: {size} units for recall 0.9 (units), 9 tokens" in traced.explain()
     assert json.loads(traced.plan.to_json())["sites"][0]["calibrated"] == ffn.calibrated
+
+
+NAMES = ("unrolled", "scanned_tied", "while_indexed", "conditional", "generate")
+ORACLE = [model for model in models.MODELS if str(model) in NAMES]
+
+
+@pytest.mark.parametrize("model", ORACLE, ids=str)
+def test_with_a_recall_of_one_the_tokens_it_was_measured_on_come_out_dense(model):
+    """Every unit that is not zero is computed, and every arg max a candidate: fewer rows, the same result."""
+    assert len(ORACLE) == len(NAMES)
+    params = model.make_params()
+    batches = [(params, *arguments(s, batch=1)) for s in range(4)]
+    calibration = plainly(model.step, batches, recall=1.0, head_kl=None)
+    step = hx.sparsify(model.step, config=FORCED, calibration=calibration)
+    assert any(s.computed < s.units for s in step.trace(*batches[0]).plan.sites)
+    for batch in batches:
+        (logits, *rest), (want, *others) = step(*batch), jax.jit(model.step)(*batch)
+        assert_same(rest, others)
+        if jnp.issubdtype(want.dtype, jnp.floating):
+            best = want.argmax(-1)
+            np.testing.assert_array_equal(logits.argmax(-1), best)
+            logits, want = (jnp.take_along_axis(a, best[..., None], -1) for a in (logits, want))
+        assert_same(logits, want)
 
 
 def test_values_given_win_and_defaults_stay_without_a_calibration():
