@@ -79,6 +79,7 @@ def _site_key(site: Site) -> tuple:
         site.placed,
         site.rows,
         site.rungs,
+        site.widened,
     )
 
 
@@ -111,6 +112,10 @@ def _site(sites: list[Site]) -> list[str]:
         f"         {describe(site.settings)}" + (f"; activation: {site.activation}" if site.activation else ""),
         f"         weights: {', '.join(site.weights)}" + (" and alike" if len(sites) > 1 else ""),
     ]
+    if site.widened:
+        lines.append(
+            "         stored narrower; all of it is widened before the dense product, which its bytes leave out"
+        )
     if site.settings.certify:
         lines.append(f"         {_proved(site)}")
     if expected:

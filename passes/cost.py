@@ -25,6 +25,17 @@ ROW_COST = {"cpu": 1.5}
 FIXED_BYTES = {"cpu": 1 << 20, "gpu": 4 << 20, "tpu": 4 << 20}
 
 
+# Where a product that widens its weight has the whole of it widened first, at every call: the dense form then costs as
+# much as one of wide weights at least (six times as much, bfloat16 to f32 on two cores). Others widen as they multiply.
+WIDENS_FIRST = frozenset({"cpu"})
+
+
+def dense_cost(match: VocabMatch | FfnMatch, platform: str) -> int:
+    """What the dense form costs in an execution, as bytes read."""
+    first = platform in WIDENS_FIRST
+    return sum(p.rows_nbytes if first else p.nbytes for p in match.products)
+
+
 def bytes_read(
     match: VocabMatch | FfnMatch,
     settings: Vocab | Ffn,

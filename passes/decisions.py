@@ -39,7 +39,8 @@ class Site:
       path: the equation whose result is replaced, such as ``scan[0]/dot_general[3]``.
       source: the user's ``file:line (function)``.
       tokens: rows of the activation, T.
-      dense_bytes: weight bytes the dense form reads per call; inside a scan, over all its iterations.
+      dense_bytes: weight bytes the dense form reads per call, as they are stored; inside a scan, over all its
+        iterations.
       sparse_bytes: weight bytes the rewritten form reads per call. Of a certified site with a calibration what it is
         expected to, dense runs included; without one, what its largest size does.
       settings: the ``Vocab`` or ``Ffn`` that was used.
@@ -58,6 +59,7 @@ class Site:
       rungs: of a certified site the sizes that it may take, ``computed`` being the largest, and last its dense form; of
         layers with sizes of their own those of each, one after the other. ``Sparsified.with_rungs`` counts them.
       static: hidden units that are always computed and never predicted; ``computed`` has them.
+      widened: True where the dense product has weights that are stored narrower widened whole first, at every call.
     """
 
     kind: str
@@ -81,6 +83,7 @@ class Site:
     rows: str = ""
     rungs: tuple[Rung, ...] = ()
     static: int = 0
+    widened: bool = False
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import numpy as np
 
 from hire_xform.lowering import choose
 from hire_xform.passes.certify import ALL_BITS, input_bits, not_certifiable
-from hire_xform.passes.cost import FIXED_BYTES, ROW_COST
+from hire_xform.passes.cost import FIXED_BYTES, ROW_COST, dense_cost
 from hire_xform.passes.decisions import Decision, Plan, Refusal, Rung, Site
 from hire_xform.passes.detect import Detection, FfnMatch, VocabMatch, vocab_rows
 from hire_xform.passes.measured import Measure, Measurement, unmeasured, with_choices
@@ -145,7 +145,8 @@ def _decide(
     predicted, exact = sizes.predicted, sizes.exact
     sparse = (predicted + exact) * iterations * shards
     cost = (predicted + exact * ROW_COST.get(platform, 1.0) + FIXED_BYTES.get(platform, 1 << 20)) * iterations
-    if cost * shards >= dense and not choice.force:
+    dense_as_read = dense_cost(match, platform) * iterations
+    if cost * shards >= dense_as_read and not choice.force:
         return (
             f"it reads {dense:,} bytes dense and {sparse:,} sparse{_over(placement)}, which would not be faster on "
             f"{platform}; a Rule with force=True overrides this"
@@ -171,6 +172,7 @@ def _decide(
         placed="" if placement is None else str(placement),
         rungs=tuple(Rung(r.computed * shards, r.bytes * shards, r.share) for r in sizes.rungs),
         static=static,
+        widened=dense_as_read > dense,
     )
     needs = needs_of(match, settings, None if measurement is None else measurement.inputs, shards, order, static)
     if sizes.levels is not None:
