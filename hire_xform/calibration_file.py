@@ -12,14 +12,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from hire_xform.calibration import Calibration
+from hire_xform.curve import Curve
 from hire_xform.lowering import LowRank, PredictorSpec, Projected, Quantized
-from hire_xform.site_calibration import Curve, SiteCalibration
+from hire_xform.site_calibration import SiteCalibration
 
 FORMAT, VERSION = "hire_xform.calibration", 5
 _SPECS: dict[str, Any] = {spec.__name__: spec for spec in (Quantized, LowRank, Projected)}
 _TEXTS = (
     *("kind", "path", "width", "units", "group_size", "criterion"),
-    *("row_bytes", "target", "recall", "head_kl", "static"),
+    *("row_bytes", "target", "recall", "head_kl", "fill", "static"),
 )
 _LISTS = ("weights", "stack", "input_numbers")
 _ARRAYS = ("tokens", "fired", "energy", "sizes", "touched", "order", "often")

@@ -15,6 +15,7 @@ from hire_xform.api import Sparsified
 from hire_xform.calibration import Calibration
 from hire_xform.calls import abstract_call
 from hire_xform.config import Config
+from hire_xform.curve import Curve
 from hire_xform.folding import Marks, Totals, fold
 from hire_xform.grouping import grouped_order
 from hire_xform.lowering import PredictorSpec, record_p
@@ -26,8 +27,8 @@ from hire_xform.passes.detect import FfnMatch
 from hire_xform.passes.measured import Measure, Regrouped, input_numbers, site_stack
 from hire_xform.passes.pack import Packed
 from hire_xform.passes.provenance import Root
-from hire_xform.passes.settings import PREDICTOR, Ffn
-from hire_xform.site_calibration import CHOICE, Curve, SiteCalibration, proved_criterion
+from hire_xform.passes.settings import PREDICTOR, Ffn, Vocab
+from hire_xform.site_calibration import CHOICE, SiteCalibration, proved_criterion
 from hire_xform.stages import Traced, call_leaves
 
 # Sums over all batches, int64 or float64, by site path and name.
@@ -277,6 +278,7 @@ class _Collected:
             sizes=np.ones(site_stack(match), np.int64),
             target="",
             recall=None,
+            fill=settings.fill if isinstance(settings, Vocab) else "",
         )
 
     @staticmethod

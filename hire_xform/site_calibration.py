@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
 
+from hire_xform.curve import Curve, share_by
 from hire_xform.lowering import PredictorSpec
 from hire_xform.passes.ladder import MOST, ladder_of
 from hire_xform.passes.measured import Chosen, Inputs, Order
@@ -17,44 +18,6 @@ from hire_xform.passes.settings import Ffn, Vocab
 # Share of the tokens that a certified site's largest size is to prove, at least. What it does not prove reads all rows,
 # and few tokens take it. Text unlike that of the calibration needs more of a head, several times as often.
 PROVED = {"ffn": 0.999, "vocab": 0.9999}
-
-
-@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class Curve:
-    """What was measured of a predictor at a site. Sums over tokens, by position in the predictor's order.
-
-    Attributes:
-      wanted: int64 ``[*stack, units / g]``, what stands there of what recall counts: arg maxes, or units not zero.
-      wanted_energy: f64 ``[*stack, units / g]``; None for a vocabulary.
-      kl: f64 ``[*stack, K]``, sum over tokens of the KL divergence of 1, 2, ... candidates, as ``vocab_ranks`` has it
-        for the site's fill; None for a block.
-      predictor_bytes: bytes that one token reads of the predictor and of what goes with it.
-      static: for so many units that fire most, always computed and first in the order: ``wanted``, and the bytes of the
-        predictor of the others.
-    """
-
-    wanted: np.ndarray
-    wanted_energy: np.ndarray | None
-    kl: np.ndarray | None
-    predictor_bytes: int
-    static: Mapping[int, tuple[np.ndarray, int]] = field(default_factory=dict)
-
-    @cached_property
-    def found(self) -> np.ndarray:
-        """Share of what is wanted among the first k positions, ``[*stack, units / g]``; one where nothing is."""
-        return _share(self.wanted)
-
-    @cached_property
-    def found_energy(self) -> np.ndarray:
-        """Share of the energy among the first k positions, likewise."""
-        assert self.wanted_energy is not None
-        return _share(self.wanted_energy)
-
-
-def _share(counted: np.ndarray) -> np.ndarray:
-    sums = np.cumsum(counted.astype(np.float64), axis=-1)
-    total = sums[..., -1:]
-    return np.where(total > 0, sums / np.where(total > 0, total, 1), 1.0)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -93,6 +56,7 @@ class SiteCalibration:
       recall: the recall that was asked for; None where it was something else.
       head_kl: with a recall, the largest KL divergence, in nats a token, of the logits of an uncertified head; None
         for any.
+      fill: of a head, what stood for the logits of no candidate when it was measured; empty for a block.
     """
 
     kind: str
@@ -118,6 +82,7 @@ class SiteCalibration:
     target: str
     recall: float | None
     head_kl: float | None = None
+    fill: str = ""
     static: int = 0
 
     @cached_property
@@ -175,7 +140,7 @@ class SiteCalibration:
     def _recall(self, predictor: PredictorSpec | None) -> np.ndarray:
         curve = self.curve(predictor)
         if self.static in curve.static:
-            return _share(curve.static[self.static][0])
+            return share_by(curve.static[self.static][0])
         return curve.found_energy if self.criterion == "energy" else curve.found
 
     def recall_at(self, size: int, predictor: PredictorSpec | None = None) -> np.ndarray:
@@ -254,7 +219,7 @@ class SiteCalibration:
             found[predictor, 0] = sizes, curve.predictor_bytes + rows
             for count, (wanted, predicted) in curve.static.items() if static else ():
                 # At least one of the others.
-                sizes = np.maximum(1 + np.argmax(_share(wanted) >= recall - 1e-12, axis=-1), count + 1)
+                sizes = np.maximum(1 + np.argmax(share_by(wanted) >= recall - 1e-12, axis=-1), count + 1)
                 found[predictor, count] = sizes, predicted + self.row_bytes * float(sizes.mean())
 
         def cost(way: tuple[PredictorSpec, int]) -> tuple[bool, float]:
@@ -353,6 +318,8 @@ class SiteCalibration:
         what = "candidate" if self.kind == "vocab" else "unit" if self.group_size == 1 else "group"
         sized = f"{size:,} {what}{'s' * (size > 1)}"
         how = f"calibrated: {sized} for {self.target}, {tokens:,} tokens"
+        if isinstance(settings, Vocab) and settings.fill != self.fill and self.head_kl is not None:
+            how += f"; nats of fill={self.fill!r}, with which it was measured"
         if self._beyond(sizes, predictor):
             how += f"; its logits are {self.kl_at(size, predictor).max():.2g} nats a token from the dense ones"
         return Chosen(predictor, size, how, sizes if self.stack else None, self._needs(predictor), self.static)

@@ -111,6 +111,12 @@ def test_what_is_stated_wins_and_the_rest_is_within_the_limit():
     assert logits_of(calibration, candidates=V)[1].settings.predictor == COARSE
 
 
+def test_another_fill_than_was_measured_is_told():
+    calibration = calibrated(head_kl=0.01)
+    assert "nats of fill='predicted', with which it was measured" in logits_of(calibration, fill="-inf")[1].calibrated
+    assert "with which" not in logits_of(calibration)[1].calibrated
+
+
 def test_it_is_kept_in_the_file(tmp_path):
     calibration = calibrated(head_kl=0.001)
     calibration.save(tmp_path / "c")
