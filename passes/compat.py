@@ -138,9 +138,14 @@ def jit_shardings(eqn: Eqn) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     return stated(eqn.params["in_shardings"]), stated(eqn.params["out_shardings"])
 
 
+def jit_inlining(eqn: Eqn) -> Any:
+    """What a nested jit says of inlining, as ``jax.jit`` takes it: a bool up to 0.10, an enum from 0.11."""
+    return eqn.params.get("inline", False)
+
+
 def jit_is_inlined(eqn: Eqn) -> bool:
-    """True when JAX itself inlines a nested jit: a bool up to 0.10, an enum whose members are all true from 0.11."""
-    inline = eqn.params.get("inline", False)
+    """True when JAX itself inlines a nested jit; the members of the enum that says so from 0.11 are all true."""
+    inline = jit_inlining(eqn)
     return inline is True or getattr(inline, "value", None) in ("jax_early", "jax_late")
 
 

@@ -167,7 +167,7 @@ class Rewriter:
         key = self._call_key(frame, passed, needs, seen)
         if key not in self._calls:
             body.__name__ = body.__qualname__ = frame.eqn.params.get("name") or "call"
-            self._calls[key] = jax.jit(_constrained(frame, body))
+            self._calls[key] = jax.jit(_constrained(frame, body), inline=compat.jit_inlining(frame.eqn))
         return self._calls[key](passed, seen)
 
     def _call_key(self, frame: Frame, passed: list[Any], needs: list[Need], seen: list[PackedView]) -> Any:

@@ -85,6 +85,8 @@ def test_what_a_nested_jit_states():
     # Up to 0.10 such a call is gone when it has been traced.
     inlined = first(jax.jit(jnp.sin, inline=True), WEIGHT)
     assert str(inlined.primitive) == "sin" or compat.jit_is_inlined(inlined)
+    again = first(jax.jit(jnp.sin, inline=compat.jit_inlining(plain)), WEIGHT)
+    assert compat.jit_inlining(again) == compat.jit_inlining(plain)
     there = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     stated = first(jax.jit(jnp.sin, in_shardings=there), WEIGHT)
     assert [s is None for s in compat.jit_shardings(stated)[0]] == [False]

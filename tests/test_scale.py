@@ -74,6 +74,15 @@ def test_a_layer_whose_jit_asks_for_it_is_inlined():
     assert [len(re.findall(r"func\.func private @layer\w*\(", text)) for text in sparse] == [0, 1]
 
 
+def test_what_a_jit_says_to_xla_of_inlining_is_kept():
+    asked = getattr(jax, "Inline", None)  # up to 0.10 there is nothing to say
+    inline = False if asked is None else asked.XLA_LATE
+    step, shapes = deep(2, jax.jit(models.layer, inline=inline))
+    jaxpr = hx.sparsify(step, config=narrow()).trace(*shapes).sparse_jaxpr
+    said = [e.params["inline"] for e in jaxpr.eqns if e.params.get("name") == "layer"]
+    assert said == [inline] * 2
+
+
 def test_a_plain_relu_model_is_planned_and_lowered_without_compiling_anything():
     step, shapes = deep(3)
     compiled = []
