@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-__all__ = ["accumulation_dtype", "skinny_dot", "skinny_dot_transposed"]
+__all__ = ["accumulation_dtype", "skinny_dot", "skinny_dot_transposed", "wide_dtype"]
 
 
 def accumulation_dtype(*dtypes: jax.typing.DTypeLike) -> jnp.dtype:
@@ -17,6 +17,16 @@ def accumulation_dtype(*dtypes: jax.typing.DTypeLike) -> jnp.dtype:
     if all(jnp.issubdtype(dtype, jnp.integer) for dtype in dtypes):
         return jnp.dtype(jnp.int32)
     return jnp.promote_types(jnp.result_type(*dtypes), jnp.float32)
+
+
+def wide_dtype(*dtypes: jax.typing.DTypeLike) -> jnp.dtype:
+    """The dtype that chosen rows and what they meet are multiplied in: f32, or f64 where one of them is.
+
+    Every product of two numbers of 16 bits or fewer is exact in f32, so nothing changes but the order of sums; and
+    XLA's CPU backend has no 16-bit kernel for some of the products that differentiation makes. Only chosen rows are
+    widened.
+    """
+    return jnp.dtype(jnp.float64 if any(jnp.dtype(dtype) == jnp.float64 for dtype in dtypes) else jnp.float32)
 
 
 def _pad_to_two(x: jax.Array) -> jax.Array:

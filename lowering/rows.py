@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from hire_xform.lowering.blocks import fold_row_blocks, map_row_blocks
-from hire_xform.lowering.products import skinny_dot, skinny_dot_transposed
+from hire_xform.lowering.narrow import kept_narrow, sliced_on_cpu
+from hire_xform.lowering.products import skinny_dot, skinny_dot_transposed, wide_dtype
 
 __all__ = ["combine_rows", "select_rows_dot"]
 # Up to this many bytes the chosen rows are gathered at once. The copy is made in parallel, the same buffer serves every
@@ -52,20 +53,11 @@ def _check(name: str, rows: jax.Array, index: jax.Array, group_size: int, tokens
         raise TypeError(f"{name}: index has dtype {index.dtype}; expected integers")
 
 
-def _wide(dtype: jax.typing.DTypeLike) -> jnp.dtype:
-    """The dtype chosen rows are multiplied in: f32 for 16-bit rows.
-
-    Every product of two 16-bit numbers is exact in f32, so nothing changes but the order of sums; and XLA's CPU backend
-    has no 16-bit kernel for some of the products that differentiation makes. Only chosen rows are widened.
-    """
-    return jnp.promote_types(dtype, jnp.float32)
-
-
 def _slabs(rows: jax.Array, index: jax.Array, group_size: int) -> jax.Array:
     """``[K * g, d]``: the chosen groups, one after the other."""
     n, d = rows.shape
     slabs = rows.reshape(n // group_size, group_size, d) if group_size > 1 else rows
-    taken = _gather(slabs, index) if index.shape[0] < 2 else _gather_where_they_lie(slabs, index)
+    taken = _gather_where_they_lie(slabs, index)
     return taken.reshape(index.shape[0] * group_size, d)
 
 
@@ -82,6 +74,8 @@ def _gather_where_they_lie(slabs: jax.Array, index: jax.Array) -> jax.Array:
     XLA's TPU backend takes a gather for one that reads its whole operand, and where that fits into VMEM it fetches all
     of it ahead. What a loop reads it leaves in HBM (seen in programs compiled for v5e; tests/test_tpu_compiler.py).
     """
+    if index.shape[0] < 2:
+        return _gather_kept_narrow(slabs, index)
 
     def in_two_steps(slabs: jax.Array, index: jax.Array) -> jax.Array:
         count = index.shape[0]
@@ -90,7 +84,11 @@ def _gather_where_they_lie(slabs: jax.Array, index: jax.Array) -> jax.Array:
         _, taken = lax.scan(lambda carry, half: (carry, _gather(slabs, half)), None, index.reshape(2, -1))
         return lax.slice_in_dim(lax.collapse(taken, 0, 2), 0, count)
 
-    return lax.platform_dependent(slabs, index, tpu=in_two_steps, default=_gather)
+    return lax.platform_dependent(slabs, index, tpu=in_two_steps, cpu=_gather_kept_narrow, default=_gather)
+
+
+def _gather_kept_narrow(slabs: jax.Array, index: jax.Array) -> jax.Array:
+    return _gather(*kept_narrow(slabs, index))
 
 
 def select_rows_dot(
@@ -106,7 +104,7 @@ def select_rows_dot(
 
     Args:
       x: ``[T, d]``.
-      rows: ``[n, d]``.
+      rows: ``[n, d]``, of a floating dtype that may be narrower than that of ``x``.
       index: ``[K]`` or ``[T, K]`` int; counts groups of ``group_size`` rows. Must be in bounds.
       group_size: neighbours read as one slab, a divisor of ``n``.
       preferred_element_type: dtype of the result; None is the operands' common dtype. Sums run in f32 at least.
@@ -119,9 +117,8 @@ def select_rows_dot(
       ValueError, TypeError: shapes or dtypes do not fit.
     """
     _check("select_rows_dot", rows, index, group_size, x.shape[0])
-    common = jnp.result_type(x.dtype, rows.dtype)
-    out_dtype = common if preferred_element_type is None else preferred_element_type
-    common = _wide(common)
+    out_dtype = jnp.result_type(x.dtype, rows.dtype) if preferred_element_type is None else preferred_element_type
+    common = wide_dtype(x.dtype, rows.dtype)
     x = jnp.abs(x.astype(common)) if magnitudes else x.astype(common)
 
     def shared(x: jax.Array, index: jax.Array) -> jax.Array:
@@ -150,7 +147,7 @@ def combine_rows(
 
     Args:
       h: ``[T, K * group_size]``.
-      rows: ``[n, d]``.
+      rows: ``[n, d]``, of a floating dtype that may be narrower than that of ``h``.
       index: ``[K]`` or ``[T, K]`` int; counts groups of ``group_size`` rows. Must be in bounds.
       group_size: neighbours read as one slab, a divisor of ``n``.
       preferred_element_type: dtype of the result; None is the operands' common dtype. Sums run in f32 at least.
@@ -166,9 +163,8 @@ def combine_rows(
         raise ValueError(
             f"combine_rows: h has shape {h.shape}; expected [T, {index.shape[-1] * group_size}] for this index"
         )
-    common = jnp.result_type(h.dtype, rows.dtype)
-    out_dtype = common if preferred_element_type is None else preferred_element_type
-    common = _wide(common)
+    out_dtype = jnp.result_type(h.dtype, rows.dtype) if preferred_element_type is None else preferred_element_type
+    common = wide_dtype(h.dtype, rows.dtype)
     h = h.astype(common)
 
     def in_rows(h: jax.Array, index: jax.Array) -> jax.Array:
@@ -184,7 +180,7 @@ def combine_rows(
 
     if index.ndim == 2:
         return _each_token(gathered, h, index).astype(out_dtype)
-    if index.shape[0] % _ROWS_A_STEP:
+    if index.shape[0] % _ROWS_A_STEP or not sliced_on_cpu(rows.dtype):
         return gathered(h, index).astype(out_dtype)
     return lax.platform_dependent(h, index, cpu=in_rows, default=gathered).astype(out_dtype)
 

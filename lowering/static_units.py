@@ -7,10 +7,10 @@ no predictor, and several tokens of a step share the reading (HiRE's overlap of 
 from collections.abc import Callable, Sequence
 
 import jax
-import jax.numpy as jnp
 from jax import lax
 
-from hire_xform.lowering.products import skinny_dot, skinny_dot_transposed
+from hire_xform.lowering.narrow import kept_narrow, sliced_on_cpu
+from hire_xform.lowering.products import skinny_dot, skinny_dot_transposed, wide_dtype
 
 __all__ = ["static_units"]
 
@@ -43,9 +43,15 @@ def static_units(
 def _first(rows: jax.Array, first: jax.Array | int, count: int) -> jax.Array:
     if isinstance(first, int):
         return lax.slice_in_dim(rows, first, first + count)
-    return lax.dynamic_slice_in_dim(rows, first, count)
+
+    def sliced(rows: jax.Array, first: jax.Array) -> jax.Array:
+        return lax.dynamic_slice_in_dim(rows, first, count)
+
+    if sliced_on_cpu(rows.dtype):
+        return sliced(rows, first)
+    return lax.platform_dependent(rows, first, cpu=lambda *at: sliced(*kept_narrow(*at)), default=sliced)
 
 
 def _wide(*operands: jax.Array) -> list[jax.Array]:
-    common = jnp.promote_types(jnp.result_type(*operands), jnp.float32)
-    return [operand.astype(common) for operand in operands]
+    dtype = wide_dtype(*(operand.dtype for operand in operands))
+    return [operand.astype(dtype) for operand in operands]

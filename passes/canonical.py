@@ -53,11 +53,11 @@ def result_shape(product: Product, flat: Any) -> Any:
 
 
 def dense_product(product: Product, x: Any, rows: Any, contracted_first: bool = False) -> Any:
-    """The product of ``[T, d]`` with its rows as the program has it, but for the layout."""
+    """The product of ``[T, d]`` with its packed rows as the program has it, but for the layout."""
     params = product.node.params
     found = lax.dot_general(
         x,
-        rows,
+        rows.astype(product.weight.aval.dtype),
         (((1,), (0 if contracted_first else 1,)), ((), ())),
         precision=params["precision"],
         preferred_element_type=params["preferred_element_type"],

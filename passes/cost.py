@@ -33,7 +33,7 @@ WIDENS_FIRST = frozenset({"cpu"})
 def dense_cost(match: VocabMatch | FfnMatch, platform: str) -> int:
     """What the dense form costs in an execution, as bytes read."""
     first = platform in WIDENS_FIRST
-    return sum(p.rows_nbytes if first else p.nbytes for p in match.products)
+    return sum(p.widened_nbytes if first else p.nbytes for p in match.products)
 
 
 def bytes_read(
@@ -60,8 +60,9 @@ def bytes_read(
         product = match.product
         dtype = product.weight.aval.dtype
         total = vocab_bytes(tokens, product.width // shards, product.contracted, dtype, spec, candidates=count)
-        exact = computed * product.contracted * np.dtype(dtype).itemsize
-        return total - exact + _proof_bytes(settings, product.width // shards, product.contracted, dtype), exact
+        predicted = total - computed * product.contracted * np.dtype(dtype).itemsize
+        predicted += _proof_bytes(settings, product.width // shards, product.contracted, dtype)
+        return predicted, computed * product.contracted * product.stored.itemsize
     assert isinstance(settings, Ffn)
     region, down = match.region, match.down
     forms = up_forms(region, settings)
@@ -87,7 +88,8 @@ def bytes_read(
     )
     rows = sum(d * np.dtype(dtype).itemsize for d, dtype, _ in ups)
     rows += down.width * np.dtype(down.weight.aval.dtype).itemsize
-    return total - computed * rows, computed * rows
+    stored = sum(up.product.contracted * up.product.stored.itemsize for up in region.ups)
+    return total - computed * rows, computed * (stored + down.width * down.stored.itemsize)
 
 
 def _proof_bytes(settings: Vocab | Ffn, n: int, d: int, dtype: Any) -> int:

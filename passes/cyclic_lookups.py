@@ -43,9 +43,15 @@ def cyclic_lookups(lookups: Iterable[Lookup], decisions: Iterable[Decision]) -> 
     return [
         CyclicLookup(one.node, (need,), parts)
         for one in lookups
-        for need, parts in [cyclic.get(one.origin.recipe, (None, 0))]
-        if need is not None
+        for need, parts in [cyclic.get(one.origin.recipe.as_stored, (None, 0))]
+        if need is not None and not _fills_widened(one)
     ]
+
+
+def _fills_widened(lookup: Lookup) -> bool:
+    """True for a lookup that puts a number of its own for ids out of range, which narrower rows may not have."""
+    recipe = lookup.origin.recipe
+    return recipe != recipe.as_stored and lookup.node.params.get("fill_value") is not None
 
 
 def look_up(treatment: CyclicLookup, rows: Any, operands: Sequence[Any]) -> Any:
@@ -57,4 +63,4 @@ def look_up(treatment: CyclicLookup, rows: Any, operands: Sequence[Any]) -> Any:
     places = (ids % parts) * (vocab // parts) + ids // parts
     places = jnp.where((ids >= 0) & (ids < vocab), places, ids).astype(ids.dtype)
     (found,) = compat.bind(treatment.node.eqn, [rows, places, *others])
-    return found
+    return found.astype(treatment.node.outputs[0].aval.dtype)

@@ -10,6 +10,7 @@ from hire_xform.passes.detect import FfnMatch, VocabMatch, up_rows, vocab_rows
 from hire_xform.passes.forms import Proving, down_forms, up_forms, vocab_forms
 from hire_xform.passes.measured import Fitted, Inputs, Measurement, Order, Predicted, Regrouped, takes_inputs
 from hire_xform.passes.parts import is_cut
+from hire_xform.passes.products import normal_form
 from hire_xform.passes.provenance import Origin, Recipe, Stack
 from hire_xform.passes.settings import Ffn, Vocab
 from hire_xform.passes.shards import in_parts
@@ -43,8 +44,8 @@ def needs_of(
         if order is not None:
             forms = [Regrouped(form, order) for form in forms]
         # Rows lie as they are, each device's part of them together; all else is made of each part by itself.
-        parts = in_parts(recipe, match.units, columns, shards)
-        return [Need(PackKey(recipe if form == "rows" else parts, form), origin.refs) for form in forms]
+        parts, rows = in_parts(recipe, match.units, columns, shards), normal_form(recipe.as_stored)
+        return [Need(PackKey(rows if form == "rows" else parts, form), origin.refs) for form in forms]
 
     if isinstance(match, VocabMatch):
         assert isinstance(settings, Vocab)

@@ -70,15 +70,20 @@ class Product:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the dense program reads of the weight in an execution: as it is stored, where that is narrower.
+        """Bytes that the dense program reads of the weight in an execution, and of its packed rows: as it is stored.
 
         Where it is stored wider than it is used, as it is used: a loop around it may be left with the narrow copy.
         """
-        return math.prod(self.weight.shape) * min(self.origin.itemsize, np.dtype(self.weight.aval.dtype).itemsize)
+        return math.prod(self.weight.shape) * self.stored.itemsize
 
     @property
-    def rows_nbytes(self) -> int:
-        """Bytes of its packed rows, which have the dtype of the product."""
+    def stored(self) -> np.dtype:
+        """dtype of its packed rows: the narrowest one known to have its values."""
+        return np.dtype(self.origin.stored)
+
+    @property
+    def widened_nbytes(self) -> int:
+        """Bytes of the weight as it is used, which a compiler may make of it before it multiplies."""
         return math.prod(self.weight.shape) * np.dtype(self.weight.aval.dtype).itemsize
 
     @property

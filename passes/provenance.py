@@ -20,7 +20,7 @@ from jax.extend.core import primitives as prims
 
 from hire_xform.passes import compat
 from hire_xform.passes.compat import Literal
-from hire_xform.passes.recipe import Convert, Recipe, Reshape, Root, Slice, Stack, Step, Transpose
+from hire_xform.passes.recipe import Convert, Recipe, Reshape, Root, Slice, Stack, Step, Transpose, represents
 from hire_xform.passes.walk import Graph, Node, Operand, Scope, Value, carried_inputs
 
 
@@ -79,12 +79,13 @@ Ref = ScanSlice | IndexSlice | ShardSlice
 class Origin:
     """A weight value: its recipe, and what resolves each stack axis at run time, outermost first.
 
-    ``itemsize`` is that of the narrowest dtype it has had, from the leaf on: the bytes of an entry as it is read.
+    ``stored`` is the dtype of ``recipe.as_stored``, the narrowest one that is known to have its values: the leaf's, or
+    the last one on the way that rounds.
     """
 
     recipe: Recipe
     refs: tuple[Ref, ...] = ()
-    itemsize: int = 1 << 30
+    stored: Any = None
 
 
 class Provenance:
@@ -105,7 +106,7 @@ class Provenance:
         self.consts: dict[int, Any] = {}
         for value, root in zip(graph.top.inputs, roots, strict=True):
             if root is not None:
-                self._origins[value] = Origin(Recipe(root), itemsize=_dtype_of(value).itemsize)
+                self._origins[value] = Origin(Recipe(root), stored=_dtype_of(value))
         self._scope(graph.top)
 
     def origin(self, operand: Operand) -> Origin | None:
@@ -114,7 +115,7 @@ class Provenance:
             return None
         if operand.const is not None:
             self.consts[id(operand.const)] = operand.const
-            return Origin(Recipe(Root("const", id(operand.const))), itemsize=_dtype_of(operand).itemsize)
+            return Origin(Recipe(Root("const", id(operand.const))), stored=_dtype_of(operand))
         return self._origins.get(operand)
 
     def derived(self, operand: Operand) -> str | None:
@@ -307,8 +308,9 @@ def _convert(node: Node, origin: Origin) -> list[Origin] | None:
         return None
     if source == target:
         return [origin]
-    narrow = dataclasses.replace(origin, itemsize=min(origin.itemsize, target.itemsize))
-    return _extended(narrow, Convert(target))
+    if represents(target, origin.stored):
+        return _extended(origin, Convert(target, exact=True))
+    return _extended(dataclasses.replace(origin, stored=target), Convert(target))
 
 
 def _broadcast(node: Node, origin: Origin) -> list[Origin] | None:

@@ -48,13 +48,24 @@ class Reshape:
 
 @dataclass(frozen=True)
 class Convert:
-    """Change of dtype."""
+    """Change of dtype. ``exact``: it rounds nothing, since it has every value of the dtype that is stored."""
 
     dtype: Any
+    exact: bool = False
 
     def apply(self, x: Any) -> Any:
         """The step on an array."""
         return lax.convert_element_type(x, self.dtype)
+
+
+def represents(target: Any, source: Any) -> bool:
+    """True when a floating dtype of 16 bits or more has every value of another one of 8 bits or more."""
+    wide, narrow = jnp.finfo(target), jnp.finfo(source)
+    if wide.bits < 16 or narrow.bits < 8:
+        return False
+    # The digits of its numbers, its largest power of two, and the spacing of its smallest numbers.
+    digits, largest = wide.nmant >= narrow.nmant, wide.maxexp >= narrow.maxexp
+    return digits and largest and wide.minexp - wide.nmant <= narrow.minexp - narrow.nmant
 
 
 @dataclass(frozen=True)
@@ -114,6 +125,11 @@ class Recipe:
     def then(self, *steps: Step) -> Recipe:
         """This recipe with more steps, those that do nothing left out by the caller."""
         return Recipe(self.root, self.steps + steps)
+
+    @property
+    def as_stored(self) -> Recipe:
+        """The same values in the narrowest dtype that is known to have them: without the steps that only widen."""
+        return Recipe(self.root, tuple(s for s in self.steps if not (isinstance(s, Convert) and s.exact)))
 
     @property
     def is_leaf(self) -> bool:

@@ -65,7 +65,7 @@ class Reading:
     @property
     def dense(self) -> int:
         """Bytes of the dense form."""
-        return sum(p.rows_nbytes for p in self.match.products) // self.shards
+        return sum(p.nbytes for p in self.match.products) // self.shards
 
     @property
     def tried(self) -> bool:

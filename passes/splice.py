@@ -259,7 +259,7 @@ def dense_rows(treatment: DenseRows, read: Read, view: PackedView) -> Any:
     """A dense product from packed rows."""
     product = treatment.product
     x = flat_activation(product, read(product.x))
-    rows = view.whole()
+    rows = view.whole().astype(product.weight.aval.dtype)
     contract = ((1,), (0,)) if treatment.contracted_first else ((1,), (1,))
     params = product.node.params
     flat = lax.dot_general(

@@ -71,7 +71,7 @@ def treatments(
         if product in treated or has_leaf(product.origin.recipe.root) or product.batched:
             continue
         for contracted_first, recipe in ((False, product.rows_free()), (True, product.rows_contracted())):
-            key = PackKey(normal_form(recipe), "rows")
+            key = PackKey(normal_form(recipe.as_stored), "rows")
             if has_key(key):
                 found[product.node] = DenseRows(product, (Need(key, product.origin.refs),), contracted_first)
                 break

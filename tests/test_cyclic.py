@@ -275,22 +275,40 @@ def check_an_embedding_that_is_the_head_too_is_held_once():
         return jnp.argmax(jnp.tanh(0.02 * (x @ table.T)), axis=-1), x
 
     token = jnp.array([0, 7, V - 1, -3])
-    plain = {"table": weights()["head"].T}
     mesh = mesh_of(4)
-    w = jax.tree.map(lambda a: jax.device_put(a, NamedSharding(mesh, P("model", None))), plain)
+    for dtype in (jnp.float32, jnp.bfloat16):
+        plain = {"table": weights()["head"].T.astype(dtype)}
+        w = jax.tree.map(lambda a: jax.device_put(a, NamedSharding(mesh, P("model", None))), plain)
+        step = hx.sparsify(tied, config=full_width())
+        traced = step.trace(w, token)
+        assert "cyclically" in layout(traced.plan)
+        packed = traced.pack(w)
+        held = [leaf for leaf in packed.leaves if leaf.size == V * D and leaf.dtype != jnp.int8]
+        assert [leaf.dtype for leaf in held] == [dtype]
+        want = jax.jit(tied)(plain, token)
+        for got in (step(packed, token), step(w, token), jax.jit(step)(packed, token)):
+            assert_same(got, want)
+        ops = {c.op for c in collectives(jax.jit(step).lower(packed, token).compile())}
+        assert ops <= {"all-reduce", "all-gather"}  # what the rows would be put back by is an all-to-all
+        assert_same(step(packed, jnp.tile(token, 20)), jax.jit(tied)(plain, jnp.tile(token, 20)))
+        summed = hx.sparsify(lambda w, token: (tied(w, token)[0], w["table"].sum()), config=full_width())
+        assert "is read elsewhere as well" in layout(summed.trace(w, token).plan)
+
+
+def check_a_lookup_that_fills_with_what_narrow_rows_do_not_have_keeps_them_where_they_are():
+    def tied(w, token):
+        table = w["table"].astype(jnp.float32)
+        x = jnp.take(table, token, axis=0, fill_value=0.1)
+        return jnp.argmax(x @ table.T, axis=-1), x
+
+    token, plain = jnp.array([0, 7, V + 3]), {"table": weights()["head"].T.astype(jnp.bfloat16)}
+    w = jax.tree.map(lambda a: jax.device_put(a, NamedSharding(mesh_of(4), P("model", None))), plain)
     step = hx.sparsify(tied, config=full_width())
     traced = step.trace(w, token)
-    assert "cyclically" in layout(traced.plan)
-    packed = traced.pack(w)
-    assert packed.nbytes < 2 * w["table"].nbytes
+    assert "is read elsewhere as well" in layout(traced.plan)
     want = jax.jit(tied)(plain, token)
-    for got in (step(packed, token), step(w, token), jax.jit(step)(packed, token)):
-        assert_same(got, want)
-    ops = {c.op for c in collectives(jax.jit(step).lower(packed, token).compile())}
-    assert ops <= {"all-reduce", "all-gather"}  # what the rows would be put back by is an all-to-all
-    assert_same(step(packed, jnp.tile(token, 20)), jax.jit(tied)(plain, jnp.tile(token, 20)))
-    summed = hx.sparsify(lambda w, token: (tied(w, token)[0], w["table"].sum()), config=full_width()).trace(w, token)
-    assert "is read elsewhere as well" in layout(summed.plan)
+    assert want[1][2, 0] == jnp.float32(0.1)
+    assert_same(step(traced.pack(w), token), want)
 
 
 def check_under_scan_vmap_grad_and_jit():
