@@ -85,23 +85,25 @@ class _Fold:
         def read(atom: Any) -> Any:
             return atom.val if isinstance(atom, compat.Literal) else env[atom]
 
-        for eqn in inner.eqns:
-            given = [read(a) for a in eqn.invars]
-            inside = [sub for _, sub in compat.sub_jaxprs(eqn)]
-            if eqn.primitive is self._marks.primitive:
-                results = given[len(given) - len(eqn.outvars) :]
-                totals = self._marks.add(eqn, given, totals)
-            elif not any(True for sub in inside for _ in self._marked(sub)):
-                results = compat.bind(eqn, given)
-            elif eqn.primitive in compat.CALL_PRIMITIVES:
-                results, totals = self._run(compat.call_jaxpr(eqn), given, totals)
-            elif eqn.primitive in self._loops:
-                own = {name: totals[name] for name in self._shapes(inside)}
-                results, own = self._loops[eqn.primitive](eqn, given, own)
-                totals = {**totals, **own}
-            else:
-                raise NotImplementedError(f"sites inside {eqn.primitive} can't be measured; expected jax.lax loops")
-            env.update(zip(eqn.outvars, results, strict=True))
+        with compat.EquationContexts() as contexts:
+            for eqn in inner.eqns:
+                contexts.enter(eqn)
+                given = [read(a) for a in eqn.invars]
+                inside = [sub for _, sub in compat.sub_jaxprs(eqn)]
+                if eqn.primitive is self._marks.primitive:
+                    results = given[len(given) - len(eqn.outvars) :]
+                    totals = self._marks.add(eqn, given, totals)
+                elif not any(True for sub in inside for _ in self._marked(sub)):
+                    results = compat.bind(eqn, given)
+                elif eqn.primitive in compat.CALL_PRIMITIVES:
+                    results, totals = self._run(compat.call_jaxpr(eqn), given, totals)
+                elif eqn.primitive in self._loops:
+                    own = {name: totals[name] for name in self._shapes(inside)}
+                    results, own = self._loops[eqn.primitive](eqn, given, own)
+                    totals = {**totals, **own}
+                else:
+                    raise NotImplementedError(f"sites inside {eqn.primitive} can't be measured; expected jax.lax loops")
+                env.update(zip(eqn.outvars, results, strict=True))
         return [read(a) for a in inner.outvars], totals
 
     def _scan(self, eqn: Any, given: list[Any], totals: Totals) -> tuple[list[Any], Totals]:

@@ -93,7 +93,16 @@ class Measuring:
         return collected.calibration(whole)
 
 
-class _CaptureTrace(Traced):
+class DenseTrace(Traced):
+    """A trace whose program is dense. Weights over several devices stay there; what is packed of them is whole."""
+
+    def _place(self, match: Any) -> Any:
+        """The reason that a match stays dense where its weights are, if any: what does is not measured."""
+        found = super()._place(match)
+        return found if isinstance(found, str) else None
+
+
+class _CaptureTrace(DenseTrace):
     """A trace whose program is dense and records statistics; of several predictors where none is stated."""
 
     rewriter_class: type[Capture] = Capture

@@ -36,16 +36,18 @@ def _evaluate(
     def read(atom: Any) -> Any:
         return atom.val if isinstance(atom, compat.Literal) else env[atom]
 
-    for own_path, eqn in numbered(inner.eqns):
-        path = f"{prefix}{own_path}"
-        given = [read(a) for a in eqn.invars]
-        if eqn.primitive in compat.CALL_PRIMITIVES and _holds(compat.call_jaxpr(eqn), wanted, f"{path}/"):
-            results = _evaluate(compat.call_jaxpr(eqn), given, wanted, f"{path}/", seen)
-        else:
-            results = compat.bind(eqn, given)
-        if wanted(path, eqn):
-            seen.append((given, results))
-        env.update(zip(eqn.outvars, results, strict=True))
+    with compat.EquationContexts() as contexts:
+        for own_path, eqn in numbered(inner.eqns):
+            contexts.enter(eqn)
+            path = f"{prefix}{own_path}"
+            given = [read(a) for a in eqn.invars]
+            if eqn.primitive in compat.CALL_PRIMITIVES and _holds(compat.call_jaxpr(eqn), wanted, f"{path}/"):
+                results = _evaluate(compat.call_jaxpr(eqn), given, wanted, f"{path}/", seen)
+            else:
+                results = compat.bind(eqn, given)
+            if wanted(path, eqn):
+                seen.append((given, results))
+            env.update(zip(eqn.outvars, results, strict=True))
     return [read(a) for a in inner.outvars]
 
 

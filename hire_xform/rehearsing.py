@@ -15,7 +15,7 @@ from hire_xform.calibration import Calibration
 from hire_xform.config import Config
 from hire_xform.folding import Marks, Totals
 from hire_xform.lowering import record_p
-from hire_xform.measuring import Measuring, program, taken_apart
+from hire_xform.measuring import DenseTrace, Measuring, program, taken_apart
 from hire_xform.passes.decisions import PackKey, Plan
 from hire_xform.passes.measured import Measure
 from hire_xform.passes.rehearse import Rehearse, Rehearsed, Sizes
@@ -25,7 +25,7 @@ from hire_xform.stages import Traced
 Loss = Callable[..., Any]
 
 
-class _RehearsalTrace(Traced):
+class _RehearsalTrace(DenseTrace):
     """A trace whose program is dense, with what the sparse form leaves out left out."""
 
     rewriter_class = Rehearse

@@ -32,6 +32,7 @@ from hire_xform.passes.decisions import Decision, Need
 from hire_xform.passes.detect import FfnMatch, VocabMatch
 from hire_xform.passes.environment import Env, PackedView, read
 from hire_xform.passes.forms import Proving, up_forms, vocab_forms
+from hire_xform.passes.manual import whole_results
 from hire_xform.passes.measured import Measurement, Regrouped, input_numbers
 from hire_xform.passes.needs import may_be_static, stack_need
 from hire_xform.passes.rewrite import Rewriter
@@ -68,7 +69,7 @@ class Measured(Decision):
 
     def with_static_sets(self, measurement: Measurement | None) -> Measured:
         """Also measured with some units always computed, where that may be."""
-        if measurement is None or self.placement is not None or not may_be_static(self.match, self.settings):
+        if measurement is None or not may_be_static(self.match, self.settings):
             return self
         order, counts = measurement.static_sets()
         if order is None or not counts:
@@ -93,7 +94,7 @@ class Capture(Rewriter):
     def _site(self, decision: Decision, env: Env, seen: list[PackedView]) -> Any:
         assert isinstance(decision, Measured)
         ways = tuple(site_signature(way) for way in decision.ways)
-        key = ways, tuple(input_numbers(decision.match)), decision.static_sets
+        key = ways, tuple(input_numbers(decision.match)), decision.static_sets, decision.node.outputs[0].aval
         if key not in self._calls:
             self._calls[key] = jax.jit(_measured(decision, self.ranks))
         value, recorded = self._calls[key](site_operands(decision, lambda o: read(env, o)), seen)
@@ -125,9 +126,13 @@ def _first_views(decision: Decision) -> list[int]:
 
 def _measured(decision: Measured, ranks: bool) -> Callable[[list[Any], list[PackedView]], tuple[Any, Recorded]]:
     match = decision.match
-    if isinstance(match, VocabMatch):
-        return lambda operands, views: _vocab(decision, match, operands, views, ranks)
-    return lambda operands, views: _ffn(decision, match, operands, views, ranks)
+
+    def run(operands: list[Any], views: list[PackedView]) -> tuple[Any, Recorded]:
+        if isinstance(match, VocabMatch):
+            return _vocab(decision, match, operands, views, ranks)
+        return _ffn(decision, match, operands, views, ranks)
+
+    return whole_results(run, decision.node.outputs[0].aval)
 
 
 def _by_way(decision: Measured, views: Sequence[PackedView]) -> list[tuple[Decision, Sequence[PackedView]]]:

@@ -261,10 +261,13 @@ def _kept_mesh(manager: Any, mesh: Any) -> Iterator[None]:
         yield
 
 
-def _within(manager: Any) -> Any:
-    """An equation's context, but for its mesh where that would lead out of a shard_map that stands around it now."""
+def _within(manager: Any, elsewhere: bool) -> Any:
+    """An equation's context, but for its mesh where that would lead out of a shard_map that stands around it now.
+
+    So for an equation that is run ``elsewhere`` than it stands: in a subgraph, under the axes of that.
+    """
     mesh = jax.sharding.get_abstract_mesh()
-    if manager is None or not getattr(mesh, "manual_axes", ()):
+    if manager is None or not (getattr(mesh, "manual_axes", ()) or (elsewhere and not mesh.empty)):
         return manager
     return _kept_mesh(manager, mesh)
 
@@ -277,10 +280,11 @@ class EquationContexts:
     its ``manager`` are there on 0.10 to 0.12 and are looked up defensively.
     """
 
-    __slots__ = ("_base", "_context", "_manager", "_user")
+    __slots__ = ("_base", "_context", "_elsewhere", "_manager", "_user")
 
-    def __init__(self) -> None:
+    def __init__(self, elsewhere: bool = False) -> None:
         self._base = source_info_util.current_name_stack()
+        self._elsewhere = elsewhere
         self._user: Any = None
         self._context: Any = None
         self._manager: Any = None
@@ -293,7 +297,7 @@ class EquationContexts:
         context = getattr(eqn, "ctx", None)
         if context is not self._context:
             self._leave_context()
-            self._manager = _within(getattr(context, "manager", None))
+            self._manager = _within(getattr(context, "manager", None), self._elsewhere)
             if self._manager is not None:
                 self._manager.__enter__()
             self._context = context
@@ -323,8 +327,8 @@ class EquationContexts:
 
 @contextlib.contextmanager
 def equation_context(eqn: Eqn) -> Iterator[None]:
-    """``EquationContexts`` around one equation."""
-    with EquationContexts() as contexts:
+    """``EquationContexts`` around one equation, which is run elsewhere than it stands."""
+    with EquationContexts(elsewhere=True) as contexts:
         contexts.enter(eqn)
         yield
 

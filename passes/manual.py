@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 
 def is_explicit(mesh: Any) -> bool:
@@ -41,3 +41,13 @@ def under_automatic_axes(run: Callable[..., Any], mesh: Any, results: Any) -> Ca
             return automatic(*operands)
 
     return typed
+
+
+def whole_results(run: Callable[..., Any], out: Any) -> Callable[..., Any]:
+    """``run`` under automatic axes of the mesh that the type of its first result is on.
+
+    Args:
+      run: a function of arrays.
+      out: the abstract value that the program expects of the first of what it returns; all else is whole everywhere.
+    """
+    return under_automatic_axes(run, out.sharding.mesh, (out.sharding.spec, PartitionSpec()))

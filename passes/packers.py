@@ -26,42 +26,57 @@ from hire_xform.passes.forms import Proving
 from hire_xform.passes.levels import Levels
 from hire_xform.passes.manual import mesh_here, under_automatic_axes
 from hire_xform.passes.measured import Fitted, Predicted, Regrouped
-from hire_xform.passes.recipe import Cyclic, Recipe, Root, Stack, Step
+from hire_xform.passes.recipe import Cyclic, Recipe, Root, Step
 from hire_xform.passes.shards import Names, as_automatic, names_of, placed_rows, stacks_of
-from hire_xform.passes.surroundings import concretely
+from hire_xform.passes.surroundings import as_usual, concretely
 
 
 @functools.lru_cache(maxsize=256)
-def packer(steps: tuple[Step, ...], form: Any) -> Callable[[Any], Any]:
-    """What packs a leaf that is on one device; it is compiled once for all leaves that are packed alike."""
+def packer(steps: tuple[Step, ...], form: Any) -> Any:
+    """The jitted function that packs a leaf that is on one device, one for all leaves that are packed alike."""
     recipe = Recipe(Root("", 0), steps)
     if isinstance(form, Levels):
         return jax.jit(lambda leaf: jnp.asarray(form.array))
     if isinstance(form, RegroupedForm):
         return jax.jit(functools.partial(_regrouped, recipe, form.form))
     if isinstance(form, FittedForm):
-        stacks = sum(isinstance(step, Stack) for step in steps)
-        fit = functools.partial(_fit, form.form)
-        for _ in range(stacks):
-            fit = jax.vmap(fit)
-        return jax.jit(lambda leaf, covariance: fit(recipe.apply(leaf), covariance))
+        return jax.jit(lambda leaf, covariance: _fit_each(form.form, recipe.apply(leaf), covariance))
     return jax.jit(lambda leaf: recipe.apply(leaf, functools.partial(_finish, form)))
 
 
 def pack_placed(key: PackKey, leaf: Any, sharding: NamedSharding) -> Any:
-    """A packed form of a leaf that is over several devices: each packs the rows it holds, and holds what it packed."""
+    """A packed form of a leaf that is over several devices: each packs the rows it holds, and holds what it packed.
+
+    What belongs to no site that is split is packed whole, on every device.
+    """
     spec = packed_spec(sharding, leaf.shape, key)
     mesh = as_automatic(sharding.mesh)
-    with concretely(), jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        given = (jax.device_put(a, NamedSharding(mesh, PartitionSpec())) for a in given_to(key.form))
-        pack = shard_packer(key.recipe.steps, bare_form(key.form), mesh, spec)
-        made = pack(jax.device_put(leaf, NamedSharding(mesh, sharding.spec)), *given)
-        return jax.device_put(made, NamedSharding(sharding.mesh, spec))
+    with concretely():
+        leaf = jax.device_put(leaf, NamedSharding(mesh, sharding.spec if any(spec) else PartitionSpec()))
+        given = [jax.device_put(a, NamedSharding(mesh, PartitionSpec())) for a in given_to(key.form)]
+    # Traced outside of `concretely`: constants of a shard_map's body that are computed at once are not, where the user
+    # has set a mesh, of a sharding that an array can have.
+    with as_usual(), jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        shapes = tuple(jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding) for a in (leaf, *given))
+        precision = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
+        settings = jax.config.jax_enable_x64, precision  # type: ignore[attr-defined]
+        pack = _compiled(key.recipe.steps, bare_form(key.form), mesh, spec, shapes, settings)
+    with concretely():
+        return jax.device_put(pack(leaf, *given), NamedSharding(sharding.mesh, spec))
 
 
 @functools.lru_cache(maxsize=256)
-def shard_packer(steps: tuple[Step, ...], form: Any, mesh: Any, spec: PartitionSpec) -> Callable[..., Any]:
-    """What packs a leaf that is sharded over a mesh with automatic axes; the result is placed by ``spec``.
+def _compiled(
+    steps: tuple[Step, ...], form: Any, mesh: Any, spec: PartitionSpec, shapes: tuple[Any, ...], settings: Any
+) -> Callable[..., Any]:
+    """``shard_packer``, or ``packer`` of what is not split, compiled once for these shapes under these settings."""
+    pack = shard_packer(steps, form, mesh, spec) if any(spec) else packer(steps, form)
+    return pack.lower(*shapes).compile()
+
+
+@functools.lru_cache(maxsize=256)
+def shard_packer(steps: tuple[Step, ...], form: Any, mesh: Any, spec: PartitionSpec) -> Any:
+    """The jitted function that packs a leaf that is sharded over a mesh with automatic axes, to be placed by ``spec``.
 
     Rows that are to lie cyclically are exchanged by the devices first: none holds more than its own.
     """
@@ -76,9 +91,9 @@ def shard_packer(steps: tuple[Step, ...], form: Any, mesh: Any, spec: PartitionS
             rows = to_cyclic(rows, names, cyclic.parts, axis=around, here=here[0])
         if cyclic is not None and stacks > around:
             rows = jnp.expand_dims(rows, around)  # the one part that a device has
-        made = functools.partial(_finish, form)
         if isinstance(form, FittedForm):
-            made = functools.partial(_fit, form.form, covariance=given[0])
+            return _fit_each(form.form, rows, *given)
+        made = functools.partial(_finish, form)
         for _ in range(stacks):
             made = jax.vmap(made)
         return made(rows)
@@ -200,6 +215,14 @@ def _finish(form: Any, rows: Any) -> Any:
     if form == "bounded_moments":
         return pack_bounded_moments(rows)
     return _fit(form, rows, None)
+
+
+def _fit_each(form: PredictorSpec | Proving, rows: Any, covariance: Any) -> Any:
+    """Of each matrix of a stack, ``[*stack, n, d]``, with its own covariance: that of a matrix's parts is one."""
+    fit = functools.partial(_fit, form)
+    for axis in range(rows.ndim - 2, 0, -1):
+        fit = jax.vmap(fit, in_axes=(0, 0 if axis <= covariance.ndim - 2 else None))
+    return fit(rows, covariance)
 
 
 def _fit(form: PredictorSpec | Proving, rows: Any, covariance: Any) -> Any:

@@ -20,6 +20,7 @@ from hire_xform.passes.decisions import Decision, Need
 from hire_xform.passes.detect import FfnMatch, VocabMatch
 from hire_xform.passes.environment import Env, PackedView, read
 from hire_xform.passes.forms import vocab_forms
+from hire_xform.passes.manual import whole_results
 from hire_xform.passes.needs import stack_need
 from hire_xform.passes.of_chosen import OfChosen
 from hire_xform.passes.rewrite import Rewriter
@@ -53,7 +54,7 @@ class Rehearse(Rewriter):
     """Puts the rehearsed form where the rewriter would put the sparse subgraph; records ``logits`` of vocabularies."""
 
     def _site(self, decision: Decision, env: Env, seen: list[PackedView]) -> Any:
-        key = site_signature(decision)
+        key = site_signature(decision), decision.node.outputs[0].aval
         if key not in self._calls:
             self._calls[key] = jax.jit(_rehearsed(decision))
         value, logits = self._calls[key](site_operands(decision, lambda o: read(env, o)), seen)
@@ -81,9 +82,13 @@ class _OfMasked(OfChosen):
 
 def _rehearsed(decision: Decision) -> Callable[[list[Any], list[PackedView]], tuple[Any, Any]]:
     match = decision.match
-    if isinstance(match, VocabMatch):
-        return lambda operands, views: _vocab(decision, match, operands, views)
-    return lambda operands, views: (_ffn(decision, match, operands, views), None)
+
+    def run(operands: list[Any], views: list[PackedView]) -> tuple[Any, Any]:
+        if isinstance(match, VocabMatch):
+            return _vocab(decision, match, operands, views)
+        return _ffn(decision, match, operands, views), None
+
+    return whole_results(run, decision.node.outputs[0].aval)
 
 
 def _vocab(

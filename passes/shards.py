@@ -238,8 +238,8 @@ def token_axes_of(shardings: Iterable[NamedSharding | None]) -> Names:
 
 
 def spec_of(stacks: int, axes: Names) -> PartitionSpec:
-    """The spec of a packed form: split along what follows its stack axes."""
-    return PartitionSpec(*[None] * stacks, axes)
+    """The spec of a packed form: split along what follows its stack axes. That of a whole one may be a number."""
+    return PartitionSpec(*[None] * stacks, axes) if axes else PartitionSpec()
 
 
 def stacks_of(steps: Sequence[Step]) -> int:

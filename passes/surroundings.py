@@ -11,8 +11,8 @@ from hire_xform.lowering import usual_promotion
 
 
 @contextlib.contextmanager
-def concretely() -> Iterator[None]:
-    """Operations on arrays that are there give arrays, under an outer trace too.
+def as_usual() -> Iterator[None]:
+    """What is traced, compiled and run here is what it would be under the usual settings.
 
     ``jax_debug_nans`` and ``jax_debug_infs`` are off: they are for what the user's program computes, and rows that are
     not finite are marked by a NaN when they are packed, as regions are tried where they may give one. So is
@@ -21,6 +21,13 @@ def concretely() -> Iterator[None]:
     """
     debugging = jax.debug_nans(False), jax.debug_infs(False), jax.disable_jit(False), jax.transfer_guard("allow")
     with contextlib.ExitStack() as stack:
-        for context in (jax.ensure_compile_time_eval(), usual_promotion(), *debugging):
+        for context in (usual_promotion(), *debugging):
             stack.enter_context(context)
+        yield
+
+
+@contextlib.contextmanager
+def concretely() -> Iterator[None]:
+    """Operations on arrays that are there give arrays, under an outer trace too; and all else is as usual."""
+    with as_usual(), jax.ensure_compile_time_eval():
         yield
