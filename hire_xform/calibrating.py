@@ -91,6 +91,9 @@ def calibrate(
     Predictors are fitted to all batches, but measured on each half of them as fitted to the other half: what they do on
     text they were not fitted to.
 
+    Weights may be over several devices, and stay there; meanwhile each device holds the predictors of all rows. Sizes
+    are those of one device: a sharded site splits them.
+
     Args:
       fun: the function, as for ``sparsify``.
       batches: tuples of its arguments, plain weights included; a list or the like, since it is read more than once. An
