@@ -10,12 +10,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from hire_xform.lowering import keep_top_groups
 from hire_xform.passes import compat
 from hire_xform.passes.decisions import Need, Plan, Refusal, Site
 from hire_xform.passes.detect import Detection, FfnMatch
+from hire_xform.passes.manual import under_automatic_axes
 from hire_xform.passes.provenance import Root
 from hire_xform.passes.settings import Choice, Ffn
 from hire_xform.passes.walk import Node, Operand
@@ -139,13 +141,17 @@ def top_groups_product(treatment: TopGroups, read: Callable[[Operand], Any]) -> 
     hidden, weight = read(down.x), read(down.weight)
     contracted = sorted(range(len(down.x_contract)), key=lambda i: down.x_contract[i])
     order = (*down.x_free, *(down.x_contract[i] for i in contracted))
-    rows = jnp.transpose(weight, (*(down.w_contract[i] for i in contracted), *down.w_free))
-    rows = rows.reshape(treatment.match.units, -1).astype(jnp.float32)
-    flat = jnp.transpose(hidden, order).reshape(down.tokens, treatment.match.units)
-    kept = keep_top_groups(
-        flat, jnp.sqrt(jnp.sum(jnp.square(rows), axis=1)), active=treatment.active, group_size=treatment.group_size
-    )
-    kept = kept.reshape([hidden.shape[d] for d in order])
-    kept = jnp.transpose(kept, sorted(range(len(order)), key=order.__getitem__))
+
+    def largest(hidden: Any, weight: Any) -> Any:
+        rows = jnp.transpose(weight, (*(down.w_contract[i] for i in contracted), *down.w_free))
+        rows = rows.reshape(treatment.match.units, -1).astype(jnp.float32)
+        flat = jnp.transpose(hidden, order).reshape(down.tokens, treatment.match.units)
+        norms = jnp.sqrt(jnp.sum(jnp.square(rows), axis=1))
+        kept = keep_top_groups(flat, norms, active=treatment.active, group_size=treatment.group_size)
+        kept = kept.reshape([hidden.shape[d] for d in order])
+        return jnp.transpose(kept, sorted(range(len(order)), key=order.__getitem__))
+
+    lies = jax.typeof(hidden).sharding
+    kept = under_automatic_axes(largest, lies.mesh, lies.spec)(hidden, weight)
     operands = [weight, kept] if down.weight_left else [kept, weight]
     return compat.bind(down.node.eqn, operands)[0]

@@ -367,6 +367,24 @@ def check_under_a_mesh_that_is_set():
         assert_same(step(w, x), decode(weights(), tokens()))
 
 
+def check_training_with_the_top_k_over_devices():
+    """The groups that are kept, and what they are trained by, do not depend on where units and tokens are."""
+
+    def loss_of(fun):
+        return lambda w, x: jnp.square(hx.topk_ffn(fun, active=0.25)(w, x)).sum()
+
+    want = jax.grad(loss_of(decode))(weights(), tokens())
+    for types, fun in ((AUTO, decode), (EXPLICIT, explicit_decode)):
+        mesh = mesh_of(4, 2, types)
+        w, x = placed(mesh)
+        got = jax.jit(jax.grad(loss_of(fun)))(w, x)
+        assert_same(got, want)
+        for name, gradient in got.items():
+            assert gradient.sharding.is_equivalent_to(w[name].sharding, gradient.ndim), name
+        with jax.set_mesh(mesh):
+            assert_same(jax.grad(loss_of(fun))(w, x), want)
+
+
 def check_explain_says_over_how_many_devices():
     w, x = placed(mesh_of(4))
     text = hx.sparsify(decode, config=narrow()).trace(w, x).explain()
