@@ -196,8 +196,10 @@ def _partition(mesh: Any, arguments: Sequence[Any], results: Any, *, k: int, sha
 
 def _lower(ctx: Any, scores: Any, *, k: int, shards: int, split_form: ClosedJaxpr) -> Any:
     around = ctx.module_context.axis_context
-    # Inside a shard_map the jaxpr, which was traced outside of one, would lack the manual axes of its constants.
-    if getattr(around, "manual_axes", ()) or getattr(around, "num_devices", None) == 1:
+    # Inside a shard_map the jaxpr, which was traced outside of one, would lack the manual axes of its constants. Where
+    # there are several devices and no operand says of which mesh, the partition rule would not know where it runs.
+    several = getattr(around, "num_devices", None)
+    if getattr(around, "manual_axes", ()) or several == 1 or (several and around.abstract_mesh is None):
         return _lower_plain(ctx, scores, k=k, shards=shards, split_form=split_form)
     return mlir.lower_fun(jaxpr_as_fun(split_form), multiple_results=True)(ctx, scores)
 

@@ -365,6 +365,12 @@ def check_under_a_mesh_that_is_set():
             assert_same(step(w, x), decode(weights(), tokens()))
             assert_same(step(step.trace(w, x).pack(w), x), decode(weights(), tokens()))
         assert_same(step(w, x), decode(weights(), tokens()))
+        # What is on one device, or said of none, runs as it does without a mesh.
+        step, own, x = hx.sparsify(decode, config=full_width()), weights(), tokens()
+        with jax.set_mesh(mesh):
+            packed = step.trace(own, x).pack(own)
+            assert_same(step(packed, x), decode(own, x))
+            assert_same(step.trace(own, x).lower().compile()(packed, x), decode(own, x))
 
 
 def check_training_with_the_top_k_over_devices():

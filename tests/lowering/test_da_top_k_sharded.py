@@ -62,6 +62,19 @@ def check_data_and_model_axes_together():
         same(step(given), 4)
 
 
+def check_lowered_ahead_for_devices_that_no_operand_names():
+    """The partition rule is not told of which mesh it is then; what is picked stays what it is."""
+    given = jnp.asarray(scores())
+    with jax.set_mesh(jax.make_mesh((8,), ("model",), axis_types=(AxisType.Auto,))):
+        for shards in (1, 8):
+            for spec in (PartitionSpec(), PartitionSpec(None, "model")):
+
+                def step(scores, spec=spec, shards=shards):
+                    return da_top_k(lax.with_sharding_constraint(scores, spec), K, shards)
+
+                same(jax.jit(step).lower(jax.typeof(given)).compile()(given), shards)
+
+
 def check_one_axis_over_two_mesh_axes():
     for types in (AxisType.Auto, AxisType.Explicit):
         given = placed(4, PartitionSpec(None, ("data", "model")), types, data=2)
