@@ -71,6 +71,7 @@ typecheck: $(VENV)/.dev
 bench: $(VENV)/.examples
 	$(BIN)/python benchmarks/kernels.py
 	$(BIN)/python benchmarks/billion.py
+	$(BIN)/python benchmarks/narrow.py
 	$(BIN)/python benchmarks/overhead.py
 
 # The table of frameworks, models and nestings in the docs.
