@@ -58,6 +58,10 @@ WAYS = {
     "array": lambda w, i: w[i[None]][0],
 }
 way = st.sampled_from(sorted(WAYS))
+# Dtypes that weights are stored in, and those they are converted to before a product.
+STORED = ("bfloat16", "float16", "float8_e4m3fn")
+USED = {"f32": ["float32"], "bf16": ["bfloat16"], "f16": ["float16"], "bf16, f32": ["bfloat16", "float32"]}
+stored, used = st.sampled_from(STORED), st.sampled_from(sorted(USED))
 
 simple = st.one_of(
     st.tuples(st.just("ffn"), which, size, act, st.booleans()),
@@ -67,6 +71,7 @@ simple = st.one_of(
     st.tuples(st.just("heads"), which, act),
     st.tuples(st.just("packed"), act),
     st.tuples(st.just("cast"), which, act, st.sampled_from(["bfloat16", "float16", "int8"])),
+    st.tuples(st.just("widened"), act, stored, used, st.sampled_from(["layer", "scan", "head"])),
     st.tuples(st.just("product"), which),
     st.tuples(st.just("leak"), which, act),
     st.tuples(st.just("attention"), which),
@@ -117,6 +122,14 @@ def make_weights(seed):
         "square": [array(D, D) for _ in range(SHARED)],
         "head": [array(V, D) for _ in range(SHARED)],
         "half": [array(D, MS[0], dtype="bfloat16") for _ in range(SHARED)],
+        "narrow": {
+            dtype: {
+                "up": array(LAYERS, D, MS[1], dtype=dtype),
+                "down": array(LAYERS, MS[1], D, dtype=dtype),
+                "head": array(V, D, dtype=dtype),
+            }
+            for dtype in STORED
+        },
         "both": array(D, 2 * MS[0]),
         "back": array(V, D),
         "stack": {"up": array(LAYERS, D, MS[1]), "down": array(LAYERS, MS[1], D)},
@@ -194,6 +207,26 @@ def _cast(w, x, kept, number, name, dtype):
     up = (w["half"][number] * 8).astype(dtype) if dtype == "int8" else w["half"][number].astype(dtype)
     u = ACTS[name](x.astype(jnp.bfloat16) @ up.astype(jnp.bfloat16))
     return jnp.tanh(u.astype(x.dtype) @ w["down"][number][0])
+
+
+def _widened(w, x, kept, name, stored, ways, where):
+    """Weights that are narrower where they are stored than where they are used, or rounded on the way."""
+    held, ways = w["narrow"][stored], USED[ways]
+
+    def used(leaf):
+        for dtype in ways:
+            leaf = leaf.astype(dtype)
+        return leaf
+
+    def layer(x, one):
+        u = ACTS[name](x.astype(ways[-1]) @ used(one["up"]))
+        return jnp.tanh(x + (u.astype(ways[-1]) @ used(one["down"])).astype(x.dtype)), None
+
+    if where == "head":
+        kept.append(x.astype(ways[-1]) @ used(held["head"]).T)
+        return x
+    stack = {"up": held["up"], "down": held["down"]}
+    return (lax.scan(layer, x, stack) if where == "scan" else layer(x, jax.tree.map(lambda a: a[1], stack)))[0]
 
 
 def _leak(w, x, kept, number, name):
@@ -274,6 +307,7 @@ _SIMPLE = {
     "heads": _heads,
     "packed": _packed,
     "cast": _cast,
+    "widened": _widened,
     "product": lambda w, x, kept, number: jnp.tanh(x @ w["square"][number]),
     "leak": _leak,
     "attention": _attention,

@@ -23,7 +23,7 @@ EXAMPLES = int(os.environ.get("HIRE_TEST_EXAMPLES", "300"))
 # A failing program is small enough as it is drawn; making it smaller takes minutes. HIRE_TEST_SHRINK=1 does.
 PHASES = [p for p in Phase if p is not Phase.shrink or os.environ.get("HIRE_TEST_SHRINK", "0") == "1"]
 HOWS = ("packed", "plain", "closed", "compiled", "narrow", "derivative", "vmap")
-SIXTEEN_BITS = {"half", "bf16", "cast"}
+SIXTEEN_BITS = {"half", "bf16", "cast", "widened"}
 PREDICTORS = (hx.Quantized(8), hx.Quantized(4), hx.LowRank(0.5))
 TALLY: Counter = Counter()
 
