@@ -72,19 +72,19 @@ def _divergences(logits: jax.Array, scores: jax.Array, ranked: jax.Array, fill: 
         mass = jnp.cumsum(chosen(jax.nn.softmax(logits, axis=1)), axis=1)
         # No mass at all is that of the smallest number, so that sums stay finite.
         return -jnp.log(jnp.clip(mass, jnp.finfo(jnp.float32).tiny, 1.0)).sum(axis=0)
-    peak = jnp.maximum(logits.max(axis=1), scores.max(axis=1))[:, None]
-    exact, rough = jnp.exp(logits - peak), jnp.exp(scores - peak)
-    dense = exact.sum(axis=1, keepdims=True)
-    missed = exact / dense * (logits - scores)
-
-    def not_chosen(values: jax.Array) -> jax.Array:
-        """Sums over all but the first 1, 2, ... in the order of choice, without taking large sums apart."""
-        first = chosen(values)
-        others = values.sum(axis=1, keepdims=True) - first.sum(axis=1, keepdims=True)
-        return lax.cumsum(first, axis=1, reverse=True) - first + others
-
-    total = jnp.cumsum(chosen(exact), axis=1) + jnp.maximum(not_chosen(rough), 0.0)
-    return jnp.maximum(not_chosen(missed) + jnp.log(total / dense), 0.0).sum(axis=0)
+    # In logarithms: a poor predictor's largest score may be so far above all logits that none is left beside it.
+    share = jax.nn.softmax(logits, axis=1)
+    missed = jnp.where(share > 0, share * (logits - scores), 0.0)
+    tokens = jnp.arange(logits.shape[0])[:, None]
+    # What is never chosen, and what is not yet, added up without taking large sums apart.
+    others = missed.at[tokens, order].set(0.0).sum(axis=1, keepdims=True)
+    missed = lax.cumsum(chosen(missed), axis=1, reverse=True) - chosen(missed) + others
+    rough = jax.nn.logsumexp(scores.at[tokens, order].set(-jnp.inf), axis=1, keepdims=True)
+    later = lax.cumlogsumexp(chosen(scores), axis=1, reverse=True)
+    later = jnp.pad(later[:, 1:], ((0, 0), (0, 1)), constant_values=-jnp.inf)
+    exact = lax.cumlogsumexp(chosen(logits), axis=1)
+    total = jnp.logaddexp(exact, jnp.logaddexp(later, rough))
+    return jnp.maximum(missed + total - jax.nn.logsumexp(logits, axis=1, keepdims=True), 0.0).sum(axis=0)
 
 
 def proved_ranks(
