@@ -10,7 +10,8 @@ blocks. Other axes may be sharded at will.
 
 The primitive carries the partitioned form as a jaxpr, ``split_form``: JAX looks for ``custom_partitioning`` in the
 parameters of an equation to know that a program must be lowered with its devices at hand. On one device, inside a
-``shard_map``, and on TPU, whose compiler splits a top-k along batch axes by itself, the plain form is lowered.
+``shard_map``, where a mesh with explicit axes is set, and on TPU, whose compiler splits a top-k along batch axes by
+itself, the plain form is lowered.
 """
 
 import functools
@@ -25,7 +26,7 @@ from jax.core import ShapedArray
 from jax.experimental.custom_partitioning import ArrayMapping, CompoundFactor, SdyShardingRule, custom_partitioning
 from jax.extend.core import ClosedJaxpr, Primitive, jaxpr_as_fun
 from jax.interpreters import ad, batching, mlir
-from jax.sharding import AbstractMesh, use_abstract_mesh
+from jax.sharding import AbstractMesh, AxisType, get_abstract_mesh, use_abstract_mesh
 
 from hire_xform.lowering.eager import compiled_alone
 from hire_xform.lowering.promotion import usual_promotion
@@ -197,9 +198,12 @@ def _partition(mesh: Any, arguments: Sequence[Any], results: Any, *, k: int, sha
 def _lower(ctx: Any, scores: Any, *, k: int, shards: int, split_form: ClosedJaxpr) -> Any:
     around = ctx.module_context.axis_context
     # Inside a shard_map the jaxpr, which was traced outside of one, would lack the manual axes of its constants. Where
-    # there are several devices and no operand says of which mesh, the partition rule would not know where it runs.
+    # there are several devices and no operand says of which mesh, the partition rule would not know where it runs. Under
+    # a mesh that is set, with explicit axes, what the rule gives would be traced with types of that mesh, which JAX 0.11
+    # lowers to constraints that nothing removes.
     several = getattr(around, "num_devices", None)
-    if getattr(around, "manual_axes", ()) or several == 1 or (several and around.abstract_mesh is None):
+    nowhere = several == 1 or (several and around.abstract_mesh is None)
+    if getattr(around, "manual_axes", ()) or nowhere or AxisType.Explicit in get_abstract_mesh().axis_types:
         return _lower_plain(ctx, scores, k=k, shards=shards, split_form=split_form)
     return mlir.lower_fun(jaxpr_as_fun(split_form), multiple_results=True)(ctx, scores)
 

@@ -75,6 +75,14 @@ def check_lowered_ahead_for_devices_that_no_operand_names():
                 same(jax.jit(step).lower(jax.typeof(given)).compile()(given), shards)
 
 
+def check_under_a_mesh_of_explicit_axes_that_is_set():
+    with jax.set_mesh(jax.make_mesh((4,), ("model",), axis_types=(AxisType.Explicit,), devices=jax.devices()[:4])):
+        step = jax.jit(partial(da_top_k, k=K, shards=4))
+        for spec in (PartitionSpec(), PartitionSpec(None, "model")):
+            same(step(placed(4, spec, AxisType.Explicit)), 4)
+        same(step(jnp.asarray(scores())), 4)
+
+
 def check_one_axis_over_two_mesh_axes():
     for types in (AxisType.Auto, AxisType.Explicit):
         given = placed(4, PartitionSpec(None, ("data", "model")), types, data=2)
