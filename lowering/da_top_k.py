@@ -198,9 +198,9 @@ def _partition(mesh: Any, arguments: Sequence[Any], results: Any, *, k: int, sha
 def _lower(ctx: Any, scores: Any, *, k: int, shards: int, split_form: ClosedJaxpr) -> Any:
     around = ctx.module_context.axis_context
     # Inside a shard_map the jaxpr, which was traced outside of one, would lack the manual axes of its constants. Where
-    # there are several devices and no operand says of which mesh, the partition rule would not know where it runs. Under
-    # a mesh that is set, with explicit axes, what the rule gives would be traced with types of that mesh, which JAX 0.11
-    # lowers to constraints that nothing removes.
+    # there are several devices and no operand says of which mesh, the partition rule would not know where it runs.
+    # Under explicit axes of a mesh that is set, what the rule gives would be traced with types of that mesh, and JAX
+    # 0.11 lowers those to constraints that nothing removes.
     several = getattr(around, "num_devices", None)
     nowhere = several == 1 or (several and around.abstract_mesh is None)
     if getattr(around, "manual_axes", ()) or nowhere or AxisType.Explicit in get_abstract_mesh().axis_types:
