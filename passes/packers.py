@@ -54,8 +54,8 @@ def pack_placed(key: PackKey, leaf: Any, sharding: NamedSharding) -> Any:
     with concretely():
         leaf = jax.device_put(leaf, NamedSharding(mesh, sharding.spec if any(spec) else PartitionSpec()))
         given = [jax.device_put(a, NamedSharding(mesh, PartitionSpec())) for a in given_to(key.form)]
-    # Traced outside of `concretely`: there a constant in the body of a shard_map is computed at once, and where the user
-    # has set a mesh it gets a manual sharding, which no array can have.
+    # Traced outside of `concretely`: there a constant in the body of a shard_map is computed at once, and where a mesh
+    # is set it gets a manual sharding, which no array can have.
     with as_usual(), jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         shapes = tuple(jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding) for a in (leaf, *given))
         precision = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
