@@ -1,6 +1,6 @@
 """Times one token through weights stored in 8 or 16 bits: ours, dense as written, dense f32, and the strongest peer.
 
-    python benchmarks/narrow.py             # about 5 GB of memory, a minute on two cores
+    python benchmarks/narrow.py             # about 4 GB of memory, a minute on two cores
 
 Sixteen ReLU blocks in a ``lax.scan`` and a head, random weights, f32 activations. A model that stores its weights in
 bfloat16 and computes in f32 widens them in the program. On CPU XLA does so with whole matrices, and of bfloat16 and
