@@ -5,11 +5,13 @@ only what is sliced is widened. But in a loop that does not change the matrix, s
 is moved out of the loop first, and then it writes the whole matrix, of all layers.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-__all__ = ["kept_narrow", "sliced_on_cpu"]
+__all__ = ["read_part", "sliced_on_cpu"]
 
 
 def sliced_on_cpu(dtype: jax.typing.DTypeLike) -> bool:
@@ -17,16 +19,20 @@ def sliced_on_cpu(dtype: jax.typing.DTypeLike) -> bool:
     return jnp.dtype(dtype) in (jnp.float16, jnp.float32, jnp.float64)
 
 
-def kept_narrow(rows: jax.Array, at: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """``rows`` and where they are read, for CPU: what comes with an index that a loop changes stays in the loop.
+def read_part(read: Callable[[jax.Array, jax.Array], jax.Array], rows: jax.Array, at: jax.Array) -> jax.Array:
+    """``read(rows, at)``; on CPU, a matrix that comes with an index that a loop changes stays in the loop.
 
     Measured on a CPU, bfloat16, 512 rows of 4 KiB gathered in each of 16 layers of 4,096: 4.0 ms against 61.
 
     Args:
-      rows: a matrix, ``[n, d]`` or ``[n / g, g, d]``.
+      read: takes a part of a matrix.
+      rows: the matrix, ``[n, d]`` or ``[n / g, g, d]``.
       at: where it is read.
-
-    Returns:
-      Both, unchanged.
     """
-    return (rows, at) if sliced_on_cpu(rows.dtype) else lax.optimization_barrier((rows, at))
+    if sliced_on_cpu(rows.dtype):
+        return read(rows, at)
+
+    def in_place(rows: jax.Array, at: jax.Array) -> jax.Array:
+        return read(*lax.optimization_barrier((rows, at)))
+
+    return lax.platform_dependent(rows, at, cpu=in_place, default=read)

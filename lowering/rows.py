@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from hire_xform.lowering.blocks import fold_row_blocks, map_row_blocks
-from hire_xform.lowering.narrow import kept_narrow, sliced_on_cpu
+from hire_xform.lowering.narrow import read_part, sliced_on_cpu
 from hire_xform.lowering.products import skinny_dot, skinny_dot_transposed, wide_dtype
 
 __all__ = ["combine_rows", "select_rows_dot"]
@@ -74,8 +74,9 @@ def _gather_where_they_lie(slabs: jax.Array, index: jax.Array) -> jax.Array:
     XLA's TPU backend takes a gather for one that reads its whole operand, and where that fits into VMEM it fetches all
     of it ahead. What a loop reads it leaves in HBM (seen in programs compiled for v5e; tests/test_tpu_compiler.py).
     """
+    plainly = functools.partial(read_part, _gather)
     if index.shape[0] < 2:
-        return _gather_kept_narrow(slabs, index)
+        return plainly(slabs, index)
 
     def in_two_steps(slabs: jax.Array, index: jax.Array) -> jax.Array:
         count = index.shape[0]
@@ -84,11 +85,7 @@ def _gather_where_they_lie(slabs: jax.Array, index: jax.Array) -> jax.Array:
         _, taken = lax.scan(lambda carry, half: (carry, _gather(slabs, half)), None, index.reshape(2, -1))
         return lax.slice_in_dim(lax.collapse(taken, 0, 2), 0, count)
 
-    return lax.platform_dependent(slabs, index, tpu=in_two_steps, cpu=_gather_kept_narrow, default=_gather)
-
-
-def _gather_kept_narrow(slabs: jax.Array, index: jax.Array) -> jax.Array:
-    return _gather(*kept_narrow(slabs, index))
+    return lax.platform_dependent(slabs, index, tpu=in_two_steps, default=plainly)
 
 
 def select_rows_dot(

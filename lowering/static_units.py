@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import jax
 from jax import lax
 
-from hire_xform.lowering.narrow import kept_narrow, sliced_on_cpu
+from hire_xform.lowering.narrow import read_part
 from hire_xform.lowering.products import skinny_dot, skinny_dot_transposed, wide_dtype
 
 __all__ = ["static_units"]
@@ -43,13 +43,7 @@ def static_units(
 def _first(rows: jax.Array, first: jax.Array | int, count: int) -> jax.Array:
     if isinstance(first, int):
         return lax.slice_in_dim(rows, first, first + count)
-
-    def sliced(rows: jax.Array, first: jax.Array) -> jax.Array:
-        return lax.dynamic_slice_in_dim(rows, first, count)
-
-    if sliced_on_cpu(rows.dtype):
-        return sliced(rows, first)
-    return lax.platform_dependent(rows, first, cpu=lambda *at: sliced(*kept_narrow(*at)), default=sliced)
+    return read_part(lambda rows, first: lax.dynamic_slice_in_dim(rows, first, count), rows, first)
 
 
 def _wide(*operands: jax.Array) -> list[jax.Array]:
