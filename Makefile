@@ -60,13 +60,8 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# passes/ and lowering/ are packages of hire_xform by way of setuptools' package-dir, which mypy does not follow: it is
-# given the tree as a wheel would lay it out.
 typecheck: $(VENV)/.dev
-	rm -rf build/typecheck && mkdir -p build/typecheck/hire_xform
-	cp -r hire_xform/. build/typecheck/hire_xform/
-	cp -r passes lowering build/typecheck/hire_xform/
-	cd build/typecheck && MYPYPATH=. ../../$(BIN)/mypy --config-file ../../pyproject.toml -p hire_xform
+	$(BIN)/mypy -p hire_xform
 
 bench: $(VENV)/.examples
 	$(BIN)/python benchmarks/kernels.py
