@@ -61,7 +61,12 @@ class Calibration:
         return "\n".join("  ".join(t.ljust(w) for t, w in zip(line, widths, strict=True)).rstrip() for line in lines)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes it as one safetensors file; one of that name is replaced in one move."""
+        """Writes it as one safetensors file with a checksum; one of that name is replaced in one move.
+
+        Raises:
+          ValueError: the path names no file.
+          OSError: the file can't be written.
+        """
         from hire_xform.calibration_file import write
 
         write(self, path)

@@ -6,13 +6,10 @@ Flags of absl and of JAX work beside its own.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import os
 import re
-import stat
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -24,6 +21,7 @@ from absl.flags import argparse_flags
 from hire_xform.api import Sparsified, sparsify
 from hire_xform.config import Config, Ffn, Rule, Vocab
 from hire_xform.dump import FORMATS, SHOWS, dump
+from hire_xform.files import write_whole
 from hire_xform.loading import LoadError, blame, load_function, load_inputs
 from hire_xform.mesh_plan import Device, ModelShapes, plan_mesh
 from hire_xform.stages import Traced
@@ -242,32 +240,9 @@ def _write(text: str, output: str | None) -> None:
         if path.exists() and not path.is_file() and not path.is_dir():
             path.write_text(text, encoding="utf-8")  # a device or a pipe
             return
-        if path.is_dir():
-            raise IsADirectoryError(21, "Is a directory")
-        _replace(path, text)
+        write_whole(path, text.encode())
     except OSError as error:
         raise CommandError(f"can't write {output!r}: {error.strerror or error}") from error
-
-
-def _replace(path: Path, text: str) -> None:
-    if path.exists():
-        mode = stat.S_IMODE(path.stat().st_mode)
-        if not os.access(path, os.W_OK):
-            raise PermissionError(13, "Permission denied")
-    else:
-        mask = os.umask(0)
-        os.umask(mask)
-        mode = 0o666 & ~mask
-    number, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial")
-    try:
-        with open(number, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(partial, mode)
-        os.replace(partial, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(partial)
-        raise
 
 
 if __name__ == "__main__":
