@@ -216,7 +216,7 @@ class Sparsified:
         key = (call, compat.trace_settings())
         if key not in self._traces:
             self._traces[key] = self.traced_class(
-                self.signature, self.config, call, call.platform, self.jit_options, self.calibration
+                self.signature, self.config, call, call.platform, self.options, self.calibration
             )
             self._tell_unmatched(self._traces[key])
         return self._traces[key]

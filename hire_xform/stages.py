@@ -11,8 +11,9 @@ from typing import Any
 import jax
 
 from hire_xform import explain as _explain
+from hire_xform.bound import Bound
 from hire_xform.calibration import Calibration
-from hire_xform.calls import Abstract, Signature, merge, unwrap_statics
+from hire_xform.calls import Abstract, Signature, merge
 from hire_xform.collector import collector_paused
 from hire_xform.config import Config
 from hire_xform.errors import PackedMismatchError
@@ -121,20 +122,20 @@ class Traced(Program):
     @cached_property
     def sparse_jaxpr(self) -> Any:
         """The rewritten program, over the leaves of the call with ``Packed`` weights."""
-        args, kwargs = self.packed_call()
-        return jax.make_jaxpr(self.run)(*args, **kwargs)
+        return self._bound().jaxpr()
 
     def lower(self, lowering_platforms: Sequence[str] | None = None) -> jax.stages.Lowered:
         """Lowers the rewritten program, with ``Packed`` in the place of the weights; as ``jax.stages.Traced.lower``.
 
-        Every operand is where the traced arguments said, so that it compiles for their devices.
+        Every operand is where the traced arguments said, so that it compiles for their devices. As for ``jax.jit``,
+        what is compiled is called without the static arguments: ``lower().compile()(packed, cache, token)``.
 
         Args:
           lowering_platforms: platforms to lower for, such as ``("tpu",)``; None is the default backend's.
         """
         with collector_paused():
-            args, kwargs = self.packed_call()
-            traced = jax.jit(self.run, **self._options).trace(*args, **kwargs)
+            bound = self._bound()
+            traced = jax.jit(bound.run, **self._options, **bound.donated).trace(*bound.args, **bound.kwargs)
             return traced.lower(lowering_platforms=tuple(lowering_platforms) if lowering_platforms else None)
 
     def pack(self, *weights: Any, progress: bool | None = None) -> Any:
@@ -265,7 +266,7 @@ class Traced(Program):
         raise TypeError(f"weights_argnums has {number}, but the traced call has no such argument")
 
     def packed_call(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The call's arguments as shapes, with abstract ``Packed`` weights."""
+        """The call's arguments as shapes, with abstract ``Packed`` weights; static ones are wrapped."""
         where = self.call.where
         held = [root is not None and root.kind in self._holdings for root in self.call.roots]
         given = zip(self.call.avals, where, held, strict=True)
@@ -287,8 +288,10 @@ class Traced(Program):
                 args[number] = packed
             else:
                 kwargs[self.signature.names[number]] = packed
-        bare, kwargs = unwrap_statics(args, kwargs)
-        return tuple(bare), kwargs
+        return tuple(args), kwargs
+
+    def _bound(self) -> Bound:
+        return Bound(self.run, self.signature, *self.packed_call())
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """The rewritten program on a call with ``Packed`` weights; inlines into whatever traces it."""
