@@ -31,7 +31,7 @@ class Bound:
         self.kwargs = {k: v for k, v in kwargs.items() if k not in self._named}
         donated = [n for n, i in enumerate(left) if signature.holds(signature.donated, i)]
         names = [k for k in self.kwargs if signature.holds(signature.donated, k)]
-        self.donated = {"donate_argnums": tuple(donated), "donate_argnames": tuple(names)}
+        self.donated: dict[str, Any] = {"donate_argnums": tuple(donated), "donate_argnames": tuple(names)}
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """The function, with the static arguments in their places."""
@@ -49,7 +49,7 @@ class Bound:
             merged = list(leaves)
             for i, value in zip(arrays, values, strict=True):
                 merged[i] = value
-            args, kwargs = treedef.unflatten(merged)
+            args, kwargs = jax.tree.unflatten(treedef, merged)
             return self.run(*args, **kwargs)
 
         return jax.make_jaxpr(flat)(*[leaves[i] for i in arrays])
