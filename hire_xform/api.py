@@ -20,6 +20,7 @@ from hire_xform.memory import PackMemory
 from hire_xform.passes import compat
 from hire_xform.passes.pack import Packed
 from hire_xform.passes.shards import platform_named
+from hire_xform.passes.statics import value_key
 from hire_xform.stages import Traced
 
 _JIT_OPTIONS = {
@@ -116,8 +117,8 @@ class Sparsified:
         named = ("static_argnums", "static_argnames", "donate_argnums", "donate_argnames")
         self.jit_options = dict(jit_options)
         self.options = {k: v for k, v in jit_options.items() if k not in named}
-        # Tree structure and leaf types -> (positions of static leaves, their values -> entry).
-        self._shapes: dict[Any, tuple[tuple[int, ...], dict[Any, Entry]]] = {}
+        # Tree structure and leaf types -> (positions of static leaves, floats among them, their values -> entry).
+        self._shapes: dict[Any, tuple[tuple[int, ...], bool, dict[Any, Entry]]] = {}
         self._traces: dict[Any, Traced] = {}
         self.memory = PackMemory()
 
@@ -181,9 +182,12 @@ class Sparsified:
         if known is None:
             found = jax.tree_util.tree_leaves_with_path((args, kwargs))
             statics = tuple(i for i, (path, leaf) in enumerate(found) if not self.signature.traces(path, leaf))
-            known = self._shapes[treedef, types] = (statics, {})
-        positions, entries = known
+            floats = any(issubclass(types[i], (float, complex)) for i in statics)
+            known = self._shapes[treedef, types] = (statics, floats, {})
+        positions, floats, entries = known
         values = tuple([leaves[i] for i in positions])
+        if floats:
+            values = tuple(map(value_key, values))
         try:
             entry = entries.get(values)
         except TypeError:

@@ -11,11 +11,13 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from hire_xform.opaque import check_static
 from hire_xform.passes import compat
 from hire_xform.passes.manual import is_explicit
 from hire_xform.passes.pack import Packed, PackedToken
 from hire_xform.passes.provenance import Root
 from hire_xform.passes.shards import device_of, placement_of, platform_of, token_axes_of
+from hire_xform.passes.statics import value_key
 
 # What jax.jit traces; any other leaf (a function, a string, a dtype) is static.
 ARRAY_TYPES = (jax.Array, np.ndarray, np.generic, bool, int, float, complex, jax.ShapeDtypeStruct)
@@ -24,18 +26,19 @@ ARRAY_TYPES = (jax.Array, np.ndarray, np.generic, bool, int, float, complex, jax
 class Static:
     """Wraps a static argument, so that flattening a call takes it for one opaque leaf."""
 
-    __slots__ = ("value",)
+    __slots__ = ("_key", "value")
 
     def __init__(self, value: Any):
         self.value = value
+        self._key = value_key(value)
 
     def __eq__(self, other: object) -> bool:
         """Equal when the values are, types included, as for jax.jit: 1 is not 1.0."""
-        return isinstance(other, Static) and type(self.value) is type(other.value) and self.value == other.value
+        return isinstance(other, Static) and self._key == other._key
 
     def __hash__(self) -> int:
         """The value's hash."""
-        return hash(self.value)
+        return hash(self._key)
 
 
 @dataclass(frozen=True)
@@ -55,19 +58,19 @@ class Abstract:
     """
 
     treedef: Any
-    statics: tuple[tuple[int, Any], ...]
+    statics: tuple[tuple[int, Any], ...] = field(compare=False)
     avals: tuple[Any, ...]
     roots: tuple[Root | None, ...] = field(compare=False)
     placed: tuple[Any, ...] = ()
     token_axes: tuple[str, ...] = ()
     platform: str | None = None
     where: tuple[Any, ...] = field(default=(), compare=False)
-    # Types of the static values: 1, 1.0 and True are equal.
-    _types: tuple[type, ...] = field(init=False, repr=False)
+    # What the static values are compared by.
+    _keys: tuple[Any, ...] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        """Notes the types."""
-        object.__setattr__(self, "_types", tuple(type(value) for _, value in self.statics))
+        """Notes what the static values are compared by."""
+        object.__setattr__(self, "_keys", tuple((position, value_key(value)) for position, value in self.statics))
 
     def rebuild(self, leaves: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The call's arguments again, with these for the array leaves."""
@@ -147,6 +150,13 @@ class Signature:
         """The position of a weights argument given by position or name; None for any other argument."""
         number = self.names.index(key) if isinstance(key, str) and key in self.names else key
         return number if isinstance(number, int) and number in self.weights else None
+
+    def name_of(self, path: Sequence[Any]) -> str:
+        """The name of a leaf of ``(args, kwargs)``, for messages, such as ``params['w']``."""
+        key = argument_of(path)
+        if isinstance(key, int):
+            key = self.names[key] if key < len(self.names) else f"argument {key}"
+        return key + jax.tree_util.keystr(tuple(path[2:]))
 
     def traces(self, path: Sequence[Any], leaf: Any) -> bool:
         """True for a leaf of ``(args, kwargs)`` that is traced, as opposed to static.
@@ -282,7 +292,7 @@ def abstract_call(signature: Signature, args: tuple[Any, ...], kwargs: dict[str,
     """Reduces a call (static arguments wrapped) to what tracing depends on.
 
     Raises:
-      TypeError: a leaf is neither an array nor hashable, or a Packed is only part of an argument.
+      TypeError: a leaf is no array and hides what it holds, or a Packed is only part of an argument.
     """
     held = [p for p in [*args, *kwargs.values()] if _is_held(p)]
     axes = {name: None for p in held for name in p.layout.token_axes}
@@ -291,7 +301,7 @@ def abstract_call(signature: Signature, args: tuple[Any, ...], kwargs: dict[str,
     if inside:
         raise TypeError(
             f"sparsify: there is a Packed inside argument {argument_of(inside[0])!r}, at "
-            f"{jax.tree_util.keystr(tuple(inside[0][2:]))}; expected it in the place of a whole weights argument"
+            f"{signature.name_of(inside[0])}; expected it in the place of a whole weights argument"
         )
     found, treedef = jax.tree_util.tree_flatten_with_path((args, kwargs))
     statics: list[tuple[int, Any]] = []
@@ -304,7 +314,7 @@ def abstract_call(signature: Signature, args: tuple[Any, ...], kwargs: dict[str,
     for position, (path, leaf) in enumerate(found):
         key = argument_of(path)
         if not signature.traces(path, leaf):
-            check_static(leaf, path)
+            check_static(leaf, signature.name_of(path), signature.weight_number(key) is not None)
             if len(path) == 2:
                 check_holds_arrays(signature, leaf, key)
             statics.append((position, leaf))
@@ -332,22 +342,6 @@ def _is_held(value: Any) -> bool:
 
 def _is_packed(value: Any) -> bool:
     return isinstance(value, Packed)
-
-
-def check_static(leaf: Any, path: Sequence[Any]) -> None:
-    """Raises TypeError for a leaf that can be neither traced nor compared, or that hides an array."""
-    if hasattr(leaf, "__jax_array__") and not isinstance(leaf, type):
-        raise TypeError(
-            f"sparsify: the leaf at argument {jax.tree_util.keystr(tuple(path[1:]))} is a {type(leaf).__name__}, which "
-            "stands for an array but which JAX does not trace; expected the array (of a Keras variable, its .value)"
-        )
-    try:
-        hash(leaf)
-    except TypeError:
-        where = jax.tree_util.keystr(tuple(path[1:]))
-        raise TypeError(
-            f"sparsify: the leaf at argument {where} is a {type(leaf).__name__}; expected an array, or a hashable value"
-        ) from None
 
 
 def check_holds_arrays(signature: Signature, leaf: Any, key: int | str) -> None:

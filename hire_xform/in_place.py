@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from hire_xform.calls import Signature, argument_of
+from hire_xform.calls import Signature
 from hire_xform.errors import HireWarning
 from hire_xform.passes.provenance import Provenance, Root
 from hire_xform.passes.walk import Value, walk
@@ -69,11 +69,9 @@ def warn_if_lost(
     lost = [path for path, value in zip(paths, values, strict=True) if holds_data(value)]
     if not lost:
         return
-    key = argument_of(lost[0])
-    name = signature.names[key] if isinstance(key, int) and key < len(signature.names) else f"argument {key}"
     more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
     warnings.warn(
-        f"{name}{jax.tree_util.keystr(lost[0][2:])}{more} changed in place but not returned: as under jax.jit, the "
+        f"{signature.name_of(lost[0])}{more} changed in place but not returned: as under jax.jit, the "
         "change is lost. Return what changed, or keep it in an argument of its own (nnx.split, nnx.merge)",
         HireWarning,
         stacklevel=2,

@@ -16,6 +16,7 @@ from hire_xform.passes.decisions import PackKey
 from hire_xform.passes.pack import Packed, PackLayout, pack_array, packing_bytes
 from hire_xform.passes.provenance import Root
 from hire_xform.passes.shards import placement_of
+from hire_xform.passes.statics import value_key
 
 # Below this many bytes packing is over before a bar could be read.
 SHOW_FROM = 256 << 20
@@ -60,7 +61,7 @@ def check_weights(number: int, weight: Any, layout: PackLayout) -> list[Any]:
     paths = [path for path, _ in jax.tree_util.tree_flatten_with_path(weight)[0]]
     static = dict(layout.static)
     for i, (path, leaf) in enumerate(zip(paths, leaves, strict=True)):
-        same = is_array(leaf) if i not in static else type(leaf) is type(static[i]) and leaf == static[i]
+        same = is_array(leaf) if i not in static else value_key(leaf) == value_key(static[i])
         if not same:
             expected = f"{static[i]!r}" if i in static else "an array"
             raise TypeError(f"pack: weights{jax.tree_util.keystr(path)} is {leaf!r}; expected {expected} as traced")

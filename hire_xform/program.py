@@ -69,10 +69,7 @@ class Program:
         found: dict[Root, str] = {}
         for root, path in zip(self.call.roots, arrays, strict=True):
             if root is not None:
-                number = int(root.kind[3:])
-                names = self.signature.names
-                argument = names[number] if number < len(names) else f"argument {number}"
-                found[root] = argument + jax.tree_util.keystr(tuple(path[2:]))
+                found[root] = self.signature.name_of(path)
         return found
 
     def name(self, root: Root) -> str:

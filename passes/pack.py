@@ -23,6 +23,7 @@ from hire_xform.passes.provenance import Reshape, Root, Stack, Step, Transpose
 from hire_xform.passes.recipe import Cyclic
 from hire_xform.passes.rewrite import Rewriter
 from hire_xform.passes.shards import placement_of
+from hire_xform.passes.statics import value_key
 from hire_xform.passes.surroundings import concretely
 from hire_xform.passes.treatment import Treatment, treatments
 from hire_xform.passes.walk import Node
@@ -119,9 +120,9 @@ class PackLayout:
         return self._numbers.get(key)
 
     def _fields(self) -> tuple[Any, ...]:
-        types = tuple(type(value) for _, value in self.static)  # 1, 1.0 and True are equal
+        static = tuple((position, value_key(value)) for position, value in self.static)
         held = self.kept, self.keys, self.restored, self.placed, self.token_axes
-        return self.argnum, self.treedef, self.avals, self.static, types, *held
+        return self.argnum, self.treedef, self.avals, static, *held
 
     def __eq__(self, other: object) -> bool:
         """Equal when everything it describes is."""
