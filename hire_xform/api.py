@@ -146,7 +146,7 @@ class Sparsified:
         library; the function's own ``lower`` shows what it compiles to.
         """
         entry, leaves, packed = self._entry(args, kwargs)
-        return entry.jitted, entry.operands(leaves, packed)
+        return entry.program(leaves, packed)
 
     def with_fallbacks(self, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, jax.Array]]:
         """A call that also says how often each certified site ran its dense product.
@@ -156,7 +156,7 @@ class Sparsified:
           iterations, and in a shard_map the sum over its devices.
         """
         entry, leaves, packed = self._entry(args, kwargs)
-        result, counts = entry.counted(*entry.operands(leaves, packed))
+        result, counts = entry.run_counted(leaves, packed)
         return result, {path: taken[-1] for path, taken in counts.items()}
 
     def with_rungs(self, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, jax.Array]]:
@@ -167,7 +167,7 @@ class Sparsified:
           last is that of ``with_fallbacks``. Counts times the rungs' ``bytes`` are the weight bytes truly read.
         """
         entry, leaves, packed = self._entry(args, kwargs)
-        return entry.counted(*entry.operands(leaves, packed))
+        return entry.run_counted(leaves, packed)
 
     def _entry(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Entry, list[Any], list[Packed]]:
         """The way through for calls of this shape, all leaves of this one, and its Packed arguments."""
@@ -183,7 +183,7 @@ class Sparsified:
             found = jax.tree_util.tree_leaves_with_path((args, kwargs))
             statics = tuple(i for i, (path, leaf) in enumerate(found) if not self.signature.traces(path, leaf))
             floats = any(issubclass(types[i], (float, complex)) for i in statics)
-            known = self._shapes[treedef, types] = (statics, floats, {})
+            known = self._shapes.setdefault((treedef, types), (statics, floats, {}))
         positions, floats, entries = known
         values = tuple([leaves[i] for i in positions])
         if floats:
@@ -194,7 +194,7 @@ class Sparsified:
             abstract_call(self.signature, args, kwargs)  # says which leaf can't be hashed
             raise
         if entry is None:
-            entry = entries[values] = Entry(self, args, kwargs, packed)
+            entry = entries.setdefault(values, Entry(self, args, kwargs, packed))
         return entry, leaves, packed
 
     def trace(self, *args: Any, **kwargs: Any) -> Traced:
@@ -218,12 +218,14 @@ class Sparsified:
         """The trace of a call, made once for each structure, shapes and static values."""
         call = dataclasses.replace(call, platform=call.platform or self._default_platform())
         key = (call, compat.trace_settings())
-        if key not in self._traces:
-            self._traces[key] = self.traced_class(
-                self.signature, self.config, call, call.platform, self.options, self.calibration
-            )
-            self._tell_unmatched(self._traces[key])
-        return self._traces[key]
+        known = self._traces.get(key)
+        if known is None:
+            # No lock: tracing runs the user's function, which may call this. Threads that trace at once keep the first.
+            made = self.traced_class(self.signature, self.config, call, call.platform, self.options, self.calibration)
+            known = self._traces.setdefault(key, made)
+            if known is made:
+                self._tell_unmatched(known)
+        return known
 
     def _default_platform(self) -> str:
         """Where a call runs whose arguments say nothing of it."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import threading
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,26 +31,64 @@ from hire_xform.passes.shards import placement_of, token_axes_of
 
 if TYPE_CHECKING:
     from hire_xform.api import Sparsified
+    from hire_xform.stages import Traced
 
 
 class _NeedsPackingError(Exception):
     """Raised while jit traces for new shapes whose plan reads packed forms that were not passed."""
 
 
+@dataclass(frozen=True)
+class _Situation:
+    """What of a call's weights and data is known when packing, and not seen under jit: all that is traced hangs on it.
+
+    Attributes:
+      avals: abstract values of the plain weights: under jit those that are not read are not there.
+      placed: where they are, of those over several devices: under jit, axes are automatic.
+      token_axes: mesh axes that data comes in sharded over.
+      platform: where the call runs, if one of its leaves says so.
+    """
+
+    avals: tuple[Any, ...]
+    placed: tuple[Any, ...]
+    token_axes: tuple[str, ...]
+    platform: str | None
+
+
+@dataclass(frozen=True, eq=False)
+class _Way:
+    """What calls in one situation are passed on to. It never changes: other shapes that read more get another.
+
+    Attributes:
+      situation: of the weights.
+      keys: the packed forms that the traced programs read, of plain weights and of arrays that are closed over.
+      passed: positions of the plain weights that they read; the others are not passed on, which costs time at every
+        call.
+      jitted: the function.
+      counted: the function, which also counts the sizes that certified sites take.
+    """
+
+    situation: _Situation
+    keys: tuple[PackKey, ...]
+    passed: tuple[int, ...]
+    jitted: Callable[..., Any]
+    counted: Callable[..., Any]
+
+
 @dataclass(frozen=True, eq=False)
 class _Current:
-    """Packed forms and the weights they were made from.
+    """A way, with the packed forms of some weights.
 
     Attributes:
       ids: identities of the weights; None when they are not to be remembered.
-      forms: packed forms by the memory's numbers.
-      passed: positions of the plain weights that the traced programs read.
+      way: the way.
+      forms: packed forms of its keys.
       watch: weak references, whose callbacks tell when an identity is free again.
     """
 
     ids: tuple[int, ...] | None
-    forms: dict[str, Any]
-    passed: list[int]
+    way: _Way
+    forms: list[Any]
     watch: list[Any]
 
 
@@ -93,81 +133,96 @@ class Entry:
                 self._rest.append(position)
         donate = (4,) if self._donated else ()
         self._options = {"donate_argnums": donate, **owner.options}
-        self.jitted = jax.jit(_named(self._body, signature.fun), **self._options)
-        self.counted = jax.jit(self._counted, **{k: v for k, v in owner.options.items() if k != "out_shardings"})
-        # Whose weights were packed, and their forms; replaced as one, so that threads see a pair that belongs together.
+        self._ways: dict[_Situation, _Way] = {}
+        # Held while a way is looked up or replaced, never while a user's function is traced: that may call this again.
+        self._lock = threading.Lock()
+        # The latest weights. Replaced as one: threads see forms that belong to the weights, or none.
         self._current: _Current | None = None
-        self._keys: dict[PackKey, None] = {}
-        self._weight_avals: list[Any] = []
-        # Where the weights are, and what data came in sharded over: not seen under jit, where axes are automatic.
-        self._placed: list[Any] = []
-        self._token_axes: tuple[str, ...] = ()
-        self._platform: str | None = None
-        # Plain weights that the traced programs read; the others are not passed on, which costs time at every call.
-        self._passed: set[Root] = set()
 
     def run(self, leaves: list[Any], packed: list[Packed]) -> Any:
         """One call; ``leaves`` are all leaves of it, in order, and ``packed`` its Packed arguments."""
-        try:
-            return self.jitted(*self.operands(leaves, packed))
-        except _NeedsPackingError:
-            self._prepare(leaves, [leaves[i] for i in self._weights], packed)
-            return self.jitted(*self.operands(leaves, packed))
-
-    def operands(self, leaves: list[Any], packed: list[Packed]) -> tuple[Any, ...]:
-        """What ``jitted`` is called with for these leaves; weights not seen before are packed."""
         weights = [leaves[i] for i in self._weights]
         current = self._current
         if current is None or tuple(map(id, weights)) != current.ids:
             current = self._prepare(leaves, weights, packed)
+        try:
+            return current.way.jitted(*self._operands(current, leaves, packed))
+        except _NeedsPackingError:
+            current = self._prepare(leaves, weights, packed)
+            return current.way.jitted(*self._operands(current, leaves, packed))
+
+    def program(self, leaves: list[Any], packed: list[Packed]) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        """The jitted function that runs this call, and what it is given."""
+        current = self._prepare(leaves, [leaves[i] for i in self._weights], packed)
+        return current.way.jitted, self._operands(current, leaves, packed)
+
+    def run_counted(self, leaves: list[Any], packed: list[Packed]) -> tuple[Any, Counts]:
+        """The call, and how often each certified site took each of its sizes, and last its dense form."""
+        current = self._prepare(leaves, [leaves[i] for i in self._weights], packed)
+        return current.way.counted(*self._operands(current, leaves, packed))
+
+    def _operands(self, current: _Current, leaves: list[Any], packed: list[Packed]) -> tuple[Any, ...]:
         held = [p.leaves for p in packed]
         rest = [leaves[i] for i in self._rest]
         donated = [leaves[i] for i in self._donated]
-        return [leaves[i] for i in current.passed], current.forms, held, rest, donated
+        return [leaves[i] for i in current.way.passed], current.forms, held, rest, donated
 
     def _prepare(self, leaves: list[Any], weights: list[Any], packed: list[Packed]) -> _Current:
-        """Packs what the plans seen so far, and that for these shapes, read of these weights."""
-        placed = [None if compat.is_tracer(w) else placement_of(w) for w in weights]
-        data = [leaves[i] for i in (*self._rest, *self._donated)]
-        axes = token_axes_of(None if compat.is_tracer(d) else placement_of(d) for d in data)
-        platform = platform_in(map(stated_sharding, [*weights, *data, *(leaf for p in packed for leaf in p.leaves)]))
-        if (placed, axes, platform) != (self._placed, self._token_axes, self._platform):
-            if self._current is not None:  # what was traced is for weights that were elsewhere
-                self.jitted = jax.jit(_named(self._body, self._owner.signature.fun), **self._options)
-            self._placed, self._token_axes, self._platform, self._keys = placed, axes, platform, {}
-        traced = self._owner.traced(self._abstract(leaves))
-        avals = [aval_of(w) for w in weights]
-        if avals != self._weight_avals:
-            self._keys = {}  # recipes hold shapes: those of other weights do not fit these
-        self._weight_avals = avals
+        """The way for these shapes and all seen before, and its packed forms of these weights, made or remembered."""
+        situation = self._situation(leaves, weights, packed)
+        traced = self._owner.traced(self._abstract(leaves, situation))
+        way = self._way(situation, traced)
         plain = dict(zip(self._weight_roots, weights, strict=True))
-        for key in traced.needed_keys():
-            if key.recipe.root.kind == "const" or key.recipe.root in plain:
-                self._keys[key] = None
-        for key in self._keys:
+        for key in way.keys:
             if compat.is_tracer(plain.get(key.recipe.root)):
                 raise TracedWeightsError(
                     f"{self._owner!r} was called under a trace with plain weights: {traced.name(key.recipe.root)} is a "
                     "tracer, and packing it inside the trace would read every weight at every call. Pack once outside, "
                     "packed = step.trace(...).pack(weights), and pass that in its place"
                 )
-        memory = self._owner.memory
         # All forms, not only those of this shape: those of other shapes would be stale once the weights changed.
-        forms = {memory.number(key): form for key, form in memory.forms(list(self._keys), plain, traced).items()}
-        self._passed |= traced.plain_roots if traced.plan.sites or self._layouts else set(self._weight_roots)
-        passed = [i for i, r in zip(self._weights, self._weight_roots, strict=True) if r in self._passed]
+        forms = list(self._owner.memory.forms(way.keys, plain, traced).values())
         if self._hashed or self._any_traced:
-            return _Current(None, forms, passed, [])
-        current = _Current(tuple(map(id, weights)), forms, passed, [])
+            return _Current(None, way, forms, [])
+        current = _Current(tuple(map(id, weights)), way, forms, [])
         current.watch.extend(weakref.ref(w, self._forget) for w in weights)
         self._current = current
         return current
 
-    def _counted(self, *operands: Any) -> tuple[Any, Counts]:
-        """The call, and how often each certified site took each of its sizes, and last its dense form."""
-        program, shape = jax.make_jaxpr(self.jitted, return_shape=True)(*operands)
-        results, counts = count_rungs(program, jax.tree.leaves(operands))
-        return jax.tree.unflatten(jax.tree.structure(shape), results), counts
+    def _situation(self, leaves: list[Any], weights: list[Any], packed: list[Packed]) -> _Situation:
+        placed = tuple(None if compat.is_tracer(w) else placement_of(w) for w in weights)
+        data = [leaves[i] for i in (*self._rest, *self._donated)]
+        axes = token_axes_of(None if compat.is_tracer(d) else placement_of(d) for d in data)
+        platform = platform_in(map(stated_sharding, [*weights, *data, *(leaf for p in packed for leaf in p.leaves)]))
+        return _Situation(tuple(map(aval_of, weights)), placed, axes, platform)
+
+    def _way(self, situation: _Situation, traced: Traced) -> _Way:
+        """The way in a situation, which serves this trace too."""
+        here = set(self._weight_roots)
+        keys = [k for k in traced.needed_keys() if k.recipe.root.kind == "const" or k.recipe.root in here]
+        read = traced.plain_roots if traced.plan.sites or self._layouts else here
+        passed = {i for i, root in zip(self._weights, self._weight_roots, strict=True) if root in read}
+        with self._lock:
+            known = self._ways.get(situation)
+            if known is not None and passed <= set(known.passed) and set(keys) <= set(known.keys):
+                return known
+            if known is not None:
+                keys, passed = [*known.keys, *keys], passed | set(known.passed)
+            way = self._new_way(situation, tuple(dict.fromkeys(keys)), tuple(sorted(passed)))
+            self._ways[situation] = way
+            return way
+
+    def _new_way(self, situation: _Situation, keys: tuple[PackKey, ...], passed: tuple[int, ...]) -> _Way:
+        body = functools.partial(self._body, situation, keys, passed)
+        jitted = jax.jit(_named(body, self._owner.signature.fun), **self._options)
+
+        def counting(*operands: Any) -> tuple[Any, Counts]:
+            program, shape = jax.make_jaxpr(jitted, return_shape=True)(*operands)
+            results, counts = count_rungs(program, jax.tree.leaves(operands))
+            return jax.tree.unflatten(jax.tree.structure(shape), results), counts
+
+        counted = jax.jit(counting, **{k: v for k, v in self._owner.options.items() if k != "out_shardings"})
+        return _Way(situation, keys, passed, jitted, counted)
 
     def _forget(self, _: Any) -> None:
         """A weight died: its identity may be used again by another array."""
@@ -177,32 +232,40 @@ class Entry:
         merged = [self._statics.get(i, leaf) for i, leaf in enumerate(leaves)]
         return self._treedef.unflatten(merged)
 
-    def _abstract(self, leaves: list[Any]) -> Abstract:
+    def _abstract(self, leaves: list[Any], situation: _Situation) -> Abstract:
         """The abstract plain call for this call's leaves."""
         avals = [None if i in self._statics else aval_of(leaf) for i, leaf in enumerate(leaves)]
         call = abstract_call(self._owner.signature, *self._rebuild(avals))
-        call = dataclasses.replace(call, platform=self._platform)
-        known = {r: p for r, p in zip(self._weight_roots, self._placed, strict=False) if p is not None}
-        if not known and not self._token_axes:
+        call = dataclasses.replace(call, platform=situation.platform)
+        known = {r: p for r, p in zip(self._weight_roots, situation.placed, strict=True) if p is not None}
+        if not known and not situation.token_axes:
             return call
         placed = tuple(known.get(r, p) if r is not None else None for r, p in zip(call.roots, call.placed, strict=True))
-        return dataclasses.replace(call, placed=placed, token_axes=call.token_axes or self._token_axes)
+        return dataclasses.replace(call, placed=placed, token_axes=call.token_axes or situation.token_axes)
 
     def _body(
-        self, weights: list[Any], forms: dict[str, Any], packed: list[Any], rest: list[Any], donated: list[Any]
+        self,
+        situation: _Situation,
+        keys: tuple[PackKey, ...],
+        passed: tuple[int, ...],
+        weights: list[Any],
+        forms: list[Any],
+        packed: list[Any],
+        rest: list[Any],
+        donated: list[Any],
     ) -> Any:
         """What jit traces: finds the plan for the shapes it is given, and evaluates the rewritten program."""
         leaves: list[Any] = [None] * (len(self._weights) + len(rest) + len(donated) + len(self._statics))
-        for position, aval in zip(self._weights, self._weight_avals, strict=True):
-            leaves[position] = aval
-        passed = [i for i, r in zip(self._weights, self._weight_roots, strict=True) if r in self._passed]
-        if len(passed) != len(weights):
-            raise _NeedsPackingError
-        groups = ((passed, weights), (self._rest, rest), (self._donated, donated))
+        groups = (
+            (self._weights, situation.avals),
+            (passed, weights),
+            (self._rest, rest),
+            (self._donated, donated),
+        )
         for positions, values in groups:
             for position, value in zip(positions, values, strict=True):
                 leaves[position] = value
-        traced = self._owner.traced(self._abstract(leaves))
+        traced = self._owner.traced(self._abstract(leaves, situation))
         here = dict(zip(self._weights, self._weight_roots, strict=True))
         plain = {here[i]: w for i, w in zip(passed, weights, strict=True)}
         if not (set(here.values()) if not traced.plan.sites else traced.plain_roots & set(here.values())) <= set(plain):
@@ -214,8 +277,7 @@ class Entry:
             layout.argnum: tree.unflatten(arrays)
             for layout, tree, arrays in zip(self._layouts, self._packed_trees, packed, strict=True)
         }
-        memory = self._owner.memory
-        given = {memory.key(number): form for number, form in forms.items()}
+        given = dict(zip(keys, forms, strict=True))
         for key in traced.needed_keys():
             root = key.recipe.root
             if (root.kind == "const" or root in here.values()) and key not in given:

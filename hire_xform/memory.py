@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 import weakref
 import zlib
@@ -26,54 +27,64 @@ class PackMemory:
     """Packed forms of plain weights, remembered by the identity of the leaf they were made from.
 
     ``jax.Array``s are immutable, so identity is sound; NumPy arrays are not, so they are fingerprinted by content. Only
-    the latest leaf of each form is remembered, and it is not kept alive.
+    the latest leaf of each form is remembered, and it is not kept alive. Threads may share it.
     """
 
     def __init__(self) -> None:
         """Empty."""
-        self._numbers: dict[PackKey, str] = {}
-        self._keys: dict[str, PackKey] = {}
+        # Each mark with the form that was made of what it marks: replaced as one, and read without the lock.
         self._made: dict[PackKey, tuple[Any, Any]] = {}
         self._times: dict[PackKey, int] = {}
         self._told = False
-
-    def number(self, key: PackKey) -> str:
-        """A short name for a key, stable for this memory."""
-        if key not in self._numbers:
-            name = f"{len(self._numbers):06d}"
-            self._numbers[key] = name
-            self._keys[name] = key
-        return self._numbers[key]
-
-    def key(self, number: str) -> PackKey:
-        """The key of a short name."""
-        return self._keys[number]
+        # Held while packing, so that threads do not pack the same weights at once. No user's code runs under it.
+        self._lock = threading.RLock()
 
     def forms(self, keys: Sequence[PackKey], plain: dict[Root, Any], traced: Traced) -> dict[PackKey, Any]:
-        """The packed forms of these keys, made or remembered."""
+        """The packed forms of these keys of these weights, made or remembered."""
+        leaves = {key.recipe.root: plain.get(key.recipe.root) for key in keys}
+        leaves = {root: traced.const(root) if root.kind == "const" else leaf for root, leaf in leaves.items()}
+        marks = {root: _mark(leaf) for root, leaf in leaves.items()}
+        found: dict[PackKey, Any] = {}
+        if not self._recall(keys, marks, found):
+            with self._lock:  # whoever held it may have packed these very weights
+                self._recall(keys, marks, found)
+                often = self._make([key for key in keys if key not in found], leaves, marks, found)
+            if often is not None:
+                self._tell(often, traced)
+        return {key: found[key] for key in keys}
 
-        def leaf_of(root: Root) -> Any:
-            return traced.const(root) if root.kind == "const" else plain[root]
+    def _recall(self, keys: Sequence[PackKey], marks: dict[Root, Any], found: dict[PackKey, Any]) -> bool:
+        """Puts what is remembered of these weights into ``found``; True when that is all of it."""
+        for key in keys:
+            made = self._made.get(key)
+            if made is not None and _same(made[0], marks[key.recipe.root]):
+                found[key] = made[1]
+        return len(found) == len(keys)
 
-        marks = {root: _mark(leaf_of(root)) for root in dict.fromkeys(k.recipe.root for k in keys)}
-        missing = [k for k in keys if k not in self._made or not _same(self._made[k][0], marks[k.recipe.root])]
+    def _make(
+        self, missing: list[PackKey], leaves: dict[Root, Any], marks: dict[Root, Any], found: dict[PackKey, Any]
+    ) -> PackKey | None:
+        """Packs what is missing; returns what has been packed too often, unless that was told."""
         for key in missing:
             self._made.pop(key, None)  # free the old form before the new one is made
-        made = pack_keys(missing, leaf_of, None)
-        for key, form in made.items():
+        for key, form in pack_keys(missing, leaves.__getitem__, None).items():
             self._times[key] = self._times.get(key, 0) + 1
-            self._made[key] = (marks[key.recipe.root], form)
-        often = [k for k in missing if self._times[k] >= REPACK_LIMIT]
-        if often and not self._told:
-            self._told = True
-            warnings.warn(
-                f"{traced.name(often[0].recipe.root)} was packed {self._times[often[0]]} times because it was another "
-                "array each time; packing reads all of it. The result is right. Pass the same array again, or pack "
-                "once with step.trace(...).pack(weights)",
-                HireWarning,
-                stacklevel=4,
-            )
-        return {k: self._made[k][1] for k in keys}
+            self._made[key] = marks[key.recipe.root], form
+            found[key] = form
+        often = [key for key in missing if self._times[key] >= REPACK_LIMIT]
+        if not often or self._told:
+            return None
+        self._told = True
+        return often[0]
+
+    def _tell(self, key: PackKey, traced: Traced) -> None:
+        warnings.warn(
+            f"{traced.name(key.recipe.root)} was packed {self._times[key]} times because it was another array each "
+            "time; packing reads all of it. The result is right. Pass the same array again, or pack once with "
+            "step.trace(...).pack(weights)",
+            HireWarning,
+            stacklevel=6,
+        )
 
 
 def _mark(leaf: Any) -> Any:

@@ -174,9 +174,8 @@ class Traced(Program):
     def _rewriter(self, todo: dict[Node, Treatment]) -> Rewriter:
         """The rewriter of some treatments, made once."""
         signature = tuple((node, type(one), getattr(one, "cyclic", None)) for node, one in todo.items())
-        if signature not in self._rewriters:
-            self._rewriters[signature] = self.rewriter_class(self._graph, todo)
-        return self._rewriters[signature]
+        known = self._rewriters.get(signature)
+        return known or self._rewriters.setdefault(signature, self.rewriter_class(self._graph, todo))
 
     def needed_keys(self) -> list[PackKey]:
         """Packed forms the plan reads, rows that are plain leaves left out."""

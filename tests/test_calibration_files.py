@@ -170,7 +170,9 @@ def test_arrays_that_are_not_what_they_should_be_are_damaged(content, tmp_path):
             assert loads_or_is_damaged(tmp_path / "c", data) is None
     for name, array in arrays.items():
         assert loads_or_is_damaged(tmp_path / "c", signed(header, told, {**arrays, name: array[None]})) is None
-        assert loads_or_is_damaged(tmp_path / "c", signed(header, told, {**arrays, name: np.asarray(array != 0)})) is None
+        assert (
+            loads_or_is_damaged(tmp_path / "c", signed(header, told, {**arrays, name: np.asarray(array != 0)})) is None
+        )
     for wrong in (0, -1, models.M + 1):
         data = signed(header, told, {**arrays, f"{block}/sizes": np.full(models.L, wrong)})
         assert loads_or_is_damaged(tmp_path / "c", data) is None
