@@ -173,7 +173,9 @@ class Traced(Program):
 
     def _rewriter(self, todo: dict[Node, Treatment]) -> Rewriter:
         """The rewriter of some treatments, made once."""
-        signature = tuple((node, type(one), getattr(one, "cyclic", None)) for node, one in todo.items())
+        signature = tuple(
+            (node, type(one), getattr(one, "cyclic", None), getattr(one, "leaves", None)) for node, one in todo.items()
+        )
         known = self._rewriters.get(signature)
         return known or self._rewriters.setdefault(signature, self.rewriter_class(self._graph, todo))
 
@@ -189,7 +191,7 @@ class Traced(Program):
         todo = treatments(self._detection, self.plan, lambda root: True, lambda key: key in keys)
         needed = self._rewriter(todo).needed_inputs()
         found = {root for root, read in zip(self.call.roots, needed, strict=True) if root is not None and read}
-        found |= {n.key.recipe.root for d in self.plan.decisions for n in d.needs if n.key not in keys}
+        found |= {n.key.recipe.root for one in todo.values() for n in one.needs if n.key not in keys}
         return frozenset(found)
 
     def const(self, root: Root) -> Any:

@@ -36,6 +36,8 @@ def certified_logits(
     spec: PredictorSpec,
     dense: Callable[[jax.Array, jax.Array], jax.Array],
     *,
+    own: Callable[[jax.Array, Any], jax.Array] | None = None,
+    leaf: Any = None,
     candidates: int,
     smaller: Sequence[int] = (),
     goal: Goal = True,
@@ -60,6 +62,8 @@ def certified_logits(
       proof: what is kept of the ``V`` rows, with bounds.
       spec: the predictor's spec.
       dense: the dense product of ``[T, d]`` and ``[V, d]``, of ``out_dtype``, ``[T, V]``.
+      own: the same of the original weight, ``own(x, leaf)``, as the program computes it; what is fallen back to.
+      leaf: the original weight, a pytree; None where it is not there, and ``dense`` is fallen back to.
       candidates: rows each token may have computed exactly.
       smaller: fewer, ascending, to try before that.
       goal: what is to be proved; True is the arg max.
@@ -93,17 +97,23 @@ def certified_logits(
         shards=shards,
     )
     # Arrays are operands of `run`, never closed over: transformations have to see them.
-    arrays = (rows, proof, jnp.asarray(first_row, jnp.int32))
+    arrays = (rows, proof, jnp.asarray(first_row, jnp.int32), leaf)
 
     def own_rows(rows: jax.Array, first_row: jax.Array) -> jax.Array:
         return rows if rows.shape[0] == vocab else lax.dynamic_slice_in_dim(rows, first_row, vocab)
 
     @jax.custom_batching.custom_vmap
     def run(x: jax.Array, arrays: tuple) -> tuple[jax.Array, jax.Array]:
-        rows, proof, first_row = arrays
+        rows, proof, first_row, leaf = arrays
         start = 0 if rows.shape[0] == vocab else first_row
+
+        def fallback() -> jax.Array:
+            if own is None or leaf is None:
+                return dense(x, own_rows(rows, first_row))
+            return own(x, leaf)
+
         selections = rungs(x.shape[0], vocab, (*smaller, candidates))
-        return head.climb(x, rows, proof, start, selections, lambda: dense(x, own_rows(rows, first_row)))
+        return head.climb(x, rows, proof, start, selections, fallback)
 
     @run.def_vmap
     @usual_promotion()

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -100,6 +100,7 @@ class ChoiceBlock:
       dense_region: what the model does to all of them: ``dense_region(hiddens, sides)``.
       dense_up: the dense product number ``i`` into the units: ``dense_up(i, x, rows)``, ``[T, m]``.
       dense_down: the dense contracting product, ``[T, d_out]``.
+      own: the block as the program has it, of the original weights: ``own(xs, sides, leaves)``; ``[T, d_out]``.
       spec: the predictor of the products that the score hangs on.
       active: groups of units each token may have computed.
       group_size: units in a group; where the model chooses groups, a multiple of theirs.
@@ -115,6 +116,7 @@ class ChoiceBlock:
     dense_region: Callable[[list[jax.Array], list[jax.Array]], jax.Array]
     dense_up: Callable[[int, jax.Array, jax.Array], jax.Array]
     dense_down: Callable[[jax.Array, jax.Array], jax.Array]
+    own: Callable[[list[jax.Array], list[jax.Array], Any], jax.Array]
     spec: PredictorSpec
     active: int
     group_size: int
@@ -137,6 +139,7 @@ class ChoiceOperands(NamedTuple):
       largest: the largest norm of a row, f32 scalars, where there is no proof.
       moments: from ``pack_bounded_moments``; None where the model takes no mean of them.
       largest_down: the largest norm of a row of ``down``.
+      leaves: the original weights, a pytree; None where they are not there, and the fallback reads the rows.
     """
 
     xs: list[jax.Array]
@@ -149,6 +152,7 @@ class ChoiceOperands(NamedTuple):
     largest: list[jax.Array | None]
     moments: list[Moments | None]
     largest_down: jax.Array
+    leaves: Any = None
 
 
 def certified_choice(block: ChoiceBlock, operands: ChoiceOperands) -> tuple[jax.Array, jax.Array]:
@@ -245,7 +249,11 @@ def _attempt(block: ChoiceBlock, o: ChoiceOperands) -> tuple[jax.Array, jax.Arra
             activation, o.down, down_index, group_size=block.group_size, preferred_element_type=block.out_dtype
         )
 
-    return lax.cond(fallback, lambda: _dense(block, o), sparse), fallback
+    return lax.cond(fallback, lambda: _fallback(block, o), sparse), fallback
+
+
+def _fallback(block: ChoiceBlock, o: ChoiceOperands) -> jax.Array:
+    return _dense(block, o) if o.leaves is None else block.own(o.xs, o.sides, o.leaves)
 
 
 def _start(rows: jax.Array, first: jax.Array, block: ChoiceBlock) -> jax.Array | int:

@@ -10,7 +10,7 @@ derived in ``lowering/bounds.py``.
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +42,7 @@ class CertifiedBlock:
       gate_value: the gate from ``(hiddens, sides)``, ``[T, m]``; only the hidden of product ``gate`` is given.
       dense_up: the dense product number ``i`` into the units: ``dense_up(i, x, rows)``, ``[T, m]``.
       dense_down: the dense contracting product, ``[T, d_out]``.
+      own: the block as the program has it, of the original weights: ``own(xs, sides, leaves)``; ``[T, d_out]``.
       spec: the gate's predictor.
       active: groups of units each token may have computed.
       smaller: fewer, ascending: the smallest size that holds all open groups is computed.
@@ -57,6 +58,7 @@ class CertifiedBlock:
     gate_value: Callable[[list[jax.Array | None], list[jax.Array]], jax.Array]
     dense_up: Callable[[int, jax.Array, jax.Array], jax.Array]
     dense_down: Callable[[jax.Array, jax.Array], jax.Array]
+    own: Callable[[list[jax.Array], list[jax.Array], Any], jax.Array]
     spec: PredictorSpec
     active: int
     group_size: int
@@ -78,6 +80,7 @@ class CertifiedOperands(NamedTuple):
       first_down: where its rows begin.
       proof: what is kept of the gate's rows, with bounds.
       largest: for each product but the gate, and for ``down``, the largest norm of a row, f32 scalars.
+      leaves: the original weights, a pytree; None where they are not there, and the fallback reads the rows.
     """
 
     xs: list[jax.Array]
@@ -88,6 +91,7 @@ class CertifiedOperands(NamedTuple):
     first_down: jax.Array
     proof: Proof
     largest: list[jax.Array]
+    leaves: Any = None
 
 
 def largest_norm(rows: jax.Array) -> jax.Array:
@@ -113,9 +117,13 @@ def certified_ffn(block: CertifiedBlock, operands: CertifiedOperands) -> tuple[j
         with jax.named_scope("prove"):
             rung = _rung(block, o, gate, selections)
         sizes = [functools.partial(_open_units, block, o, gate, s) for s in selections]
-        return lax.switch(rung, [*sizes, lambda: _dense(block, o)]), rung
+        return lax.switch(rung, [*sizes, lambda: _fallback(block, o)]), rung
 
     return proved_or_dense(attempt, lambda o: _dense(block, o), operands)
+
+
+def _fallback(block: CertifiedBlock, o: CertifiedOperands) -> jax.Array:
+    return _dense(block, o) if o.leaves is None else block.own(o.xs, o.sides, o.leaves)
 
 
 def _dense(block: CertifiedBlock, o: CertifiedOperands) -> jax.Array:

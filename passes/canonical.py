@@ -7,8 +7,9 @@ from typing import Any
 import jax.numpy as jnp
 from jax import lax
 
-from hire_xform.passes.layout import Layout, row_major, to_canonical, whole
+from hire_xform.passes.layout import Layout, from_canonical, has_all, row_major, to_canonical, whole
 from hire_xform.passes.products import Product
+from hire_xform.passes.region import Up
 
 
 def canonical_side(value: Any, layout: Layout, tokens: int, units: int) -> Any:
@@ -31,14 +32,41 @@ def canonical_activation(product: Product, x: Any, layout: Layout, tokens: int) 
       layout: layout of the product's result.
       tokens: T of the block.
     """
+    canonical = to_canonical(x, _activation_layout(product, layout), tokens, product.contracted)
+    return jnp.broadcast_to(canonical, (tokens, product.contracted))
+
+
+def _activation_layout(product: Product, layout: Layout) -> Layout:
+    """The layout of a product's activation, what it contracts as hidden digits, given that of its result."""
     dims: list[Any] = [None] * len(product.x.shape)
     for d, out in zip(product.x_free, product.out_x_dims, strict=True):
         dims[d] = layout[out]
     sizes = [product.x.shape[d] for d in product.x_contract]
     for d, atom in zip(product.x_contract, row_major("h", sizes), strict=True):
         dims[d] = whole([atom], product.x.shape[d])
-    canonical = to_canonical(x, tuple(dims), tokens, product.contracted)
-    return jnp.broadcast_to(canonical, (tokens, product.contracted))
+    return tuple(dims)
+
+
+def restored_activation(product: Product, x: Any, layout: Layout) -> Any:
+    """A product's activation in its own shape, from what ``canonical_activation`` made, where it is ``restorable``."""
+    return from_canonical(x, _activation_layout(product, layout))
+
+
+def restorable(up: Up, tokens: int) -> bool:
+    """Whether a product's activation can be had back from ``canonical_activation``."""
+    return has_all(_activation_layout(up.product, up.layout), tokens, up.product.contracted)
+
+
+def shaped_activation(product: Product, x: Any) -> Any:
+    """The inverse of ``flat_activation``."""
+    dims = (*product.x_free, *product.x_contract)
+    return jnp.transpose(x.reshape([product.x.shape[d] for d in dims]), [dims.index(d) for d in range(len(dims))])
+
+
+def flat_result(product: Product, result: Any) -> Any:
+    """The inverse of ``result_shape``."""
+    perm = (*product.out_x_dims, *product.out_w_dims)
+    return jnp.transpose(result, perm).reshape(product.tokens, product.width)
 
 
 def result_shape(product: Product, flat: Any) -> Any:

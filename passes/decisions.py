@@ -114,7 +114,7 @@ class PackKey:
     ``"rows"``, the ``"norms"`` of its rows, the ``"largest"`` of them, their ``"moments"``, those with bounds
     (``"bounded_moments"``), for a predictor spec its arrays, for ``Proving`` also how far they can be from the rows,
     and for ``Fitted`` either, fitted to its inputs. ``Regrouped`` is any of these in another order. ``Levels`` is of no
-    weight, but has an entry for each layer of it.
+    weight, but has an entry for each layer of it. ``"leaf"`` is the leaf itself, whatever the recipe makes of it.
     """
 
     recipe: Recipe
@@ -148,6 +148,8 @@ class Decision:
         rows lay. Empty where rows are contiguous blocks.
       smaller: of a certified site, fewer than ``count``, ascending: the smallest that will do is taken.
       static: units that are always computed, the first that are packed; ``count`` is of the others.
+      leaves: of a certified site, how many leaves end its ``needs``, one for each of its products: with them its
+        fallback is the program's own equations. Zero in a plan: leaves are read only where they are there anyway.
     """
 
     match: VocabMatch | FfnMatch
@@ -161,6 +163,7 @@ class Decision:
     cyclic: Literal["", "kept", "candidates", "logits"] = ""
     smaller: tuple[int, ...] = ()
     static: int = 0
+    leaves: int = 0
 
     @property
     def rungs(self) -> tuple[int, ...]:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from hire_xform.passes.decisions import Need
+from hire_xform.passes.recipe import Recipe, Stack
 from hire_xform.passes.walk import Operand, Value
 
 
@@ -25,11 +26,13 @@ class PackedView:
       index: one int32 scalar for each resolved stack axis, outermost first; all are in range.
       factor: what products with this matrix are multiplied by, when it may have been indexed out of range by an
         indexing that fills with NaN: one, or NaN. None where none did.
+      recipe: of a leaf as it is, how the matrix is made of it; None for packed forms.
     """
 
     arrays: Any
     index: tuple[Any, ...] = ()
     factor: Any = None
+    recipe: Recipe | None = dataclasses.field(default=None, metadata={"static": True})
 
     def at(self, index: Any, fills: bool = False) -> PackedView:
         """The view with one more stack axis resolved.
@@ -38,7 +41,11 @@ class PackedView:
           index: the index, a scalar. Out of range, the nearest slice is taken, as a dynamic slice does.
           fills: out of range, the matrix is NaN instead.
         """
-        size = jax.tree.leaves(self.arrays)[0].shape[len(self.index)]
+        number = len(self.index)
+        if self.recipe is None:
+            size = jax.tree.leaves(self.arrays)[0].shape[number]
+        else:
+            size = [step.size for step in self.recipe.steps if isinstance(step, Stack)][number]
         factor = self.factor
         if fills:
             known = jnp.where((index >= 0) & (index < size), jnp.float32(1), jnp.float32(jnp.nan))
@@ -59,6 +66,11 @@ class PackedView:
             return array
 
         return jax.tree.map(take, self.arrays)
+
+    def matrix(self) -> Any:
+        """The weight as the program's own product takes it, made of its leaf."""
+        assert self.recipe is not None
+        return self.recipe.one(self.arrays, self.index)
 
     def rows(self) -> tuple[Any, Any]:
         """The whole stack's rows as one matrix, and the number of this matrix's first row in it.

@@ -205,6 +205,20 @@ def to_canonical(value: Any, layout: Layout, tokens: int, units: int) -> Any:
     return _spread(result, [atoms[i] for i in order], tokens, units).reshape(shape)
 
 
+def has_all(layout: Layout, tokens: int, units: int) -> bool:
+    """Whether a value with a layout is ``[T, m]`` in another shape: nothing is cut away, nothing missing."""
+    sizes = {space: math.prod(a.size for d in layout for a in d.atoms if a.space == space) for space in ("t", "h")}
+    return all(d.full for d in layout) and sizes == {"t": tokens, "h": units}
+
+
+def from_canonical(value: Any, layout: Layout) -> Any:
+    """``[T, m]`` brought to a layout that ``has_all`` of it: the inverse of ``to_canonical``."""
+    atoms = [a for d in layout for a in d.atoms]
+    order = sorted(range(len(atoms)), key=lambda i: (atoms[i].space == "h", -atoms[i].stride))
+    value = jnp.transpose(value.reshape([atoms[i].size for i in order]), [order.index(i) for i in range(len(order))])
+    return value.reshape([d.extent for d in layout])
+
+
 def _spread(value: Any, atoms: Sequence[Atom], tokens: int, units: int) -> Any:
     """Inserts broadcast axes where the sorted atoms leave out digits of a space they hold part of."""
     shape: list[int] = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from hire_xform.passes.canonical import restorable
 from hire_xform.passes.decisions import Need, PackKey
 from hire_xform.passes.detect import FfnMatch, VocabMatch, up_rows, vocab_rows
 from hire_xform.passes.forms import Proving, down_forms, up_forms, vocab_forms
@@ -60,6 +61,19 @@ def needs_of(
     if order is not None:
         found.append(stack_need(match, Regrouped("order", order)))
     return tuple(found)
+
+
+def leaf_needs(match: VocabMatch | FfnMatch) -> tuple[Need, ...]:
+    """The leaves that a site's own products are made of, for its fallback; none where one of them can't be passed on.
+
+    In the order of ``match.products``. A part of a weight that one device of a shard_map has is none.
+    """
+    origins = [product.origin for product in match.products]
+    if any(is_cut(origin.refs) for origin in origins):
+        return ()
+    if isinstance(match, FfnMatch) and not all(restorable(up, match.tokens) for up in match.region.ups):
+        return ()
+    return tuple(Need(PackKey(origin.recipe, "leaf"), origin.refs) for origin in origins)
 
 
 def order_of(match: VocabMatch | FfnMatch, settings: Vocab | Ffn, measurement: Measurement | None) -> Order | None:

@@ -140,6 +140,10 @@ class Recipe:
         """Runs the steps, then ``finish``, on the leaf; over stack axes by ``vmap``, which the result leads with."""
         return _apply(self.steps, leaf, finish)
 
+    def one(self, leaf: Any, index: Sequence[Any]) -> Any:
+        """The one matrix at these stack indices, outermost first; of the others as little is moved as can be."""
+        return _one(self.steps, leaf, list(index))
+
 
 def _apply(steps: Sequence[Step], x: Any, finish: Callable[[Any], Any]) -> Any:
     for i, step in enumerate(steps):
@@ -147,3 +151,19 @@ def _apply(steps: Sequence[Step], x: Any, finish: Callable[[Any], Any]) -> Any:
             return jax.vmap(lambda y: _apply(steps[i + 1 :], y, finish))(x)  # noqa: B023 - used before i moves on
         x = step.apply(x)
     return finish(x)
+
+
+def _one(steps: Sequence[Step], x: Any, index: list[Any]) -> Any:
+    if not steps:
+        return x
+    step, rest = steps[0], steps[1:]
+    if isinstance(step, Stack):
+        return _one(rest, lax.dynamic_index_in_dim(x, index[0], 0, keepdims=False), index[1:])
+    if isinstance(step, Transpose) and rest and isinstance(rest[0], Stack):
+        # An axis that is moved to the front to be indexed is indexed where it lies.
+        axis = step.perm[0]
+        x = lax.dynamic_index_in_dim(x, index[0], axis, keepdims=False)
+        return _one((Transpose(tuple(p - (p > axis) for p in step.perm[1:])), *rest[1:]), x, index[1:])
+    if isinstance(step, Convert) and rest and isinstance(rest[0], Stack):
+        return _one((rest[0], step, *rest[1:]), x, index)
+    return _one(rest, step.apply(x), index)

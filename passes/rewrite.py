@@ -68,7 +68,10 @@ class Rewriter:
         """
         top = self.graph.top
         env = {v: o for v, o in zip(top.inputs, operands, strict=True) if o is not None}
-        views = {need: PackedView(packed(need)) for need in self._scope_needs(top)}
+        views = {
+            need: PackedView(packed(need), recipe=need.key.recipe if need.key.form == "leaf" else None)
+            for need in self._scope_needs(top)
+        }
         with usual_promotion():
             self._frame(top.root, env, views)
         return [read(env, o) for o in top.outputs]

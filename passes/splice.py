@@ -86,13 +86,18 @@ def site_function(decision: Decision) -> Callable[[list[Any], list[PackedView]],
 
 def _branches(decision: Decision, levels: Levels) -> Callable[[list[Any], list[PackedView]], Any]:
     """A site whose layers have counts of their own: a branch for each."""
-    one = dataclasses.replace(decision, levels=None, needs=decision.needs[:-1])
+    number = len(decision.needs) - decision.leaves - 1
+    one = dataclasses.replace(decision, levels=None, needs=_without(decision.needs, number))
     functions, before = [], 0
     for *smaller, count in levels.ladders:
         own = site_function(dataclasses.replace(one, count=count, smaller=tuple(smaller)))
         functions.append(_numbered(own, before, len(smaller) + 1, len(decision.rungs)) if one.settings.certify else own)
         before += len(smaller) + 1
-    return lambda operands, views: lax.switch(views[-1].whole(), functions, operands, list(views[:-1]))
+    return lambda operands, views: lax.switch(views[number].whole(), functions, operands, list(_without(views, number)))
+
+
+def _without(given: Sequence[Any], number: int) -> tuple[Any, ...]:
+    return (*given[:number], *given[number + 1 :])
 
 
 def _numbered(function: Callable[..., Any], before: int, own: int, total: int) -> Callable[..., Any]:

@@ -21,6 +21,7 @@ from hire_xform.passes.detect import FfnMatch, VocabMatch
 from hire_xform.passes.environment import PackedView
 from hire_xform.passes.forms import Proving, down_forms, up_forms
 from hire_xform.passes.of_chosen import OfChosen
+from hire_xform.passes.own_equations import own_block, own_product
 from hire_xform.passes.region import replay
 from hire_xform.passes.settings import Ffn, Vocab
 from hire_xform.passes.splice_choice import choice_result
@@ -56,6 +57,8 @@ def flat_certified_logits(
         views[1].whole(),
         settings.spec,
         lambda x, rows: dense_product(product, x, rows),
+        own=lambda x, leaf: own_product(product, x, leaf),
+        leaf=views[2] if decision.leaves else None,
         candidates=decision.count,
         smaller=decision.smaller,
         goal=settings.certify,
@@ -118,6 +121,7 @@ def certified_block(
         dense_up=lambda i, x, rows: dense_product(region.ups[i].product, x, rows),
         dense_down=lambda h, rows: dense_product(match.down, h, rows, contracted_first=True),
         spec=settings.spec,
+        own=lambda xs, sides, leaves: own_block(match, xs, sides, leaves),
         active=decision.count,
         smaller=decision.smaller,
         group_size=settings.group_size,
@@ -134,6 +138,7 @@ def certified_block(
         first_down=jnp.asarray(first_down, jnp.int32),
         proof=proof,
         largest=[*largest, last["largest"].whole()],
+        leaves=list(given) or None,
     )
     return block, made, last["rows"]
 

@@ -16,6 +16,7 @@ from hire_xform.passes.detect import FfnMatch
 from hire_xform.passes.environment import PackedView
 from hire_xform.passes.forms import Proving, down_forms, up_forms
 from hire_xform.passes.of_chosen import OfAll, OfChosen
+from hire_xform.passes.own_equations import own_block
 from hire_xform.passes.region import Region, Up, replay
 from hire_xform.passes.settings import Ffn
 
@@ -45,6 +46,7 @@ def choice_block(
         dense_region=lambda hiddens, sides: replay(region, hiddens, sides, lambda v: v, jax.nn.relu, OfAll()),
         dense_up=lambda i, x, rows: dense_product(region.ups[i].product, x, rows),
         dense_down=lambda h, rows: dense_product(match.down, h, rows, contracted_first=True),
+        own=lambda xs, sides, leaves: own_block(match, xs, sides, leaves),
         spec=settings.spec,
         active=decision.count,
         group_size=settings.group_size,
@@ -66,6 +68,7 @@ def choice_block(
         largest=whole("largest"),
         moments=whole("bounded_moments"),
         largest_down=last["largest"].whole(),
+        leaves=list(given) or None,
     )
     return block, made, last["rows"]
 

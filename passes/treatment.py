@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -10,6 +11,7 @@ from hire_xform.passes.cyclic_lookups import CyclicLookup, cyclic_lookups
 from hire_xform.passes.decisions import Decision, Need, PackKey, Plan
 from hire_xform.passes.detect import Detection
 from hire_xform.passes.merge import Merged, merged
+from hire_xform.passes.needs import leaf_needs
 from hire_xform.passes.products import Product, normal_form
 from hire_xform.passes.provenance import Root
 from hire_xform.passes.top_groups import TopGroups
@@ -48,7 +50,8 @@ def treatments(
     """What to do at each equation, given which leaves and packed forms will be there at run time.
 
     A decision whose packed forms are not all there takes those of rows that lie otherwise. Where these are not there
-    either, it is left out: its products are then dense. Dense products whose leaf is not there read packed rows
+    either, it is left out: its products are then dense. A certified decision reads the leaves of its products besides,
+    where all of them are there. Dense products whose leaf is not there read packed rows
     instead, where some fit, and so do lookups.
     """
 
@@ -60,7 +63,7 @@ def treatments(
     for decision in plan.decisions:
         for one in (decision, other_rows(decision)):
             if one is not None and all(there(n) for n in one.needs):
-                found[one.node] = one
+                found[one.node] = _with_leaves(one, has_leaf)
                 break
     decisions = [one for one in found.values() if isinstance(one, Decision)]
     treated = {p for decision in decisions for p in decision.match.products}
@@ -76,3 +79,13 @@ def treatments(
                 found[product.node] = DenseRows(product, (Need(key, product.origin.refs),), contracted_first)
                 break
     return found
+
+
+def _with_leaves(decision: Decision, has_leaf: Callable[[Root], bool]) -> Decision:
+    """A certified decision with the leaves of its products, so that it falls back to them; as it is without one."""
+    if not decision.settings.certify or decision.placement is not None:
+        return decision
+    leaves = leaf_needs(decision.match)
+    if not all(has_leaf(need.key.recipe.root) for need in leaves):
+        return decision
+    return dataclasses.replace(decision, needs=(*decision.needs, *leaves), leaves=len(leaves))

@@ -20,6 +20,7 @@ _COMPUTATION = re.compile(r"(?:ENTRY )?(%[\w.-]+) .*\{$")
 _INSTRUCTION = re.compile(r" *(?:ROOT )?%[\w.-]+ = (?P<type>\(.*?\)|\S+) (?P<op>[\w-]+)\(")
 # These name what is there already, or, as copy-done, what another instruction writes.
 _WRITES_NOTHING = {"parameter", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "copy-done"}
+_CALLED = re.compile(r"\b(\w+)=(\{%[^}]*\}|%[\w.-]+)")
 _ARRAY = re.compile(r"([a-z]+)(\d+)?[a-z0-9]*\[([\d,]*)\]")
 
 
@@ -79,15 +80,40 @@ def largest_array(compiled):
     return max(size for line in compiled.as_text().splitlines() for size in _sizes(line.split(" metadata=")[0]))
 
 
-def arrays_written(compiled):
-    """Bytes of every array that an instruction of a compiled program writes; what a fusion keeps to itself is not."""
+def arrays_written(compiled, in_branches=True):
+    """Bytes of every array that an instruction of a compiled program writes; what a fusion keeps to itself is not.
+
+    ``in_branches``: also those in the branches of conditionals, of which one is run.
+    """
     text = compiled.as_text()
-    fused = set(re.findall(r"calls=(%[\w.-]+)", text))
+    left_out = set(re.findall(r"calls=(%[\w.-]+)", text))
+    if not in_branches:
+        left_out |= _reached_from_branches(text)
     found, inside = [], None
     for line in text.splitlines():
         if computation := _COMPUTATION.match(line):
             inside = computation[1]
         match = _INSTRUCTION.match(line)
-        if match is not None and inside not in fused and match["op"] not in _WRITES_NOTHING:
+        if match is not None and inside not in left_out and match["op"] not in _WRITES_NOTHING:
             found.extend(_sizes(match["type"]))
+    return found
+
+
+def _reached_from_branches(text):
+    """The computations that only a conditional's branch leads to."""
+    refers, inside, queue = {}, None, []
+    for line in text.splitlines():
+        if computation := _COMPUTATION.match(line):
+            inside = computation[1]
+        for attribute, names in _CALLED.findall(line):
+            called = re.findall(r"%[\w.-]+", names)
+            refers.setdefault(inside, []).extend(called)
+            if "branch" in attribute or attribute in ("true_computation", "false_computation"):
+                queue += called
+    found = set()
+    while queue:
+        name = queue.pop()
+        if name not in found:
+            found.add(name)
+            queue += refers.get(name, [])
     return found

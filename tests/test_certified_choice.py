@@ -133,20 +133,17 @@ def at_the_cutoff(p, x, shift):
     return {**p, "gate": jnp.asarray(rows.T, jnp.float32), "down": p["down"].at[2].multiply(1e4)}
 
 
-def near_either(result, *dense):
-    """Rounding decides, in the dense block as well: the result is what either decision gives."""
-    assert min(np.abs(result - one).max() / np.abs(one).max() for one in dense) <= 1e-2
-
-
 @pytest.mark.parametrize("shift", [0.0, 1e-7, -1e-7, 1e-6, -1e-6])
 def test_a_unit_within_rounding_of_the_cutoff(shift):
-    """A mask can't be decided, and runs dense; a difference is as small as its own rounding either way."""
+    """A mask can't be decided, and runs dense, which decides; a difference is as small as its own rounding either way.
+
+    What is run then are the program's own equations: rounding goes the way it goes there.
+    """
     p, x = at_the_cutoff(weights(), tokens(), shift), tokens()
-    off, on = ({**p, "gate": p["gate"].at[:, 2].multiply(by)} for by in (0.999, 1.001))
     for name, fallen in (("standard_score", 1), ("gated_mask", 1), ("gemma", 0)):
         result, fallbacks, dense = run(name, p, x)
         assert fallbacks == fallen
-        near_either(result, *((steps(name)[1](q, x) for q in (off, on)) if fallen else (dense,)))
+        assert_same(result, dense, 2e-5 if fallen else 1e-2)
 
 
 @pytest.mark.parametrize("gap", [0.0, 1e-7, 1e-6, 1e-3])
@@ -159,15 +156,10 @@ def test_ties_and_near_ties_at_the_kth_place(name, gap):
     first, second = order[K - 2 : K] if name == "strictly_above" else order[K - 1 : K + 1]
     # The next unit is the k-th, less a little; and one with a lower number for a higher one.
     for kept, left in ((first, second), (max(first, second), min(first, second))):
-        q, less, more = (
-            {**p, "gate": p["gate"].at[:, left].set(p["gate"][:, kept] * (1.0 - by))} for by in (gap, 1e-3, -1e-3)
-        )
+        q = {**p, "gate": p["gate"].at[:, left].set(p["gate"][:, kept] * (1.0 - gap))}
         result, fallbacks, dense = run(name, q, x)
         assert fallbacks == (gap < 1e-4)
-        if 0.0 < gap < 1e-4:
-            near_either(result, steps(name)[1](less, x), steps(name)[1](more, x))
-        else:
-            assert_same(result, dense)
+        assert_same(result, dense)
 
 
 def test_units_that_tie_at_zero_need_no_decision():
