@@ -96,6 +96,8 @@ class Measuring:
 class DenseTrace(Traced):
     """A trace whose program is dense. Weights over several devices stay there; what is packed of them is whole."""
 
+    runs_dense = True
+
     def _place(self, match: Any) -> Any:
         """The reason that a match stays dense where its weights are, if any: what does is not measured."""
         found = super()._place(match)

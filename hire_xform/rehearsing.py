@@ -103,7 +103,7 @@ class Rehearsal:
     def _loss_of(self, traced: Traced, results: list[Any], batch: Any, number: int) -> float:
         assert self._loss is not None
         value = np.asarray(self._loss(jax.tree.unflatten(traced.out_tree, results), *batch))
-        if value.ndim or not np.issubdtype(value.dtype, np.floating) or not math.isfinite(float(value)):
+        if value.ndim or not jnp.issubdtype(value.dtype, jnp.floating) or not math.isfinite(float(value)):
             raise ValueError(
                 f"calibrate: the loss of batch {number} is {value!r}; expected a finite number. fun has to return the "
                 "loss, or loss=... to make it of what fun returns and the batch"

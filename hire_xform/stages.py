@@ -55,6 +55,8 @@ class Traced(Program):
     """
 
     rewriter_class: type[Rewriter] = Rewriter
+    # Whether the program stays dense, sites being measured only.
+    runs_dense = False
 
     def __init__(
         self,
@@ -77,7 +79,7 @@ class Traced(Program):
 
     def _plan(self, config: Config, platform: str, *measured: Measure) -> Plan:
         measure = measured[0] if measured else _no_measurement
-        plan = make_plan(self._detection, config.choose, platform, self.name, measure, self._place)
+        plan = make_plan(self._detection, config.choose, platform, self.name, measure, self._place, self.runs_dense)
         return distribute_rows(plan, self._read_as_they_are)
 
     def _read_as_they_are(self, plan: Plan) -> list[Root]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from hire_xform.passes import compat
@@ -26,7 +27,9 @@ def known_scalar(operand: Operand) -> float | None:
             return None
         with concretely():
             value = np.asarray(_evaluate(operand, order))
-    return float(value) if np.issubdtype(value.dtype, np.number) else None
+    # Not of NumPy's own numbers alone: bfloat16 is none of them.
+    real = jnp.issubdtype(value.dtype, jnp.floating) or jnp.issubdtype(value.dtype, jnp.integer)
+    return float(value) if real else None
 
 
 def _computed_from(value: Value) -> list[Node] | None:

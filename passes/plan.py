@@ -29,6 +29,7 @@ def make_plan(
     name_of: Callable[[Root], str],
     measure: Measure = lambda match, names: None,
     placed: Callable[[VocabMatch | FfnMatch], Placement | str | None] = lambda match: None,
+    runs_dense: bool = False,
 ) -> Plan:
     """Turns matches into decisions or refusals.
 
@@ -39,6 +40,7 @@ def make_plan(
       name_of: the name of a weight, for reports.
       measure: what a calibration says of a match.
       placed: where a match runs; see ``place``.
+      runs_dense: True where the program stays dense and sites are measured only, so that their sizes don't matter.
     """
     decisions: list[Decision] = []
     refusals: list[tuple[Node, Refusal]] = []
@@ -47,7 +49,7 @@ def make_plan(
         choice = choose_settings(kind, match.node.path)
         names = tuple(name_of(p.origin.recipe.root) for p in match.products)
         dense = sum(p.nbytes for p in match.products) * match.node.scope.iterations
-        found = _decide(match, kind, choice, platform, names, dense, measure(match, names), placed(match))
+        found = _decide(match, kind, choice, platform, names, dense, measure(match, names), placed(match), runs_dense)
         if isinstance(found, Decision):
             decisions.append(found)
             continue
@@ -74,6 +76,7 @@ def _decide(
     dense: int,
     measurement: Measurement | None,
     placement: Placement | str | None,
+    runs_dense: bool,
 ) -> Decision | str:
     """A decision, or the reason to stay dense. Checks of meaning come first; the cost model is last."""
     settings = choice.settings
@@ -118,6 +121,11 @@ def _decide(
             )
         if units % settings.group_size:
             return f"group_size={settings.group_size} does not divide its {units} hidden units"
+        if own is not None and own.share is None and settings.active is None and not (settings.certify or runs_dense):
+            return (
+                f"the model itself keeps {own.name}, so how many of its units are to be computed is not known; state it, "
+                "hx.Ffn(active=...), calibrate, or prove it for each input, hx.Ffn(certify=True)"
+            )
         computed_each = settings.group_size
         count = settings.groups_of(units, own.share if own is not None else None)
     if tokens > settings.max_tokens:

@@ -62,6 +62,15 @@ def known_number(operand: Operand) -> float | None:
     return number if number is not None and number.is_integer() and abs(number) <= 128 else None
 
 
+def stretched_scalar(operand: Operand) -> Operand | None:
+    """The scalar that an operand is everywhere; None for what is not one scalar stretched."""
+    while isinstance(operand, Value) and operand.shape:
+        if operand.node is None or operand.node.primitive not in _KEEP_NUMBER:
+            return None
+        operand = operand.node.inputs[0]
+    return operand
+
+
 _KEEP_NUMBER = frozenset({prims.broadcast_in_dim_p, prims.convert_element_type_p, prims.copy_p, compat.PVARY})
 
 

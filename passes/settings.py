@@ -111,8 +111,9 @@ class Ffn:
 
     # Share of the hidden units (or of their groups) computed for each token: a fraction, 0 < active <= 1. None is what
     # a calibration found; without one 0.25, but for blocks whose model keeps a top-k, or what is above a threshold:
-    # there it is that share, and half as much again for the predictor to err in. Certified: the most, before the dense
-    # block; a calibration adds smaller sizes.
+    # there it is that share, and half as much again for the predictor to err in. Where what the model keeps hangs on
+    # data, a block that is not certified stays dense until a share is stated or calibrated. Certified: the most, before
+    # the dense block; a calibration adds smaller sizes.
     active: float | None = None
     # Neighbouring units chosen together and read as one slab. Above 1 only for models trained or calibrated for it.
     group_size: int = 1

@@ -294,3 +294,88 @@ def test_an_index_that_is_returned_is_not_left_out():
     p, x = weights(), tokens(3)
     step = hx.sparsify(returned_index, config=full_width())
     assert_same(step(p, x), jax.jit(returned_index)(p, x))
+
+
+def cut(u, z):
+    return jax.nn.relu(u - (u.mean(-1, keepdims=True) + z * u.std(-1, keepdims=True)))
+
+
+def multiplied(how, z, dtype):
+    """A block cut at mean and ``z`` deviations, by where ``z`` comes from, and its arguments."""
+    p, x, number = weights(dtype), tokens(1, dtype), jnp.asarray(z, dtype)
+    if how == "literal":
+        return lambda p, x: cut(x @ p["gate"], z) @ p["down"], (p, x)
+    if how == "closed_over":
+        return lambda p, x: cut(x @ p["gate"], number) @ p["down"], (p, x)
+    if how == "argument":
+        return lambda p, x, z: cut(x @ p["gate"], z) @ p["down"], (p, x, number)
+    if how == "leaf":
+        return lambda p, x: cut(x @ p["gate"], p["z"]) @ p["down"], ({**p, "z": number}, x)
+    return lambda p, x, z: cut(x @ p["gate"], z) @ p["down"], (p, x, number[None])
+
+
+Z_TRIED = (0.0, -1.0, 1.645)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["f32", "bf16"])
+@pytest.mark.parametrize("how", ["literal", "closed_over"])
+def test_a_multiplier_that_can_be_read_is_read(how, dtype):
+    for z, told, share in zip(Z_TRIED, ("+ 0.00", "- ", "+ 1.6"), (0.5, 0.8413, 0.05), strict=True):
+        fun, arguments = multiplied(how, z, dtype)
+        config = hx.Config(ffn=hx.Ffn(certify=False), rules=FORCE)
+        (site,) = hx.sparsify(fun, config=config).trace(*arguments).plan.sites
+        assert site.own.startswith(f"units above mean {told}")
+        assert site.computed == pytest.approx(min(1.0, 1.5 * share) * M, abs=1)
+
+
+@pytest.mark.filterwarnings("ignore:.*was packed")
+@pytest.mark.parametrize(
+    ("how", "dtype"), [("argument", jnp.bfloat16), ("leaf", jnp.float32), ("of_one", jnp.float32)], ids=str
+)
+def test_a_multiplier_that_is_data_is_never_taken_for_a_number(how, dtype):
+    asked = hx.Config(ffn=hx.Ffn(active=1.0, certify=False), rules=FORCE)
+    proved = hx.Config(ffn=hx.Ffn(active=0.5, certify=True), rules=FORCE)
+    fun, arguments = multiplied(how, 1.0, dtype)
+    with_default = hx.sparsify(fun, config=hx.Config(ffn=hx.Ffn(certify=False), rules=FORCE))
+    plan = with_default.trace(*arguments).plan
+    assert not plan.sites
+    assert "mean + a multiplier known only at run time" in plan.refusals[0].reason
+    assert "hx.Ffn(active=...)" in plan.refusals[0].reason
+    steps, dense = [hx.sparsify(fun, config=config) for config in (asked, proved)], jax.jit(fun)
+    fallen = []
+    for z in Z_TRIED:
+        _, arguments = multiplied(how, z, dtype)
+        for step in steps:
+            (site,) = step.trace(*arguments).plan.sites
+            assert site.own == "units above mean + a multiplier known only at run time"
+            result, counts = step.with_fallbacks(*arguments)
+            assert_same(result, dense(*arguments), tolerance(dtype))
+        fallen.append(sum(int(n) for n in counts.values()))
+    # Half of the units hold what is above 1.6 deviations, not what is above -1.
+    assert fallen[1:] == [1, 0]
+
+
+def test_units_near_the_kth_largest_are_not_counted_as_k():
+    def above_a_part(p, x):
+        u = x @ p["gate"]
+        return jnp.where(u >= 0.1 * lax.top_k(u, 1)[0], u, 0) @ p["down"]
+
+    p, x = weights(), tokens(1)
+    plan = hx.sparsify(above_a_part, config=hx.Config(ffn=hx.Ffn(certify=False), rules=FORCE)).trace(p, x).plan
+    assert not plan.sites
+    assert "units above a number made of the least of their top 1" in plan.refusals[0].reason
+    step = hx.sparsify(above_a_part, config=hx.Config(ffn=hx.Ffn(active=1.0, certify=False), rules=FORCE))
+    assert kinds(step.trace(p, x).plan) == ["ffn"]
+    assert_same(step(p, x), above_a_part(p, x))
+
+
+def test_what_is_not_known_at_planning_can_be_calibrated():
+    fun, (p, x, z) = multiplied("argument", Z, jnp.float32)
+    batches = [(p, tokens(20, seed=seed), z) for seed in range(3)]
+    config = hx.Config(ffn=hx.Ffn(certify=False), rules=FORCE)
+    calibration = hx.calibrate(fun, batches, config=config, predictors=[hx.Quantized(8)])
+    step = hx.sparsify(fun, config=config, calibration=calibration)
+    (site,) = step.trace(p, x, z).plan.sites
+    assert "calibrated" in site.calibrated
+    assert site.computed < M // 2
+    assert_same(step(p, x, z), fun(p, x, z))
