@@ -123,8 +123,8 @@ def _decide(
             return f"group_size={settings.group_size} does not divide its {units} hidden units"
         if own is not None and own.share is None and settings.active is None and not (settings.certify or runs_dense):
             return (
-                f"the model itself keeps {own.name}, so how many of its units are to be computed is not known; state it, "
-                "hx.Ffn(active=...), calibrate, or prove it for each input, hx.Ffn(certify=True)"
+                f"the model itself keeps {own.name}, so how many of its units are to be computed is not known; state "
+                "it, hx.Ffn(active=...), calibrate, or prove it for each input, hx.Ffn(certify=True)"
             )
         computed_each = settings.group_size
         count = settings.groups_of(units, own.share if own is not None else None)

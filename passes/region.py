@@ -111,8 +111,8 @@ class OwnSparsity:
 
     Attributes:
       score: the number of the expression whose largest values are kept.
-      share: the share of the units that are kept; of a threshold, for normally distributed units; None where it hangs on
-        data: a multiplier that is an argument or a weight, or a distance from the k-th largest.
+      share: the share of the units that are kept; of a threshold, for normally distributed units; None where it hangs
+        on data: a multiplier that is an argument or a weight, or a distance from the k-th largest.
       name: for reports: "top 512" or "units above mean + 1.64 deviations".
       totalled: numbers of the expressions (products) whose mean and variance are read.
       group: neighbouring units that the model keeps or leaves out together.
