@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import types
 import warnings
 from collections.abc import Callable, Sequence
@@ -12,7 +13,7 @@ from typing import Any
 import jax
 
 from hire_xform.calibration import Calibration
-from hire_xform.calls import Abstract, Signature, abstract_call
+from hire_xform.calls import Abstract, Signature, Weights, abstract_call
 from hire_xform.config import Config
 from hire_xform.entry import Entry, take_packed
 from hire_xform.errors import HireWarning
@@ -41,7 +42,8 @@ def sparsify(
     fun: Callable | None = None,
     *,
     config: Config | None = None,
-    weights_argnums: int | Sequence[int] = 0,
+    weights_argnums: int | Sequence[int] | None = None,
+    weights_argnames: str | Sequence[str] | None = None,
     calibration: Calibration | None = None,
     **jit_options: Any,
 ) -> Any:
@@ -58,11 +60,14 @@ def sparsify(
     Args:
       fun: the function; without it, a decorator is returned.
       config: what to rewrite and how; None is ``Config()``.
-      weights_argnums: positions of the arguments that hold weights. Arrays that ``fun`` closes over are weights too.
+      weights_argnums: positions of the arguments that hold weights; None is 0, or none where there are
+        ``weights_argnames``. Arrays that ``fun`` closes over are weights too.
+      weights_argnames: names of arguments that hold weights, keyword-only ones too.
       calibration: from ``hx.calibrate`` on the same model. Its sizes take the place of the defaults, ``LowRank`` is
         fitted to the inputs it saw, and ``Projected`` is possible; what ``config`` states wins.
       **jit_options: options of ``jax.jit``: static_argnums, static_argnames, donate_argnums, donate_argnames,
-        out_shardings, keep_unused, device, backend, inline, compiler_options.
+        out_shardings, keep_unused, device, backend, inline, compiler_options. Those of a ``fun`` that is jitted already
+        are to be stated again: JAX has no public way to read them.
 
     Returns:
       A ``Sparsified``: call it, or ask it to ``trace``.
@@ -72,12 +77,17 @@ def sparsify(
     """
     if fun is None:
         return functools.partial(
-            sparsify, config=config, weights_argnums=weights_argnums, calibration=calibration, **jit_options
+            sparsify,
+            config=config,
+            weights_argnums=weights_argnums,
+            weights_argnames=weights_argnames,
+            calibration=calibration,
+            **jit_options,
         )
     config = check_function("sparsify", fun, config, jit_options)
     if calibration is not None and not isinstance(calibration, Calibration):
         raise TypeError(f"sparsify: calibration={calibration!r}; expected what hx.calibrate returns, or None")
-    return Sparsified(fun, config, weights_argnums, jit_options, calibration)
+    return Sparsified(fun, config, Weights(weights_argnums, weights_argnames), jit_options, calibration)
 
 
 def check_function(owner: str, fun: Any, config: Any, jit_options: dict[str, Any]) -> Config:
@@ -105,15 +115,16 @@ class Sparsified:
         self,
         fun: Callable,
         config: Config,
-        weights_argnums: Any,
+        weights: Weights,
         jit_options: dict[str, Any],
         calibration: Calibration | None = None,
     ):
         """Use :func:`sparsify`."""
         functools.update_wrapper(self, fun, updated=())
-        self.signature = Signature.of(fun, weights_argnums, jit_options)
+        self.signature = Signature.of(fun, weights, jit_options)
         self.config = config
         self.calibration = calibration
+        self.weights = weights
         named = ("static_argnums", "static_argnames", "donate_argnums", "donate_argnames")
         self.jit_options = dict(jit_options)
         self.options = {k: v for k, v in jit_options.items() if k not in named}
@@ -213,6 +224,42 @@ class Sparsified:
     def lower(self, *args: Any, **kwargs: Any) -> jax.stages.Lowered:
         """``trace(...).lower()``."""
         return self.trace(*args, **kwargs).lower()
+
+    def explain(self, *args: Any, **kwargs: Any) -> str:
+        """``trace(...).explain()``: what is rewritten in a call with these arguments, what is not, and why."""
+        self._check_call("explain", args, kwargs)
+        return self.trace(*args, **kwargs).explain()
+
+    def pack(self, *args: Any, progress: bool | None = None, **kwargs: Any) -> Any:
+        """``trace(...).pack(weights)``, of the weights among these arguments of a call.
+
+        Args:
+          *args, **kwargs: all arguments of a call, plain weights included.
+          progress: show a progress bar; None shows one on a terminal when there is much to pack.
+
+        Returns:
+          A ``Packed``; a tuple of them for several weights arguments.
+
+        Raises:
+          TypeError: these are not the arguments of a call.
+        """
+        self._check_call("pack", args, kwargs)
+        traced = self.trace(*args, **kwargs)
+        return traced.pack(*[traced.argument((args, kwargs), key) for key in self.signature.weights], progress=progress)
+
+    def _check_call(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Raises TypeError when the arguments are not those of a call, such as the weights alone."""
+        try:
+            signature = inspect.signature(self.signature.fun)
+        except (TypeError, ValueError):
+            return
+        try:
+            signature.bind(*args, **kwargs)
+        except TypeError as error:
+            raise TypeError(
+                f"{self!r}.{name}: {error}; expected all arguments of a call, since what is read of the weights hangs "
+                f"on its shapes, as for step.trace(...).{name}(...)"
+            ) from None
 
     def traced(self, call: Abstract) -> Traced:
         """The trace of a call, made once for each structure, shapes and static values."""

@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from hire_xform.api import check_function
 from hire_xform.calibration import Calibration
+from hire_xform.calls import Weights
 from hire_xform.choosing import chosen_for_cost
 from hire_xform.config import Config, Ffn, Rule, Vocab
 from hire_xform.errors import HireWarning
@@ -47,9 +48,10 @@ CERTIFIED_PREDICTORS: tuple[PredictorSpec, ...] = (
 
 def calibrate(
     fun: Callable,
-    batches: Iterable[Sequence[Any]],
+    batches: Iterable[Sequence[Any] | Mapping[str, Any]],
     *,
-    weights_argnums: int | Sequence[int] = 0,
+    weights_argnums: int | Sequence[int] | None = None,
+    weights_argnames: str | Sequence[str] | None = None,
     recall: float | None = None,
     head_kl: float | None = 0.01,
     max_kl: float | None = None,
@@ -96,10 +98,11 @@ def calibrate(
 
     Args:
       fun: the function, as for ``sparsify``.
-      batches: tuples of its arguments, plain weights included; a list or the like, since it is read more than once. An
+      batches: tuples of its arguments, or dictionaries of them by name, plain weights included; a list or the like,
+        since it is read more than once. An
         iterator, which can be read once, will do if all predictors are ``Quantized``; groups of units are then those of
         neighbours as they are, and all units are predicted.
-      weights_argnums: positions of the arguments that hold weights.
+      weights_argnums, weights_argnames: the arguments that hold weights, as for ``sparsify``.
       recall: what the sizes are to reach, 0 < recall <= 1. Without any target 0.99.
       head_kl: with a recall, the largest mean KL divergence, in nats a token, of the softmax of a head's sparse logits
         from that of the dense ones; with ``fill="-inf"``, where that is infinite, of the dense ones from the sparse:
@@ -110,7 +113,8 @@ def calibrate(
         dense ones, as the vocabulary projection returns them; of several projections the largest. Both runs see the
         same arguments. For ``fill="predicted"``.
       max_loss_increase: instead, the mean over batches of the loss of the sparse function less that of the dense one.
-      loss: for that, the loss, a number, made of ``fun``'s result and the batch: ``loss(result, *batch)``. None is for
+      loss: for that, the loss, a number, made of ``fun``'s result and the batch: ``loss(result, *batch)``, or
+        ``**batch``. None is for
         functions that return it.
       predictors: what each site may choose from, where ``config`` states no predictor; None is ``PREDICTORS``, or
         ``CERTIFIED_PREDICTORS`` if all sites are to be certified.
@@ -165,7 +169,7 @@ def calibrate(
     often = name == "recall" and any(isinstance(s, Ffn) and not s.certify for s in _all_settings(config))
     first = fits or (fitted is None and (grouped or often) and iter(batches) is not batches)
     show = sys.stderr.isatty() if progress is None else progress
-    measuring = Measuring(fun, weights_argnums, jit_options)
+    measuring = Measuring(fun, Weights(weights_argnums, weights_argnames), jit_options)
     known: Sequence[Calibration | None] = (fitted,) * 3
     if first:
         known = measuring.inputs(_shown(batches, "inputs", show), _everywhere(config, _unfitted))
@@ -185,7 +189,7 @@ def calibrate(
         return found
     if name == "max_kl" and not any(site.kind == "vocab" for site in sites.values()):
         raise ValueError("calibrate: max_kl: the function has no vocabulary projection; expected another target")
-    loss = (loss or (lambda result, *batch: result)) if name == "max_loss_increase" else None
+    loss = (loss or (lambda result, *args, **kwargs: result)) if name == "max_loss_increase" else None
     rehearsal = Rehearsal(measuring, plain, list(batches), loss)
     return chosen_for_cost(found, rehearsal, value, f"{name} {value:g}")
 

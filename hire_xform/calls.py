@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -98,23 +98,32 @@ def unwrap_statics(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[list
     return [bare(a) for a in args], {k: bare(v) for k, v in kwargs.items()}
 
 
+class Weights(NamedTuple):
+    """Which arguments hold weights, as ``sparsify`` was told: the options of these names."""
+
+    argnums: int | Sequence[int] | None = None
+    argnames: str | Sequence[str] | None = None
+
+
 @dataclass(frozen=True)
 class Signature:
-    """Which arguments of a function are weights, static and donated; by position and by name.
+    """Which arguments of a function are weights, static and donated.
+
+    An argument is known by its position, or by its name where it has none.
 
     Raises:
       ValueError, TypeError: the numbers or names do not fit the function or each other.
     """
 
     fun: Callable
-    weights: tuple[int, ...]
+    weights: tuple[int | str, ...]
     static: frozenset[int | str]
     donated: frozenset[int | str]
     names: tuple[str, ...]
 
     @classmethod
-    def of(cls, fun: Callable, weights: Any, options: Mapping[str, Any]) -> Signature:
-        """Reads ``weights_argnums`` and jit's static and donate options against the function's own signature."""
+    def of(cls, fun: Callable, weights: Weights, options: Mapping[str, Any]) -> Signature:
+        """Reads what is said of weights and jit's static and donate options against the function's own signature."""
         try:
             parameters = list(inspect.signature(fun).parameters.values())
         except (TypeError, ValueError):
@@ -123,40 +132,55 @@ class Signature:
         names = tuple(p.name for p in parameters if p.kind in positional)
         open_ended = not parameters or any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in parameters)
         limit = None if open_ended else len(names)
-        numbers = _argnums("weights_argnums", weights, limit)
-        static = _both(options, "static", names, parameters, limit)
-        donated = _both(options, "donate", names, parameters, limit)
-        for number in numbers:
-            if number in static:
+        if weights.argnums is None and weights.argnames is None:
+            weights = Weights(0)
+        told = {"weights_argnums": weights.argnums, "weights_argnames": weights.argnames}
+        marked = _both(told, "weights", names, parameters, limit)
+        static = frozenset(_both(options, "static", names, parameters, limit))
+        donated = frozenset(_both(options, "donate", names, parameters, limit))
+        for key in marked:
+            if key in static:
                 raise ValueError(
-                    f"sparsify: argument {number} is in weights_argnums and in static_argnums; weights are arrays"
+                    f"sparsify: argument {key!r} is in weights_argnums and in static_argnums; weights are arrays"
                 )
-            if number in donated:
+            if key in donated:
                 raise ValueError(
-                    f"sparsify: argument {number} is in weights_argnums and in donate_argnums; weights are remembered "
+                    f"sparsify: argument {key!r} is in weights_argnums and in donate_argnums; weights are remembered "
                     "between calls and can't be donated"
                 )
-        return cls(fun, numbers, static, donated, names)
+        return cls(fun, tuple(marked), static, donated, names)
+
+    @property
+    def stated(self) -> str:
+        """Which arguments hold weights, as the options that say so."""
+        named = tuple(key for key in self.weights if isinstance(key, str))
+        numbers = tuple(key for key in self.weights if isinstance(key, int))
+        told = [f"weights_argnums={numbers}"] if numbers or not named else []
+        return " and ".join(told + ([f"weights_argnames={named}"] if named else []))
 
     def holds(self, marked: frozenset[int | str], key: int | str) -> bool:
         """True when an argument, given by position or name, is among the marked ones."""
-        if key in marked:
-            return True
-        if isinstance(key, int):
-            return key < len(self.names) and self.names[key] in marked
-        return key in self.names and self.names.index(key) in marked
+        return self.key_of(key) in marked
 
-    def weight_number(self, key: int | str) -> int | None:
-        """The position of a weights argument given by position or name; None for any other argument."""
-        number = self.names.index(key) if isinstance(key, str) and key in self.names else key
-        return number if isinstance(number, int) and number in self.weights else None
+    def key_of(self, argument: int | str) -> int | str:
+        """What an argument that is given by position or name is known by."""
+        return self.names.index(argument) if isinstance(argument, str) and argument in self.names else argument
+
+    def weight_key(self, argument: int | str) -> int | str | None:
+        """What a weights argument that is given by position or name is known by; None for any other argument."""
+        key = self.key_of(argument)
+        return key if key in self.weights else None
+
+    def name_at(self, key: int | str) -> str | None:
+        """The name of the argument at a position; None where it has none."""
+        if isinstance(key, str):
+            return key
+        return self.names[key] if key < len(self.names) else None
 
     def name_of(self, path: Sequence[Any]) -> str:
         """The name of a leaf of ``(args, kwargs)``, for messages, such as ``params['w']``."""
         key = argument_of(path)
-        if isinstance(key, int):
-            key = self.names[key] if key < len(self.names) else f"argument {key}"
-        return key + jax.tree_util.keystr(tuple(path[2:]))
+        return (self.name_at(key) or f"argument {key}") + jax.tree_util.keystr(tuple(path[2:]))
 
     def traces(self, path: Sequence[Any], leaf: Any) -> bool:
         """True for a leaf of ``(args, kwargs)`` that is traced, as opposed to static.
@@ -165,7 +189,7 @@ class Signature:
         a setting of the model (a dropout rate, a flag it branches on), as for Equinox's filter_jit.
         """
         setting = isinstance(leaf, (bool, int, float, complex)) and not isinstance(leaf, np.generic)
-        if setting and len(path) > 2 and self.weight_number(argument_of(path)) is not None:
+        if setting and len(path) > 2 and self.weight_key(argument_of(path)) is not None:
             return False
         return is_array(leaf)
 
@@ -205,19 +229,32 @@ def _argnums(name: str, value: Any, limit: int | None) -> tuple[int, ...]:
 
 def _both(
     options: Mapping[str, Any], kind: str, names: Sequence[str], parameters: Sequence[Any], limit: int | None
-) -> frozenset[int | str]:
+) -> list[int | str]:
+    """What the arguments of ``<kind>_argnums`` and ``<kind>_argnames`` are known by, in this order."""
     numbers = options.get(f"{kind}_argnums")
     texts = options.get(f"{kind}_argnames")
-    found: set[int | str] = set(_argnums(f"{kind}_argnums", numbers, limit) if numbers is not None else ())
+    found: list[int | str] = list(_argnums(f"{kind}_argnums", numbers, limit) if numbers is not None else ())
     if texts is not None:
-        texts = (texts,) if isinstance(texts, str) else tuple(texts)
+        texts = (texts,) if isinstance(texts, str) else texts
+        if not isinstance(texts, Iterable):
+            raise TypeError(f"sparsify: {kind}_argnames={texts!r}; expected a name or a tuple of names")
         known = {p.name for p in parameters}
         variadic = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters) or not parameters
         for text in texts:
             if not isinstance(text, str) or (text not in known and not variadic):
                 raise ValueError(f"sparsify: {kind}_argnames has {text!r}; expected names among {sorted(known)}")
-            found.add(names.index(text) if text in names else text)
-    return frozenset(found)
+            found.append(names.index(text) if text in names else text)
+    return list(dict.fromkeys(found))
+
+
+def keyed(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[tuple[int | str, Any]]:
+    """The arguments of a call with their positions or names."""
+    return [*enumerate(args), *kwargs.items()]
+
+
+def arguments_of(call: Sequence[Any] | dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a call that is written as a tuple, or as a dictionary by name."""
+    return ((), call) if isinstance(call, dict) else (tuple(call), {})
 
 
 def argument_of(path: Sequence[Any]) -> int | str:
@@ -310,25 +347,25 @@ def abstract_call(signature: Signature, args: tuple[Any, ...], kwargs: dict[str,
     placed: list[Any] = []
     data: list[Any] = []
     where: list[Any] = []
-    counts: dict[int, int] = {}
+    counts: dict[int | str, int] = {}
     for position, (path, leaf) in enumerate(found):
         key = argument_of(path)
         if not signature.traces(path, leaf):
-            check_static(leaf, signature.name_of(path), signature.weight_number(key) is not None)
+            check_static(leaf, signature.name_of(path), signature.weight_key(key) is not None)
             if len(path) == 2:
                 check_holds_arrays(signature, leaf, key)
             statics.append((position, leaf))
             continue
         avals.append(aval_of(leaf))
         where.append(stated_sharding(leaf))
-        number = signature.weight_number(key)
-        placed.append(None if number is None else _where(leaf))
-        if number is None:
+        weight = signature.weight_key(key)
+        placed.append(None if weight is None else _where(leaf))
+        if weight is None:
             roots.append(None)
             data.append(_where(leaf))
             continue
-        roots.append(Root(f"arg{number}", counts.get(number, 0)))
-        counts[number] = counts.get(number, 0) + 1
+        roots.append(Root.of(weight, counts.get(weight, 0)))
+        counts[weight] = counts.get(weight, 0) + 1
     token_axes = tuple(axes) or token_axes_of(data)
     platform = platform_in([*where, *(stated_sharding(leaf) for p in held if _is_packed(p) for leaf in p.leaves)])
     return Abstract(
@@ -349,10 +386,9 @@ def check_holds_arrays(signature: Signature, leaf: Any, key: int | str) -> None:
 
     Arrays inside it would be taken for constants, and changes to them would go unseen.
     """
-    number = signature.weight_number(key)
-    if number is None or isinstance(leaf, (str, bytes)):
+    if signature.weight_key(key) is None or isinstance(leaf, (str, bytes)):
         return
     raise TypeError(
-        f"sparsify: argument {key!r} is in weights_argnums={signature.weights}, but JAX sees no arrays in a "
+        f"sparsify: argument {key!r} is in {signature.stated}, but JAX sees no arrays in a "
         f"{type(leaf).__name__}; expected a pytree of arrays, or weights_argnums=() where all weights are closed over"
     )

@@ -71,6 +71,9 @@ def _parse(argv: list[str]) -> argparse.Namespace:
             "--weights-argnums", type=_numbers, metavar="N[,N...]", help="positions of the weights arguments (0)"
         )
         command.add_argument(
+            "--weights-argnames", type=_names, metavar="NAME[,NAME...]", help="names of the weights arguments"
+        )
+        command.add_argument(
             "--force", action="store_true", help="rewrite sites that the cost model would leave dense, as at toy sizes"
         )
         if name == "dump":
@@ -131,6 +134,13 @@ def _numbers(text: str) -> tuple[int, ...]:
     if not re.fullmatch(r"\d+(,\d+)*", text):
         raise argparse.ArgumentTypeError(f"{text!r}; expected positions such as 0 or 0,2")
     return tuple(int(part) for part in text.split(","))
+
+
+def _names(text: str) -> tuple[str, ...]:
+    names = tuple(text.split(","))
+    if not all(name.isidentifier() for name in names):
+        raise argparse.ArgumentTypeError(f"{text!r}; expected names such as params or body,head")
+    return names
 
 
 def _positive(text: str) -> int:
@@ -208,19 +218,19 @@ def _trace(arguments: argparse.Namespace) -> Traced:
 
 def _sparsified(fun: Any, arguments: argparse.Namespace) -> Sparsified:
     if isinstance(fun, Sparsified):
-        if arguments.weights_argnums is not None:
+        if arguments.weights_argnums is not None or arguments.weights_argnames is not None:
             raise CommandError(
-                f"{arguments.target!r} is sparsified already, with its own weights_argnums; leave the option out"
+                f"{arguments.target!r} is sparsified already, with its own {fun.signature.stated}; leave the option out"
             )
         if not arguments.force:
             return fun
         # First, so that the function's own rules still win.
         config = dataclasses.replace(fun.config, rules=(_EVERYWHERE, *fun.config.rules))
-        return sparsify(fun.signature.fun, config=config, weights_argnums=fun.signature.weights, **fun.jit_options)
+        return Sparsified(fun.signature.fun, config, fun.weights, fun.jit_options, fun.calibration)
     config = Config(rules=(_EVERYWHERE,) if arguments.force else ())
-    weights = (0,) if arguments.weights_argnums is None else arguments.weights_argnums
+    weights = {"weights_argnums": arguments.weights_argnums, "weights_argnames": arguments.weights_argnames}
     try:
-        return sparsify(fun, config=config, weights_argnums=weights)
+        return sparsify(fun, config=config, **weights)
     except (TypeError, ValueError) as error:
         raise CommandError(str(error)) from error
 

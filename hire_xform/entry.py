@@ -17,6 +17,7 @@ from hire_xform.calls import (
     abstract_call,
     argument_of,
     aval_of,
+    keyed,
     platform_in,
     stated_sharding,
     unwrap_statics,
@@ -103,9 +104,10 @@ class Entry:
         """Sorts the leaves of a first call; ``packed`` are its Packed arguments, of which args hold the tokens."""
         self._owner = owner
         signature = owner.signature
-        self._layouts = [p.layout for p in packed]
         self._packed_trees: list[Any] = [jax.tree.structure(p) for p in packed]
-        covered = {layout.argnum for layout in self._layouts}
+        # The weights arguments that these stand for, as they came.
+        given = keyed(args, kwargs)
+        self._packed_keys = [signature.weight_key(key) for key, value in given if isinstance(value, PackedToken)]
         self._roots = abstract_call(signature, args, kwargs).roots
         self._weights: list[int] = []
         self._weight_roots: list[Root] = []
@@ -117,7 +119,7 @@ class Entry:
         self._treedef: Any = treedef
         self._statics = {i: leaf for i, (path, leaf) in enumerate(found) if not signature.traces(path, leaf)}
         # Roots of this call's own leaves: those that a Packed stands for have none here.
-        roots = iter([r for r in self._roots if r is None or int(r.kind[3:]) not in covered])
+        roots = iter([r for r in self._roots if r is None or r.argument not in self._packed_keys])
         for position, (path, leaf) in enumerate(found):
             if position in self._statics:
                 continue
@@ -200,7 +202,7 @@ class Entry:
         """The way in a situation, which serves this trace too."""
         here = set(self._weight_roots)
         keys = [k for k in traced.needed_keys() if k.recipe.root.kind == "const" or k.recipe.root in here]
-        read = traced.plain_roots if traced.plan.sites or self._layouts else here
+        read = traced.plain_roots if traced.plan.sites or self._packed_keys else here
         passed = {i for i, root in zip(self._weights, self._weight_roots, strict=True) if root in read}
         with self._lock:
             known = self._ways.get(situation)
@@ -274,8 +276,8 @@ class Entry:
             args, kwargs = unwrap_statics(*self._rebuild(leaves))
             return self._owner.signature.fun(*args, **kwargs)
         held = {
-            layout.argnum: tree.unflatten(arrays)
-            for layout, tree, arrays in zip(self._layouts, self._packed_trees, packed, strict=True)
+            key: tree.unflatten(arrays)
+            for key, tree, arrays in zip(self._packed_keys, self._packed_trees, packed, strict=True)
         }
         given = dict(zip(keys, forms, strict=True))
         for key in traced.needed_keys():
@@ -293,23 +295,21 @@ def take_packed(
     """The call with a token in the place of each Packed argument, and those arguments.
 
     Raises:
-      TypeError: a Packed stands where no weights belong, or was made for another argument.
+      TypeError: a Packed stands where no weights belong.
     """
     packed: list[Packed] = []
 
     def taken(key: int | str, value: Any) -> Any:
         if not isinstance(value, Packed):
             return value
-        number = owner.signature.weight_number(key)
-        if number is None:
-            raise TypeError(f"argument {key!r} is Packed, but it is not in weights_argnums={owner.signature.weights}")
-        if number != value.layout.argnum:
-            raise TypeError(f"argument {key!r} is Packed weights of argument {value.layout.argnum}")
+        if owner.signature.weight_key(key) is None:
+            raise TypeError(f"argument {key!r} is Packed, but it is not in {owner.signature.stated}")
         packed.append(value)
         return PackedToken(value.layout)
 
     new_args = tuple([taken(i, a) for i, a in enumerate(args)])
-    new_kwargs = {k: taken(k, v) for k, v in kwargs.items()}
+    # By name, as the tree of a call has them: another order in the call is no other call.
+    new_kwargs = {k: taken(k, kwargs[k]) for k in sorted(kwargs)}
     return new_args, new_kwargs, packed
 
 

@@ -17,8 +17,8 @@ from hire_xform.passes.walk import Value, walk
 def weight_leaves(signature: Signature, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[tuple[Any, ...], Any]:
     """The leaves of weights arguments by their paths in ``(args, kwargs)``."""
     mine = (
-        [arg if signature.weight_number(i) is not None else None for i, arg in enumerate(args)],
-        {name: arg for name, arg in kwargs.items() if signature.weight_number(name) is not None},
+        [arg if signature.weight_key(i) is not None else None for i, arg in enumerate(args)],
+        {name: arg for name, arg in kwargs.items() if signature.weight_key(name) is not None},
     )
     return {tuple(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(mine)}
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from hire_xform.api import Sparsified
 from hire_xform.calibration import Calibration
-from hire_xform.calls import abstract_call
+from hire_xform.calls import Weights, abstract_call, arguments_of
 from hire_xform.config import Config
 from hire_xform.curve import Curve
 from hire_xform.folding import Marks, Totals, fold
@@ -38,14 +38,14 @@ Sums = dict[tuple[str, str], np.ndarray]
 class Measuring:
     """Measures the sites of one function."""
 
-    def __init__(self, fun: Callable, weights_argnums: Any, jit_options: dict[str, Any]):
+    def __init__(self, fun: Callable, weights: Weights, jit_options: dict[str, Any]):
         """For ``calibrate``'s arguments."""
-        self._function = fun, weights_argnums, jit_options
+        self._function = fun, weights, jit_options
 
     def step(self, kind: Callable[..., Traced], config: Config, known: Calibration | None) -> Sparsified:
         """The function, traced in a way of its own."""
-        fun, weights_argnums, jit_options = self._function
-        step = Sparsified(fun, config, weights_argnums, jit_options, known)
+        fun, weights, jit_options = self._function
+        step = Sparsified(fun, config, weights, jit_options, known)
         step.traced_class = kind
         return step
 
@@ -311,11 +311,15 @@ def taken_apart(step: Sparsified, number: int, batch: Any) -> tuple[Traced, list
     Raises:
       TypeError, ValueError: the batch is no tuple of arguments, or reaches no site; the message names its number.
     """
-    if not isinstance(batch, (tuple, list)):
-        raise TypeError(f"calibrate: batch {number} is a {type(batch).__name__}; expected a tuple of arguments")
-    if any(isinstance(a, Packed) for a in batch):
+    if not isinstance(batch, (tuple, list, dict)):
+        raise TypeError(
+            f"calibrate: batch {number} is a {type(batch).__name__}; expected a tuple of arguments, or a dictionary of "
+            "arguments by name"
+        )
+    args, kwargs = arguments_of(batch)
+    if any(isinstance(a, Packed) for a in (*args, *kwargs.values())):
         raise TypeError(f"calibrate: batch {number} has Packed weights; expected the plain ones")
-    args, kwargs = step.signature.wrap_statics(tuple(batch), {})
+    args, kwargs = step.signature.wrap_statics(args, kwargs)
     call = abstract_call(step.signature, args, kwargs)
     leaves = call_leaves(step.signature, args, kwargs)
     for leaf in leaves:

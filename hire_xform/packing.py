@@ -44,18 +44,35 @@ def pack_keys(keys: Sequence[PackKey], leaf_of: Callable[[Root], Any], progress:
         return made
 
 
-def check_weights(number: int, weight: Any, layout: PackLayout) -> list[Any]:
+def make_packed(key: int | str, weight: Any, layout: PackLayout, progress: bool | None) -> Packed:
+    """Packs a weights argument.
+
+    Args:
+      key: its position or name, for messages.
+      weight: the argument.
+      layout: what is to be held.
+      progress: as for ``pack_keys``.
+
+    Raises:
+      TypeError, ValueError: these are not the weights that were traced.
+    """
+    arrays = check_weights(key, weight, layout)
+    forms = pack_keys(layout.keys, lambda root: arrays[root.index], progress)
+    return Packed([arrays[i] for i in layout.kept], [forms[k] for k in layout.keys], layout)
+
+
+def check_weights(key: int | str, weight: Any, layout: PackLayout) -> list[Any]:
     """The array leaves of a weights argument, checked against what was traced.
 
     Raises:
       TypeError, ValueError: structure, shape or dtype differ.
     """
     if isinstance(weight, Packed):
-        raise TypeError(f"pack: argument {number} is already Packed; expected the plain weights")
+        raise TypeError(f"pack: argument {key!r} is already Packed; expected the plain weights")
     leaves, treedef = jax.tree_util.tree_flatten(weight)
     if treedef != layout.treedef:
         raise ValueError(
-            f"pack: argument {number} has another structure than the weights that were traced; got {treedef}, expected "
+            f"pack: argument {key!r} has another structure than the weights that were traced; got {treedef}, expected "
             f"{layout.treedef}"
         )
     paths = [path for path, _ in jax.tree_util.tree_flatten_with_path(weight)[0]]

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hire_xform.calibration import Calibration
+from hire_xform.calls import arguments_of
 from hire_xform.config import Config
 from hire_xform.folding import Marks, Totals
 from hire_xform.lowering import record_p
@@ -102,7 +103,8 @@ class Rehearsal:
 
     def _loss_of(self, traced: Traced, results: list[Any], batch: Any, number: int) -> float:
         assert self._loss is not None
-        value = np.asarray(self._loss(jax.tree.unflatten(traced.out_tree, results), *batch))
+        args, kwargs = arguments_of(batch)
+        value = np.asarray(self._loss(jax.tree.unflatten(traced.out_tree, results), *args, **kwargs))
         if value.ndim or not jnp.issubdtype(value.dtype, jnp.floating) or not math.isfinite(float(value)):
             raise ValueError(
                 f"calibrate: the loss of batch {number} is {value!r}; expected a finite number. fun has to return the "

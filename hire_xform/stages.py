@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -13,15 +13,15 @@ import jax
 from hire_xform import explain as _explain
 from hire_xform.bound import Bound
 from hire_xform.calibration import Calibration
-from hire_xform.calls import Abstract, Signature, merge
+from hire_xform.calls import Abstract, Signature, keyed, merge
 from hire_xform.collector import collector_paused
 from hire_xform.config import Config
 from hire_xform.errors import PackedMismatchError
-from hire_xform.packing import check_weights, pack_keys
+from hire_xform.packing import make_packed, pack_keys
 from hire_xform.passes.cyclic import distribute_rows
 from hire_xform.passes.decisions import Need, PackKey, Plan
 from hire_xform.passes.measured import Measure
-from hire_xform.passes.pack import Holding, Packed, PackLayout, decide_holding, pack_shapes, unpack_rows
+from hire_xform.passes.pack import Holding, Packed, PackLayout, Reader, decide_holding, pack_shapes, unpack_rows
 from hire_xform.passes.plan import make_plan
 from hire_xform.passes.provenance import Root
 from hire_xform.passes.rewrite import Rewriter
@@ -113,13 +113,27 @@ class Traced(Program):
     def explain(self) -> str:
         """Each site and each refusal as text: path, source line, kind, bytes before and after, reasons."""
         text = _explain.explain(self.plan)
-        if self.plan.sites or self.plan.refusals:
+        if self.plan.sites:
+            return text
+        by_name = self._arrays_by_name()
+        if by_name:
+            text += (
+                f"\nArrays came by keyword, which are data, in {', '.join(by_name)}. If these hold weights, name them: "
+                f"weights_argnames={tuple(by_name)}"
+            )
+        if self.plan.refusals:
             return text
         weights = sum(root is not None for root in self.call.roots) + len(self._provenance.consts)
         return (
-            f"{text}\nNo product with a weight was found. Weights are the arrays in weights_argnums="
-            f"{self.signature.weights} and those that are closed over: {weights or 'none'} here."
+            f"{text}\nNo product with a weight was found. Weights are the arrays in {self.signature.stated} and those "
+            f"that are closed over: {weights or 'none'} here."
         )
+
+    def _arrays_by_name(self) -> list[str]:
+        """The arguments that came by keyword, are no weights, and hold arrays."""
+        _, kwargs = self.call.rebuild([_ABSENT] * len(self.call.avals))
+        data = {name: value for name, value in kwargs.items() if self.signature.weight_key(name) is None}
+        return [name for name, value in data.items() if any(leaf is _ABSENT for leaf in jax.tree.leaves(value))]
 
     @cached_property
     def sparse_jaxpr(self) -> Any:
@@ -144,7 +158,8 @@ class Traced(Program):
         """Compresses weights once.
 
         Args:
-          *weights: the weights arguments, in the order of ``weights_argnums``, of the shapes that were traced.
+          *weights: the weights arguments, in the order of ``weights_argnums`` and then ``weights_argnames``, of the
+            shapes that were traced.
           progress: show a progress bar; None shows one on a terminal when there is much to pack.
 
         Returns:
@@ -153,25 +168,31 @@ class Traced(Program):
         Raises:
           TypeError, ValueError: the weights are not those that were traced; the message names the first difference.
         """
-        numbers = self.signature.weights
-        if len(weights) != len(numbers):
+        keys = self.signature.weights
+        if len(weights) != len(keys):
             raise TypeError(
-                f"pack: got {len(weights)} arguments; expected {len(numbers)}, one for each of weights_argnums"
+                f"pack: got {len(weights)} arguments; expected {len(keys)}, one for each of {self.signature.stated}"
             )
-        made = []
-        for number, weight in zip(numbers, weights, strict=True):
-            layout, holding = self._layout(number), self._holdings.get(f"arg{number}", Holding((), (), ()))
-            arrays = check_weights(number, weight, layout)
-            forms = pack_keys(holding.keys, lambda root, a=arrays: a[root.index], progress)  # type: ignore[misc]
-            made.append(Packed([arrays[i] for i in holding.kept], [forms[k] for k in holding.keys], layout))
-        return made[0] if len(made) == 1 else tuple(made)
+        made = zip(keys, weights, self.layouts(self._holdings), strict=True)
+        packed = tuple(make_packed(key, weight, layout, progress) for key, weight, layout in made)
+        return packed[0] if len(packed) == 1 else packed
 
     # What follows serves `Sparsified`.
 
     @cached_property
-    def _holdings(self) -> dict[str, Holding]:
+    def reader(self) -> Reader:
+        """The rewritten program as it reads weights; their arguments are numbered as ``pack`` takes them."""
+        slots = {Root.of(key, 0).kind: slot for slot, key in enumerate(self.signature.weights)}
+        return Reader(self._detection, self.plan, self.call.roots, slots, self._rewriter)
+
+    @cached_property
+    def _holdings(self) -> dict[int, Holding]:
         with collector_paused():
-            return decide_holding(self._detection, self.plan, self.call.roots, self._rewriter)
+            return decide_holding([self.reader])
+
+    def layouts(self, holdings: Mapping[int, Holding]) -> list[PackLayout]:
+        """The layouts of the weights arguments, in their order, when they hold what is given for the number of each."""
+        return [self._layout(key, holdings.get(n, Holding())) for n, key in enumerate(self.signature.weights)]
 
     def _rewriter(self, todo: dict[Node, Treatment]) -> Rewriter:
         """The rewriter of some treatments, made once."""
@@ -226,7 +247,8 @@ class Traced(Program):
                     if leaf is None:
                         raise PackedMismatchError(
                             f"the Packed weights do not hold {self.name(root)}, which this call reads whole; pack with "
-                            "a trace of a call that reads it, or pass the plain weights"
+                            "a trace of each program that they are for, this one too, "
+                            "hx.pack(weights, [traced, ...]), or pass the plain weights"
                         )
             operands.append(leaf)
 
@@ -241,56 +263,46 @@ class Traced(Program):
             results = rewriter.evaluate(operands, form)
         return jax.tree.unflatten(self.out_tree, results)
 
-    def _layout(self, number: int) -> PackLayout:
-        argument = self._argument(self.call.rebuild([_ABSENT] * len(self.call.avals)), number)
+    def _layout(self, key: int | str, holding: Holding) -> PackLayout:
+        argument = self.argument(self.call.rebuild([_ABSENT] * len(self.call.avals)), key)
         leaves, treedef = jax.tree.flatten(argument)
-        mine = [root for root in self.call.roots if root is not None and root.kind == f"arg{number}"]
-        first = self._first(number)
-        avals = self.call.avals[first : first + len(mine)]
         static = tuple((i, v) for i, v in enumerate(leaves) if v is not _ABSENT)
-        holding = self._holdings.get(f"arg{number}", Holding((), (), ()))
-        placed = self.call.placed[first : first + len(mine)]
+        mine = [i for i, root in enumerate(self.call.roots) if root is not None and root.argument == key]
+        avals, placed = (tuple(of[i] for i in mine) for of in (self.call.avals, self.call.placed))
         held = holding.kept, holding.keys, holding.restored
-        return PackLayout(number, treedef, avals, static, *held, placed, self.call.token_axes)
+        return PackLayout(treedef, avals, static, *held, placed, self.call.token_axes)
 
-    def _first(self, number: int) -> int:
-        """The position among the array leaves of the first of an argument's."""
-        kinds = [None if root is None else root.kind for root in self.call.roots]
-        return kinds.index(f"arg{number}") if f"arg{number}" in kinds else 0
-
-    def _argument(self, call: tuple[Any, Any], number: int) -> Any:
+    def argument(self, call: tuple[Any, Any], key: int | str) -> Any:
+        """The weights argument of a call, ``(args, kwargs)``, that is known by a position or name."""
         args, kwargs = call
-        if number < len(args):
-            return args[number]
-        names = self.signature.names
-        name = names[number] if number < len(names) else None
+        if isinstance(key, int) and key < len(args):
+            return args[key]
+        name = self.signature.name_at(key)
         if name in kwargs:
             return kwargs[name]
-        raise TypeError(f"weights_argnums has {number}, but the traced call has no such argument")
+        raise TypeError(f"{self.signature.stated}: the traced call has no such argument as {key!r}")
 
     def packed_call(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The call's arguments as shapes, with abstract ``Packed`` weights; static ones are wrapped."""
-        where = self.call.where
-        held = [root is not None and root.kind in self._holdings for root in self.call.roots]
-        given = zip(self.call.avals, where, held, strict=True)
-        plain, kwargs = self.call.rebuild([_ABSENT if packed else struct(a, s) for a, s, packed in given])
+        where, roots = self.call.where, self.call.roots
+        given = zip(self.call.avals, where, roots, strict=True)
+        plain, kwargs = self.call.rebuild([_ABSENT if root is not None else struct(a, s) for a, s, root in given])
         args = list(plain)
-        for number in self.signature.weights:
-            if f"arg{number}" not in self._holdings:
+        for slot, key in enumerate(self.signature.weights):
+            if slot not in self._holdings:
                 continue
-            layout, holding = self._layout(number), self._holdings[f"arg{number}"]
-            first = self._first(number)
-            kept = [struct(layout.avals[i], layout.placed[i] or where[first + i]) for i in holding.kept]
+            layout = self._layout(key, self._holdings[slot])
+            there = [s for s, root in zip(where, roots, strict=True) if root is not None and root.argument == key]
+            kept = [struct(layout.avals[i], layout.placed[i] or there[i]) for i in layout.kept]
             forms = []
-            for key in holding.keys:
-                leaf = key.recipe.root.index
-                sharding = layout.placed[leaf] or where[first + leaf]
-                forms.append(pack_shapes(key, layout.avals[leaf], sharding))
+            for form in layout.keys:
+                leaf = form.recipe.root.index
+                forms.append(pack_shapes(form, layout.avals[leaf], layout.placed[leaf] or there[leaf]))
             packed = Packed(kept, forms, layout)
-            if number < len(args):
-                args[number] = packed
+            if isinstance(key, int) and key < len(args):
+                args[key] = packed
             else:
-                kwargs[self.signature.names[number]] = packed
+                kwargs[str(self.signature.name_at(key))] = packed
         return tuple(args), kwargs
 
     def _bound(self) -> Bound:
@@ -299,21 +311,22 @@ class Traced(Program):
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """The rewritten program on a call with ``Packed`` weights; inlines into whatever traces it."""
         args, kwargs = self.signature.wrap_statics(args, kwargs)
-        packed = {p.layout.argnum: p for p in [*args, *kwargs.values()] if isinstance(p, Packed)}
+        given = keyed(args, kwargs)
+        packed = {self.signature.weight_key(key): p for key, p in given if isinstance(p, Packed)}
         leaves = call_leaves(self.signature, args, kwargs)
         return self.evaluate(leaves, self.supply(packed, {}, {}))
 
-    def supply(self, packed: dict[int, Packed], plain: dict[Root, Any], forms: dict[PackKey, Any]) -> Supply:
+    def supply(self, packed: Mapping[Any, Packed], plain: dict[Root, Any], forms: dict[PackKey, Any]) -> Supply:
         """The weights of one call.
 
         Args:
-          packed: ``Packed`` arguments by position.
+          packed: ``Packed`` arguments by position, or by name where that has none.
           plain: plain weight leaves.
           forms: packed forms made outside: of plain leaves, and of closed-over arrays where known.
         """
 
         def of(root: Root) -> Packed | None:
-            return None if root.kind == "const" else packed.get(int(root.kind[3:]))
+            return packed.get(root.argument)
 
         def leaf(root: Root) -> Any:
             held = of(root)

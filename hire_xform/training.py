@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from hire_xform.calls import Abstract, Signature, abstract_call
+from hire_xform.calls import Abstract, Signature, Weights, abstract_call
 from hire_xform.config import Config, Rule
 from hire_xform.errors import HireWarning
 from hire_xform.explain import explain_top_groups
@@ -27,7 +27,8 @@ def topk_ffn(
     active: float | None = None,
     group_size: int | None = None,
     config: Config | None = None,
-    weights_argnums: int | Sequence[int] = 0,
+    weights_argnums: int | Sequence[int] | None = None,
+    weights_argnames: str | Sequence[str] | None = None,
     static_argnums: int | Sequence[int] = (),
     static_argnames: str | Sequence[str] = (),
 ) -> Any:
@@ -56,7 +57,7 @@ def topk_ffn(
       group_size: neighbouring units that are kept together; None is 8.
       config: instead of the two, settings with exceptions by path, as for ``sparsify``: ``active`` and ``group_size``
         of its ``ffn`` and of its rules, and ``skip``. The rest of it is not read.
-      weights_argnums: positions of the arguments that hold weights. Arrays that ``fun`` closes over are weights too.
+      weights_argnums, weights_argnames: the arguments that hold weights, as for ``sparsify``.
       static_argnums, static_argnames: arguments that are not traced, as for ``jax.jit``.
 
     Returns:
@@ -75,6 +76,7 @@ def topk_ffn(
             group_size=group_size,
             config=config,
             weights_argnums=weights_argnums,
+            weights_argnames=weights_argnames,
             static_argnums=static_argnums,
             static_argnames=static_argnames,
         )
@@ -92,7 +94,8 @@ def topk_ffn(
     for owner in owners:
         if owner.ffn is not None and owner.ffn.active is None:
             refuse("topk_ffn: Ffn", "active", None, "the share of the groups to keep, a fraction, 0 < active <= 1")
-    return TopkFfn(fun, config, weights_argnums, {"static_argnums": static_argnums, "static_argnames": static_argnames})
+    options = {"static_argnums": static_argnums, "static_argnames": static_argnames}
+    return TopkFfn(fun, config, Weights(weights_argnums, weights_argnames), options)
 
 
 _ACTIVE, _GROUP = 0.125, 8
@@ -101,10 +104,10 @@ _ACTIVE, _GROUP = 0.125, 8
 class TopkFfn:
     """A training function with a top-k in its feed-forward blocks. Call it like the original."""
 
-    def __init__(self, fun: Callable, config: Config, weights_argnums: Any, options: dict[str, Any]):
+    def __init__(self, fun: Callable, config: Config, weights: Weights, options: dict[str, Any]):
         """Use :func:`topk_ffn`."""
         functools.update_wrapper(self, fun, updated=())
-        self.signature = Signature.of(fun, weights_argnums, options)
+        self.signature = Signature.of(fun, weights, options)
         self.config = config
         self._told: set[str] = set()
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from hire_xform.passes.detect import FfnMatch, VocabMatch
 from hire_xform.passes.levels import Levels
-from hire_xform.passes.provenance import Recipe, Ref
+from hire_xform.passes.provenance import Recipe, Ref, Root
 from hire_xform.passes.settings import Ffn, Vocab
 from hire_xform.passes.shards import Placement
 from hire_xform.passes.walk import Node
@@ -119,6 +119,11 @@ class PackKey:
 
     recipe: Recipe
     form: Any
+
+    @property
+    def anywhere(self) -> PackKey:
+        """The same of a leaf of any argument: what is packed does not hang on where weights are passed."""
+        return replace(self, recipe=replace(self.recipe, root=Root("", self.recipe.root.index)))
 
 
 @dataclass(frozen=True, eq=False, repr=False)

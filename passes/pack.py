@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Container, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -87,18 +87,16 @@ class PackLayout:
     """What a ``Packed`` holds, and what stood in its place. Static: two layouts are the same when all fields are.
 
     Attributes:
-      argnum: the argument it stands for.
       treedef: structure of the original argument.
       avals: abstract values of the original array leaves, in order.
       static: the other leaves: (position, value).
       kept: which array leaves it still holds.
-      keys: the packed forms it holds.
+      keys: the packed forms it holds, of leaves of any argument: weights may stand elsewhere in another function.
       restored: leaves that are made from packed rows when read dense: (leaf, number of the key).
       placed: where the original array leaves were, of those over several devices.
       token_axes: mesh axes that data came in sharded over.
     """
 
-    argnum: int
     treedef: Any
     avals: tuple[Any, ...]
     static: tuple[tuple[int, Any], ...]
@@ -112,7 +110,7 @@ class PackLayout:
 
     def __post_init__(self) -> None:
         """Hashes once: a layout is part of every call's tree structure."""
-        object.__setattr__(self, "_hash", hash((self.argnum, self.treedef, self.kept, self.keys)))
+        object.__setattr__(self, "_hash", hash((self.treedef, self.kept, self.keys)))
         object.__setattr__(self, "_numbers", {key: i for i, key in enumerate(self.keys)})
 
     def number_of(self, key: PackKey) -> int | None:
@@ -122,7 +120,7 @@ class PackLayout:
     def _fields(self) -> tuple[Any, ...]:
         static = tuple((position, value_key(value)) for position, value in self.static)
         held = self.kept, self.keys, self.restored, self.placed, self.token_axes
-        return self.argnum, self.treedef, self.avals, static, *held
+        return self.treedef, self.avals, static, *held
 
     def __eq__(self, other: object) -> bool:
         """Equal when everything it describes is."""
@@ -182,8 +180,8 @@ class Packed:
         return self._kept[self._layout.kept.index(index)] if index in self._layout.kept else None
 
     def form(self, key: PackKey) -> Any:
-        """The packed form of a key; None if it is not held."""
-        number = self._layout.number_of(key)
+        """The packed form of a key, of whichever argument; None if it is not held."""
+        number = self._layout.number_of(key.anywhere)
         return self._forms[number] if number is not None else None
 
     @property
@@ -220,59 +218,99 @@ class Packed:
 class Holding:
     """What to hold of one argument's leaves: see ``PackLayout``; numbers are leaves of that argument."""
 
-    kept: tuple[int, ...]
-    keys: tuple[PackKey, ...]
-    restored: tuple[tuple[int, int], ...]
+    kept: tuple[int, ...] = ()
+    keys: tuple[PackKey, ...] = ()
+    restored: tuple[tuple[int, int], ...] = ()
 
 
-def decide_holding(
-    detection: Detection,
-    plan: Plan,
-    roots: Sequence[Root | None],
-    rewriter: Callable[[dict[Node, Treatment]], Rewriter],
-) -> dict[str, Holding]:
-    """Which leaves and packed forms the rewritten program reads, for each weights argument.
+@dataclass(frozen=True, eq=False)
+class Reader:
+    """A program, as far as it reads weights.
 
-    Args:
+    Attributes:
       detection: what was found in the program.
       plan: what is rewritten.
       roots: for each of the program's operands, the root it is as a weight, or None.
+      slots: the number of each weights argument among them, by the kind of its roots. Programs that share weights have
+        the same number for them, wherever these are passed.
       rewriter: makes (or remembers) the rewriter of some treatments.
     """
-    keys = dict.fromkeys(n.key for d in plan.decisions for n in d.needs)
+
+    detection: Detection
+    plan: Plan
+    roots: Sequence[Root | None]
+    slots: dict[str, int]
+    rewriter: Callable[[dict[Node, Treatment]], Rewriter]
+
+    def shared(self, root: Root) -> Root:
+        """The root by the number of its argument; a closed-over array as it is."""
+        return Root.of(self.slots[root.kind], root.index) if root.kind in self.slots else root
+
+    def shared_key(self, key: PackKey) -> PackKey:
+        """The key of the shared root."""
+        return replace(key, recipe=replace(key.recipe, root=self.shared(key.recipe.root)))
+
+    def forms(self) -> list[PackKey]:
+        """The packed forms that the plan reads, of shared roots."""
+        return [self.shared_key(n.key) for d in self.plan.decisions for n in d.needs]
+
+    def read(self, keys: Container[PackKey], absent: Container[Root]) -> set[Root]:
+        """The shared roots that the rewritten program reads whole, with these packed forms and without these leaves."""
+        found = treatments(
+            self.detection,
+            self.plan,
+            lambda root: self.shared(root) not in absent,
+            lambda key: self.shared_key(key) in keys,
+        )
+        needed = self.rewriter(found).needed_inputs()
+        return {self.shared(r) for r, read in zip(self.roots, needed, strict=True) if r is not None and read}
+
+
+def decide_holding(readers: Sequence[Reader]) -> dict[int, Holding]:
+    """Which leaves and packed forms some rewritten programs of the same weights read, for each weights argument."""
+    keys = dict.fromkeys(key for reader in readers for key in reader.forms())
     rows = [k for k in keys if k.form == "rows"]
     as_it_is = {k.recipe.root for k in rows if k.recipe.is_leaf}
     laid_out = {k.recipe.root for k in rows if not k.recipe.is_leaf} - as_it_is
-    backed = {k.recipe.root for k in rows if rounding_free(k.recipe)}
+    backing = {k for k in keys if _gives_back(k, len(readers) > 1)}
+    backed = {k.recipe.root for k in backing}
     held: set[Root] = set()
     while True:
-        absent = laid_out - held
-        found = treatments(detection, plan, lambda root: root not in absent, lambda key: key in keys)  # noqa: B023
-        needed = rewriter(found).needed_inputs()
+        needed = {root for reader in readers for root in reader.read(keys, laid_out - held)}
         # A leaf that has to be held is read wherever it is used, which may make more leaves read.
-        more = {r for r, read in zip(roots, needed, strict=True) if r is not None and read and r in absent - backed}
+        more = (needed & laid_out) - held - backed
         if not more:
             break
         held |= more
-    holdings: dict[str, Holding] = {}
-    for kind in dict.fromkeys(r.kind for r in roots if r is not None):
-        mine = [k for k in keys if k.recipe.root.kind == kind and not (k.form == "rows" and k.recipe.is_leaf)]
+    holdings: dict[int, Holding] = {}
+    roots = dict.fromkeys(reader.shared(r) for reader in readers for r in reader.roots if r is not None)
+    for slot in dict.fromkeys(root.argument for root in roots):
+        assert isinstance(slot, int)
+        mine = [k for k in keys if k.recipe.root.argument == slot and not (k.form == "rows" and k.recipe.is_leaf)]
         backs: dict[Root, int] = {}
         for i, key in enumerate(mine):
-            if key.form == "rows" and rounding_free(key.recipe):
+            if key in backing:
                 backs.setdefault(key.recipe.root, i)
         kept: list[int] = []
         restored: list[tuple[int, int]] = []
-        for root, read in zip(roots, needed, strict=True):
-            if root is None or root.kind != kind:
-                continue
+        for root in sorted((r for r in roots if r.argument == slot), key=lambda r: r.index):
             back = backs.get(root)
-            if root in as_it_is or root in held or (read and back is None):
+            if root in as_it_is or root in held or (root in needed and back is None):
                 kept.append(root.index)
             elif back is not None:
                 restored.append((root.index, back))
-        holdings[kind] = Holding(tuple(kept), tuple(mine), tuple(restored))
+        holdings[slot] = Holding(tuple(kept), tuple(key.anywhere for key in mine), tuple(restored))
     return holdings
+
+
+def _gives_back(key: PackKey, shared: bool) -> bool:
+    """True for rows that the leaf can be made of again, without a rounding, where a program reads it whole.
+
+    Rows that are distributed over devices in turn are not brought home for a program that knows nothing of it.
+    """
+    if key.form != "rows" or not rounding_free(key.recipe):
+        return False
+    return not (shared and any(isinstance(step, Cyclic) for step in key.recipe.steps))
 
 
 def packing_bytes(keys: Iterable[PackKey], leaf_of: Callable[[Root], Any]) -> int:

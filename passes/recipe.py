@@ -16,12 +16,24 @@ class Root:
     """Where a weight comes from.
 
     Attributes:
-      kind: "const" for a closed-over array, else the argument: "arg0", "arg1", ...
+      kind: "const" for a closed-over array, else the argument: "arg0" by position, "arg:params" by name.
       index: the array's identity (``id``), or the number of the leaf among the argument's array leaves.
     """
 
     kind: str
     index: int
+
+    @classmethod
+    def of(cls, argument: int | str, index: int) -> Root:
+        """A leaf of the argument that is at a position or has a name."""
+        return cls(f"arg{argument}" if isinstance(argument, int) else f"arg:{argument}", index)
+
+    @property
+    def argument(self) -> int | str | None:
+        """The position or name of the argument; None for a closed-over array."""
+        if self.kind == "const":
+            return None
+        return self.kind[4:] if self.kind.startswith("arg:") else int(self.kind[3:])
 
 
 @dataclass(frozen=True)

@@ -120,11 +120,6 @@ WRONG = {
     "packed_as_data_by_name": (lambda: sparse()(W, x=packed()), TypeError, ["'x'", "Packed", "weights_argnums"]),
     "packed_inside_a_tree": (lambda: sparse()({"w": packed()}, X), TypeError, ["Packed", "'w'", "in the place of"]),
     "packed_inside_data": (lambda: sparse()(W, [packed()]), TypeError, ["Packed", "inside argument 1", "place of"]),
-    "packed_of_another_argument": (
-        lambda: sparse(lambda x, params: block(params, x), weights_argnums=(0, 1))(X, packed()),
-        TypeError,
-        ["argument 1", "argument 0"],
-    ),
     "packed_of_other_sizes": (
         lambda: sparse()(packed(), np.ones((1, 5), np.float32)),
         TypeError,
