@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import inspect
 import types
 import warnings
 from collections.abc import Callable, Sequence
@@ -249,17 +248,12 @@ class Sparsified:
 
     def _check_call(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Raises TypeError when the arguments are not those of a call, such as the weights alone."""
-        try:
-            signature = inspect.signature(self.signature.fun)
-        except (TypeError, ValueError):
-            return
-        try:
-            signature.bind(*args, **kwargs)
-        except TypeError as error:
+        wrong = self.signature.misfit(args, kwargs)
+        if wrong:
             raise TypeError(
-                f"{self!r}.{name}: {error}; expected all arguments of a call, since what is read of the weights hangs "
-                f"on its shapes, as for step.trace(...).{name}(...)"
-            ) from None
+                f"{self!r}.{name}: {wrong}; expected all arguments of a call, since what is read of the weights "
+                f"hangs on its shapes, as for step.trace(...).{name}(...)"
+            )
 
     def traced(self, call: Abstract) -> Traced:
         """The trace of a call, made once for each structure, shapes and static values."""

@@ -162,6 +162,18 @@ class Signature:
         """True when an argument, given by position or name, is among the marked ones."""
         return self.key_of(key) in marked
 
+    def misfit(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
+        """What is wrong with these as the arguments of a call; empty when nothing is, as far as can be known."""
+        try:
+            signature = inspect.signature(self.fun)
+        except (TypeError, ValueError):
+            return ""
+        try:
+            signature.bind(*args, **kwargs)
+        except TypeError as error:
+            return str(error)
+        return ""
+
     def key_of(self, argument: int | str) -> int | str:
         """What an argument that is given by position or name is known by."""
         return self.names.index(argument) if isinstance(argument, str) and argument in self.names else argument

@@ -311,7 +311,8 @@ def taken_apart(step: Sparsified, number: int, batch: Any) -> tuple[Traced, list
     Raises:
       TypeError, ValueError: the batch is no tuple of arguments, or reaches no site; the message names its number.
     """
-    if not isinstance(batch, (tuple, list, dict)):
+    named = isinstance(batch, dict) and not step.signature.misfit((), batch)
+    if not isinstance(batch, (tuple, list)) and not named:
         raise TypeError(
             f"calibrate: batch {number} is a {type(batch).__name__}; expected a tuple of arguments, or a dictionary of "
             "arguments by name"
