@@ -17,6 +17,7 @@ from hire_xform.lowering import LowRank, Nucleus, Projected, Quantized, TopSet
 from hire_xform.mesh_plan import Device, MeshPlan, MeshRow, ModelShapes, plan_mesh
 from hire_xform.passes.decisions import Plan, Refusal, Site
 from hire_xform.passes.pack import Packed
+from hire_xform.sharing import pack
 from hire_xform.stages import Traced
 from hire_xform.training import TopkFfn, TracedTopk, topk_ffn
 
@@ -51,6 +52,7 @@ __all__ = [
     "Vocab",
     "calibrate",
     "lossless",
+    "pack",
     "plan_mesh",
     "sparsify",
     "topk_ffn",

@@ -179,6 +179,7 @@ def calibrate(
         known = (known[0],) * 3
     plain = _everywhere(config, _plainly)
     measured = measuring.predictors(_shown(batches, "predictors", show), plain, predictors, known)
+    _warn_of_few(measured)
     sites = {
         path: site.chosen_for(value, head_kl) if name == "recall" else site.chosen_for(0.99, static=False)
         for path, site in measured.sites.items()
@@ -209,6 +210,19 @@ def _checked_positive(name: str, value: Any, most: float = sys.float_info.max, b
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= most:
         raise ValueError(f"calibrate: {name}={value!r}; expected a number, {bound}")
     return float(value)
+
+
+def _warn_of_few(measured: Calibration) -> None:
+    """Warns of sites that saw one token: what is measured of it is true of that one."""
+    few = [path for path, site in measured.sites.items() if site.tokens.max() == 1]
+    if few:
+        more = f" and {len(few) - 1} more" if len(few) > 1 else ""
+        warnings.warn(
+            f"calibrate: {few[0]}{more} saw 1 token, of which no size can be told; expected batches of thousands of "
+            "tokens, such as prefills of real text",
+            HireWarning,
+            stacklevel=3,
+        )
 
 
 def _warn_beyond(found: Calibration) -> None:

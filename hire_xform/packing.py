@@ -96,11 +96,12 @@ def check_weights(key: int | str, weight: Any, layout: PackLayout) -> list[Any]:
         same = is_placed == placed or (placed is not None and leaf.sharding.is_equivalent_to(placed, leaf.ndim))
         if not same and not compat.is_tracer(leaf):
             raise ValueError(
-                f"pack: weights{jax.tree_util.keystr(path)} is placed as {_placed_text(is_placed)}; expected "
-                f"{_placed_text(placed)}, as traced"
+                f"pack: weights{jax.tree_util.keystr(path)} is placed as {placed_text(is_placed)}; expected "
+                f"{placed_text(placed)}, as traced"
             )
     return [leaf for _, leaf in arrays]
 
 
-def _placed_text(sharding: Any) -> str:
+def placed_text(sharding: Any) -> str:
+    """Where a leaf is, for messages."""
     return "one device's" if sharding is None else f"{sharding.spec} of {dict(sharding.mesh.shape)}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -16,7 +17,7 @@ from hire_xform.calibration import Calibration
 from hire_xform.calls import Abstract, Signature, keyed, merge
 from hire_xform.collector import collector_paused
 from hire_xform.config import Config
-from hire_xform.errors import PackedMismatchError
+from hire_xform.errors import HireWarning, PackedMismatchError
 from hire_xform.packing import make_packed, pack_keys
 from hire_xform.passes.cyclic import distribute_rows
 from hire_xform.passes.decisions import Need, PackKey, Plan
@@ -39,11 +40,13 @@ class Supply:
       leaf: the plain leaf of a root, or None.
       form: the packed form of a key, or None.
       restore: the leaf of a root made from its packed rows, or None.
+      packed: some of it is of ``Packed`` arguments.
     """
 
     leaf: Callable[[Root], Any]
     form: Callable[[PackKey], Any]
     restore: Callable[[Root], Any]
+    packed: bool = False
 
 
 class Traced(Program):
@@ -71,6 +74,7 @@ class Traced(Program):
         super().__init__(signature, call)
         self._options = options
         self._rewriters: dict[Any, Rewriter] = {}
+        self._told = False
         with collector_paused():
             measured = [calibration.measure(self._detection.matches, self.name)] if calibration else []
             plan = self._plan(config, platform, *measured)
@@ -251,6 +255,8 @@ class Traced(Program):
                             "hx.pack(weights, [traced, ...]), or pass the plain weights"
                         )
             operands.append(leaf)
+        if supply.packed:
+            self._tell_dense([d.site.path for d in self.plan.decisions if d.node not in todo])
 
         def form(need: Need) -> Any:
             found = supply.form(need.key)
@@ -262,6 +268,20 @@ class Traced(Program):
         with collector_paused():
             results = rewriter.evaluate(operands, form)
         return jax.tree.unflatten(self.out_tree, results)
+
+    def _tell_dense(self, paths: Sequence[str]) -> None:
+        """Warns once of sites that run dense, since ``Packed`` arguments were packed for other programs."""
+        if not paths or self._told:
+            return
+        self._told = True
+        more = f" and {len(paths) - 1} more run" if len(paths) > 1 else " runs"
+        warnings.warn(
+            f"{paths[0]}{more} dense: the Packed weights, made for other programs, do not hold what this call reads of "
+            "them in packed form. The result is right. Pack with a trace of each program that they are for, this one "
+            "too: hx.pack(weights, [traced, ...])",
+            HireWarning,
+            stacklevel=2,
+        )
 
     def _layout(self, key: int | str, holding: Holding) -> PackLayout:
         argument = self.argument(self.call.rebuild([_ABSENT] * len(self.call.avals)), key)
@@ -351,7 +371,7 @@ class Traced(Program):
             layout = held.layout
             return unpack_rows(key, layout.avals[root.index].shape, held.form(key), layout.placed[root.index])
 
-        return Supply(leaf, form, restore)
+        return Supply(leaf, form, restore, bool(packed))
 
     @cached_property
     def _const_keys(self) -> list[PackKey]:
