@@ -19,6 +19,7 @@ from absl import app, flags, logging
 from absl.flags import argparse_flags
 
 from hire_xform.api import Sparsified, sparsify
+from hire_xform.calls import arguments_of
 from hire_xform.config import Config, Ffn, Rule, Vocab
 from hire_xform.dump import FORMATS, SHOWS, dump
 from hire_xform.files import write_whole
@@ -126,7 +127,8 @@ _MESH_NUMBERS = {
 }
 _TARGETS = (
     "A TARGET is package.module:name or path/to/file.py:name; modules in the current folder can be imported. --inputs "
-    "names the tuple of arguments, arrays or jax.ShapeDtypeStructs, or a function of no arguments that returns it."
+    "names the tuple of arguments, arrays or jax.ShapeDtypeStructs, a dictionary of them by name, or a function of no "
+    "arguments that returns either."
 )
 
 
@@ -208,10 +210,10 @@ def _mesh(arguments: argparse.Namespace) -> str:
 def _trace(arguments: argparse.Namespace) -> Traced:
     """The function, traced for the inputs."""
     fun = load_function(arguments.target)
-    inputs = load_inputs(arguments.inputs)
+    args, kwargs = arguments_of(load_inputs(arguments.inputs))
     step = _sparsified(fun, arguments)
     try:
-        return step.trace(*inputs)
+        return step.trace(*args, **kwargs)
     except (Exception, SystemExit) as error:
         raise CommandError(f"tracing {arguments.target!r} raised {blame(error, fun)}") from error
 

@@ -24,6 +24,8 @@ _NOT_THE_USERS = (
 _INSTALLED = ("site-packages", "dist-packages", "<frozen ")
 # A message longer than this is cut; JAX's can be a page.
 _LONGEST_MESSAGE = 300
+# Containers inside each other in a tuple of arguments.
+_DEEPEST = 100
 
 
 class LoadError(Exception):
@@ -40,17 +42,31 @@ def load(target: str) -> Any:
       LoadError: there is no such thing, or importing it fails.
     """
     where, colon, name = target.rpartition(":")
-    if not colon or not where or not name:
-        raise LoadError(f"{target!r} has no colon; expected package.module:name or path/to/file.py:name")
+    if not colon or not where or not all(name.split(".")):
+        lacks = "no colon" if not colon else "no module or file before its colon" if not where else "no name at its end"
+        raise LoadError(f"{target!r} has {lacks}; expected package.module:name or path/to/file.py:name")
     is_file = where.endswith(".py") or os.sep in where or "/" in where
     found: Any = _load_file(where) if is_file else _load_module(where)
     for part in name.split("."):
-        if not hasattr(found, part):
-            near = difflib.get_close_matches(part, [n for n in dir(found) if not n.startswith("__")], n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise LoadError(f"{target!r}: {_described(found, where)} has no {part!r}{hint}")
-        found = getattr(found, part)
+        try:
+            found = getattr(found, part)
+        except AttributeError as error:
+            if _users_frame(error):  # a property of that name is there
+                raise LoadError(f"{target!r}: reading {part!r} raised {blame(error)}") from error
+            raise LoadError(f"{target!r}: {_described(found, where)} has no {part!r}{_near(found, part)}") from None
+        except (Exception, SystemExit) as error:
+            raise LoadError(f"{target!r}: reading {part!r} raised {blame(error)}") from error
     return found
+
+
+def _near(found: Any, part: str) -> str:
+    """What may have been meant by a name that is not there."""
+    try:
+        names = [n for n in dir(found) if not n.startswith("__")]
+    except Exception:
+        return ""
+    near = difflib.get_close_matches(part, names, n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def load_function(target: str) -> Any:
@@ -61,11 +77,11 @@ def load_function(target: str) -> Any:
     return found
 
 
-def load_inputs(target: str) -> tuple[Any, ...]:
-    """The tuple of arguments that a target names, or that the function it names returns."""
+def load_inputs(target: str) -> tuple[Any, ...] | dict[str, Any]:
+    """The arguments that a target names, or that the function it names returns: a tuple, or a dictionary by name."""
     found = load(target)
     what = f"{target!r}"
-    if callable(found) and not isinstance(found, tuple):
+    if callable(found) and not isinstance(found, (tuple, dict)):
         what += " returned"
         try:
             found = found()
@@ -73,10 +89,26 @@ def load_inputs(target: str) -> tuple[Any, ...]:
             raise LoadError(f"{target!r} was called without arguments and raised {blame(error, found)}") from error
     else:
         what += " is"
-    if not isinstance(found, tuple):
+    named = isinstance(found, dict) and all(isinstance(name, str) and name.isidentifier() for name in found)
+    if not isinstance(found, tuple) and not named:
         hint = "; write (x,) for a single argument" if hasattr(found, "shape") else ""
         raise LoadError(f"{what} a {type(found).__name__}; expected the tuple of arguments{hint}")
+    if _nests_too_deep(found):
+        raise LoadError(f"{what} a {type(found).__name__} that holds itself, or nests deeper than {_DEEPEST}")
     return found
+
+
+def _nests_too_deep(value: Any) -> bool:
+    """True for containers inside containers without an end. JAX is not to see them: it does not recover from that."""
+    todo, seen = [(value, 0)], set()
+    while todo:
+        one, depth = todo.pop()
+        if depth > _DEEPEST:
+            return True
+        if isinstance(one, (tuple, list, dict)) and (id(one), depth) not in seen:
+            seen.add((id(one), depth))
+            todo += [(part, depth + 1) for part in (one.values() if isinstance(one, dict) else one)]
+    return False
 
 
 def _load_module(name: str) -> ModuleType:

@@ -71,6 +71,32 @@ def leaves():
 
 class Holder:
     step = staticmethod(fine)
+
+    @property
+    def ready(self):
+        raise ValueError("not yet")
+
+    @property
+    def gone(self):
+        return self.missing
+
+
+holder = Holder()
+loop = {}
+loop["again"] = [loop, loop]
+circular = (ready[0], loop)
+
+
+def makes_circular():
+    return circular
+
+
+def named(x, *, w):
+    return fine(w, x)
+
+
+def by_name():
+    return dict(zip("wx", inputs()))
 """
 
 
@@ -144,9 +170,27 @@ def test_weights_argnums_say_where_the_weights_are(user, capsys):
     assert "No site" in capsys.readouterr().out
 
 
+def test_weights_and_inputs_may_be_named(user, capsys):
+    arguments = ["explain", "user_code:named", "--inputs", "user_code:by_name", "--force"]
+    assert cli.main([*arguments, "--weights-argnames", "w"]) == 0
+    assert "1 site rewritten" in capsys.readouterr().out
+
+
 ERRORS = [
     (["dump", "user_code", "--inputs", "user_code:inputs"], ["'user_code' has no colon", "package.module:name"]),
-    (["dump", "user_code:", "--inputs", "user_code:inputs"], ["has no colon"]),
+    (["dump", "user_code:", "--inputs", "user_code:inputs"], ["'user_code:' has no name", "package.module:name"]),
+    (["dump", ":fine", "--inputs", "user_code:inputs"], ["':fine' has no module or file", "package.module:name"]),
+    (["dump", "user_code:fine.", "--inputs", "user_code:inputs"], ["'user_code:fine.' has no name"]),
+    (
+        ["dump", "user_code:holder.ready", "--inputs", "user_code:inputs"],
+        ["'user_code:holder.ready': reading 'ready' raised ValueError: not yet", "user_code.py:60 in ready"],
+    ),
+    (["dump", "user_code:holder.gone", "--inputs", "user_code:inputs"], ["reading 'gone' raised AttributeError"]),
+    (["dump", "user_code:holder.stp", "--inputs", "user_code:inputs"], ["has no 'stp'", "did you mean 'step'"]),
+    (["dump", "user_code:fine", "--inputs", "user_code:circular"], ["is a tuple that holds itself"]),
+    (["dump", "user_code:fine", "--inputs", "user_code:makes_circular"], ["returned a tuple that holds itself"]),
+    (["explain", "user_code:named", "--inputs", "user_code:by_name", "--weights-argnames", "v"], ["has 'v'", "'w'"]),
+    (["explain", "user_code:named", "--inputs", "user_code:by_name", "--weights-argnames", "a b"], ["expected names"]),
     (["dump", "nowhere.at.all:f", "--inputs", "user_code:inputs"], ["no module 'nowhere'"]),
     (["dump", "user_code.sub:f", "--inputs", "user_code:inputs"], ["no module 'user_code.sub'"]),
     (["dump", "nowhere.py:f", "--inputs", "user_code:inputs"], ["no file 'nowhere.py'"]),
