@@ -33,15 +33,20 @@ def pack_keys(keys: Sequence[PackKey], leaf_of: Callable[[Root], Any], progress:
     if progress is None:
         progress = sys.stderr.isatty() and packing_bytes(keys, leaf_of) >= SHOW_FROM
     if not progress or not keys:
-        return {key: pack_array(key, leaf_of(key.recipe.root)) for key in keys}
+        return {key: _packed(key, leaf_of(key.recipe.root)) for key in keys}
     columns = (TextColumn("packing weights"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("pack", total=packing_bytes(keys, leaf_of))
         made = {}
         for key in keys:
-            made[key] = jax.block_until_ready(pack_array(key, leaf_of(key.recipe.root)))
+            made[key] = _packed(key, leaf_of(key.recipe.root))
             bar.advance(task, packing_bytes([key], leaf_of))
         return made
+
+
+def _packed(key: PackKey, leaf: Any) -> Any:
+    """One after the other: the temporaries of one form are gone before those of the next are there."""
+    return jax.block_until_ready(pack_array(key, leaf))
 
 
 def make_packed(key: int | str, weight: Any, layout: PackLayout, progress: bool | None) -> Packed:

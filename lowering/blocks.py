@@ -11,7 +11,15 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-__all__ = ["fold_row_blocks", "map_row_blocks"]
+__all__ = ["fold_row_blocks", "map_row_blocks", "rows_together"]
+
+# Numbers that packing looks at together: enough to use all cores, little beside a matrix that is worth packing.
+_TOGETHER = 1 << 20
+
+
+def rows_together(columns: int) -> int:
+    """How many rows of so many columns packing looks at together."""
+    return max(16, _TOGETHER // columns)
 
 
 def map_row_blocks(fun: Callable[..., Any], block: int, *arrays: jax.Array) -> Any:

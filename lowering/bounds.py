@@ -29,10 +29,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from hire_xform.lowering.predictors import Packed, Quantized, pack_predictor, unpacked_rows
+from hire_xform.lowering.predictors import Packed, Quantized, unpacked_rows
 from hire_xform.lowering.quantized import fine_scores
 
-__all__ = ["ScoresWithBounds", "U", "norm", "pack_bounds", "product_error", "quantized_scores", "slack", "tiny"]
+__all__ = ["ScoresWithBounds", "U", "bounds_of_packed", "norm", "product_error", "quantized_scores", "slack", "tiny"]
 
 # Half of f32's last place.
 U = 2.0**-24
@@ -74,9 +74,8 @@ def norm(values: jax.Array) -> jax.Array:
     return peak[..., 0] * jnp.sqrt(squares) * (1.0 + (d + 16.0) * U) + 2.0**-118
 
 
-def pack_bounds(rows: jax.Array, spec: Quantized) -> dict[str, jax.Array]:
-    """The error and the size of every row of ``rows [n, d]`` as ``spec`` keeps it."""
-    packed = pack_predictor(rows, spec)
+def bounds_of_packed(rows: jax.Array, packed: Packed, spec: Quantized) -> dict[str, jax.Array]:
+    """The error and the size of every row of ``rows [n, d]`` as it was packed by ``spec``."""
     kept = unpacked_rows(packed, spec, rows.shape[1])
     exact = rows.astype(jnp.float32)
     # The difference is rounded once, by at most u of either term.
@@ -112,7 +111,7 @@ def quantized_scores(x: jax.Array, packed: Packed, spec: Quantized, *, input_bit
 
     Args:
       x: ``[T, d]``, f32 or 16 bits.
-      packed: from ``pack_predictor(rows, spec)`` and :func:`pack_bounds`.
+      packed: from ``pack_predictor(rows, spec)`` and :func:`bounds_of_packed`.
       spec: the predictor.
       input_bits: significant bits that the dense product keeps of its f32 inputs.
     """

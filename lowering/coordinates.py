@@ -39,7 +39,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from hire_xform.lowering.blocks import fold_row_blocks, map_row_blocks
+from hire_xform.lowering.blocks import fold_row_blocks, map_row_blocks, rows_together
 from hire_xform.lowering.bounds import ScoresWithBounds, U, norm, slack, tiny
 from hire_xform.lowering.factors import matmul, principal_directions, weighted_factors
 from hire_xform.lowering.predictors import LowRank, Projected, factor_dtype, leading_directions
@@ -47,7 +47,6 @@ from hire_xform.lowering.quantized import CLIPS, closest, fine_scores, pack_nibb
 
 __all__ = ["coordinate_scores", "coordinate_shapes", "pack_coordinates"]
 
-_PACK_BLOCK = 4096
 # Share of the mean that the rows' second moments are shrunk by, as `factors` shrinks those of the inputs.
 _SHRINKAGE = 1e-3
 _CLIPS = {8: (1.0,), 4: CLIPS}
@@ -113,9 +112,9 @@ def pack_coordinates(rows: jax.Array, spec: LowRank | Projected, covariance: jax
     def spread(block: jax.Array) -> jax.Array:
         return jnp.max(jnp.abs(finite(block)[0]), axis=1)
 
-    peak = jnp.max(map_row_blocks(spread, _PACK_BLOCK, rows))
+    peak = jnp.max(map_row_blocks(spread, rows_together(d), rows))
     unit = jnp.where(peak > _SMALLEST, peak, 1.0)
-    sums, count = fold_row_blocks(total, _PACK_BLOCK, rows)
+    sums, count = fold_row_blocks(total, rows_together(d), rows)
     centre = sums * (n / jnp.maximum(count, 1))
 
     def gram_of(block: jax.Array) -> jax.Array:
@@ -123,7 +122,7 @@ def pack_coordinates(rows: jax.Array, spec: LowRank | Projected, covariance: jax
         block = jnp.where(good, (block - centre) / unit, 0.0)
         return matmul(block.T, block)
 
-    gram = fold_row_blocks(gram_of, _PACK_BLOCK, rows)
+    gram = fold_row_blocks(gram_of, rows_together(d), rows)
     basis_q, basis_scale = quantize(_directions(gram, covariance, spec, rank), 127)
     basis = basis_q.astype(jnp.float32) * basis_scale[:, None]
     inverse = jnp.linalg.inv(basis)
@@ -154,7 +153,7 @@ def pack_coordinates(rows: jax.Array, spec: LowRank | Projected, covariance: jax
             errors.append(_rounded_up(error))
         return {**made, "scale": jnp.stack(scales, axis=1).astype(half), "error": jnp.stack(errors, axis=1)}
 
-    made = map_row_blocks(kept, _PACK_BLOCK, rows)
+    made = map_row_blocks(kept, rows_together(d), rows)
     ratios = [1.01 * jnp.max(made.pop(name)) for name in ("own_ratio", "left_ratio")]
     constants = jnp.stack([*ratios, frobenius]).astype(jnp.float32)
     return {**made, "basis_q": basis_q, "basis_scale": basis_scale, "centre": centre, "constants": constants}

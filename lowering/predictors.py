@@ -14,11 +14,12 @@ that takes NaN as the largest (``da_top_k`` does) always computes such rows exac
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 
-from hire_xform.lowering.blocks import fold_row_blocks, map_row_blocks
+from hire_xform.lowering.blocks import fold_row_blocks, map_row_blocks, rows_together
 from hire_xform.lowering.factors import matmul, principal_directions, weighted_factors
 from hire_xform.lowering.products import skinny_dot
 from hire_xform.lowering.quantized import (
@@ -170,10 +171,6 @@ def predictor_bytes(n: int, d: int, spec: PredictorSpec, dtype: jax.typing.DType
     return sum(s.size * s.dtype.itemsize for s in packed_shapes(n, d, spec, dtype).values())
 
 
-# Rows that packing looks at together, so that its temporaries stay small beside the matrix.
-_PACK_BLOCK = 4096
-
-
 def pack_predictor(rows: jax.Array, spec: PredictorSpec, covariance: jax.Array | None = None) -> dict[str, jax.Array]:
     """Makes the predictor of a matrix: read everything once, keep little.
 
@@ -199,15 +196,16 @@ def pack_predictor(rows: jax.Array, spec: PredictorSpec, covariance: jax.Array |
             f"pack_predictor: rows of shape {rows.shape} and dtype {rows.dtype}; expected a non-empty floating [n, d]"
         )
     match spec:
-        case Quantized(bits=8):
-            q, scale = quantize(rows, 127)
-            return {"q": q, "scale": scale}
-        case Quantized(bits=4):
-            q, scale = quantize(rows, 7)
-            return {"q": pack_nibbles(q), "scale": scale}
+        case Quantized():
+            return map_row_blocks(partial(_pack_quantized, spec.bits), rows_together(rows.shape[1]), rows)
         case LowRank() | Projected():
             return _pack_factors(rows, spec, covariance)
     raise TypeError(f"predictor {spec!r} is unknown; {_EXPECTED}")
+
+
+def _pack_quantized(bits: int, rows: jax.Array) -> dict[str, jax.Array]:
+    q, scale = quantize(rows, 127 if bits == 8 else 7)
+    return {"q": q if bits == 8 else pack_nibbles(q), "scale": scale}
 
 
 def _pack_factors(rows: jax.Array, spec: LowRank | Projected, covariance: jax.Array | None) -> dict[str, jax.Array]:
@@ -218,7 +216,7 @@ def _pack_factors(rows: jax.Array, spec: LowRank | Projected, covariance: jax.Ar
         block = jnp.where(finite, block, 0).astype(jnp.float32)
         return matmul(block.T, block)
 
-    gram = fold_row_blocks(gram_of, _PACK_BLOCK, rows)
+    gram = fold_row_blocks(gram_of, rows_together(d), rows)
     rank = spec.rank_for(n, d)
     if covariance is not None:
         covariance = covariance.astype(jnp.float32)
@@ -255,7 +253,7 @@ def _pack_factors(rows: jax.Array, spec: LowRank | Projected, covariance: jax.Ar
             made["q"] = pack_nibbles(q)
         return made
 
-    parts = map_row_blocks(factor, _PACK_BLOCK, rows)
+    parts = map_row_blocks(factor, rows_together(d), rows)
     if spec.bits is not None:
         basis_q, basis_scale = quantize((of_inputs * size).T, 127)
         return {**parts, "basis_q": basis_q, "basis_scale": basis_scale}

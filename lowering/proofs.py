@@ -7,10 +7,12 @@
 """
 
 from collections.abc import Mapping
+from functools import partial
 
 import jax
 
-from hire_xform.lowering.bounds import ScoresWithBounds, pack_bounds, quantized_scores
+from hire_xform.lowering.blocks import map_row_blocks, rows_together
+from hire_xform.lowering.bounds import ScoresWithBounds, bounds_of_packed, quantized_scores
 from hire_xform.lowering.coordinates import coordinate_scores, coordinate_shapes, pack_coordinates
 from hire_xform.lowering.predictors import PredictorSpec, Quantized, pack_predictor, predictor_bytes
 
@@ -30,8 +32,14 @@ def pack_proof(rows: jax.Array, spec: PredictorSpec, covariance: jax.Array | Non
         not read it.
     """
     if isinstance(spec, Quantized):
-        return {**pack_predictor(rows, spec), **pack_bounds(rows, spec)}
+        kept = partial(_pack_quantized, spec)
+        return map_row_blocks(kept, rows_together(rows.shape[1]), rows)
     return pack_coordinates(rows, spec, covariance)
+
+
+def _pack_quantized(spec: Quantized, rows: jax.Array) -> dict[str, jax.Array]:
+    packed = pack_predictor(rows, spec)
+    return {**packed, **bounds_of_packed(rows, packed, spec)}
 
 
 def proof_bytes(n: int, d: int, spec: PredictorSpec, dtype: jax.typing.DTypeLike) -> int:

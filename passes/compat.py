@@ -387,6 +387,15 @@ def default_device() -> Any:
     return getattr(jax.config, "jax_default_device", None)
 
 
+def outside_of_traces() -> Any:
+    """A context in which operations on arrays that are there give arrays, whatever is being traced around it.
+
+    ``jax.ensure_compile_time_eval`` does that too, but reaches into the functions that are traced in it: each constant
+    of theirs, however large, is made at once and kept.
+    """
+    return jax.core.eval_context()
+
+
 def is_tracer(value: Any) -> bool:
     """True for a value that an outer transformation is tracing."""
     return isinstance(value, jax.core.Tracer)

@@ -41,6 +41,8 @@ def packer(steps: tuple[Step, ...], form: Any) -> Any:
         return jax.jit(functools.partial(_regrouped, recipe, form.form))
     if isinstance(form, FittedForm):
         return jax.jit(lambda leaf, covariance: _fit_each(form.form, recipe.apply(leaf), covariance))
+    if form == "rows":
+        return jax.jit(recipe.apply)
     return jax.jit(lambda leaf: recipe.apply(leaf, functools.partial(_finish, form)))
 
 
@@ -93,9 +95,11 @@ def shard_packer(steps: tuple[Step, ...], form: Any, mesh: Any, spec: PartitionS
             rows = jnp.expand_dims(rows, around)  # the one part that a device has
         if isinstance(form, FittedForm):
             return _fit_each(form.form, rows, *given)
+        if form == "rows":
+            return rows
         made = functools.partial(_finish, form)
         for _ in range(stacks):
-            made = jax.vmap(made)
+            made = functools.partial(jax.lax.map, made)  # one matrix after the other: temporaries are those of one
         return made(rows)
 
     def run(leaf: Any, *given: Any) -> Any:

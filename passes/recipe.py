@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -148,8 +149,11 @@ class Recipe:
         """True when it makes the leaf itself: no steps but stacks that are taken as they lie."""
         return all(isinstance(s, Stack) for s in self.steps)
 
-    def apply(self, leaf: Any, finish: Callable[[Any], Any] = lambda x: x) -> Any:
-        """Runs the steps, then ``finish``, on the leaf; over stack axes by ``vmap``, which the result leads with."""
+    def apply(self, leaf: Any, finish: Callable[[Any], Any] | None = None) -> Any:
+        """Runs the steps, then ``finish``, on the leaf; the result leads with the stack axes.
+
+        What there is to finish is done one matrix of a stack after the other: its temporaries are those of one.
+        """
         return _apply(self.steps, leaf, finish)
 
     def one(self, leaf: Any, index: Sequence[Any]) -> Any:
@@ -157,12 +161,13 @@ class Recipe:
         return _one(self.steps, leaf, list(index))
 
 
-def _apply(steps: Sequence[Step], x: Any, finish: Callable[[Any], Any]) -> Any:
+def _apply(steps: Sequence[Step], x: Any, finish: Callable[[Any], Any] | None) -> Any:
+    over = jax.vmap if finish is None else (lambda fun: functools.partial(lax.map, fun))
     for i, step in enumerate(steps):
         if isinstance(step, Stack):
-            return jax.vmap(lambda y: _apply(steps[i + 1 :], y, finish))(x)  # noqa: B023 - used before i moves on
+            return over(lambda y: _apply(steps[i + 1 :], y, finish))(x)  # noqa: B023 - used before i moves on
         x = step.apply(x)
-    return finish(x)
+    return x if finish is None else finish(x)
 
 
 def _one(steps: Sequence[Step], x: Any, index: list[Any]) -> Any:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import jax
 
 from hire_xform.lowering import usual_promotion
+from hire_xform.passes import compat
 
 
 @contextlib.contextmanager
@@ -29,5 +30,5 @@ def as_usual() -> Iterator[None]:
 @contextlib.contextmanager
 def concretely() -> Iterator[None]:
     """Operations on arrays that are there give arrays, under an outer trace too; and all else is as usual."""
-    with as_usual(), jax.ensure_compile_time_eval():
+    with as_usual(), compat.outside_of_traces():
         yield

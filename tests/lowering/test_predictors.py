@@ -91,7 +91,7 @@ def test_many_blocks_give_what_one_block_gives(normal, monkeypatch):
     for spec in (Quantized(4), LowRank(5), LowRank(5, bits=8)):
         whole = predict_scores(x, pack_predictor(rows, spec), spec, 101)
         with monkeypatch.context() as patch:
-            patch.setattr("hire_xform.lowering.predictors._PACK_BLOCK", 16)
+            patch.setattr("hire_xform.lowering.blocks._TOGETHER", 1)
             patch.setattr("hire_xform.lowering.quantized._NIBBLE_BLOCK_BYTES", 14 * 8)
             blocked = lowering.predict_scores(x, lowering.pack_predictor(rows, spec), spec, 101)
         # Eigenvectors may turn by rounding; the product they give may not, but for 8-bit steps.

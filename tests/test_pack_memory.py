@@ -1,0 +1,91 @@
+"""What packing leaves behind and takes on the way: after it there is ``Packed``, and on the way one matrix more."""
+
+import gc
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from checks import FORCE
+from tied import inputs, make_weights, net
+
+import hire_xform as hx
+from hire_xform.passes.packers import bare_form, given_to, packer
+
+D, M, L = 32, 4096, 4
+PREDICTORS = [hx.Quantized(8), hx.Quantized(4), hx.LowRank(0.25, bits=8)]
+
+
+def config(predictor=None, certify=False):
+    ffn = hx.Ffn(active=0.25, predictor=predictor, certify=certify)
+    return hx.Config(vocab=hx.Vocab(candidates=8, predictor=predictor, certify=certify), ffn=ffn, rules=FORCE)
+
+
+def alive() -> dict[int, int]:
+    """Bytes of each array that is alive."""
+    gc.collect()
+    return {id(a): a.nbytes for a in jax.live_arrays()}
+
+
+@pytest.fixture
+def new_packers():
+    """No packer is compiled yet."""
+    packer.cache_clear()
+
+
+def argmax_net(params, x):
+    return jnp.argmax(net(params, x), -1)
+
+
+@pytest.mark.parametrize("certify", [False, True], ids=["approximate", "certified"])
+@pytest.mark.parametrize("predictor", PREDICTORS, ids=str)
+def test_after_the_first_pack_only_packed_is_alive(new_packers, predictor, certify):
+    step, params = hx.sparsify(argmax_net, config=config(predictor, certify)), make_weights(m=M, d=D)
+    traced = step.trace(params, inputs(d=D))
+    before = alive()
+    packed = traced.pack(params)
+    made = {key: size for key, size in alive().items() if key not in before}
+    assert sum(made.values()) == sum(leaf.nbytes for leaf in jax.tree.leaves(packed) if id(leaf) not in before)
+    assert len(made) > 3
+
+
+def test_after_a_first_call_under_a_trace_only_packed_forms_are_alive(new_packers):
+    step, params = hx.sparsify(argmax_net, config=config(certify=True)), make_weights(m=M, d=D)
+    packed = step.trace(params, inputs(d=D)).pack(params)
+    forms = sum(leaf.nbytes for leaf in jax.tree.leaves(packed) if all(leaf is not w for w in params.values()))
+    packer.cache_clear()
+    before = sum(alive().values())
+    jax.make_jaxpr(lambda x: step(params, x))(inputs(d=D))
+    assert sum(alive().values()) - before <= forms
+
+
+def block(params, x):
+    return x + jax.nn.relu(x @ params["w1"]) @ params["w2"]
+
+
+def stacked(params, x):
+    return jax.lax.scan(lambda x, w: (block(w, x), None), x, params)[0]
+
+
+@pytest.mark.parametrize("layers", [None, L], ids=["one", "stack"])
+@pytest.mark.parametrize("certify", [False, True], ids=["approximate", "certified"])
+@pytest.mark.parametrize("predictor", PREDICTORS, ids=str)
+def test_packing_takes_one_matrix_more_than_it_makes(monkeypatch, new_packers, predictor, certify, layers):
+    """The compiler's own count; of a stack two of its matrices. Blocks are small here, as beside real matrices."""
+    monkeypatch.setattr("hire_xform.lowering.blocks._TOGETHER", 16 * D)
+    rng, lead = np.random.default_rng(0), () if layers is None else (layers,)
+    params = {
+        n: jnp.asarray(rng.normal(size=(*lead, *s)), jnp.float32) for n, s in {"w1": (D, M), "w2": (M, D)}.items()
+    }
+    fun = block if layers is None else stacked
+    traced = hx.sparsify(fun, config=config(predictor, certify)).trace(params, inputs(d=D))
+    assert len(traced.plan.sites) == 1
+    keys = traced.needed_keys()
+    assert len(keys) > 1
+    matrix = 4 * D * M
+    small = 4 * (24 * D * D + 8 * M)  # square matrices of coordinates, blocks of rows, numbers of each row
+    for key in keys:
+        leaf = params["w1" if key.recipe.root.index == 0 else "w2"]
+        pack = packer(key.recipe.steps, bare_form(key.form)).lower(leaf, *given_to(key.form)).compile()
+        taken = pack.memory_analysis().temp_size_in_bytes
+        assert taken <= (1 if layers is None else 2) * matrix + small, (key, taken, matrix, small)
