@@ -23,12 +23,12 @@ from hire_xform.calls import (
     unwrap_statics,
 )
 from hire_xform.counting import Counts, count_rungs
-from hire_xform.errors import TracedWeightsError
 from hire_xform.passes import compat
 from hire_xform.passes.decisions import PackKey
 from hire_xform.passes.pack import Packed, PackedToken
 from hire_xform.passes.provenance import Root
 from hire_xform.passes.shards import placement_of, token_axes_of
+from hire_xform.traced_weights import pack_traced
 
 if TYPE_CHECKING:
     from hire_xform.api import Sparsified
@@ -175,15 +175,12 @@ class Entry:
         traced = self._owner.traced(self._abstract(leaves, situation))
         way = self._way(situation, traced)
         plain = dict(zip(self._weight_roots, weights, strict=True))
-        for key in way.keys:
-            if compat.is_tracer(plain.get(key.recipe.root)):
-                raise TracedWeightsError(
-                    f"{self._owner!r} was called under a trace with plain weights: {traced.name(key.recipe.root)} is a "
-                    "tracer, and packing it inside the trace would read every weight at every call. Pack once outside, "
-                    "packed = step.trace(...).pack(weights), and pass that in its place"
-                )
+        inside = [key for key in way.keys if self._any_traced and compat.is_tracer(plain.get(key.recipe.root))]
         # All forms, not only those of this shape: those of other shapes would be stale once the weights changed.
-        forms = list(self._owner.memory.forms(way.keys, plain, traced).values())
+        made = self._owner.memory.forms([key for key in way.keys if key not in inside], plain, traced)
+        if inside:
+            made |= pack_traced(repr(self._owner), inside, plain, traced)
+        forms = [made[key] for key in way.keys]
         if self._hashed or self._any_traced:
             return _Current(None, way, forms, [])
         current = _Current(tuple(map(id, weights)), way, forms, [])
