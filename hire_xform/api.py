@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
+import pickle
+import sys
 import types
 import warnings
 from collections.abc import Callable, Sequence
@@ -136,6 +139,38 @@ class Sparsified:
         """Names the function."""
         fun = self.signature.fun
         return f"sparsify({getattr(fun, '__qualname__', None) or type(fun).__qualname__})"
+
+    def __copy__(self) -> Sparsified:
+        """The same function, sparsified anew: what this one remembers is not copied."""
+        return _sparsified_anew(type(self), self.signature.fun, *self._made_of)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Sparsified:
+        """As a copy, with a copy of the function where that is an object; settings and options never change."""
+        return _sparsified_anew(type(self), copy.deepcopy(self.signature.fun, memo), *self._made_of)
+
+    def __reduce__(self) -> Any:
+        """Pickles what it is made of: the function as pickle takes it, which is by its name, settings and options.
+
+        Raises:
+          TypeError: one of them can't be pickled.
+        """
+        name, module = getattr(self, "__qualname__", ""), sys.modules.get(getattr(self, "__module__", ""))
+        if module is not None and getattr(module, name, None) is self:
+            return name  # decorated: this is what stands in the module under that name
+        made_of = type(self), self.signature.fun, *self._made_of
+        try:
+            pickle.dumps(made_of)
+        except Exception as error:
+            raise TypeError(
+                f"{self!r} can't be pickled: {error}. Expected a function that pickle finds by its name in a module, "
+                "and options that it takes. Otherwise pickle the parts, and call hx.sparsify again where they are "
+                "loaded: an hx.Config, a calibration (or its file), the leaves of a Packed"
+            ) from error
+        return _sparsified_anew, made_of
+
+    @property
+    def _made_of(self) -> tuple[Any, ...]:
+        return self.config, self.weights, self.jit_options, self.calibration, self.traced_class
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the rewritten function."""
@@ -288,3 +323,11 @@ class Sparsified:
             HireWarning,
             stacklevel=4,
         )
+
+
+def _sparsified_anew(kind: type[Sparsified], fun: Callable, *made_of: Any) -> Sparsified:
+    """A step that remembers nothing yet."""
+    *settings, traced_class = made_of
+    step = kind(fun, *settings)
+    step.traced_class = traced_class
+    return step
