@@ -15,7 +15,8 @@ from jax.sharding import NamedSharding, Sharding
 
 from hire_xform.lowering import usual_promotion
 from hire_xform.passes import compat
-from hire_xform.passes.decisions import PackKey, Plan
+from hire_xform.passes.cyclic import as_contiguous
+from hire_xform.passes.decisions import Decision, PackKey, Plan
 from hire_xform.passes.detect import Detection
 from hire_xform.passes.packers import as_blocks, bare_form, given_to, pack_placed, packed_spec, packer
 from hire_xform.passes.products import rounding_free
@@ -250,9 +251,18 @@ class Reader:
         """The key of the shared root."""
         return replace(key, recipe=replace(key.recipe, root=self.shared(key.recipe.root)))
 
-    def forms(self) -> list[PackKey]:
-        """The packed forms that the plan reads, of shared roots."""
-        return [self.shared_key(n.key) for d in self.plan.decisions for n in d.needs]
+    def decisions(self, in_place: Container[Root]) -> list[Decision]:
+        """The plan's decisions, with rows as contiguous blocks of the weights of these shared roots."""
+
+        def settled(decision: Decision) -> Decision:
+            moved = decision.cyclic and self.shared(decision.needs[0].key.recipe.root) in in_place
+            return as_contiguous(decision) if moved else decision
+
+        return [settled(decision) for decision in self.plan.decisions]
+
+    def forms(self, in_place: Container[Root] = ()) -> list[PackKey]:
+        """The packed forms that the decisions read, of shared roots."""
+        return [self.shared_key(n.key) for d in self.decisions(in_place) for n in d.needs]
 
     def read(self, keys: Container[PackKey], absent: Container[Root]) -> set[Root]:
         """The shared roots that the rewritten program reads whole, with these packed forms and without these leaves."""
@@ -268,11 +278,12 @@ class Reader:
 
 def decide_holding(readers: Sequence[Reader]) -> dict[int, Holding]:
     """Which leaves and packed forms some rewritten programs of the same weights read, for each weights argument."""
-    keys = dict.fromkeys(key for reader in readers for key in reader.forms())
+    in_place = _read_in_place(readers) if len(readers) > 1 else set()
+    keys = dict.fromkeys(key for reader in readers for key in reader.forms(in_place))
     rows = [k for k in keys if k.form == "rows"]
     as_it_is = {k.recipe.root for k in rows if k.recipe.is_leaf}
     laid_out = {k.recipe.root for k in rows if not k.recipe.is_leaf} - as_it_is
-    backing = {k for k in keys if _gives_back(k, len(readers) > 1)}
+    backing = {k for k in rows if rounding_free(k.recipe)}
     backed = {k.recipe.root for k in backing}
     held: set[Root] = set()
     while True:
@@ -303,14 +314,18 @@ def decide_holding(readers: Sequence[Reader]) -> dict[int, Holding]:
     return holdings
 
 
-def _gives_back(key: PackKey, shared: bool) -> bool:
-    """True for rows that the leaf can be made of again, without a rounding, where a program reads it whole.
+def _read_in_place(readers: Sequence[Reader]) -> set[Root]:
+    """Weights whose rows one program would have distributed over devices in turn, and another reads where they are.
 
-    Rows that are distributed over devices in turn are not brought home for a program that knows nothing of it.
+    They stay where they are, as within one program: to hold them in both ways would be to hold them twice.
     """
-    if key.form != "rows" or not rounding_free(key.recipe):
-        return False
-    return not (shared and any(isinstance(step, Cyclic) for step in key.recipe.steps))
+    keys = {key for reader in readers for key in reader.forms()}
+    rows = [(k.recipe.root, any(isinstance(step, Cyclic) for step in k.recipe.steps)) for k in keys if k.form == "rows"]
+    found = {root for root, cyclic in rows if not cyclic}
+    cyclic = {root for root, cyclic in rows if cyclic}
+    if cyclic:
+        found |= {root for reader in readers for root in reader.read(keys, cyclic)}
+    return found & cyclic
 
 
 def packing_bytes(keys: Iterable[PackKey], leaf_of: Callable[[Root], Any]) -> int:

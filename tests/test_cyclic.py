@@ -265,6 +265,29 @@ def check_packed_weights_serve_programs_that_want_them_otherwise():
             assert largest_array(logits) < w["head"].nbytes  # what travels is no weight
 
 
+def check_programs_that_share_packed_weights_hold_each_matrix_once():
+    """The head of one is read whole, or looked up, by another: its rows then stay where they are."""
+    mesh = mesh_of(4)
+    w, x = placed(mesh)
+    dense = hx.Config(vocab=None, ffn=None)
+    greedy = hx.sparsify(best, config=narrow(V))
+    assert "cyclically" in layout(greedy.trace(w, x).plan)
+    others = {
+        "whole": (hx.sparsify(every_logit, config=dense), x),
+        "looked up": (hx.sparsify(lambda w, i: w["head"].T[i], config=dense), jnp.array([3, 1])),
+        "its logits": (hx.sparsify(every_logit, config=narrow(V)), x),
+    }
+    for other, data in others.values():
+        packed = hx.pack(w, [greedy.trace(w, x), other.trace(w, data)])
+        held = [leaf for leaf in packed.leaves if leaf.size == V * D and leaf.dtype != jnp.int8]
+        assert len(held) == 1
+        assert_same(greedy(packed, x), best(weights(), tokens()))
+        assert_same(other(packed, data), jax.jit(other.signature.fun)(weights(), data))
+        assert "all-to-all" not in {c.op for c in collectives(compiled(other, packed, data))}
+    alone = hx.pack(w, [greedy.trace(w, x), greedy.trace(w, x)])
+    assert alone.layout == greedy.trace(w, x).pack(w).layout
+
+
 def check_an_embedding_that_is_the_head_too_is_held_once():
     """It is looked up by id, in range or not, where its rows have been put."""
 
