@@ -23,7 +23,7 @@ from hire_xform.passes.layout import (
     whole,
 )
 from hire_xform.passes.pointwise import HINTS, is_pointwise, known_number, leaves_zeros, literal_number
-from hire_xform.passes.probe import Probe, own_sparsity
+from hire_xform.passes.probe import ENOUGH_ZEROS, Probe, own_sparsity
 from hire_xform.passes.products import Product
 from hire_xform.passes.region import Apply, Grouped, Kept, Kth, Number, Place, Region, Side, Total, Up
 from hire_xform.passes.sums import NoPolynomialError, product_summed
@@ -59,7 +59,9 @@ def trace_region(down: Product, layout: Layout, products: dict[Node, Product], p
         found = _trace(down, layout, products, False)
     if found is None:
         return None
-    found.region.zeroing = found.region.zeroing and probe.leaves_zeros(found.region)
+    if found.region.zeroing:
+        found.region.zero_share = probe.zero_share(found.region)
+        found.region.zeroing = (found.region.zero_share or 0.0) >= ENOUGH_ZEROS
     return found.region
 
 

@@ -108,11 +108,8 @@ def _decide(
         assert isinstance(settings, Ffn)
         tokens, units, inputs = match.tokens, match.units, match.region.ups[0].product.contracted
         activation = match.region.activation
-        if settings.activations == "zeroing" and not match.region.zeroing:
-            return (
-                f"its activation ({activation}) does not leave exact zeros, so units left out would change the result; "
-                'allow it with activations="any"'
-            )
+        if (why := _keeps_small_units(match, settings)) is not None:
+            return why
         own = match.region.own
         if own is not None and settings.group_size % own.group:
             return (
@@ -188,6 +185,25 @@ def _decide(
     bits = input_bits(match, platform) or ALL_BITS
     return Decision(
         match, site, settings, count, needs, bits, placement, sizes.levels, smaller=sizes.smaller, static=static
+    )
+
+
+def _keeps_small_units(match: FfnMatch, settings: Ffn) -> str | None:
+    """Why units of a block can't be left out, its activation not being zero often; None where they can.
+
+    Certified, zeros are proved for each input, however rare they are: of a gate, or of the model's own choice.
+    """
+    region = match.region
+    if settings.activations == "any" or region.zeroing or settings.certify:
+        return None
+    if region.zero_share is None:
+        what = "does not leave exact zeros"
+    else:
+        often = f"about {region.zero_share:.0%}" if region.zero_share >= 0.01 else "under 1%"
+        what = f"is zero for {often.replace('%', ' %')} of ordinary inputs only"
+    return (
+        f"its activation ({region.activation}) {what}, so units left out would change the result; allow it with "
+        'activations="any"'
     )
 
 

@@ -1,13 +1,14 @@
 """Tries a region on numbers: does it leave zeros as its equations say, and does a model's own choice keep the largest?
 
 The structural match proposes, the trial disposes: a region that keeps its small units, or that is zero at a few points
-only, is not taken for one that leaves units out.
+only, or for few of the values that products ordinarily have, is not taken for one that leaves units out.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from statistics import NormalDist
 from typing import Any
 
@@ -39,14 +40,20 @@ from hire_xform.passes.region import (
 from hire_xform.passes.surroundings import concretely
 from hire_xform.passes.zeros import gate_of
 
-# Values of a unit that are tried: none is zero, and the spread is that of normally distributed units.
+# Values of a unit that a model's own choice is tried on: none is zero, and they reach far out.
 _LIMIT, _COUNT = 6.0, 1280
 # The model's own k on them, and how many times as many are kept at most: scores may tie.
 _KEPT, _MORE = _COUNT // 4, 1.1
 # What side inputs that are not known are taken to be, one after the other: what a choice keeps may hang on them.
 _UNKNOWN = (1.0, 0.0, -1.0, 2.0)
-# A region leaves zeros when this share of the values gives one.
-_ZERO_SHARE = 0.05
+# Of the values tried a choice leaves out this share at least.
+_LEFT_OUT = 0.05
+# Values that zeros are looked for among: so many as normally distributed units have them, and so many far out, which
+# tell zeros that are rare from none. What products and side inputs really are is not known when a program is planned.
+_ORDINARY, _FAR = 1024, 256
+# A region leaves units out when this share of ordinary values gives a zero. A ReLU's is a half, one whose input is
+# shifted by half a deviation either way has .31 or .69; a sparse_plus has .16, a hard_swish .001.
+ENOUGH_ZEROS = 0.3
 
 
 @dataclass(eq=False)
@@ -55,12 +62,16 @@ class Probe:
 
     _tried: dict[Any, Any] = field(default_factory=dict)
 
-    def leaves_zeros(self, region: Region) -> bool:
-        """True when a range of values of one of its products makes the activation exactly zero."""
+    def zero_share(self, region: Region) -> float | None:
+        """The share of ordinary units for which the activation is exactly zero; None where it never is.
+
+        Ordinary units are of products that are normally distributed, of mean 0 and deviation 1. Side inputs, a learned
+        bias among them, are not known: they are taken to be small or one, whichever leaves more zeros.
+        """
         if _is_plainly_gated(region):
-            return True
+            return 0.5
         key = ("zeros", region.signature(), tuple(map(_number, region.sides)))
-        return self._once(key, lambda: _leaves_zeros(region), False)
+        return self._once(key, lambda: _zero_share(region), None)
 
     def profile(self, region: Region, score: int) -> Any:
         """(score, activation) for each value tried, two f64 arrays; None when it can't be tried.
@@ -137,7 +148,7 @@ def _kept(scores: np.ndarray, activation: np.ndarray) -> _Choice | None:
     count = int(kept.sum())
     least = float(scores[kept].min()) if count else np.inf
     largest = (scores[~kept] > least).sum() <= 0.1 * (scores >= least).sum()
-    return _Choice(count, least, 0 < count <= (1.0 - _ZERO_SHARE) * kept.size, bool(largest))
+    return _Choice(count, least, 0 < count <= (1.0 - _LEFT_OUT) * kept.size, bool(largest))
 
 
 def _is_normalised(region: Region) -> bool:
@@ -181,10 +192,23 @@ def _values() -> np.ndarray:
     return np.linspace(-_LIMIT + step / 2, _LIMIT - step / 2, _COUNT)[None]
 
 
+@lru_cache
+def _ordinary(number: int) -> np.ndarray:
+    """Values of product ``number`` of a region, in an order of its own; the ordinary ones first. None is zero."""
+    order = np.random.default_rng(number)
+    quantiles = [NormalDist().inv_cdf((i + 0.5) / _ORDINARY) for i in range(_ORDINARY)]
+    far = np.linspace(-8.0, 8.0, _FAR)
+    return np.concatenate([order.permutation(quantiles), order.permutation(far)])[None]
+
+
 def _number(side: Side) -> float | None:
     """The one number that a side input is everywhere; None where it is not known."""
     scalar = stretched_scalar(side.value)
     return None if scalar is None else known_scalar(scalar)
+
+
+def _all_known(region: Region) -> bool:
+    return all(_number(side) is not None for side in region.sides)
 
 
 def _tried_sides(region: Region, unknown: float) -> list[Any]:
@@ -196,30 +220,33 @@ def _tried_sides(region: Region, unknown: float) -> list[Any]:
     return found
 
 
-def _run(region: Region, varied: int, roots: Sequence[int], unknown: Sequence[float]) -> list[list[np.ndarray]]:
-    """Expressions ``roots`` with the values tried in product ``varied`` of ``region.ups``, and ones in the others.
+def _run(
+    region: Region, values: Sequence[np.ndarray], roots: Sequence[int], unknown: Sequence[float]
+) -> list[list[np.ndarray]]:
+    """Expressions ``roots`` with ``values`` in the products of ``region.ups``.
 
     Once for each of the numbers that side inputs are taken to be where they are ``unknown``.
     """
-    hiddens = [
-        jnp.asarray(_values() if i == varied else np.ones((1, _COUNT)), up.product.out.aval.dtype)
-        for i, up in enumerate(region.ups)
-    ]
+    hiddens = [jnp.asarray(v, up.product.out.aval.dtype) for v, up in zip(values, region.ups, strict=True)]
+    shape = values[0].shape
 
     # Compiled as one: run one by one, every operation would be compiled for itself.
     @jax.jit
     def run(hiddens: Any, sides: Any) -> Any:
         made = [replay(region, hiddens, sides, lambda x: x, jax.nn.relu, _Assumed(), root) for root in roots]
-        return [jnp.broadcast_to(out, (1, _COUNT)) for out in made]
+        return [jnp.broadcast_to(out, shape) for out in made]
 
     return [
         [np.asarray(out, np.float64)[0] for out in run(hiddens, _tried_sides(region, number))] for number in unknown
     ]
 
 
-def _leaves_zeros(region: Region) -> bool:
-    runs = (_run(region, i, [region.root], [1.0])[0][0] for i in range(len(region.ups)))
-    return any((activation == 0.0).mean() >= _ZERO_SHARE for activation in runs)
+def _zero_share(region: Region) -> float | None:
+    values = [_ordinary(i) for i in range(len(region.ups))]
+    # A bias of one may move the zeros out of reach; a scale must not become zero.
+    unknown = [1.0] if _all_known(region) else [1.0, 1e-3]
+    found = [activation == 0.0 for (activation,) in _run(region, values, [region.root], unknown)]
+    return max(float(zeros[:_ORDINARY].mean()) for zeros in found) if np.any(found) else None
 
 
 def _is_plainly_gated(region: Region) -> bool:
@@ -235,8 +262,8 @@ def _is_plainly_gated(region: Region) -> bool:
 def _profile(region: Region, score: int) -> list[list[np.ndarray]] | None:
     numbers = [i for i, e in enumerate(region.exprs) if isinstance(e, Up)]
     wanted = needed(region.exprs, score)
-    known = all(_number(side) is not None for side in region.sides)
     for varied, number in enumerate(numbers):
         if number in wanted:
-            return _run(region, varied, [score, region.root], _UNKNOWN[: 1 if known else None])
+            values = [_values() if i == varied else np.ones((1, _COUNT)) for i in range(len(numbers))]
+            return _run(region, values, [score, region.root], _UNKNOWN[: 1 if _all_known(region) else None])
     return None

@@ -136,7 +136,9 @@ class Region:
       inner: values inside the region that depend on its products, all equations that make them included.
       nodes: the equations of the region.
       varies: for each expression, whether it differs from unit to unit of a token.
-      zeroing: True when non-selected units of it are exactly zero over a range (ReLU and its kin).
+      zeroing: True when units of it are exactly zero over a range that many ordinary inputs are in (ReLU and its kin),
+        or the model itself leaves them out.
+      zero_share: the share of ordinary inputs that leave a zero; None where none does, or the model itself chooses.
       own: the model's own choice of units, when there is one.
     """
 
@@ -147,6 +149,7 @@ class Region:
     inner: set[Value] = field(default_factory=set)
     nodes: set[Node] = field(default_factory=set)
     zeroing: bool = False
+    zero_share: float | None = None
     own: OwnSparsity | None = None
 
     @property
