@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from hire_xform.lowering.da_top_k import da_top_k
 
-__all__ = ["Selection", "choose", "rungs", "select"]
+__all__ = ["Selection", "choose", "leaves_out", "rungs", "select"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,6 +120,25 @@ def select(scores: jax.Array, selection: Selection, shards: int = 1) -> jax.Arra
     if scores.shape[0] == 1:
         return da_top_k(scores[0], selection.size, shards)[1]
     return da_top_k(_merge(scores, selection.k, shards), selection.size, shards)[1]
+
+
+def leaves_out(scores: jax.Array, index: jax.Array) -> jax.Array:
+    """Whether any token has a row (or group) of a score other than zero that is not among those chosen.
+
+    Args:
+      scores: f32 ``[T, n_groups]``, none below zero; a NaN is no zero.
+      index: from :func:`select`.
+
+    Returns:
+      A bool scalar.
+    """
+    wanted = scores != 0.0
+    if index.ndim == 1:
+        wanted = jnp.any(wanted, axis=0)
+        held = wanted.at[index].get(mode="promise_in_bounds", unique_indices=True)
+    else:
+        held = jnp.take_along_axis(wanted, index, axis=1, mode="promise_in_bounds")
+    return jnp.any(jnp.sum(wanted, axis=-1) > jnp.sum(held, axis=-1))
 
 
 def _merge(scores: jax.Array, k: int, shards: int) -> jax.Array:

@@ -6,14 +6,14 @@ width (every row chosen) the result is that of the dense product, up to the orde
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
 from hire_xform.lowering.predictors import Packed, PredictorSpec, predict_scores, predictor_bytes
 from hire_xform.lowering.rows import combine_rows, select_rows_dot
-from hire_xform.lowering.selection import choose, select
+from hire_xform.lowering.selection import choose, leaves_out, select
 from hire_xform.lowering.static_units import static_units
 from hire_xform.lowering.top_groups import group_energy
 
@@ -24,6 +24,7 @@ __all__ = [
     "chosen_units",
     "ffn",
     "ffn_bytes",
+    "ffn_or_short",
     "gather_chosen",
     "group_scores",
     "vocab_bytes",
@@ -31,7 +32,7 @@ __all__ = [
     "vocab_logits",
 ]
 
-# A pointwise region of a feed-forward block on some of its hidden units: `region(hiddens, gather)`; see `ffn`.
+# A pointwise region of a feed-forward block on some of its hidden units: `region(hiddens, gather)`; see `ffn_or_short`.
 Gather = Callable[[jax.Array], jax.Array]
 Region = Callable[[list[jax.Array], Gather], jax.Array]
 
@@ -139,7 +140,7 @@ class UpProduct:
     dtype: jax.typing.DTypeLike
 
 
-def ffn(
+def ffn_or_short(
     ups: Sequence[UpProduct],
     region: Region,
     down: jax.Array,
@@ -153,7 +154,7 @@ def ffn(
     out_dtype: jax.typing.DTypeLike,
     shards: int = 1,
     static: int = 0,
-) -> jax.Array:
+) -> tuple[jax.Array, jax.Array]:
     """A feed-forward block, ``region(ups) @ down``, with only the chosen hidden units computed.
 
     Units are scored by the size of what they would add: |predicted activation| times the norm of their down row. A
@@ -181,7 +182,8 @@ def ffn(
         of one unit, one shard and no ``score``.
 
     Returns:
-      ``[T, d_out]`` of ``out_dtype``.
+      ``[T, d_out]`` of ``out_dtype``, and a bool scalar: whether any token has a unit that is not zero, going by the
+      predictors, and was left out. That means something where there is no ``score``, and zeros are many.
 
     Raises:
       ValueError: a size does not fit, or there is nothing to score by.
@@ -202,12 +204,20 @@ def ffn(
     with jax.named_scope("predict"):
         scores = group_scores(ups, region, units=m, down_norms=down_norms, score=score, group_size=group_size)
     with jax.named_scope("select"):
-        index = select(jax.lax.stop_gradient(scores), selection, shards)
+        scores = jax.lax.stop_gradient(scores)
+        index = select(scores, selection, shards)
+        short = leaves_out(scores, index)
         if score is not None:
             index = jnp.sort(index, axis=-1)
-    return chosen_units(
+    result = chosen_units(
         ups, region, down, index, units=m, first_row=first_row, group_size=group_size, out_dtype=out_dtype
     )
+    return result, short
+
+
+def ffn(*given: Any, **named: Any) -> jax.Array:
+    """The result alone of :func:`ffn_or_short`, which says what the arguments are."""
+    return ffn_or_short(*given, **named)[0]
 
 
 def _with_static(
@@ -221,7 +231,7 @@ def _with_static(
     active: int,
     out_dtype: jax.typing.DTypeLike,
     static: int,
-) -> jax.Array:
+) -> tuple[jax.Array, jax.Array]:
     others = units - static
     wide = jnp.promote_types(out_dtype, jnp.float32)
     with jax.named_scope("predict"):
@@ -230,11 +240,15 @@ def _with_static(
             ups, lambda hiddens, _: region(hiddens, lambda v: v[..., static:]), units=others, down_norms=norms
         )
     with jax.named_scope("select"):
-        index = select(jax.lax.stop_gradient(scores), choose(ups[0].x.shape[0], others, active)) + static
+        scores = jax.lax.stop_gradient(scores)
+        index = select(scores, choose(ups[0].x.shape[0], others, active))
+        short = leaves_out(scores, index)
+        index = index + static
     chosen = chosen_units(ups, region, down, index, units=units, first_row=first_row, out_dtype=wide)
     with jax.named_scope("compute"):
         products = [(up.x, up.rows, up.first_row, up.dtype) for up in ups]
-        return (static_units(products, region, down, first_row, static).astype(wide) + chosen).astype(out_dtype)
+        fixed = static_units(products, region, down, first_row, static).astype(wide)
+        return (fixed + chosen).astype(out_dtype), short
 
 
 def group_scores(
@@ -249,7 +263,7 @@ def group_scores(
     """What groups of hidden units are chosen by, from the predictors alone.
 
     Args:
-      ups, region, units, down_norms, score, group_size: as in :func:`ffn`; rows are not read.
+      ups, region, units, down_norms, score, group_size: as in :func:`ffn_or_short`; rows are not read.
 
     Returns:
       f32 ``[T, units / group_size]``.
@@ -280,7 +294,7 @@ def chosen_units(
     """The part of a feed-forward block that some of its hidden units make, computed exactly.
 
     Args:
-      ups, region, down, units, first_row, group_size, out_dtype: as in :func:`ffn`; predictors are not read.
+      ups, region, down, units, first_row, group_size, out_dtype: as in :func:`ffn_or_short`; predictors are not read.
       index: the chosen groups of units, ``[K]`` for all tokens or ``[T, K]``.
 
     Returns:
@@ -325,7 +339,7 @@ def chosen_products(
 
 
 def gather_chosen(index: jax.Array, tokens: int, units: int, group_size: int) -> Gather:
-    """What brings ``[m]``, ``[1, m]`` or ``[T, m]`` to the units of the chosen groups; see :func:`ffn`."""
+    """What brings ``[m]``, ``[1, m]`` or ``[T, m]`` to the units of the chosen groups; see :func:`ffn_or_short`."""
     chosen = (index[..., None] * group_size + jnp.arange(group_size, dtype=index.dtype)).reshape(*index.shape[:-1], -1)
 
     def gather(values: jax.Array) -> jax.Array:
@@ -380,7 +394,7 @@ def ffn_bytes(
       active: groups each token may have computed.
       group_size: units in a group.
       norms: whether the down norms are read.
-      shards, static: as in :func:`ffn`.
+      shards, static: as in :func:`ffn_or_short`.
 
     Returns:
       Bytes.

@@ -178,6 +178,25 @@ class Decision:
         return (*self.smaller, self.count)
 
     @property
+    def may_be_short(self) -> bool:
+        """Whether it is a block that may have more units that are not zero than it computes, which each call tells.
+
+        Where its user wants units left out whatever they are, or its model itself chooses among them, none is missed.
+        """
+        settings, match = self.settings, self.match
+        if settings.certify or not isinstance(settings, Ffn) or settings.activations == "any":
+            return False
+        return isinstance(match, FfnMatch) and match.region.own is None
+
+    @property
+    def marks(self) -> int:
+        """How many outcomes a call of it tells besides the worst: 0 where it tells none.
+
+        A certified site tells its size, or that it ran dense; a block that may be short whether it was.
+        """
+        return len(self.rungs) if self.settings.certify else int(self.may_be_short)
+
+    @property
     def node(self) -> Node:
         """The equation whose result is replaced."""
         return self.match.node

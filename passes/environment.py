@@ -88,6 +88,8 @@ class PackedView:
 
 
 Env = dict[Value, Any]
+# Where an environment, that of a call which like ones share, holds the list of what its sites tell.
+TOLD: Any = "told"
 Views = dict[Need, PackedView]
 
 

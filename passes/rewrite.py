@@ -20,7 +20,7 @@ from hire_xform.passes import compat, control
 from hire_xform.passes.certify import platforms_proved
 from hire_xform.passes.cyclic_lookups import CyclicLookup, look_up
 from hire_xform.passes.decisions import Decision, Need
-from hire_xform.passes.environment import Env, PackedView, Views, read
+from hire_xform.passes.environment import TOLD, Env, PackedView, Views, read
 from hire_xform.passes.liveness import Liveness
 from hire_xform.passes.merge import Merged, merge
 from hire_xform.passes.products import precision_asked
@@ -30,6 +30,29 @@ from hire_xform.passes.splice_sharded import sharded_function
 from hire_xform.passes.top_groups import TopGroups, top_groups_product
 from hire_xform.passes.treatment import Treatment
 from hire_xform.passes.walk import Frame, Graph, Node, Operand, Scope, Value
+
+
+@dataclass(frozen=True)
+class Told:
+    """What a site tells of one call of it (``lowering/rungs.py``), not yet marked.
+
+    Attributes:
+      rung: the number.
+      path: the site's.
+      rungs: what the number means; see ``mark_rung``.
+    """
+
+    rung: Any
+    path: str
+    rungs: int
+
+
+def tell(env: Env, told: Told) -> None:
+    """Marks it here; or, in a call that like ones share, adds it to what the call tells, to be marked outside."""
+    if TOLD in env:
+        env[TOLD].append(told)
+    else:
+        mark_rung(told.rung, told.path, told.rungs)
 
 
 @dataclass(eq=False, repr=False)
@@ -45,9 +68,11 @@ class Rewriter:
     treated: dict[Node, Treatment]
     live: Liveness = field(init=False)
     _calls: dict[Any, Callable] = field(init=False, default_factory=dict)
+    _shared: dict[Any, tuple[Callable, list[tuple[str, int]]]] = field(init=False, default_factory=dict)
     _needs: dict[Any, list[Need]] = field(init=False, default_factory=dict)
     _alive: dict[Frame, bool] = field(init=False, default_factory=dict)
     _inside: dict[Frame, list[Treatment]] = field(init=False, default_factory=dict)
+    _marking: dict[Frame, bool] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         """Marks calls whose boundary a site spans, and what is live."""
@@ -133,10 +158,13 @@ class Rewriter:
             function.__name__ = function.__qualname__ = f"hire_{decision.site.kind}"
             self._calls[key] = jax.jit(function)
         result = self._calls[key](site_operands(decision, lambda o: read(env, o)), seen)
-        if not decision.settings.certify:
+        if not decision.marks:
             return result
         value, rung = result
-        mark_rung(rung, decision.site.path, len(decision.rungs))
+        tell(env, Told(rung, decision.site.path, decision.marks))
+        if not decision.settings.certify:
+            return value
+        # Where like calls share a function, the path is that of the first of them.
         return proved_for(value, platforms_proved(decision.match, decision.input_bits), decision.site.path)
 
     def _call(self, frame: Frame, env: Env, views: Views) -> None:
@@ -149,29 +177,45 @@ class Rewriter:
             return
         else:
             seen = [self._resolve(need, frame, env, views) for need in needs]
-            results = self._emit_call(frame, operands, needs, seen)
+            results = self._emit_call(frame, operands, env, needs, seen)
         for output, result in zip(frame.outputs, results, strict=True):
             if isinstance(output, Value) and result is not None:
                 env[output] = result
 
-    def _emit_call(self, frame: Frame, operands: list[Any], needs: list[Need], seen: list[PackedView]) -> list[Any]:
-        def body(operands: list[Any], seen: list[PackedView]) -> list[Any]:
+    def _emit_call(
+        self, frame: Frame, operands: list[Any], around: Env, needs: list[Need], seen: list[PackedView]
+    ) -> list[Any]:
+        def body(operands: list[Any], seen: list[PackedView], told: list[Told] | None = None) -> list[Any]:
             env = {v: o for v, o in zip(frame.inputs, operands, strict=True) if isinstance(v, Value) and o is not None}
+            if told is not None:
+                env[TOLD] = told
             self._frame(frame, env, dict(zip(needs, seen, strict=True)))
             return [read(env, o, missing_ok=True) if self._wanted(o) else None for o in frame.outputs]
 
+        def telling(operands: list[Any], seen: list[PackedView]) -> tuple[list[Any], list[Any]]:
+            told: list[Told] = []
+            results = body(operands, seen, told)
+            names[:] = [(t.path[len(frame.path) :], t.rungs) for t in told]
+            return results, [t.rung for t in told]
+
+        # What sites inside tell: the rest of their paths, which is the same in every call that shares the function.
+        names: list[tuple[str, int]] = []
         passed = [o if isinstance(v, Value) else None for v, o in zip(frame.inputs, operands, strict=True)]
-        if frame.kind == "remat":
-            params = frame.eqn.params
-            kept = jax.checkpoint(body, prevent_cse=params["prevent_cse"], policy=params["policy"])
-            return kept(passed, seen)
         if frame.kind == "custom":
             return _with_own_derivative(frame, body, operands, passed, seen)
-        key = self._call_key(frame, passed, needs, seen)
-        if key not in self._calls:
-            body.__name__ = body.__qualname__ = frame.eqn.params.get("name") or "call"
-            self._calls[key] = jax.jit(_constrained(frame, body), inline=compat.jit_inlining(frame.eqn))
-        return self._calls[key](passed, seen)
+        if frame.kind == "remat":
+            params = frame.eqn.params
+            run = jax.checkpoint(telling, prevent_cse=params["prevent_cse"], policy=params["policy"])
+        else:
+            key = self._call_key(frame, passed, needs, seen)
+            if key not in self._shared:
+                telling.__name__ = telling.__qualname__ = frame.eqn.params.get("name") or "call"
+                self._shared[key] = jax.jit(_constrained(frame, telling), inline=compat.jit_inlining(frame.eqn)), names
+            run, names = self._shared[key]
+        results, rungs = run(passed, seen)
+        for rung, (rest, count) in zip(rungs, names, strict=True):
+            tell(around, Told(rung, frame.path + rest, count))
+        return results
 
     def _call_key(self, frame: Frame, passed: list[Any], needs: list[Need], seen: list[PackedView]) -> Any:
         """Two calls with one key may share one rewritten function."""
@@ -193,9 +237,26 @@ class Rewriter:
             (len(need.refs), len(view.index), view.factor is None, str(need.key.form))
             for need, view in zip(needs, seen, strict=True)
         )
-        # A certified site's mark carries its path: its calls are functions of their own.
-        marked = any(isinstance(t, Decision) and t.settings.certify for t in self._frame_treatments(frame))
-        return id(frame.jaxpr), tuple(pattern), wanted, inside, resolved, frame.path if marked else ""
+        # A mark carries the path of its site: calls with one inside are functions of their own. What sites of the call
+        # itself tell is a result of it and marked outside, so that like layers share one function.
+        path = frame.path if self._marks_inside(frame) else ""
+        return id(frame.jaxpr), tuple(pattern), wanted, inside, resolved, path
+
+    def _marks_inside(self, frame: Frame) -> bool:
+        """Whether anything is marked in a call's own body: in loops and branches in it, and custom derivatives."""
+        if frame not in self._marking:
+            found = False
+            for item in frame.items:
+                if isinstance(item, Frame):
+                    own = item.kind == "custom" and not item.inline
+                    found |= self._tells(item) if own else self._marks_inside(item)
+                elif item in self.live.nodes:
+                    found |= any(self._tells(child.root) for child in item.children)
+            self._marking[frame] = found
+        return self._marking[frame]
+
+    def _tells(self, frame: Frame) -> bool:
+        return any(isinstance(t, Decision) and t.marks for t in self._frame_treatments(frame))
 
     def _wanted(self, operand: Operand) -> bool:
         return isinstance(operand, Value) and operand in self.live.values
@@ -294,9 +355,10 @@ def _constrained(frame: Frame, body: Callable) -> Callable:
     if not any(s is not None for s in (*given, *returned)):
         return body
 
-    def constrained(operands: list[Any], seen: list[PackedView]) -> list[Any]:
+    def constrained(operands: list[Any], seen: list[PackedView]) -> tuple[list[Any], list[Any]]:
         operands = [_constrain(o, s) for o, s in zip(operands, given, strict=True)]
-        return [_constrain(r, s) for r, s in zip(body(operands, seen), returned, strict=True)]
+        results, told = body(operands, seen)
+        return [_constrain(r, s) for r, s in zip(results, returned, strict=True)], told
 
     constrained.__name__ = constrained.__qualname__ = body.__name__
     return constrained

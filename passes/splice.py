@@ -14,7 +14,7 @@ from jax import lax
 
 from hire_xform.lowering import (
     UpProduct,
-    ffn,
+    ffn_or_short,
     moments,
     vocab_candidates,
     vocab_logits,
@@ -73,7 +73,10 @@ def _product_signature(product: Product) -> Any:
 
 
 def site_function(decision: Decision) -> Callable[[list[Any], list[PackedView]], Any]:
-    """The rewritten site as a function of ``site_operands`` and its packed forms, in the order of ``needs``."""
+    """The rewritten site as a function of ``site_operands`` and its packed forms, in the order of ``needs``.
+
+    Where the site ``marks`` something it gives its value and what is marked.
+    """
     match = decision.match
     if decision.levels is not None:
         return _branches(decision, decision.levels)
@@ -235,16 +238,17 @@ def ffn_parts(
 
 
 def _ffn(decision: Decision, match: FfnMatch, operands: Sequence[Any], views: Sequence[PackedView]) -> Any:
-    parts = ffn_parts(decision, match, operands, views)
-    return result_shape(match.down, flat_block(decision, match, parts))
+    flat, short = flat_block(decision, match, ffn_parts(decision, match, operands, views))
+    result = result_shape(match.down, flat)
+    return (result, short) if decision.marks else result
 
 
-def flat_block(decision: Decision, match: FfnMatch, parts: FfnParts, shards: int = 1) -> Any:
-    """A feed-forward block of ``[T, d]``, or one device's part of the sum that it is."""
+def flat_block(decision: Decision, match: FfnMatch, parts: FfnParts, shards: int = 1) -> tuple[Any, Any]:
+    """A feed-forward block of ``[T, d]``, or one device's part of the sum that it is; and whether it was short."""
     settings = decision.settings
     assert isinstance(settings, Ffn)
     down, down_first = parts.down["rows"].rows()
-    result = ffn(
+    result, short = ffn_or_short(
         parts.ups,
         parts.region(match),
         down,
@@ -257,7 +261,7 @@ def flat_block(decision: Decision, match: FfnMatch, parts: FfnParts, shards: int
         out_dtype=match.down.out.aval.dtype,
         static=decision.static,
     )
-    return parts.down["rows"].filled(result)
+    return parts.down["rows"].filled(result), short
 
 
 def dense_rows(treatment: DenseRows, read: Read, view: PackedView) -> Any:

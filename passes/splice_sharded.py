@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
@@ -44,7 +45,7 @@ def sharded_function(decision: Decision) -> Callable[[list[Any], list[PackedView
                 part, rung = _logits(decision, match, given, own, placement)
             else:
                 part, rung = _block(decision, match, given, own, placement)
-            return (part, rung[None]) if certified else part
+            return (part, rung[None]) if marked else part
 
         axes = (*placement.rows, *tokens)
         columns: Names = placement.rows if isinstance(match, VocabMatch) else ()
@@ -53,18 +54,18 @@ def sharded_function(decision: Decision) -> Callable[[list[Any], list[PackedView
             body,
             mesh=mesh_here(placement.mesh),
             in_specs=(specs, packed),
-            out_specs=(out, PartitionSpec(axes or None)) if certified else out,
+            out_specs=(out, PartitionSpec(axes or None)) if marked else out,
             # The program's own equations do not mix what varies over other axes, nor do branches of one device's own.
             check_vma=False,
         )
-        if not certified:
+        if not marked:
             return result_shape(_product(match), mapped(given, views))
         flat, rungs = mapped(given, views)
         return result_shape(_product(match), flat), rungs.max()
 
-    certified = bool(decision.settings.certify)
+    marked = bool(decision.marks)
     result = _product(match).out.aval.sharding.spec
-    return under_automatic_axes(run, placement.mesh, (result, PartitionSpec()) if certified else result)
+    return under_automatic_axes(run, placement.mesh, (result, PartitionSpec()) if marked else result)
 
 
 def _logits(
@@ -87,14 +88,18 @@ def _logits(
 def _block(
     decision: Decision, match: FfnMatch, given: Sequence[Any], views: Sequence[PackedView], placement: Placement
 ) -> tuple[jax.Array, Any]:
-    """The whole block, each device's units added up, and the size that a device took: each falls back by itself."""
-    rung: Any = None
+    """The whole block, each device's units added up, and the size that a device took, or whether it was short.
+
+    Each falls back by itself.
+    """
     if decision.settings.certify:
         block, operands, down = certified_block(decision, match, given, views, placement.shards, canonical=True)
         part, rung = certified_ffn(block, operands)
         part = down.filled(part)
     else:
-        part = flat_block(decision, match, ffn_parts(decision, match, given, views, canonical=True), placement.shards)
+        parts = ffn_parts(decision, match, given, views, canonical=True)
+        part, rung = flat_block(decision, match, parts, placement.shards)
+    rung = rung.astype(jnp.int32)
     return lax.psum(part, placement.rows) if placement.rows else part, rung
 
 

@@ -64,6 +64,8 @@ def _gates(region: Region, root: int) -> list[int]:
         return [g for a, b in pairs if (_number(region, b) or -1.0) > 0.0 for g in _gates(region, a)]
     if p in _KEEP or (p is prims.integer_pow_p and e.node.params["y"] > 0):
         return _gates(region, operands[0])
+    if p is prims.div_p:
+        return _gates(region, operands[0]) if (_number(region, operands[1]) or 0.0) > 0.0 else []
     if p is prims.mul_p:
         return [g for a, b in (operands, operands[::-1]) if _is_finite(region, b) for g in _gates(region, a)]
     return []

@@ -98,6 +98,16 @@ def test_derivatives_and_batches_go_through_the_branches():
     assert_same(jax.vmap(of)(many), jnp.stack([of(b) for b in many]))
 
 
+def test_a_layer_that_its_own_size_is_too_small_for_is_counted():
+    """Half of the units fire: three, and seventeen, of the forty do not hold them; thirty-six do."""
+    params, calibration = made(STACKED[0])
+    for sizes, short in (([3, 17], 2), ([3, 36], 1), ([30, 36], 0)):
+        step = hx.sparsify(models.scanned, config=FORCED, calibration=with_sizes(calibration, sizes))
+        site = next(s for s in step.trace(params, *arguments()).plan.sites if s.kind == "ffn")
+        assert "in a branch" in site.calibrated
+        assert int(step.with_fallbacks(params, *arguments())[1][site.path]) == short
+
+
 def test_few_levels_have_the_smallest_sum():
     rng = np.random.default_rng(0)
     for _ in range(20):

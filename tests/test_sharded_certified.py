@@ -169,6 +169,20 @@ def check_one_device_of_a_block_falls_back_alone():
     assert_same(got, dense(block, w))
 
 
+def check_a_block_that_is_not_proved_is_short_where_a_device_is():
+    """Units that fire are all of one device, which may compute a quarter of its own; or a few of each."""
+    config = hx.Config(ffn=hx.Ffn(active=0.25, certify=False), rules=FORCE)
+    for few, expected in ((slice(0, 8), 1), (slice(0, M, 4), 0)):
+        bias = np.full(M, -50.0, np.float32)
+        bias[few] = 50.0
+        w = {**weights(), "bias": jnp.asarray(bias)}
+        for types, data in ((AUTO, 1), (EXPLICIT, 1), (AUTO, 2)):
+            got, (count,) = fallbacks_of(block, config, *placed(mesh_of(4, data, types), w))
+            assert count == expected, (few, types, data, count)
+            if not expected:
+                assert_same(got, dense(block, w))
+
+
 def check_top_sets_and_nuclei():
     k = 5
     w, x = placed(mesh_of(4))

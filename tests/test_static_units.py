@@ -88,12 +88,23 @@ def test_with_all_that_fires_the_result_is_dense(fun, count):
     packed = traced.pack(p)
     for at in range(0, 60, 7):
         x = tokens(64, 0)[at : at + count]
-        assert_same(step(packed, x), fun(p, x))
+        got, counts = step.with_fallbacks(packed, x)
+        assert_same(got, fun(p, x))
+        assert [int(n) for n in counts.values()] == [0]
     slope = jax.grad(lambda x, f, p: jnp.sin(f(p, x)).sum())
     x = tokens(64, 0)[:count]
     assert_same(slope(x, step, packed), slope(x, fun, p), 1e-4)
     batch = tokens(64, 1)[: 2 * count].reshape(2, count, D)
     assert_same(jax.vmap(lambda x: step(packed, x))(batch), jax.vmap(lambda x: fun(p, x))(batch), 1e-4)
+
+
+def test_where_more_fire_than_are_left_to_be_chosen_it_is_counted():
+    p = weights()
+    step = hx.sparsify(relu, config=CONFIG, calibration=calibrated(relu, p))
+    assert step.trace(p, tokens()).plan.sites[0].static == HOT
+    for more, short in ((0.0, 0), (-9.0, 0), (12.0, 1)):
+        own = {**p, "bias": p["bias"] + more}
+        assert [int(n) for n in step.with_fallbacks(own, tokens(64, 0)[:1])[1].values()] == [short]
 
 
 def test_layers_of_a_loop_have_units_of_their_own():

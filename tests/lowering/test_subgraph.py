@@ -14,6 +14,7 @@ from hire_xform.lowering import (
     choose,
     ffn,
     ffn_bytes,
+    ffn_or_short,
     predict_scores,
     predictor_bytes,
     vocab_bytes,
@@ -199,3 +200,30 @@ def test_bytes_are_predictor_and_chosen_rows():
     assert one == (256 * 64 + 4 * 256) + 32 * 64 * 4 + 32 * 32 * 4 + 4 * 256
     two = ffn_bytes(1, 256, [(64, jnp.float32, Q8), (64, jnp.float32, Q8)], 32, jnp.float32, **sizes)
     assert two - one == (256 * 64 + 4 * 256) + 32 * 64 * 4
+
+
+@pytest.mark.parametrize(
+    ("tokens", "active", "group_size", "shards"),
+    [(1, 16, 1, 1), (1, 8, 2, 1), (2, 16, 1, 1), (3, 14, 1, 1), (8, 12, 1, 1), (1, 16, 1, 4), (3, 8, 2, 2)],
+)
+def test_a_block_is_short_where_a_unit_that_is_not_zero_is_left_out(tokens, active, group_size, shards, normal):
+    """By the predictors, which are exact here; whatever the mode of the selection."""
+    m, d, modes = 64, 12, set()
+    rows, down = normal((m, d)), normal((m, 7), seed=1)
+    up = {"rows": rows, "packed": pack_predictor(rows, EXACT), "spec": EXACT, "dtype": jnp.float32}
+    sizes = {"active": active, "group_size": group_size, "shards": shards, "out_dtype": jnp.float32}
+    for seed in range(4):
+        for bias in (-9.0, -5.0, -4.0, -3.0, 0.0):
+            x = normal((tokens, d), seed=10 + seed)
+            result, short = ffn_or_short(
+                [UpProduct(x=x, **up)],
+                lambda hiddens, _, bias=bias: jax.nn.relu(hiddens[0] + bias),
+                down,
+                down_norms=jnp.linalg.norm(down, axis=1),
+                **sizes,
+            )
+            want = jax.nn.relu(x @ rows.T + bias) @ down
+            assert short.shape == () and short.dtype == bool
+            assert bool(short) == (float(jnp.abs(result - want).max()) > 1e-3)
+            modes.add(bool(short))
+    assert modes == {False, True}
