@@ -194,10 +194,13 @@ class Sparsified:
         return entry.program(leaves, packed)
 
     def with_fallbacks(self, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, jax.Array]]:
-        """A call that also says how often each certified site ran its dense product.
+        """A call that also says how often each certified site ran its dense product, and which blocks were short.
+
+        A block that is not certified, and whose activation is to leave zeros (``Ffn(activations="zeroing")``), is short
+        where more units are not zero, going by its predictor, than it may compute: its result is then off.
 
         Returns:
-          What the call returns, and for each certified site's path an int32 count: 0 or 1, inside a loop up to its
+          What the call returns, and for each such site's path an int32 count: 0 or 1, inside a loop up to its
           iterations, and in a shard_map the sum over its devices.
         """
         entry, leaves, packed = self._entry(args, kwargs)
@@ -209,7 +212,8 @@ class Sparsified:
 
         Returns:
           What the call returns, and for each certified site's path int32 counts, one for each of ``Site.rungs``: the
-          last is that of ``with_fallbacks``. Counts times the rungs' ``bytes`` are the weight bytes truly read.
+          last is that of ``with_fallbacks``. Counts times the rungs' ``bytes`` are the weight bytes truly read. For a
+          block that is not certified there are two: how often it held its units, and how often it was short.
         """
         entry, leaves, packed = self._entry(args, kwargs)
         return entry.run_counted(leaves, packed)

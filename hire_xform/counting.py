@@ -1,4 +1,4 @@
-"""Evaluates a program and adds up which of its sizes each certified site in it took."""
+"""Evaluates a program and adds up which of its sizes each certified site in it took, and where blocks were short."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ def count_rungs(jaxpr: Any, operands: Sequence[Any]) -> tuple[list[Any], Counts]
     """Evaluates a closed jaxpr; works under a trace. Calls, loops and branches are entered.
 
     Returns:
-      The program's results, and for each certified site how often it took each of its sizes, and last its dense form.
+      The program's results, and for each certified site how often it took each of its sizes, and last its dense form;
+      for a block that tells whether it was short how often it was not, and how often it was.
     """
     return fold(jaxpr, operands, _RUNGS)
 

@@ -33,7 +33,7 @@ from hire_xform.lowering.predictors import (
     predictor_bytes,
 )
 from hire_xform.lowering.promotion import usual_promotion
-from hire_xform.lowering.proofs import Proof, pack_proof, proof_bytes, scores_with_bounds
+from hire_xform.lowering.proofs import Proof, pack_proof, proof_bytes, proof_shapes, scores_with_bounds
 from hire_xform.lowering.proved_for import proved_for, proved_for_p
 from hire_xform.lowering.record import record, record_p
 from hire_xform.lowering.rows import combine_rows, select_rows_dot
@@ -120,6 +120,7 @@ __all__ = [
     "predict_scores",
     "predictor_bytes",
     "proof_bytes",
+    "proof_shapes",
     "proved_for",
     "proved_for_p",
     "proved_ranks",

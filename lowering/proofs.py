@@ -14,9 +14,9 @@ import jax
 from hire_xform.lowering.blocks import map_row_blocks, rows_together
 from hire_xform.lowering.bounds import ScoresWithBounds, bounds_of_packed, quantized_scores
 from hire_xform.lowering.coordinates import coordinate_scores, coordinate_shapes, pack_coordinates
-from hire_xform.lowering.predictors import PredictorSpec, Quantized, pack_predictor, predictor_bytes
+from hire_xform.lowering.predictors import PredictorSpec, Quantized, pack_predictor, packed_shapes
 
-__all__ = ["Proof", "pack_proof", "proof_bytes", "scores_with_bounds"]
+__all__ = ["Proof", "pack_proof", "proof_bytes", "proof_shapes", "scores_with_bounds"]
 
 # What is packed, by name.
 Proof = Mapping[str, jax.Array]
@@ -42,11 +42,17 @@ def _pack_quantized(spec: Quantized, rows: jax.Array) -> dict[str, jax.Array]:
     return {**packed, **bounds_of_packed(rows, packed, spec)}
 
 
+def proof_shapes(n: int, d: int, spec: PredictorSpec, dtype: jax.typing.DTypeLike) -> dict[str, jax.ShapeDtypeStruct]:
+    """Names, shapes and dtypes of the proof of an ``[n, d]`` matrix of ``dtype``."""
+    if isinstance(spec, Quantized):
+        bound = jax.ShapeDtypeStruct((n,), "float32")
+        return {**packed_shapes(n, d, spec, dtype), "error": bound, "size": bound}
+    return coordinate_shapes(n, d, spec, dtype)
+
+
 def proof_bytes(n: int, d: int, spec: PredictorSpec, dtype: jax.typing.DTypeLike) -> int:
     """Bytes of the proof of an ``[n, d]`` matrix of ``dtype``, all read once per call."""
-    if isinstance(spec, Quantized):
-        return predictor_bytes(n, d, spec, dtype) + 8 * n
-    return sum(s.size * s.dtype.itemsize for s in coordinate_shapes(n, d, spec, dtype).values())
+    return sum(s.size * s.dtype.itemsize for s in proof_shapes(n, d, spec, dtype).values())
 
 
 def scores_with_bounds(x: jax.Array, proof: Proof, spec: PredictorSpec, *, input_bits: int = 24) -> ScoresWithBounds:

@@ -1,5 +1,7 @@
 """Marks, in a program, which of its compiled sizes (its rungs) a certified site took; costs nothing where unread.
 
+Of a block that is not certified it is marked whether it was short of units, as a dense run is marked of one that is.
+
 The mark is an identity on a number, without effect. ``hire_xform.counting`` evaluates a program and adds up its marks;
 in any other evaluation nothing uses the result, and the compiler drops it.
 """
@@ -21,7 +23,7 @@ def mark_rung(rung: jax.Array, path: str, rungs: int) -> jax.Array:
 
     Args:
       rung: int32, the number of the size that was computed, or ``rungs`` for the dense form; where there is one size a
-        bool says whether the dense form was run.
+        bool says whether the dense form was run, or, of a block that is not certified, whether it was short.
       path: the site's.
       rungs: how many sizes the site has.
     """

@@ -2,28 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from hire_xform.lowering import (
+    Quantized,
     bounded_moments_bytes,
     ffn_bytes,
     moments_bytes,
+    packed_shapes,
     predictor_bytes,
     proof_bytes,
+    proof_shapes,
     vocab_bytes,
 )
 from hire_xform.passes.detect import FfnMatch, VocabMatch
 from hire_xform.passes.forms import Proving, down_forms, up_forms
+from hire_xform.passes.machine import Machine, machine_here
 from hire_xform.passes.settings import Ffn, Vocab
 
 # A row read out of order costs this many times what it costs in a streamed product. Measured by
 # `benchmarks/kernels.py` on a CPU; accelerators read rows of a kilobyte or more about as fast as anything else.
 ROW_COST = {"cpu": 1.5}
-# What predicting and selecting costs besides reading, as the bytes a dense product would read in that time.
+# A CPU gathers the rows of a head into one array first. Beyond so many bytes its pages are new at every call, and each
+# costs this many times what it costs in a streamed product: measured 7 to 18 times.
+GATHERED, GATHERED_COST = 8 << 20, 8.0
+# What predicting and selecting costs besides reading, as the bytes a dense product would read in that time: once, and
+# on a CPU for each row and token that is chosen from, and more where each is bounded.
 FIXED_BYTES = {"cpu": 1 << 20, "gpu": 4 << 20, "tpu": 4 << 20}
-
+CHOOSING, BOUNDING = 64, 96
 
 # Where a product that widens its weight has the whole of it widened first, at every call: the dense form then costs as
 # much as one of wide weights at least (six times as much, bfloat16 to f32 on two cores). Others widen as they multiply.
@@ -34,6 +43,101 @@ def dense_cost(match: VocabMatch | FfnMatch, platform: str) -> int:
     """What the dense form costs in an execution, as bytes read."""
     first = platform in WIDENS_FIRST
     return sum(p.widened_nbytes if first else p.nbytes for p in match.products)
+
+
+def sparse_cost(
+    match: VocabMatch | FfnMatch,
+    settings: Vocab | Ffn,
+    tokens: int,
+    predicted: int,
+    ladders: Sequence[tuple[float, int, bool]],
+    platform: str,
+    shards: int = 1,
+    static: int = 0,
+) -> float:
+    """What the rewritten form costs in an execution on one device, as bytes that the dense one reads in that time.
+
+    Args:
+      match, settings: the site.
+      tokens: of one execution.
+      predicted: bytes of the predictor.
+      ladders: of each size that may be taken how often it is, the bytes of its rows, and whether it then runs dense.
+      platform: "cpu", "gpu" or "tpu".
+      shards: over how many devices it is.
+      static: units that are always computed.
+    """
+    cost = float(predicted + FIXED_BYTES.get(platform, 1 << 20))
+    if platform == "cpu":
+        cost += _narrow_cost(match, settings, machine_here(), shards, static)
+        each = CHOOSING + (BOUNDING if settings.certify else 0)
+        cost += tokens * (match.units // shards - static) * each
+    for share, rows, dense in ladders:
+        cost += share * (_rows_cost(match, settings, rows, platform) + (dense_cost(match, platform) / shards) * dense)
+    return cost
+
+
+def _rows_cost(match: VocabMatch | FfnMatch, settings: Vocab | Ffn, rows: int, platform: str) -> float:
+    """What so many bytes of rows computed exactly cost."""
+    cost = rows * ROW_COST.get(platform, 1.0)
+    if platform != "cpu" or isinstance(match, FfnMatch):
+        return cost
+    cost += max(0, rows - GATHERED) * (GATHERED_COST - ROW_COST["cpu"])
+    # A proof multiplies the rows twice, by their values and by their magnitudes.
+    return 2 * cost if settings.certify else cost
+
+
+def _narrow_cost(
+    match: VocabMatch | FfnMatch, settings: Vocab | Ffn, machine: Machine, shards: int, static: int
+) -> float:
+    """What a predictor's products of few bits cost more than reading it."""
+    speeds = {np.dtype(np.int8): machine.int8, np.dtype(np.uint8): machine.int4}
+    cost = 0.0
+    for n, d, dtype in _predicted(match, settings, shards, static):
+        shapes = proof_shapes if settings.certify else packed_shapes
+        for kept in shapes(n, d, settings.spec, dtype).values():
+            speed = speeds.get(np.dtype(kept.dtype), 1.0)
+            cost += kept.size * kept.dtype.itemsize * (1.0 / speed - 1.0)
+    return cost
+
+
+def _predicted(
+    match: VocabMatch | FfnMatch, settings: Vocab | Ffn, shards: int, static: int
+) -> list[tuple[int, int, Any]]:
+    """Rows, columns and dtype of each matrix that is predicted."""
+    if isinstance(match, VocabMatch):
+        product = match.product
+        return [(product.width // shards, product.contracted, product.weight.aval.dtype)]
+    assert isinstance(settings, Ffn)
+    return [
+        (match.units // shards - static, up.product.contracted, up.product.weight.aval.dtype)
+        for up, read in zip(match.region.ups, up_forms(match.region, settings), strict=True)
+        if settings.spec in read or Proving(settings.spec) in read
+    ]
+
+
+def slow_products(
+    match: VocabMatch | FfnMatch, settings: Vocab | Ffn, platform: str, excess: float, shards: int, static: int
+) -> str:
+    """What a report says of the CPU where its slow products of few bits are why a site loses; empty where they aren't.
+
+    Args:
+      match, settings, platform, shards, static: as in :func:`sparse_cost`.
+      excess: by how much that is above the dense form's cost, on one device.
+    """
+    bits = settings.spec.bits
+    if platform != "cpu" or bits is None:
+        return ""
+    machine = machine_here()
+    if _narrow_cost(match, settings, machine, shards, static) <= excess:
+        return ""
+    speed = machine.int8 if bits == 8 else machine.int4
+    other = (
+        "; a predictor of low rank, which a calibration finds, may be" if isinstance(settings.spec, Quantized) else ""
+    )
+    return (
+        f": on this CPU ({machine.name}) XLA's products of {bits} bits run at {speed:g} of the speed at which the "
+        f"dense product reads{other}"
+    )
 
 
 def bytes_read(

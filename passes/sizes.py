@@ -19,6 +19,9 @@ from hire_xform.passes.needs import stack_need
 from hire_xform.passes.parts import is_cut
 from hire_xform.passes.settings import Ffn, Vocab
 
+# How often a size is taken, the bytes of its rows, and whether the dense form is run after all.
+Taken = tuple[float, int, bool]
+
 UNCHOSEN = Chosen(None, None, "")
 
 
@@ -97,6 +100,15 @@ class Sizes:
     levels: Levels | None = None
     rungs: tuple[Rung, ...] = ()
     how: str = ""
+
+    def taken(self, tried: bool) -> list[Taken]:
+        """What is expected to be taken; without a calibration the largest size always."""
+        *rungs, dense = self.rungs or (None,)
+        if dense is None or dense.share is None:
+            return [(1.0, self.exact, False)]
+        found = [(rung.share or 0.0, rung.bytes - self.predicted, False) for rung in rungs if rung is not None]
+        most = max(rows for _, rows, _ in found)
+        return [*found, (dense.share, most if tried else 0, True)]
 
 
 def sizes_of(read: Reading, chosen: Chosen, count: int) -> Sizes:

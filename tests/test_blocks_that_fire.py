@@ -1,4 +1,4 @@
-"""Blocks whose units fire often or seldom: proved, the result is dense; not proved, it is, or the call says it was not."""
+"""Blocks whose units fire often or seldom: proved, results are dense; not proved, they are, or the call says so."""
 
 import functools
 from statistics import NormalDist
@@ -151,7 +151,7 @@ def test_derivatives_batches_and_outer_transformations_go_through():
     many = tokens(5)[:, None]
     assert_same(jax.jit(jax.vmap(lambda x: step(packed, x)))(many), jnp.stack([step(packed, x) for x in many]), 1e-5)
     for share in (0.05, 0.9):
-        _, counts = jax.vmap(lambda x, p=weights(share): step.with_fallbacks(p, x))(many)
+        _, counts = jax.vmap(functools.partial(step.with_fallbacks, weights(share)))(many)
         assert [list(map(int, each)) for each in counts.values()] == [[int(share == 0.9)] * 5]
 
 
@@ -247,7 +247,9 @@ def test_an_activation_that_is_seldom_zero_is_refused_unless_asked_for(name):
     plan = hx.sparsify(through(act), config=config()).trace(weights(), tokens()).plan
     assert not plan.sites
     for refusal in plan.refusals:
-        assert f"is zero for {often} of ordinary inputs only, so units left out would change the result" in refusal.reason
+        assert (
+            f"is zero for {often} of ordinary inputs only, so units left out would change the result" in refusal.reason
+        )
         assert 'activations="any"' in refusal.reason
     asked = hx.sparsify(through(act), config=config(activations="any")).trace(weights(), tokens()).plan
     assert [s.kind for s in asked.sites] == ["ffn"]

@@ -223,7 +223,7 @@ def test_a_block_is_short_where_a_unit_that_is_not_zero_is_left_out(tokens, acti
                 **sizes,
             )
             want = jax.nn.relu(x @ rows.T + bias) @ down
-            assert short.shape == () and short.dtype == bool
+            assert (short.shape, short.dtype) == ((), bool)
             assert bool(short) == (float(jnp.abs(result - want).max()) > 1e-3)
             modes.add(bool(short))
     assert modes == {False, True}

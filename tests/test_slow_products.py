@@ -1,0 +1,142 @@
+"""On a CPU whose products of 8 bits are slow a site that would not win stays dense, and it is said why."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from checks import FORCE
+
+import hire_xform as hx
+from hire_xform.passes import machine
+from hire_xform.passes.cost import sparse_cost
+
+V, D, M = 65_536, 1024, 4096
+
+
+def struct(*shape, dtype=jnp.float32):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def head(w, x):
+    return jnp.argmax(x @ w, axis=-1)
+
+
+def block(w, x):
+    return jax.nn.relu(x @ w["up"]) @ w["down"]
+
+
+HEAD = head, (struct(D, V), struct(1, D))
+BLOCK = block, ({"up": struct(D, M), "down": struct(M, D)}, struct(1, D))
+
+
+def config(rules=(), predictor=None, certify=False):
+    vocab = hx.Vocab(candidates=256, predictor=predictor, certify=certify)
+    return hx.Config(vocab=vocab, ffn=hx.Ffn(active=0.25, predictor=predictor, certify=certify), rules=rules)
+
+
+def plan_of(program, *rules, **settings):
+    fun, shapes = program
+    return hx.sparsify(fun, config=config(rules, **settings)).trace(*shapes).plan
+
+
+@pytest.fixture(params=["avx2", "other"])
+def slow(request, monkeypatch):
+    monkeypatch.setenv(machine.VARIABLE, request.param)
+    return machine.MACHINES[request.param]
+
+
+@pytest.mark.parametrize("program", [HEAD, BLOCK], ids=["head", "block"])
+def test_with_vnni_it_is_rewritten(program, monkeypatch):
+    monkeypatch.setenv(machine.VARIABLE, "avx512_vnni")
+    for certify in (False, True):
+        assert len(plan_of(program, certify=certify).sites) == 1
+
+
+@pytest.mark.parametrize("program", [HEAD, BLOCK], ids=["head", "block"])
+def test_without_it_stays_dense_and_says_why(program, slow):
+    for certify in (False, True):
+        plan = plan_of(program, certify=certify)
+        assert not plan.sites
+        for refusal in plan.refusals:
+            assert "would not be faster on cpu" in refusal.reason
+            assert f"on this CPU ({slow.name}) XLA's products of 8 bits run at 0.2 of the speed" in refusal.reason
+            assert "force=True" in refusal.reason
+        assert len(plan_of(program, *FORCE, certify=certify).sites) == 1
+
+
+@pytest.mark.parametrize("program", [HEAD, BLOCK], ids=["head", "block"])
+def test_a_predictor_of_fewer_bytes_wins_there_too(program, slow):
+    for predictor in (hx.LowRank(0.25, bits=8), hx.LowRank(0.125, bits=8)):
+        assert len(plan_of(program, predictor=predictor).sites) == 1
+    # In 4 bits even fewer bytes are read, and taken apart more slowly than that saves.
+    assert not plan_of(program, predictor=hx.Quantized(4)).sites
+
+
+def test_what_is_too_small_on_any_cpu_is_not_put_down_to_this_one(slow):
+    small = block, ({"up": struct(32, 64), "down": struct(64, 32)}, struct(1, 32))
+    for refusal in plan_of(small).refusals:
+        assert "would not be faster on cpu;" in refusal.reason
+
+
+def test_other_platforms_are_planned_as_before(slow):
+    for fun, shapes in (HEAD, BLOCK):
+        found = {}
+        for platform in ("gpu", "tpu"):
+            traced = hx.sparsify(fun, config=config())
+            plan = traced.trace(*shapes)._plan(config(), platform)
+            (decision,) = plan.decisions
+            site = decision.site
+            found[platform] = sparse_cost(decision.match, decision.settings, 1, 100, [(1.0, 10, False)], platform)
+            assert site.sparse_bytes < site.dense_bytes
+        assert found == {"gpu": 110 + (4 << 20), "tpu": 110 + (4 << 20)}
+
+
+def test_many_rows_of_a_head_cost_more_than_their_bytes():
+    (decision,) = plan_of(HEAD).decisions
+    settings = {certify: hx.Vocab(certify=certify, predictor=hx.Quantized(8)) for certify in (False, True)}
+
+    def cost(rows, certify, share=1.0, dense=0.0):
+        ladders = [(share, rows, False), (dense, rows, True)]
+        return sparse_cost(decision.match, settings[certify], 1, 0, ladders, "cpu")
+
+    row = D * 4
+    few, many = (cost(n * row, False) - cost(0, False) for n in (256, 16_384))
+    assert few == 1.5 * 256 * row
+    assert many > 6 * 16_384 * row
+    assert cost(256 * row, True) - cost(0, True) == 2 * few
+    # A share of dense runs is added in full.
+    assert cost(0, True, 0.5, 0.5) - cost(0, True) == 0.5 * D * V * 4
+    assert cost(0, True) > cost(0, False)
+
+
+def test_a_certified_head_that_would_open_thousands_of_rows_stays_dense():
+    fun, shapes = HEAD
+    rule = hx.Rule("*", vocab=hx.Vocab(candidates=8192, predictor=hx.LowRank(0.25, bits=8), certify=True))
+    plan = hx.sparsify(fun, config=hx.Config(rules=(rule,))).trace(*shapes).plan
+    assert not plan.sites
+    few = hx.Rule("*", vocab=hx.Vocab(candidates=256, predictor=hx.LowRank(0.25, bits=8), certify=True))
+    assert len(hx.sparsify(fun, config=hx.Config(rules=(few,))).trace(*shapes).plan.sites) == 1
+
+
+def test_the_machine_is_what_the_variable_says_or_what_is_found(monkeypatch):
+    monkeypatch.delenv(machine.VARIABLE)
+    has = {"flags": frozenset({"avx2", "avx512_vnni"})}
+    monkeypatch.setattr(machine, "_cpu_flags", lambda: has["flags"])
+    for flags, xla, want in (
+        ({"avx2", "avx512_vnni"}, "", "avx512_vnni"),
+        ({"avx2", "avx512_vnni"}, "--xla_cpu_max_isa=AVX2", "avx2"),
+        ({"avx2", "avx512_vnni"}, "--xla_cpu_max_isa=AVX512_BF16 --other", "avx512_vnni"),
+        ({"avx2", "avx_vnni"}, "", "avx2"),
+        (set(), "", "other"),
+    ):
+        machine._detected.cache_clear()
+        has["flags"] = frozenset(flags)
+        monkeypatch.setenv("XLA_FLAGS", xla)
+        assert machine.machine_here() is machine.MACHINES[want]
+    machine._detected.cache_clear()
+    monkeypatch.setenv(machine.VARIABLE, "sse9")
+    with pytest.raises(ValueError, match=r"HIRE_CPU='sse9': expected one of avx512_vnni, avx2, other"):
+        machine.machine_here()
+
+
+def test_what_this_cpu_says_of_itself_can_be_read():
+    assert all(name == name.lower() and " " not in name for name in machine._cpu_flags())
