@@ -121,7 +121,8 @@ def _site(sites: list[Site]) -> list[str]:
     if expected:
         lines.append(f"         as many as are needed, with the share of calls expected: {_rungs(site)}")
     if site.placed:
-        lines.append(f"         each of {site.placed} its own share" + (f"; {site.rows}" if site.rows else ""))
+        share = "its own share" if site.shards > 1 else "all of it, for the tokens that it has"
+        lines.append(f"         each of {site.placed} {share}" + (f"; {site.rows}" if site.rows else ""))
     if site.calibrated:
         lines.append(f"         {site.calibrated}")
     if site.own:

@@ -54,7 +54,8 @@ class Site:
       forced: True when a rule overrode the cost model.
       calibrated: what a calibration says of its size; empty without one.
       shards: over how many devices its units are split; each reads, and picks from, its own.
-      placed: the mesh axes of those devices, for reports; empty without any.
+      placed: the mesh axes of those devices, for reports; empty without any. Where ``shards`` is 1 those that its
+        tokens are split over.
       rows: of a sharded vocabulary, how its rows are distributed over devices, and why.
       rungs: of a certified site the sizes that it may take, ``computed`` being the largest, and last its dense form; of
         layers with sizes of their own those of each, one after the other. ``Sparsified.with_rungs`` counts them.

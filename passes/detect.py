@@ -6,8 +6,9 @@ Detection is structural and knows no sizes, settings or platforms: what is done 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+import jax.numpy as jnp
 from jax.extend.core import primitives as prims
 
 from hire_xform.passes import compat
@@ -19,7 +20,7 @@ from hire_xform.passes.parts import is_cut, parts_of_rows
 from hire_xform.passes.pointwise import STEPS
 from hire_xform.passes.probe import Probe
 from hire_xform.passes.products import Product, find_products, matrix, normal_form
-from hire_xform.passes.provenance import Provenance, Recipe, Reshape, Slice, Transpose
+from hire_xform.passes.provenance import Provenance, Recipe, Reshape, Root, Slice, Transpose
 from hire_xform.passes.region import Apply, Region, Up
 from hire_xform.passes.walk import Frame, Graph, Node, Value
 
@@ -118,11 +119,26 @@ def vocab_rows(match: VocabMatch) -> Recipe:
 
 @dataclass(frozen=True, repr=False)
 class Rejection:
-    """A weight product that is no match, and why."""
+    """A weight product that is no match, and why.
+
+    Attributes:
+      node: the equation.
+      product: the product; None of one that has no weight in normal form.
+      reason: why.
+      read: the weights of one without, and the bytes of each that a call reads.
+    """
 
     node: Node
     product: Product | None
     reason: str
+    read: dict[Root, int] = field(default_factory=dict)
+
+    @property
+    def weights_read(self) -> dict[Root, int]:
+        """Its weights, and the bytes of each that a call reads."""
+        if self.product is None:
+            return self.read
+        return {self.product.origin.recipe.root: self.product.nbytes * self.node.scope.iterations}
 
 
 @dataclass(frozen=True, repr=False)
@@ -144,6 +160,7 @@ def detect(graph: Graph, provenance: Provenance) -> Detection:
     taken: set[Product] = set()
     matches: list[VocabMatch | FfnMatch] = []
     reasons: dict[Product, str] = {}
+    leads: dict[Product, _Nearly] = {}
     probe = Probe()
     for product in products:
         found = _ffn(product, by_node, taken, probe)
@@ -151,13 +168,15 @@ def detect(graph: Graph, provenance: Provenance) -> Detection:
             matches.append(found)
             taken.update(found.products)
         elif found is not None:
-            reasons.setdefault(product, found)
+            reasons.setdefault(product, found.reason)
+            for first in found.ups:
+                leads.setdefault(first, found)
     vocabularies: list[tuple[Product, Fate]] = []
     for product in products:
         if product in taken:
             continue
         fate = follow(product, narrow=not _is_wide(product))
-        reason = _not_vocabulary(product, fate, by_node)
+        reason = _not_vocabulary(product, fate, by_node, leads.get(product))
         if reason is None:
             vocabularies.append((product, fate))
         elif product not in reasons or fate.first("contracted", "multiplied") is not None:
@@ -169,7 +188,7 @@ def detect(graph: Graph, provenance: Provenance) -> Detection:
     matches += [VocabMatch(product) for product in alone]
     taken.update(alone)
     rejections = [Rejection(p.node, p, reasons[p]) for p in products if p not in taken]
-    rejections += [Rejection(item.node, None, item.reason) for item in loose]
+    rejections += [Rejection(item.node, None, item.reason, item.read) for item in loose]
     rejections.sort(key=lambda r: order[r.node])
     matches.sort(key=lambda m: order[m.node])
     return Detection(matches, rejections, products, order, find_lookups(graph, provenance))
@@ -195,15 +214,30 @@ def _combined(vocabularies: list[tuple[Product, Fate]]) -> dict[Product, str]:
     return reasons
 
 
-def _ffn(down: Product, by_node: dict[Node, Product], taken: set[Product], probe: Probe) -> FfnMatch | str | None:
-    """The block that ends in ``down``; a reason when there is nearly one; None when nothing points to one."""
+@dataclass(frozen=True, repr=False)
+class _Nearly:
+    """What is no block, though it looks like one.
+
+    Attributes:
+      down: what would be its last product.
+      reason: why it is none.
+      ups: the products that lead to it.
+      quantised: True where that is because its activations are quantised at run time.
+    """
+
+    down: Product
+    reason: str
+    ups: tuple[Product, ...] = ()
+    quantised: bool = False
+
+
+def _ffn(down: Product, by_node: dict[Node, Product], taken: set[Product], probe: Probe) -> FfnMatch | _Nearly | None:
+    """The block that ends in ``down``, or what is nearly one; None when nothing points to one."""
     if down in taken or not down.width or not down.contracted or not down.tokens:
         return None
     hidden = down.x
     if down.batched:
-        return (
-            "its weight has a batch dimension (experts or stacked layers): one product for each, which is not followed"
-        )
+        return _Nearly(down, _BATCHED)
     if not may_follow_product(down, by_node):
         return None
     layout: list = [None] * len(hidden.shape)
@@ -219,20 +253,28 @@ def _ffn(down: Product, by_node: dict[Node, Product], taken: set[Product], probe
         if leak is not None:
             return None  # a residual stream, not nearly a block
         if _factored(region, down):
-            return "nothing nonlinear lies between it and the product it follows: one matrix in two factors"
+            how = "nothing nonlinear lies between it and the product it follows: one matrix in two factors"
+            return _Nearly(down, how)
+    ups = tuple(up.product for up in region.ups)
     if leak is not None:
-        return leak
+        return _Nearly(down, leak, ups, not jnp.issubdtype(hidden.aval.dtype, jnp.floating))
     blocked = next((up.product for up in region.ups if up.product in taken), None)
     if blocked is not None:
-        return f"the product it follows, {blocked.path}, already belongs to another block"
+        return _Nearly(down, f"the product it follows, {blocked.path}, already belongs to another block", ups)
     return FfnMatch(down, hidden, tuple(layout), region, down.tokens, region.units)
 
 
 def _leak(region: Region, hidden: Value, down: Product) -> str | None:
     """Why the hidden units can't be left out: something besides the block reads them."""
+    quantised = not jnp.issubdtype(hidden.aval.dtype, jnp.floating)
     for value in sorted(region.inner, key=lambda v: v.node.path if v.node else ""):
         for node in value.consumers:
             if node not in region.nodes and node is not down.node:
+                if quantised:
+                    return (
+                        f"what it contracts is quantised at run time to {hidden.aval.dtype}, and {node.primitive} at "
+                        f"{node.source} reads all units for the scale"
+                    )
                 return (
                     f"what it contracts is also read by {node.primitive} at {node.source}"
                     if value is hidden
@@ -325,16 +367,27 @@ def _nodes(item: Node | Frame) -> list[Node]:
     return [item] if isinstance(item, Node) else [n for inner in item.items for n in _nodes(inner)]
 
 
-def _not_vocabulary(product: Product, fate: Fate, by_node: dict[Node, Product]) -> str | None:
-    """Why a product outside any block is no vocabulary projection; None when it is one."""
+_BATCHED = "its weight has a batch dimension (experts or stacked layers): one product for each, which is not followed"
+
+
+def _not_vocabulary(
+    product: Product, fate: Fate, by_node: dict[Node, Product], leads: _Nearly | None = None
+) -> str | None:
+    """Why a product outside any block is no vocabulary projection; None when it is one.
+
+    Args:
+      product, fate: the product, and what becomes of its output.
+      by_node: all products.
+      leads: of one that leads to what is nearly a block, that.
+    """
     if product.batched:
-        return (
-            "its weight has a batch dimension (experts or stacked layers): one product for each, which is not followed"
-        )
+        return _BATCHED
     if not product.width or not product.contracted or not product.tokens:
         return "it is empty"
     event = fate.first("contracted", "multiplied")
     if event is not None and event[1] is not None:
+        if leads is not None and (leads.quantised or fate.first("reduced", "mixed", "returned") is None):
+            return f"it leads to {leads.down.path}, with which it makes no block: there, {leads.reason}"
         how = "contracted by" if event[0] == "contracted" else "an operand of"
         mixing = fate.first("reduced", "mixed", "gathered", "moved")
         if mixing is not None and mixing[1] is not None:
@@ -343,6 +396,11 @@ def _not_vocabulary(product: Product, fate: Fate, by_node: dict[Node, Product]) 
         if fate.first("returned") is not None:
             return "its output is returned as well as contracted, so every unit of it is needed"
         where = event[1].source
+        if event[1] in by_node and by_node[event[1]].batched:
+            return (
+                f"its output is {how} {event[1].path} at {where}, whose weight has a batch dimension (experts or "
+                "stacked layers): one product for each, which is not followed"
+            )
         if event[1] in by_node:
             return f"its output is {how} another product at {where}, a weight's as well, but the two make no block"
         return f"its output is {how} another product at {where}, not pointwise and not a weight's"

@@ -58,9 +58,8 @@ def make_plan(
             source = product.node.source
             refusals.append((product.node, Refusal(product.path, source, found, kind, size, (name,))))
     for rejection in detection.rejections:
-        node, rejected = rejection.node, rejection.product
-        size = rejected.nbytes * node.scope.iterations if rejected is not None else 0
-        weights = (name_of(rejected.origin.recipe.root),) if rejected is not None else ()
+        node, read = rejection.node, rejection.weights_read
+        size, weights = sum(read.values()), tuple(name_of(root) for root in read)
         source = node.source
         refusals.append((node, Refusal(node.path, source, rejection.reason, "", size, weights)))
     refusals.sort(key=lambda pair: detection.order[pair[0]])

@@ -13,8 +13,8 @@ from jax.lax import Precision
 
 from hire_xform.passes import compat
 from hire_xform.passes.pointwise import POINTWISE
-from hire_xform.passes.provenance import Convert, Origin, Provenance, Recipe, Reshape, Slice, Transpose
-from hire_xform.passes.walk import Graph, Node, Operand, Value
+from hire_xform.passes.provenance import Convert, Origin, Provenance, Recipe, Reshape, Root, Slice, Transpose
+from hire_xform.passes.walk import Graph, Node, Operand, Value, used_nodes
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -142,25 +142,37 @@ def rounding_free(recipe: Recipe) -> bool:
 
 @dataclass(frozen=True, repr=False)
 class Loose:
-    """A large product that looks like one with a weight but has none in normal form, and why."""
+    """A product that is none with a weight in normal form, though it looks like one, or that nothing uses, and why.
+
+    Attributes:
+      node: the equation.
+      reason: why.
+      read: the weights that it is a product of, and the bytes of each that a call reads.
+    """
 
     node: Node
     reason: str
+    read: dict[Root, int]
 
 
 def find_products(graph: Graph, provenance: Provenance) -> tuple[list[Product], list[Loose]]:
     """All weight products of the graph in program order, and look-alikes with the reason they are none."""
     products: list[Product] = []
     loose: list[Loose] = []
+    used = used_nodes(graph)
     for node in graph.program_order():
         if node.primitive is prims.dot_general_p:
             found = _classify(node, provenance)
-            if isinstance(found, Product):
+            if found is not None and node not in used:
+                not_read = dict.fromkeys(provenance.read_by(node.inputs), 0)
+                loose.append(Loose(node, "its output is not used, so that a compiler leaves it out", not_read))
+            elif isinstance(found, Product):
                 products.append(found)
             elif found is not None:
                 loose.append(found)
-        elif (reason := _unlike_product(node, provenance)) is not None:
-            loose.append(Loose(node, reason))
+        elif (other := _unlike_product(node, provenance)) is not None:
+            if node in used:
+                loose.append(other)
         elif node.primitive is prims.while_p:
             loose.extend(_in_condition(node, provenance))
         elif not node.children and node.primitive not in POINTWISE:
@@ -175,7 +187,8 @@ def _classify(node: Node, provenance: Provenance) -> Product | Loose | None:
         # A closed-over array outranks an argument: `sparsify(lambda x: x @ w)` marks x, its first argument, as weights.
         kinds = [o.recipe.root.kind for o in origins if o is not None]
         if kinds[0] == kinds[1]:
-            return Loose(node, "both operands are weights; it does not depend on the data")
+            reason = "both operands are weights; it does not depend on the data"
+            return Loose(node, reason, provenance.read_by(node.inputs))
         weight_left = kinds[0] == "const"
     elif origins[0] is None and origins[1] is None:
         return _derived_weight(node, provenance)
@@ -215,23 +228,24 @@ def _derived_weight(node: Node, provenance: Provenance) -> Loose | None:
     for operand in node.inputs:
         how = provenance.derived(operand)
         if how is not None and isinstance(operand, Value) and len(operand.shape) >= 2:
-            return Loose(node, f"its weight is computed inside the program, by {how}")
+            reason = f"its weight is computed inside the program, by {how}"
+            return Loose(node, reason, provenance.read_by([operand]))
     return None
 
 
-def _unlike_product(node: Node, provenance: Provenance) -> str | None:
-    """Why an equation that multiplies data by a matrix of weights, but is no product of two matrices, is left."""
+def _unlike_product(node: Node, provenance: Provenance) -> Loose | None:
+    """An equation that multiplies data by a matrix of weights, but is no product of two matrices."""
     if node.primitive in (prims.conv_general_dilated_p, compat.RAGGED_DOT):
         kernel = node.inputs[1]
         if _matrix_origin(kernel, provenance) is None and provenance.derived(kernel) is None:
             return None
-        if node.primitive is compat.RAGGED_DOT:
-            return "one product for each group of tokens, as experts have, which is not followed"
-        return "a convolution, which is not followed"
+        experts = "one product for each group of tokens, as experts have, which is not followed"
+        reason = experts if node.primitive is compat.RAGGED_DOT else "a convolution, which is not followed"
+        return Loose(node, reason, provenance.read_by([kernel]))
     return _summed_product(node, provenance) if node.primitive is prims.reduce_sum_p else None
 
 
-def _summed_product(node: Node, provenance: Provenance) -> str | None:
+def _summed_product(node: Node, provenance: Provenance) -> Loose | None:
     summed: Any = node.inputs[0]
     while _made_by(summed, prims.convert_element_type_p):
         summed = summed.node.inputs[0]
@@ -244,7 +258,8 @@ def _summed_product(node: Node, provenance: Provenance) -> str | None:
         assert isinstance(weight, Value)
         lengths = [n for d, n in enumerate(weight.shape) if d not in axes]
         if x.shape and math.prod(lengths) > 1 and any(weight.shape[d] > 1 and x.shape[d] > 1 for d in axes):
-            return "a product spelled as a sum of products, which is not followed; spell it with @ or einsum"
+            reason = "a product spelled as a sum of products, which is not followed; spell it with @ or einsum"
+            return Loose(node, reason, provenance.read_by([weight]))
     return None
 
 
@@ -254,23 +269,27 @@ def _made_by(operand: Any, primitive: Any) -> bool:
 
 def _unentered(node: Node, provenance: Provenance) -> list[Loose]:
     """Equations with sub-jaxprs that are not entered, when a matrix of weights goes in."""
-    if not _takes_matrix(node, provenance) or not any(_has_products(j) for _, j in compat.sub_jaxprs(node.eqn)):
+    if not _matrices(node, provenance) or not any(_has_products(j) for _, j in compat.sub_jaxprs(node.eqn)):
         return []
-    return [Loose(node, f"{node.primitive} is not entered; what is inside is left as it is")]
+    reason = f"{node.primitive} is not entered; what is inside is left as it is"
+    return [Loose(node, reason, provenance.read_by(_matrices(node, provenance)))]
 
 
 def _in_condition(node: Node, provenance: Provenance) -> list[Loose]:
     """A while whose condition has products, when a matrix of weights goes in."""
-    if not _takes_matrix(node, provenance) or not _has_products(compat.while_parts(node.eqn).cond_jaxpr):
+    if not _matrices(node, provenance) or not _has_products(compat.while_parts(node.eqn).cond_jaxpr):
         return []
-    return [Loose(node, "the condition of a while is not entered; what is inside is left as it is")]
+    # It has the first operands to itself, and sees the state besides.
+    lead, body = compat.while_parts(node.eqn).cond_nconsts, compat.while_parts(node.eqn).body_nconsts
+    seen = [*node.inputs[:lead], *node.inputs[lead + body :]]
+    read = provenance.read_by(o for o in _matrices(node, provenance) if o in seen)
+    return [Loose(node, "the condition of a while is not entered; what is inside is left as it is", read)]
 
 
-def _takes_matrix(node: Node, provenance: Provenance) -> bool:
-    return any(
-        isinstance(o, Value) and len(o.shape) >= 2 and (provenance.origin(o) or provenance.derived(o))
-        for o in node.inputs
-    )
+def _matrices(node: Node, provenance: Provenance) -> list[Value]:
+    """Of the operands of an equation the matrices of weights."""
+    values = [o for o in node.inputs if isinstance(o, Value) and len(o.shape) >= 2]
+    return [v for v in values if provenance.origin(v) or provenance.derived(v)]
 
 
 def _has_products(jaxpr: Any) -> bool:

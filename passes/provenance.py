@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,7 +101,8 @@ class Provenance:
 
     def __init__(self, graph: Graph, roots: Sequence[Root | None]):
         self._origins: dict[Value, Origin] = {}
-        self._derived: dict[Value, str] = {}
+        # Of a value made of weights the operation that made it, and of what.
+        self._derived: dict[Value, tuple[str, tuple[Operand, ...]]] = {}
         self._fixed: set[Value] = set()
         self.consts: dict[int, Any] = {}
         for value, root in zip(graph.top.inputs, roots, strict=True):
@@ -120,7 +121,32 @@ class Provenance:
 
     def derived(self, operand: Operand) -> str | None:
         """For a value computed from weights alone but by more than layout and dtype: the operation that did it."""
-        return self._derived.get(operand) if isinstance(operand, Value) else None
+        found = self._derived.get(operand) if isinstance(operand, Value) else None
+        return None if found is None else found[0]
+
+    def read_by(self, operands: Iterable[Operand]) -> dict[Root, int]:
+        """The weights that some values are made of, in the order they are met, and the bytes read of each in a call.
+
+        What is taken of a weight is read once in each execution of the scope that takes it.
+        """
+        parts: dict[tuple[Recipe, int], Root] = {}
+        seen: set[Value] = set()
+        queue = [o for o in operands if isinstance(o, Value)][::-1]
+        while queue:
+            value = queue.pop()
+            if value in seen:
+                continue
+            seen.add(value)
+            origin = self.origin(value)
+            if origin is None:
+                queue += [o for o in self._derived.get(value, ("", ()))[1] if isinstance(o, Value)][::-1]
+                continue
+            size = math.prod(value.shape) * np.dtype(origin.stored).itemsize * value.scope.iterations
+            parts[origin.recipe, size] = origin.recipe.root
+        read: dict[Root, int] = {}
+        for (_, size), root in parts.items():
+            read[root] = read.get(root, 0) + size
+        return read
 
     def _scope(self, scope: Scope) -> None:
         for value in scope.inputs:
@@ -135,7 +161,7 @@ class Provenance:
             if origin is not None:
                 self._origins[value] = origin
             elif (how := self.derived(value.outer)) is not None:
-                self._derived[value] = how
+                self._derived[value] = how, (value.outer,)
         for node in scope.nodes:
             self._node(node)
             for child in node.children:
@@ -156,7 +182,8 @@ class Provenance:
             if value.outer is None and self._is_weight_matrix(node.inputs[first + i])
         }
         while True:
-            self._derived.update((value, f"{node.primitive} at {node.source}") for value in guessed.values())
+            how = f"{node.primitive} at {node.source}"
+            self._derived.update((value, (how, (node.inputs[first + i],))) for i, value in guessed.items())
             self._scope(scope)
             wrong = [i for i in guessed if not self._is_weight_matrix(scope.outputs[i])]
             if not wrong:
@@ -173,7 +200,7 @@ class Provenance:
             made = [child.outputs[i] for child in node.children]
             stacked = node.children[0].kind == "scan" and i >= len(carried_inputs(node))
             if not stacked and all(self._is_weight_matrix(value) for value in made):
-                self._derived[result] = f"{node.primitive} at {node.source}"
+                self._derived[result] = f"{node.primitive} at {node.source}", tuple(made)
 
     def _forget(self, scope: Scope) -> None:
         for value in scope.inputs:
@@ -227,7 +254,7 @@ class Provenance:
         elif all(v.const is not None or v in self._origins or v in self._derived for v in made_of):
             how = f"{node.primitive} at {node.source}"
             for result in node.outputs:
-                self._derived[result] = how
+                self._derived[result] = how, tuple(made_of)
 
     def _is_data(self, value: Value) -> bool:
         fixed = value in self._fixed or value in self._origins or value in self._derived

@@ -51,9 +51,9 @@ class Placement:
         return is_explicit(self.mesh)
 
     def __str__(self) -> str:
-        """For reports."""
-        axes = "*".join(self.rows)
-        return f"{self.shards} devices along {axes!r}"
+        """For reports: the devices that have a share each, of the rows, or where those are whole of the tokens."""
+        names = self.rows or self.tokens
+        return f"{self.size(names)} devices along {'*'.join(names)!r}" if names else "every device"
 
 
 def as_automatic(mesh: Any) -> Mesh:

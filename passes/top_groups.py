@@ -105,9 +105,8 @@ def plan_top_groups(
             )
         )
     for rejection in detection.rejections:
-        node, product = rejection.node, rejection.product
-        size = product.nbytes * node.scope.iterations if product is not None else 0
-        weights = (name_of(product.origin.recipe.root),) if product is not None else ()
+        node, read = rejection.node, rejection.weights_read
+        size, weights = sum(read.values()), tuple(name_of(root) for root in read)
         refusals.append((node, Refusal(node.path, node.source, rejection.reason, "", size, weights)))
     refusals.sort(key=lambda pair: detection.order[pair[0]])
     return Plan(tuple(sites), tuple(r for _, r in refusals), platform), chosen

@@ -186,6 +186,26 @@ def _in_order(scope: Scope) -> Iterator[Node]:
         yield node
 
 
+def used_nodes(graph: Graph) -> set[Node]:
+    """The equations whose results lead to those of the program, or that have an effect; compilers leave out others."""
+    used: set[Node] = set()
+    left: list[tuple[Scope, Sequence[Operand]]] = [(graph.top, graph.top.outputs)]
+    while left:
+        scope, wanted = left.pop()
+        read = {o for o in wanted if isinstance(o, Value)}
+        for node in reversed(scope.nodes):
+            if not node.eqn.effects and not any(v in read for v in node.outputs):
+                continue
+            used.add(node)
+            # All of a loop's state is taken to be read.
+            state = len(carried_inputs(node)) if node.primitive in (prims.scan_p, prims.while_p) else 0
+            for child in node.children:
+                results = enumerate(zip(child.outputs, node.outputs, strict=True))
+                left.append((child, [inner for i, (inner, outer) in results if i < state or outer in read]))
+            read.update(o for o in node.inputs if isinstance(o, Value))
+    return used
+
+
 def walk(jaxpr: Any) -> Graph:
     """Lays out a closed jaxpr as a graph."""
     scopes: list[Scope] = []

@@ -395,6 +395,11 @@ def check_explain_says_over_how_many_devices():
     w, x = placed(mesh_of(4))
     text = hx.sparsify(decode, config=narrow()).trace(w, x).explain()
     assert "each of 4 devices along 'model' its own share" in text
+    whole = {name: P() for name in SPECS}
+    w, x = placed(mesh_of(1, 4), whole, P("data"))
+    text = hx.sparsify(decode, config=narrow()).trace(w, x).explain()
+    assert "each of 4 devices along 'data' all of it, for the tokens that it has" in text
+    assert "1 devices" not in text
 
 
 @pytest.mark.parametrize("name", devices.checks(__name__))
