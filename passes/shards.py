@@ -52,8 +52,9 @@ class Placement:
 
     def __str__(self) -> str:
         """For reports: the devices that have a share each, of the rows, or where those are whole of the tokens."""
-        names = self.rows or self.tokens
-        return f"{self.size(names)} devices along {'*'.join(names)!r}" if names else "every device"
+        names = self.rows if self.shards > 1 else self.tokens
+        count = self.size(names)
+        return f"{count} devices along {'*'.join(names)!r}" if count > 1 else "the devices"
 
 
 def as_automatic(mesh: Any) -> Mesh:

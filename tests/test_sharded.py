@@ -396,10 +396,16 @@ def check_explain_says_over_how_many_devices():
     text = hx.sparsify(decode, config=narrow()).trace(w, x).explain()
     assert "each of 4 devices along 'model' its own share" in text
     whole = {name: P() for name in SPECS}
-    w, x = placed(mesh_of(1, 4), whole, P("data"))
-    text = hx.sparsify(decode, config=narrow()).trace(w, x).explain()
-    assert "each of 4 devices along 'data' all of it, for the tokens that it has" in text
-    assert "1 devices" not in text
+    for fun, types, specs, spec in (
+        (decode, AUTO, SPECS, P("data")),
+        (explicit_decode, EXPLICIT, whole, P("data")),
+        (explicit_decode, EXPLICIT, whole, P()),
+    ):
+        w, x = placed(mesh_of(1, 4, types), specs, spec)
+        text = hx.sparsify(fun, config=narrow()).trace(w, x).explain()
+        where = "4 devices along 'data'" if spec else "the devices"
+        assert f"each of {where} all of it, for the tokens that it has" in text, text
+        assert "1 devices" not in text
 
 
 @pytest.mark.parametrize("name", devices.checks(__name__))
