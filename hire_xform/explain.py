@@ -79,6 +79,7 @@ def _site_key(site: Site) -> tuple:
         site.placed,
         site.rows,
         site.rungs,
+        site.derivative,
         site.widened,
     )
 
@@ -127,6 +128,8 @@ def _site(sites: list[Site]) -> list[str]:
         lines.append(f"         {site.calibrated}")
     if site.own:
         lines.append(f"         the model's own choice: {site.own}")
+    if site.derivative:
+        lines.append(f"         derivative: {site.derivative}")
     if site.forced:
         lines.append("         forced by a rule, whatever the cost model says")
     return lines

@@ -60,6 +60,7 @@ class Site:
       rungs: of a certified site the sizes that it may take, ``computed`` being the largest, and last its dense form; of
         layers with sizes of their own those of each, one after the other. ``Sparsified.with_rungs`` counts them.
       static: hidden units that are always computed and never predicted; ``computed`` has them.
+      derivative: which derivative it has where a custom_jvp or custom_vjp is in or around it; empty where none is.
       widened: True where the dense product has weights that are stored narrower widened whole first, at every call.
     """
 
@@ -84,6 +85,7 @@ class Site:
     rows: str = ""
     rungs: tuple[Rung, ...] = ()
     static: int = 0
+    derivative: str = ""
     widened: bool = False
 
 

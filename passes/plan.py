@@ -11,6 +11,7 @@ from hire_xform.lowering import choose
 from hire_xform.passes.certify import ALL_BITS, input_bits, not_certifiable
 from hire_xform.passes.cost import dense_cost, slow_products, sparse_cost
 from hire_xform.passes.decisions import Decision, Plan, Refusal, Rung, Site
+from hire_xform.passes.derivatives import derivative_of
 from hire_xform.passes.detect import Detection, FfnMatch, VocabMatch, vocab_rows
 from hire_xform.passes.measured import Measure, Measurement, unmeasured, with_choices
 from hire_xform.passes.needs import may_be_static, needs_of, order_of, stack_need
@@ -180,6 +181,7 @@ def _decide(
         placed="" if placement is None else str(placement),
         rungs=tuple(Rung(r.computed * shards, r.bytes * shards, r.share) for r in sizes.rungs),
         static=static,
+        derivative=derivative_of(match),
         widened=dense_as_read > dense,
     )
     needs = needs_of(match, settings, None if measurement is None else measurement.inputs, shards, order, static)
