@@ -25,11 +25,12 @@ from hire_xform.passes.liveness import Liveness
 from hire_xform.passes.merge import Merged, merge
 from hire_xform.passes.products import precision_asked
 from hire_xform.passes.provenance import IndexSlice
+from hire_xform.passes.recursion import room_for
 from hire_xform.passes.splice import dense_rows, site_function, site_operands, site_signature
 from hire_xform.passes.splice_sharded import sharded_function
 from hire_xform.passes.top_groups import TopGroups, top_groups_product
 from hire_xform.passes.treatment import Treatment
-from hire_xform.passes.walk import Frame, Graph, Node, Operand, Scope, Value
+from hire_xform.passes.walk import Frame, Graph, Node, Operand, Scope, Value, levels
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ class Rewriter:
             need: PackedView(packed(need), recipe=need.key.recipe if need.key.form == "leaf" else None)
             for need in self._scope_needs(top)
         }
-        with usual_promotion():
+        with usual_promotion(), room_for(levels(self.graph)):
             self._frame(top.root, env, views)
         return [read(env, o) for o in top.outputs]
 

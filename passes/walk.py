@@ -186,6 +186,19 @@ def _in_order(scope: Scope) -> Iterator[Node]:
         yield node
 
 
+def levels(graph: Graph) -> int:
+    """How deeply the program's loops, branches and calls are nested."""
+    deepest = 0
+    left = [(graph.top.root, 0)]
+    while left:
+        frame, level = left.pop()
+        deepest = max(deepest, level)
+        for item in frame.items:
+            inner = [item] if isinstance(item, Frame) else [child.root for child in item.children]
+            left += [(root, level + 1) for root in inner]
+    return deepest
+
+
 def used_nodes(graph: Graph) -> set[Node]:
     """The equations whose results lead to those of the program, or that have an effect; compilers leave out others."""
     used: set[Node] = set()
