@@ -104,7 +104,8 @@ class ChoiceBlock:
       spec: the predictor of the products that the score hangs on.
       active: groups of units each token may have computed.
       group_size: units in a group; where the model chooses groups, a multiple of theirs.
-      up_dtypes: dtypes of the products into the units.
+      up_dtypes: dtypes of the products into the units. Whether the dense program rounds to them is not known.
+      hidden_dtypes: dtypes in which ``region`` is given them.
       out_dtype: dtype of the result.
       input_bits: significant bits that the dense products keep of f32 inputs.
     """
@@ -121,6 +122,7 @@ class ChoiceBlock:
     active: int
     group_size: int
     up_dtypes: tuple[jnp.dtype, ...]
+    hidden_dtypes: tuple[jnp.dtype, ...]
     out_dtype: jnp.dtype
     input_bits: int = 24
 
@@ -228,7 +230,7 @@ def _attempt(block: ChoiceBlock, o: ChoiceOperands) -> tuple[jax.Array, jax.Arra
         index = jnp.sort(select(_grouped(block, bounded.score.high), selection), axis=-1)
     ups = [
         UpProduct(x=x, rows=rows, first_row=_start(rows, first, block), packed=None, spec=block.spec, dtype=dtype)
-        for x, rows, first, dtype in zip(o.xs, o.rows, o.first_rows, block.up_dtypes, strict=True)
+        for x, rows, first, dtype in zip(o.xs, o.rows, o.first_rows, block.hidden_dtypes, strict=True)
     ]
     with jax.named_scope("compute"):
         hiddens = chosen_products(ups, index, block.group_size)

@@ -18,6 +18,7 @@ from jax import lax
 
 from hire_xform.lowering.bounds import norm
 from hire_xform.lowering.da_top_k import da_top_k
+from hire_xform.lowering.intervals import rounded_up
 from hire_xform.lowering.largest import largest_or_nan
 from hire_xform.lowering.predictors import PredictorSpec
 from hire_xform.lowering.proofs import Proof, scores_with_bounds
@@ -39,7 +40,8 @@ class CertifiedBlock:
       units: hidden units, m.
       gate: which of the products into the units the gate rises with.
       region: what the model does to the units: ``region(hiddens, sides, gather)``.
-      gate_value: the gate from ``(hiddens, sides)``, ``[T, m]``; only the hidden of product ``gate`` is given.
+      gate_value: an upper bound of the gate, f32 ``[T or 1, m]``, from one of product ``gate`` and the side inputs,
+        whatever the dense program rounds of what its dtypes say.
       dense_up: the dense product number ``i`` into the units: ``dense_up(i, x, rows)``, ``[T, m]``.
       dense_down: the dense contracting product, ``[T, d_out]``.
       own: the block as the program has it, of the original weights: ``own(xs, sides, leaves)``; ``[T, d_out]``.
@@ -47,7 +49,8 @@ class CertifiedBlock:
       active: groups of units each token may have computed.
       smaller: fewer, ascending: the smallest size that holds all open groups is computed.
       group_size: units in a group.
-      up_dtypes: dtypes of the products into the units.
+      up_dtypes: dtypes of the products into the units. Whether the dense program rounds to them is not known.
+      hidden_dtypes: dtypes in which ``region`` is given them.
       out_dtype: dtype of the result.
       input_bits: significant bits that the dense product keeps of f32 inputs.
     """
@@ -55,7 +58,7 @@ class CertifiedBlock:
     units: int
     gate: int
     region: SideRegion
-    gate_value: Callable[[list[jax.Array | None], list[jax.Array]], jax.Array]
+    gate_value: Callable[[jax.Array, list[jax.Array]], jax.Array]
     dense_up: Callable[[int, jax.Array, jax.Array], jax.Array]
     dense_down: Callable[[jax.Array, jax.Array], jax.Array]
     own: Callable[[list[jax.Array], list[jax.Array], Any], jax.Array]
@@ -63,6 +66,7 @@ class CertifiedBlock:
     active: int
     group_size: int
     up_dtypes: tuple[jnp.dtype, ...]
+    hidden_dtypes: tuple[jnp.dtype, ...]
     out_dtype: jnp.dtype
     input_bits: int = 24
     smaller: tuple[int, ...] = ()
@@ -143,9 +147,7 @@ def upper_gate(block: CertifiedBlock, o: CertifiedOperands) -> jax.Array:
     xs, sides = lax.stop_gradient((o.xs, o.sides))
     tokens, groups = xs[0].shape[0], block.units // block.group_size
     found = scores_with_bounds(xs[block.gate], o.proof, block.spec, input_bits=block.input_bits)
-    hiddens: list[jax.Array | None] = [None] * len(xs)
-    hiddens[block.gate] = _rounded_up(found.upper, block.up_dtypes[block.gate])
-    gate = block.gate_value(hiddens, sides).astype(jnp.float32)
+    gate = block.gate_value(rounded_up(found.upper, block.up_dtypes[block.gate]), sides)
     return largest_or_nan(jnp.broadcast_to(gate, (tokens, block.units)).reshape(tokens, groups, block.group_size), -1)
 
 
@@ -169,7 +171,7 @@ def _open_units(block: CertifiedBlock, o: CertifiedOperands, gate: jax.Array, se
         index = da_top_k(wanted, selection.size)[1]
     ups = [
         UpProduct(x=x, rows=rows, first_row=_start(rows, first, block), packed=None, spec=block.spec, dtype=dtype)
-        for x, rows, first, dtype in zip(o.xs, o.rows, o.first_rows, block.up_dtypes, strict=True)
+        for x, rows, first, dtype in zip(o.xs, o.rows, o.first_rows, block.hidden_dtypes, strict=True)
     ]
     return chosen_units(
         ups,
@@ -185,14 +187,6 @@ def _open_units(block: CertifiedBlock, o: CertifiedOperands, gate: jax.Array, se
 
 def _start(rows: jax.Array, first: jax.Array, block: CertifiedBlock) -> jax.Array | int:
     return 0 if rows.shape[0] == block.units else first
-
-
-def _rounded_up(values: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """f32 values in another dtype, never below themselves."""
-    if jnp.finfo(dtype).bits >= 32:
-        return values.astype(dtype)
-    kind = jnp.finfo(dtype)
-    return (values + jnp.abs(values) * float(kind.eps) + float(kind.tiny)).astype(dtype)
 
 
 def _stays_finite(

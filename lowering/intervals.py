@@ -42,6 +42,7 @@ __all__ = [
     "quotient",
     "root",
     "rounded",
+    "rounded_up",
     "sloped",
     "smaller",
     "sum_of_groups",
@@ -131,6 +132,21 @@ def rounded(value: Interval, dtype: Any, floor: Any = None) -> Interval:
     low = low if floor is None else jnp.maximum(low, floor)
     known = (jnp.abs(low) <= most) & (jnp.abs(high) <= most)
     return Interval(jnp.where(known, low, jnp.nan), jnp.where(known, high, jnp.nan))
+
+
+def rounded_up(upper: Any, dtype: Any) -> jax.Array:
+    """An upper bound of a value, f32, as one of the value and of what it is rounded to in a dtype.
+
+    What is at most zero stays so. Of f32 nothing is added: an equation that is replayed on a bound rounds as it does.
+    """
+    if not jnp.issubdtype(dtype, jnp.floating):
+        return jnp.ceil(upper)
+    kind = jnp.finfo(dtype)
+    if kind.bits >= 32:
+        return upper
+    off = jnp.abs(upper) * float(kind.eps) + float(kind.tiny)
+    above = jnp.where(upper > 0.0, upper + off, jnp.minimum(upper + off, 0.0))
+    return jnp.where(above <= float(kind.max) / 4.0, above, jnp.nan)
 
 
 def _exactly_zero(zero: Any, value: Interval) -> Interval:

@@ -211,11 +211,11 @@ class Evaluation:
         above = p in (prims.gt_p, prims.ge_p)
         or_equal = p in (prims.ge_p, prims.le_p)
         first, second = self.region.exprs[a], self.region.exprs[b]
-        if isinstance(second, Kth) and self.same[a] == self.same[second.operand]:
+        if isinstance(second, Kth) and self._is_one(a, second.operand):
             # score >= kth, or score < kth: not at least it; score > kth, or score <= kth: not above it.
             found = self._among_largest(a, second.rank, strictly=above != or_equal)
             found = found if above else intervals.negated(found)
-        elif isinstance(first, Kth) and self.same[b] == self.same[first.operand]:
+        elif isinstance(first, Kth) and self._is_one(b, first.operand):
             found = self._among_largest(b, first.rank, strictly=above == or_equal)
             found = intervals.negated(found) if above else found
         else:
@@ -224,6 +224,25 @@ class Evaluation:
         if not self._is_continuous(number, expr):
             self.decided.append(found.decided)
         return found
+
+    def _is_one(self, a: int, b: int) -> bool:
+        """Whether two expressions are one value in the dense program, whatever its compiler rounds.
+
+        What reads 16 bits may see them rounded where another reader does not. What one equation makes of them in f32 is
+        one value; what two make that say the same may be two.
+        """
+        if self.same[a] != self.same[b]:
+            return False
+        exprs = self.region.exprs
+        if not any(_is_narrow(self.region, n) for n in needed(exprs, a)):
+            return True
+        first, second = exprs[a], exprs[b]
+        if _is_narrow(self.region, a) or a == b:
+            return not _is_narrow(self.region, a)
+        if not isinstance(first, Apply) or not isinstance(second, Apply):
+            return False
+        pairs = zip(first.operands, second.operands, strict=True)
+        return first.node is second.node or all(self._is_one(x, y) for x, y in pairs)
 
     def _is_continuous(self, number: int, expr: Apply) -> bool:
         """True for the test of a ReLU, ``where(u > 0, u, 0)``: whichever way it goes, nothing jumps."""
@@ -325,13 +344,24 @@ def _constant_over(region: Region, number: int) -> int:
     return 1
 
 
+def _is_narrow(region: Region, number: int) -> bool:
+    dtype = _dtype(region, number)
+    return jnp.issubdtype(dtype, jnp.floating) and jnp.dtype(dtype).itemsize < 4
+
+
 def _dtype(region: Region, number: int) -> Any:
     expr = region.exprs[number]
     if isinstance(expr, Apply):
         return expr.node.outputs[0].aval.dtype
     if isinstance(expr, Up):
         return expr.product.out.aval.dtype
-    return expr.dtype if isinstance(expr, (Place, Total)) else jnp.dtype(jnp.bfloat16)
+    if isinstance(expr, Side):
+        return expr.value.aval.dtype
+    if isinstance(expr, Number):
+        return jnp.asarray(expr.operand.val).dtype
+    if isinstance(expr, (Grouped, Kth)):
+        return _dtype(region, expr.operand)
+    return expr.dtype if isinstance(expr, (Place, Total)) else jnp.dtype(jnp.bool_)
 
 
 def _operands(expr: Any) -> tuple[int, ...]:

@@ -7,7 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import lax
 
-from hire_xform.passes.layout import Layout, from_canonical, has_all, row_major, to_canonical, whole
+from hire_xform.passes.layout import Layout, from_canonical, row_major, to_canonical, whole
 from hire_xform.passes.products import Product
 from hire_xform.passes.region import Up
 
@@ -47,14 +47,14 @@ def _activation_layout(product: Product, layout: Layout) -> Layout:
     return tuple(dims)
 
 
-def restored_activation(product: Product, x: Any, layout: Layout) -> Any:
-    """A product's activation in its own shape, from what ``canonical_activation`` made, where it is ``restorable``."""
-    return from_canonical(x, _activation_layout(product, layout))
+def restored_activation(product: Product, x: Any, layout: Layout, tokens: int) -> Any:
+    """A product's activation in its own shape, from what ``canonical_activation`` made."""
+    return from_canonical(x, _activation_layout(product, layout), tokens, product.contracted)
 
 
-def restorable(up: Up, tokens: int) -> bool:
-    """Whether a product's activation can be had back from ``canonical_activation``."""
-    return has_all(_activation_layout(up.product, up.layout), tokens, up.product.contracted)
+def restored_side(value: Any, layout: Layout, tokens: int, units: int) -> Any:
+    """A side input in its own shape, from what ``canonical_side`` made; its layout is full."""
+    return value if jnp.ndim(value) == 0 else from_canonical(value, layout, tokens, units)
 
 
 def shaped_activation(product: Product, x: Any) -> Any:
@@ -80,14 +80,22 @@ def result_shape(product: Product, flat: Any) -> Any:
     return shaped
 
 
-def dense_product(product: Product, x: Any, rows: Any, contracted_first: bool = False) -> Any:
-    """The product of ``[T, d]`` with its packed rows as the program has it, but for the layout."""
+def dense_up(up: Up, x: Any, rows: Any) -> Any:
+    """The product into the hidden units of ``[T, d]`` with its packed rows, as the region is given it."""
+    return dense_product(up.product, x, rows, dtype=up.dtype)
+
+
+def dense_product(product: Product, x: Any, rows: Any, contracted_first: bool = False, dtype: Any = None) -> Any:
+    """The product of ``[T, d]`` with its packed rows as the program has it, but for the layout.
+
+    ``dtype``: of the result, where it is not the product's.
+    """
     params = product.node.params
     found = lax.dot_general(
         x,
         rows.astype(product.weight.aval.dtype),
         (((1,), (0 if contracted_first else 1,)), ((), ())),
         precision=params["precision"],
-        preferred_element_type=params["preferred_element_type"],
+        preferred_element_type=params["preferred_element_type"] if dtype is None else dtype,
     )
-    return found.astype(product.out.aval.dtype)
+    return found.astype(product.out.aval.dtype if dtype is None else dtype)

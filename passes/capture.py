@@ -27,7 +27,7 @@ from hire_xform.lowering import (
     upper_gate,
     vocab_ranks,
 )
-from hire_xform.passes.canonical import dense_product, flat_activation, result_shape
+from hire_xform.passes.canonical import dense_product, dense_up, flat_activation, result_shape
 from hire_xform.passes.decisions import Decision, Need
 from hire_xform.passes.detect import FfnMatch, VocabMatch
 from hire_xform.passes.environment import Env, PackedView, read
@@ -221,8 +221,7 @@ def _ffn(
 def dense_activation(match: FfnMatch, parts: FfnParts) -> Any:
     """A block's activation ``[T, m]``, of all its units."""
     hiddens = [
-        dense_product(up.product, part.x, _own_rows(part, match.units))
-        for up, part in zip(match.region.ups, parts.ups, strict=True)
+        dense_up(up, part.x, _own_rows(part, match.units)) for up, part in zip(match.region.ups, parts.ups, strict=True)
     ]
     return parts.region(match)(hiddens, lambda values: values)
 

@@ -205,18 +205,25 @@ def to_canonical(value: Any, layout: Layout, tokens: int, units: int) -> Any:
     return _spread(result, [atoms[i] for i in order], tokens, units).reshape(shape)
 
 
-def has_all(layout: Layout, tokens: int, units: int) -> bool:
-    """Whether a value with a layout is ``[T, m]`` in another shape: nothing is cut away, nothing missing."""
-    sizes = {space: math.prod(a.size for d in layout for a in d.atoms if a.space == space) for space in ("t", "h")}
-    return all(d.full for d in layout) and sizes == {"t": tokens, "h": units}
-
-
-def from_canonical(value: Any, layout: Layout) -> Any:
-    """``[T, m]`` brought to a layout that ``has_all`` of it: the inverse of ``to_canonical``."""
+def from_canonical(value: Any, layout: Layout, tokens: int, units: int) -> Any:
+    """What ``to_canonical`` made, or that stretched to ``[T, m]``, in its own shape again; all dimensions are full."""
     atoms = [a for d in layout for a in d.atoms]
-    order = sorted(range(len(atoms)), key=lambda i: (atoms[i].space == "h", -atoms[i].stride))
-    value = jnp.transpose(value.reshape([atoms[i].size for i in order]), [order.index(i) for i in range(len(order))])
-    return value.reshape([d.extent for d in layout])
+    order: list[int] = []
+    sizes: list[int] = []
+    kept: list[Any] = []
+    for axis, (space, total) in enumerate((("t", tokens), ("h", units))):
+        held = sorted((i for i, a in enumerate(atoms) if a.space == space), key=lambda i: -atoms[i].stride)
+        # Along digits that it does not hold it is the same: the first is taken.
+        span = total if held else value.shape[axis]
+        for i in held:
+            sizes += [span // (atoms[i].stride * atoms[i].size), atoms[i].size]
+            kept += [0, slice(None)]
+            span = atoms[i].stride
+        sizes.append(span)
+        kept.append(0)
+        order += held
+    value = value.reshape(sizes)[tuple(kept)]
+    return jnp.transpose(value, [order.index(i) for i in range(len(order))]).reshape([d.extent for d in layout])
 
 
 def _spread(value: Any, atoms: Sequence[Atom], tokens: int, units: int) -> Any:

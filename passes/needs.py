@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from hire_xform.passes.canonical import restorable
 from hire_xform.passes.decisions import Need, PackKey
 from hire_xform.passes.detect import FfnMatch, VocabMatch, up_rows, vocab_rows
 from hire_xform.passes.forms import Proving, down_forms, up_forms, vocab_forms
 from hire_xform.passes.measured import Fitted, Inputs, Measurement, Order, Predicted, Regrouped, takes_inputs
+from hire_xform.passes.own_equations import equations_between
 from hire_xform.passes.parts import is_cut
 from hire_xform.passes.products import normal_form
 from hire_xform.passes.provenance import Origin, Recipe, Stack
@@ -71,7 +71,7 @@ def leaf_needs(match: VocabMatch | FfnMatch) -> tuple[Need, ...]:
     origins = [product.origin for product in match.products]
     if any(is_cut(origin.refs) for origin in origins):
         return ()
-    if isinstance(match, FfnMatch) and not all(restorable(up, match.tokens) for up in match.region.ups):
+    if isinstance(match, FfnMatch) and equations_between(match) is None:
         return ()
     return tuple(Need(PackKey(origin.recipe, "leaf"), origin.refs) for origin in origins)
 

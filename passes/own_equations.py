@@ -13,13 +13,12 @@ import jax
 import jax.numpy as jnp
 
 from hire_xform.passes import compat
-from hire_xform.passes.canonical import flat_result, restored_activation, shaped_activation
+from hire_xform.passes.canonical import flat_result, restored_activation, restored_side, shaped_activation
 from hire_xform.passes.detect import FfnMatch
-from hire_xform.passes.environment import PackedView
-from hire_xform.passes.layout import from_canonical, to_canonical
-from hire_xform.passes.of_chosen import OfAll
+from hire_xform.passes.environment import Env, PackedView, read
+from hire_xform.passes.expand import MAX_EQUATIONS
 from hire_xform.passes.products import Product
-from hire_xform.passes.region import replay
+from hire_xform.passes.walk import Node, Operand, Value
 
 
 def own_product(product: Product, x: Any, leaf: PackedView) -> Any:
@@ -41,10 +40,10 @@ def own_product(product: Product, x: Any, leaf: PackedView) -> Any:
 
 
 def own_block(match: FfnMatch, xs: Sequence[Any], sides: Sequence[Any], leaves: Sequence[PackedView]) -> Any:
-    """A feed-forward block with its products' own equations.
+    """A feed-forward block as the program has it, equation by equation.
 
     Args:
-      match: the block.
+      match: the block, which has ``equations_between``.
       xs: ``[n * T, d]`` for each product into the units.
       sides: side inputs in canonical form, for ``n * T`` tokens.
       leaves: of ``match.products``.
@@ -53,22 +52,52 @@ def own_block(match: FfnMatch, xs: Sequence[Any], sides: Sequence[Any], leaves: 
       ``[n * T, d_out]``.
     """
     region, tokens = match.region, match.tokens
-    leaf_of = dict(zip(match.products, leaves, strict=True))
+    nodes, leaf_of = equations_between(match), dict(zip(match.products, leaves, strict=True))
+    assert nodes is not None
 
     def one(*given: Any) -> Any:
-        made: dict[Any, Any] = {}
-        hiddens = []
+        env: Env = {
+            side.value: restored_side(value, side.layout, tokens, match.units)
+            for side, value in zip(region.sides, given[len(region.ups) :], strict=True)
+        }
         for up, x in zip(region.ups, given, strict=False):
-            # Two parts of one product, as a gate and what it gates may be, are made once.
-            key = up.product, tuple(up.layout[d] for d in up.product.out_x_dims)
-            if key not in made:
-                made[key] = _bound(up.product, restored_activation(up.product, x, up.layout), leaf_of[up.product])
-            hidden = to_canonical(made[key], up.layout, tokens, match.units)
-            hiddens.append(jnp.broadcast_to(hidden, (tokens, match.units)))
-        values = replay(region, hiddens, given[len(region.ups) :], lambda v: v, jax.nn.relu, OfAll())
-        return flat_result(match.down, _bound(match.down, from_canonical(values, match.layout), leaf_of[match.down]))
+            if up.product.out not in env:
+                own = restored_activation(up.product, x, up.layout, tokens)
+                env[up.product.out] = _bound(up.product, own, leaf_of[up.product])
+        for node in nodes:
+            with compat.equation_context(node.eqn):
+                results = compat.bind(node.eqn, [read(env, o) for o in node.inputs])
+            env.update(zip(node.outputs, results, strict=True))
+        return flat_result(match.down, _bound(match.down, env[match.hidden], leaf_of[match.down]))
 
     return _each(one, tokens, [*xs, *sides])
+
+
+def equations_between(match: FfnMatch) -> list[Node] | None:
+    """The equations that make a block's activation of its products and side inputs, in order.
+
+    None where they can't be run on what the rewritten block is given: something else goes into them, or only a part of
+    a side input is known.
+    """
+    region = match.region
+    if not all(d.full for side in region.sides for d in side.layout):
+        return None
+    known = {up.product.out for up in region.ups} | {side.value for side in region.sides}
+    found: list[Node] = []
+
+    def reach(operand: Operand) -> bool:
+        if not isinstance(operand, Value) or operand.const is not None or operand in known:
+            return True
+        node = operand.node
+        if node is None or node.children or node.eqn.effects or len(found) > MAX_EQUATIONS:
+            return False
+        if not all(reach(o) for o in node.inputs):
+            return False
+        found.append(node)
+        known.update(node.outputs)
+        return True
+
+    return found if reach(match.hidden) else None
 
 
 def _bound(product: Product, x: Any, leaf: PackedView) -> Any:

@@ -32,6 +32,11 @@ class Up:
     product: Product
     layout: Layout
 
+    @property
+    def dtype(self) -> Any:
+        """dtype of its values as the region is given them: f32 where they are not rounded to the product's."""
+        return jnp.dtype(jnp.float32) if self.product.unrounded else self.product.out.aval.dtype
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Side:

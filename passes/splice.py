@@ -215,11 +215,7 @@ def ffn_parts(
         x = operand if canonical else canonical_activation(up.product, operand, up.layout, tokens)
         x = forms["rows"].filled(x)
         packed = forms[settings.spec].whole() if settings.spec in forms else None
-        ups.append(
-            UpProduct(
-                x=x, rows=rows, first_row=first, packed=packed, spec=settings.spec, dtype=up.product.out.aval.dtype
-            )
-        )
+        ups.append(UpProduct(x=x, rows=rows, first_row=first, packed=packed, spec=settings.spec, dtype=up.dtype))
         for form in ("moments", "bounded_moments"):
             if form in forms:
                 mean[number], variance = moments(x, forms[form].whole())

@@ -13,6 +13,7 @@ from hire_xform.passes.canonical import (
     canonical_activation,
     canonical_side,
     dense_product,
+    dense_up,
     flat_activation,
     result_shape,
 )
@@ -25,7 +26,7 @@ from hire_xform.passes.own_equations import own_block, own_product
 from hire_xform.passes.region import replay
 from hire_xform.passes.settings import Ffn, Vocab
 from hire_xform.passes.splice_choice import choice_result
-from hire_xform.passes.zeros import gate_of
+from hire_xform.passes.zeros import gate_of, upper_of
 
 
 def certified_function(decision: Decision) -> Callable[[list[Any], list[PackedView]], Any]:
@@ -115,10 +116,8 @@ def certified_block(
         units=match.units // shards,
         gate=gate.up,
         region=lambda hiddens, sides, gather: replay(region, hiddens, sides, gather, jax.nn.relu, statistics),
-        gate_value=lambda hiddens, sides: replay(
-            region, hiddens, sides, lambda v: v, jax.nn.relu, statistics, gate.expr
-        ),
-        dense_up=lambda i, x, rows: dense_product(region.ups[i].product, x, rows),
+        gate_value=lambda upper, sides: upper_of(region, gate.expr, upper, sides),
+        dense_up=lambda i, x, rows: dense_up(region.ups[i], x, rows),
         dense_down=lambda h, rows: dense_product(match.down, h, rows, contracted_first=True),
         spec=settings.spec,
         own=lambda xs, sides, leaves: own_block(match, xs, sides, leaves),
@@ -126,6 +125,7 @@ def certified_block(
         smaller=decision.smaller,
         group_size=settings.group_size,
         up_dtypes=tuple(up.product.out.aval.dtype for up in region.ups),
+        hidden_dtypes=tuple(up.dtype for up in region.ups),
         out_dtype=match.down.out.aval.dtype,
         input_bits=decision.input_bits,
     )

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from hire_xform.lowering import ChoiceBlock, ChoiceOperands, certified_choice
 from hire_xform.passes.bounded import Bounded, ranks_of
-from hire_xform.passes.canonical import canonical_activation, canonical_side, dense_product, result_shape
+from hire_xform.passes.canonical import canonical_activation, canonical_side, dense_product, dense_up, result_shape
 from hire_xform.passes.decisions import Decision
 from hire_xform.passes.detect import FfnMatch
 from hire_xform.passes.environment import PackedView
@@ -44,13 +44,14 @@ def choice_block(
         proving=Bounded(region),
         ranks=ranks_of(region),
         dense_region=lambda hiddens, sides: replay(region, hiddens, sides, lambda v: v, jax.nn.relu, OfAll()),
-        dense_up=lambda i, x, rows: dense_product(region.ups[i].product, x, rows),
+        dense_up=lambda i, x, rows: dense_up(region.ups[i], x, rows),
         dense_down=lambda h, rows: dense_product(match.down, h, rows, contracted_first=True),
         own=lambda xs, sides, leaves: own_block(match, xs, sides, leaves),
         spec=settings.spec,
         active=decision.count,
         group_size=settings.group_size,
         up_dtypes=tuple(up.product.out.aval.dtype for up in region.ups),
+        hidden_dtypes=tuple(up.dtype for up in region.ups),
         out_dtype=match.down.out.aval.dtype,
         input_bits=decision.input_bits,
     )

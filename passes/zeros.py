@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import jax.numpy as jnp
 from jax.extend.core import primitives as prims
 
+from hire_xform.lowering import intervals
 from hire_xform.passes import compat
 from hire_xform.passes.pointwise import known_number, literal_number
 from hire_xform.passes.region import Apply, Number, Region, Side, Up
@@ -40,6 +44,34 @@ def gate_of(region: Region) -> Gate | None:
         if up is not None:
             return Gate(gate, numbers.index(up))
     return None
+
+
+def upper_of(region: Region, expr: int, upper: Any, sides: Sequence[Any]) -> Any:
+    """An upper bound of a gate, f32: casts and sums of one product, side inputs and numbers.
+
+    Sums that are rounded to nearest rise with what goes into them. Whether a compiler rounds to 16 bits on the way is
+    not known: each result is taken as rounded up, or not at all.
+
+    Args:
+      region: the region.
+      expr: the gate.
+      upper: an upper bound of the product.
+      sides: of ``region.sides``, ``[T or 1, m or 1]`` or scalars.
+    """
+    e = region.exprs[expr]
+    if isinstance(e, Up):
+        return upper
+    if isinstance(e, Number):
+        return jnp.asarray(e.operand.val).astype(jnp.float32)
+    if isinstance(e, Side):
+        number = [i for i, other in enumerate(region.exprs) if isinstance(other, Side)].index(expr)
+        return jnp.asarray(sides[number]).astype(jnp.float32)
+    assert isinstance(e, Apply)
+    first, *others = (upper_of(region, o, upper, sides) for o in e.operands)
+    p, dtype = e.node.primitive, e.node.outputs[0].aval.dtype
+    if p in _CASTS:
+        return intervals.rounded_up(first, dtype)
+    return intervals.rounded_up(first - others[0] if p is prims.sub_p else first + others[0], dtype)
 
 
 def _number(region: Region, expr: int) -> float | None:
