@@ -70,7 +70,7 @@ simple = st.one_of(
     st.tuples(st.just("left"), which, act),
     st.tuples(st.just("heads"), which, act),
     st.tuples(st.just("packed"), act),
-    st.tuples(st.just("cast"), which, act, st.sampled_from(["bfloat16", "float16", "int8"])),
+    st.tuples(st.just("cast"), which, act, st.sampled_from(["bfloat16", "float16", "int8", "unrounded"])),
     st.tuples(st.just("widened"), act, stored, used, st.sampled_from(["layer", "scan", "head"])),
     st.tuples(st.just("product"), which),
     st.tuples(st.just("leak"), which, act),
@@ -204,9 +204,12 @@ def _packed(w, x, kept, name):
 
 
 def _cast(w, x, kept, number, name, dtype):
-    up = (w["half"][number] * 8).astype(dtype) if dtype == "int8" else w["half"][number].astype(dtype)
+    half, down = w["half"][number], w["down"][number][0]
+    if dtype == "unrounded":  # by XLA: a product that is widened at once
+        return jnp.tanh(ACTS[name]((x.astype(half.dtype) @ half).astype(x.dtype)) @ down)
+    up = (half * 8).astype(dtype) if dtype == "int8" else half.astype(dtype)
     u = ACTS[name](x.astype(jnp.bfloat16) @ up.astype(jnp.bfloat16))
-    return jnp.tanh(u.astype(x.dtype) @ w["down"][number][0])
+    return jnp.tanh(u.astype(x.dtype) @ down)
 
 
 def _widened(w, x, kept, name, stored, ways, where):
