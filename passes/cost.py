@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from hire_xform.lowering import (
@@ -21,6 +23,8 @@ from hire_xform.lowering import (
 from hire_xform.passes.detect import FfnMatch, VocabMatch
 from hire_xform.passes.forms import Proving, down_forms, up_forms
 from hire_xform.passes.machine import Machine, machine_here
+from hire_xform.passes.products import Product, normal_form
+from hire_xform.passes.provenance import Transpose
 from hire_xform.passes.settings import Ffn, Vocab
 
 # A row read out of order costs this many times what it costs in a streamed product. Measured by
@@ -34,15 +38,34 @@ GATHERED, GATHERED_COST = 8 << 20, 8.0
 FIXED_BYTES = {"cpu": 1 << 20, "gpu": 4 << 20, "tpu": 4 << 20}
 CHOOSING, BOUNDING = 64, 96
 
-# Where a product that widens its weight has the whole of it widened first, at every call: the dense form then costs as
-# much as one of wide weights at least (six times as much, bfloat16 to f32 on two cores). Others widen as they multiply.
+# Where a product of narrow weights has the whole of them widened to f32 first, at every call: the dense form then costs
+# as much as one of f32 weights at least (six to sixty times as much, bfloat16 on two cores). Others widen as they go.
 WIDENS_FIRST = frozenset({"cpu"})
 
 
 def dense_cost(match: VocabMatch | FfnMatch, platform: str) -> int:
     """What the dense form costs in an execution, as bytes read."""
-    first = platform in WIDENS_FIRST
-    return sum(p.widened_nbytes if first else p.nbytes for p in match.products)
+    if platform not in WIDENS_FIRST:
+        return sum(p.nbytes for p in match.products)
+    return sum(p.nbytes if _reads_as_stored(p) else max(p.widened_nbytes, _wide(p)) for p in match.products)
+
+
+def _wide(product: Product) -> int:
+    return math.prod(product.weight.shape) * 4
+
+
+def _reads_as_stored(product: Product) -> bool:
+    """Whether XLA's CPU backend reads bfloat16 weights at the speed of memory, which hangs on how they are used.
+
+    Measured on JAX 0.10, rows stored as they are multiplied: one token if the result is of the dtype that is
+    multiplied, and two to eight of bfloat16 if it is f32. All else is widened whole.
+    """
+    if product.stored != jnp.bfloat16:
+        return False
+    if any(isinstance(step, Transpose) for step in normal_form(product.rows_free().as_stored).steps):
+        return False
+    used, made = product.weight.aval.dtype, product.out.aval.dtype
+    return used == made if product.tokens == 1 else (used, made) == (jnp.bfloat16, jnp.float32)
 
 
 def sparse_cost(
@@ -50,7 +73,7 @@ def sparse_cost(
     settings: Vocab | Ffn,
     tokens: int,
     predicted: int,
-    ladders: Sequence[tuple[float, int, bool]],
+    taken: Sequence[tuple[float, int, bool]],
     platform: str,
     shards: int = 1,
     static: int = 0,
@@ -61,7 +84,7 @@ def sparse_cost(
       match, settings: the site.
       tokens: of one execution.
       predicted: bytes of the predictor.
-      ladders: of each size that may be taken how often it is, the bytes of its rows, and whether it then runs dense.
+      taken: of each size that may be taken how often it is, the bytes of its rows, and whether it then runs dense.
       platform: "cpu", "gpu" or "tpu".
       shards: over how many devices it is.
       static: units that are always computed.
@@ -71,7 +94,7 @@ def sparse_cost(
         cost += _narrow_cost(match, settings, machine_here(), shards, static)
         each = CHOOSING + (BOUNDING if settings.certify else 0)
         cost += tokens * (match.units // shards - static) * each
-    for share, rows, dense in ladders:
+    for share, rows, dense in taken:
         cost += share * (_rows_cost(match, settings, rows, platform) + (dense_cost(match, platform) / shards) * dense)
     return cost
 
@@ -115,29 +138,38 @@ def _predicted(
     ]
 
 
-def slow_products(
-    match: VocabMatch | FfnMatch, settings: Vocab | Ffn, platform: str, excess: float, shards: int, static: int
+def why_slower(
+    match: VocabMatch | FfnMatch,
+    settings: Vocab | Ffn,
+    excess: float,
+    taken: Sequence[tuple[float, int, bool]],
+    platform: str,
+    shards: int = 1,
+    static: int = 0,
 ) -> str:
-    """What a report says of the CPU where its slow products of few bits are why a site loses; empty where they aren't.
+    """What a report says of why a site that reads less on a CPU would not be faster; empty where bytes say it.
 
     Args:
-      match, settings, platform, shards, static: as in :func:`sparse_cost`.
+      match, settings, taken, platform, shards, static: as in :func:`sparse_cost`.
       excess: by how much that is above the dense form's cost, on one device.
     """
-    bits = settings.spec.bits
-    if platform != "cpu" or bits is None:
+    if platform != "cpu":
         return ""
-    machine = machine_here()
-    if _narrow_cost(match, settings, machine, shards, static) <= excess:
-        return ""
-    speed = machine.int8 if bits == 8 else machine.int4
-    other = (
-        "; a predictor of low rank, which a calibration finds, may be" if isinstance(settings.spec, Quantized) else ""
-    )
-    return (
-        f": on this CPU ({machine.name}) XLA's products of {bits} bits run at {speed:g} of the speed at which the "
-        f"dense product reads{other}"
-    )
+    machine, bits = machine_here(), settings.spec.bits
+    narrow = _narrow_cost(match, settings, machine, shards, static)
+    if bits is not None and narrow > excess:
+        speed = machine.int8 if bits == 8 else machine.int4
+        whole = isinstance(settings.spec, Quantized)
+        other = "; a predictor of low rank, which a calibration finds, may be faster" if whole else ""
+        return (
+            f": on this CPU ({machine.name}) XLA's products of {bits} bits run at {speed:g} of the speed at which the "
+            f"dense product reads{other}"
+        )
+    rows = sum(share * size for share, size, _ in taken)
+    more = sum(share * _rows_cost(match, settings, size, platform) for share, size, _ in taken) - rows
+    if narrow + more > excess:
+        return f": rows chosen one by one cost {1.0 + more / rows:.0f} times what they cost in a dense product"
+    return ""
 
 
 def bytes_read(

@@ -9,7 +9,7 @@ import numpy as np
 
 from hire_xform.lowering import choose
 from hire_xform.passes.certify import ALL_BITS, input_bits, not_certifiable
-from hire_xform.passes.cost import dense_cost, slow_products, sparse_cost
+from hire_xform.passes.cost import dense_cost, sparse_cost, why_slower
 from hire_xform.passes.decisions import Decision, Plan, Refusal, Rung, Site
 from hire_xform.passes.derivatives import derivative_of
 from hire_xform.passes.detect import Detection, FfnMatch, VocabMatch, vocab_rows
@@ -149,13 +149,12 @@ def _decide(
     sizes = sizes_of(read, chosen if placement is None else UNCHOSEN, count)
     predicted, exact = sizes.predicted, sizes.exact
     sparse = (predicted + exact) * iterations * shards
-    cost = iterations * sparse_cost(
-        match, settings, here, predicted, sizes.taken(read.tried), platform, shards=shards, static=static
-    )
+    taken = sizes.taken(read.tried)
+    cost = iterations * sparse_cost(match, settings, here, predicted, taken, platform, shards, static)
     dense_as_read = dense_cost(match, platform) * iterations
     if cost * shards >= dense_as_read and not choice.force:
         excess = (cost - dense_as_read / shards) / iterations
-        why = slow_products(match, settings, platform, excess, shards, static)
+        why = why_slower(match, settings, excess, taken, platform, shards, static)
         return (
             f"it reads {dense:,} bytes dense and {sparse:,} sparse{_over(placement)}, which would not be faster on "
             f"{platform}{why}; a Rule with force=True overrides this"

@@ -123,7 +123,7 @@ class Ffn:
     # and for a model's own top-k or threshold, whose choice is proved to be the dense one; takes weights of f32, bf16
     # or f16.
     certify: bool = False
-    # "zeroing": only blocks whose units not chosen are exactly zero over a range (ReLU and its kin). "any": all.
+    # "zeroing": only blocks many of whose units are exactly zero for ordinary inputs (ReLU and its kin). "any": all.
     activations: str = "zeroing"
     # Calls with more tokens than this (prefill) run dense.
     max_tokens: int = 8

@@ -7,7 +7,7 @@ from checks import FORCE
 
 import hire_xform as hx
 from hire_xform.passes import machine
-from hire_xform.passes.cost import sparse_cost
+from hire_xform.passes.cost import dense_cost, sparse_cost
 
 V, D, M = 65_536, 1024, 4096
 
@@ -113,8 +113,30 @@ def test_a_certified_head_that_would_open_thousands_of_rows_stays_dense():
     rule = hx.Rule("*", vocab=hx.Vocab(candidates=8192, predictor=hx.LowRank(0.25, bits=8), certify=True))
     plan = hx.sparsify(fun, config=hx.Config(rules=(rule,))).trace(*shapes).plan
     assert not plan.sites
+    (refusal,) = plan.refusals
+    assert "faster on cpu: rows chosen one by one cost 13 times what they cost in a dense product" in refusal.reason
     few = hx.Rule("*", vocab=hx.Vocab(candidates=256, predictor=hx.LowRank(0.25, bits=8), certify=True))
     assert len(hx.sparsify(fun, config=hx.Config(rules=(few,))).trace(*shapes).plan.sites) == 1
+
+
+@pytest.mark.parametrize(
+    ("fun", "shape", "tokens", "itemsize"),
+    [
+        (lambda w, x: jnp.argmax(x @ w, -1), (D, V), 1, 4),
+        (lambda w, x: jnp.argmax(x @ w.T, -1), (V, D), 1, 2),
+        (lambda w, x: jnp.argmax(x @ w.T, -1), (V, D), 2, 4),
+        (lambda w, x: jnp.argmax(jnp.matmul(x, w.T, preferred_element_type=jnp.float32), -1), (V, D), 1, 4),
+        (lambda w, x: jnp.argmax(jnp.matmul(x, w.T, preferred_element_type=jnp.float32), -1), (V, D), 2, 2),
+        (lambda w, x: jnp.argmax(x.astype(jnp.float32) @ w.T.astype(jnp.float32), -1), (V, D), 1, 2),
+        (lambda w, x: jnp.argmax(x.astype(jnp.float32) @ w.T.astype(jnp.float32), -1), (V, D), 2, 4),
+    ],
+)
+def test_bfloat16_costs_what_xla_makes_of_it(fun, shape, tokens, itemsize):
+    shapes = struct(*shape, dtype=jnp.bfloat16), struct(tokens, D, dtype=jnp.bfloat16)
+    (decision,) = hx.sparsify(fun, config=config(FORCE)).trace(*shapes).plan.decisions
+    assert dense_cost(decision.match, "cpu") == itemsize * V * D
+    assert dense_cost(decision.match, "gpu") == dense_cost(decision.match, "tpu") == 2 * V * D
+    assert decision.site.widened == (itemsize == 4)
 
 
 def test_the_machine_is_what_the_variable_says_or_what_is_found(monkeypatch):

@@ -18,12 +18,12 @@ from hire_xform.lowering import da_top_k_p
 def test_tracing_shapes_computes_nothing(packs):
     struct = jax.ShapeDtypeStruct
     shapes = {
-        "w1": struct((4096, 1 << 20), jnp.bfloat16),
-        "b1": struct((1 << 20,), jnp.bfloat16),
-        "w2": struct((1 << 20, 4096), jnp.bfloat16),
-        "embed": struct((1 << 20, 4096), jnp.bfloat16),
+        "w1": struct((4096, 1 << 20), jnp.float32),
+        "b1": struct((1 << 20,), jnp.float32),
+        "w2": struct((1 << 20, 4096), jnp.float32),
+        "embed": struct((1 << 20, 4096), jnp.float32),
     }
-    traced = hx.sparsify(net).trace(shapes, struct((1, 4096), jnp.bfloat16))
+    traced = hx.sparsify(net).trace(shapes, struct((1, 4096), jnp.float32))
     assert kinds(traced.plan) == ["ffn", "vocab"]
     assert da_top_k_p in primitives_of(traced.sparse_jaxpr)
     assert "module" in traced.lower().as_text()
