@@ -107,7 +107,7 @@ def main() -> None:
             measure(f"dense, stored in {name}, widened by the program", jax.jit(step), params, nbytes(params))
         for label, predictor in predictors.items():
             config = hx.Config(
-                vocab=hx.Vocab(predictor=predictor),
+                vocab=hx.Vocab(predictor=predictor, certify=False),
                 ffn=hx.Ffn(active=ACTIVE, predictor=predictor),
                 rules=(hx.Rule("*", force=True),),
             )

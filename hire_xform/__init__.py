@@ -11,7 +11,7 @@ Method: HiRE, arXiv 2402.09360.
 from hire_xform.api import Sparsified, sparsify
 from hire_xform.calibrating import calibrate
 from hire_xform.calibration import Calibration, SiteCalibration
-from hire_xform.config import Config, Ffn, Rule, Vocab, lossless
+from hire_xform.config import Config, Ffn, Rule, Vocab, approximate, lossless
 from hire_xform.errors import HireWarning, PackedMismatchError, TracedWeightsError
 from hire_xform.lowering import LowRank, Nucleus, Projected, Quantized, TopSet
 from hire_xform.mesh_plan import Device, MeshPlan, MeshRow, ModelShapes, plan_mesh
@@ -50,6 +50,7 @@ __all__ = [
     "TracedTopk",
     "TracedWeightsError",
     "Vocab",
+    "approximate",
     "calibrate",
     "lossless",
     "pack",

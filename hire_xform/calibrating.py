@@ -85,7 +85,8 @@ def calibrate(
 
     A certified site gets up to three sizes, of which each input takes the smallest that will do: those with the fewest
     expected bytes, dense runs included. The largest proves that share of the tokens, and 99.9 % at least, of a head
-    99.99 %; what it does not prove runs dense. Sites are measured certified where ``config`` has them so.
+    99.99 %; what it does not prove runs dense. Sites are measured certified where ``config`` states it, as
+    ``hx.lossless()`` does, and else as approximations.
 
     ``max_kl`` and ``max_loss_increase`` are measured end to end: all sites sparse together, one token at a time, on
     these batches. How bytes are shared out among the sites follows from their curves; see ``choosing.py``.
@@ -272,7 +273,8 @@ def _as_they_are(known: Calibration | None) -> Calibration | None:
 
 
 def _plainly(settings: Any) -> Any:
-    return dataclasses.replace(settings, max_tokens=_ANY_NUMBER)
+    """As measured: of any number of tokens, and certified only where that is asked for."""
+    return dataclasses.replace(settings, max_tokens=_ANY_NUMBER, certify=settings.certify or False)
 
 
 def _unfitted(settings: Any) -> Any:

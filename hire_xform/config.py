@@ -9,7 +9,7 @@ from typing import Any
 
 from hire_xform.passes.settings import Choice, Ffn, Vocab, refuse
 
-__all__ = ["Config", "Ffn", "Rule", "Vocab", "lossless"]
+__all__ = ["Config", "Ffn", "Rule", "Vocab", "approximate", "lossless"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +80,7 @@ class Config:
         """The settings of a site of a kind ("ffn" or "vocab") at a path."""
         settings: Any = getattr(self, kind)
         reason = f"{kind}=None in the Config leaves it dense"
-        force = False
+        force = named = False
         for rule in self.rules:
             if not rule.matches(path):
                 continue
@@ -88,9 +88,10 @@ class Config:
                 settings, force, reason = None, False, f"Rule({rule.path_glob!r}, skip=True) leaves it dense"
                 continue
             own = getattr(rule, kind)
+            named = named or own is not None
             settings = own if own is not None else (settings if settings is not None else getattr(self, kind))
             force = force or rule.force
-        return Choice(settings=settings, force=force, reason=reason)
+        return Choice(settings=settings, force=force, named=named, reason=reason)
 
     def unmatched(self, paths: Sequence[str]) -> tuple[Rule, ...]:
         """The rules that match none of these paths; "*", which is meant for whatever there is, is never one of them."""
@@ -99,15 +100,28 @@ class Config:
 
 
 def lossless(*, rules: tuple[Rule, ...] = ()) -> Config:
-    """Settings under which a decode step loses nothing: greedy tokens and hidden units are proved for every input.
+    """Settings under which a decode step loses nothing: the default ones, spelled out.
 
-    Vocabulary projections keep their arg max, and ReLU blocks leave out units only that are proved to be zero; what is
-    not proved runs dense inside the same program. See ``Vocab.certify`` and ``Ffn.certify``.
+    What an arg max or a top-k takes of the logits is what it takes of the dense ones, and every hidden unit left out is
+    zero: proved for each input. What is not proved runs dense inside the same program. See ``Vocab.certify`` and
+    ``Ffn.certify``.
 
     Args:
       rules: exceptions by path, as for ``Config``.
     """
     return Config(vocab=Vocab(certify=True), ffn=Ffn(certify=True), rules=rules)
+
+
+def approximate(*, rules: tuple[Rule, ...] = ()) -> Config:
+    """Settings under which nothing is proved: 256 candidates, a quarter of the hidden units, whatever the input.
+
+    Faster than what is proved, and nothing runs dense; how far results are from the dense ones depends on the model. A
+    calibration measures that, and chooses sizes by it.
+
+    Args:
+      rules: exceptions by path, as for ``Config``.
+    """
+    return Config(vocab=Vocab(certify=False), ffn=Ffn(certify=False), rules=rules)
 
 
 def _check_settings(owner: str, vocab: Any, ffn: Any) -> None:

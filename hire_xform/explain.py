@@ -54,7 +54,8 @@ def _proved(site: Site) -> str:
     elif isinstance(goal, Nucleus):
         what = f"the candidates hold all but {goal.eps:g} of the dense softmax"
     elif site.kind == "vocab":
-        what = "the arg max is the dense one"
+        several = "are those" if len(site.proved) > 1 or any("largest" in p for p in site.proved) else "is that"
+        what = f"{' and '.join(site.proved) or 'the arg max of its logits'} {several} of the dense logits"
     else:
         what = "the units chosen are the dense ones" if site.own else "every unit left out is zero"
     counted = "" if site.rungs and site.rungs[0].share is not None else "; the bytes are those of calls that are proved"
@@ -80,6 +81,8 @@ def _site_key(site: Site) -> tuple:
         site.rows,
         site.rungs,
         site.derivative,
+        site.proved,
+        site.unproved,
         site.widened,
     )
 
@@ -119,6 +122,7 @@ def _site(sites: list[Site]) -> list[str]:
         )
     if site.settings.certify:
         lines.append(f"         {_proved(site)}")
+    lines += [f"         not proved: {what}" for what in site.unproved]
     if expected:
         lines.append(f"         as many as are needed, with the share of calls expected: {_rungs(site)}")
     if site.placed:

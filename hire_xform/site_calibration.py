@@ -329,6 +329,11 @@ class SiteCalibration:
         return self.curves[predictor].wanted if self._proved and predictor in self.curves else None
 
     @property
+    def certified(self) -> bool:
+        """Whether it was measured as a certified site."""
+        return bool(self._proved)
+
+    @property
     def _proved(self) -> str:
         return self.criterion.removesuffix(CHOICE) if self.criterion.startswith("proved") else ""
 

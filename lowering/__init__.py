@@ -35,6 +35,7 @@ from hire_xform.lowering.predictors import (
 from hire_xform.lowering.promotion import usual_promotion
 from hire_xform.lowering.proofs import Proof, pack_proof, proof_bytes, proof_shapes, scores_with_bounds
 from hire_xform.lowering.proved_for import proved_for, proved_for_p
+from hire_xform.lowering.readings import Reading, goal_of, openness
 from hire_xform.lowering.record import record, record_p
 from hire_xform.lowering.rows import combine_rows, select_rows_dot
 from hire_xform.lowering.rungs import mark_rung, rung_p
@@ -79,6 +80,7 @@ __all__ = [
     "Projected",
     "Proof",
     "Quantized",
+    "Reading",
     "Selection",
     "TopSet",
     "UnitMoments",
@@ -101,6 +103,7 @@ __all__ = [
     "ffn_or_short",
     "first_in_order",
     "from_cyclic",
+    "goal_of",
     "group_scores",
     "groups_needed",
     "groups_wanted",
@@ -111,6 +114,7 @@ __all__ = [
     "moments",
     "moments_bytes",
     "open_units",
+    "openness",
     "over_groups",
     "pack_bounded_moments",
     "pack_moments",

@@ -18,15 +18,20 @@ import numpy as np
 from jax import lax
 
 from hire_xform.lowering.bounds import ScoresWithBounds, product_error
-from hire_xform.lowering.goals import Goal, proved
+from hire_xform.lowering.goals import proved
 from hire_xform.lowering.goals_across import proved_across
+from hire_xform.lowering.intervals import Interval
 from hire_xform.lowering.predictors import PredictorSpec
 from hire_xform.lowering.promotion import usual_promotion
 from hire_xform.lowering.proofs import Proof, scores_with_bounds
+from hire_xform.lowering.readings import Reading, between_proved
 from hire_xform.lowering.rows import select_rows_dot
 from hire_xform.lowering.selection import Selection, rungs, select
 
 __all__ = ["certified_logits"]
+
+# What candidates are chosen by, f32 ``[T, V]``, from intervals of all logits ``[T, V]`` and side inputs.
+Rank = Callable[[Interval, Sequence[jax.Array]], jax.Array]
 
 
 def certified_logits(
@@ -40,11 +45,14 @@ def certified_logits(
     leaf: Any = None,
     candidates: int,
     smaller: Sequence[int] = (),
-    goal: Goal = True,
+    readings: Sequence[Reading] = (Reading(),),
+    sides: Sequence[jax.Array] = (),
+    rank: Rank | None = None,
     vocab: int | None = None,
     first_row: jax.Array | int = 0,
     fill: Literal["predicted", "-inf"] = "predicted",
     out_dtype: jax.typing.DTypeLike,
+    rounded_to: jax.typing.DTypeLike | None = None,
     input_bits: int = 24,
     across: Sequence[str] = (),
     shards: int = 1,
@@ -66,11 +74,14 @@ def certified_logits(
       leaf: the original weight, a pytree; None where it is not there, and ``dense`` is fallen back to.
       candidates: rows each token may have computed exactly.
       smaller: fewer, ascending, to try before that.
-      goal: what is to be proved; True is the arg max.
+      readings: what is read of the logits, all of which is to be proved.
+      sides: what these take besides.
+      rank: what candidates are chosen by, ``[T, V]``, from intervals of all logits and ``sides``; None: upper bounds.
       vocab: ``V``; None takes all of ``rows``.
       first_row: where the rows begin.
       fill: what stands for the other logits.
       out_dtype: dtype of the logits.
+      rounded_to: what the dense product may be rounded to, or not; None: ``out_dtype``.
       input_bits: significant bits that the dense product keeps of f32 inputs.
       across: in a ``shard_map``, mesh axes of the devices that have parts of the rows: all else is of one device's
         part, and the goal is proved of all of them, or each runs its dense product. ``smaller`` is then empty.
@@ -83,15 +94,18 @@ def certified_logits(
     Raises:
       ValueError: there are smaller sizes of rows that several devices have parts of.
     """
-    if across and smaller:
-        raise ValueError(f"certified_logits: smaller={tuple(smaller)} across devices; expected one size")
+    chained = any(reading.between is not None for reading in readings)
+    if across and (smaller or chained):
+        raise ValueError(f"certified_logits: smaller={tuple(smaller)} across devices; expected one size, of logits")
     vocab = rows.shape[0] if vocab is None else vocab
     head = _Head(
         spec=spec,
-        goal=goal,
+        readings=tuple(readings),
+        rank=rank,
         vocab=vocab,
         fill=fill,
         out_dtype=jnp.dtype(out_dtype),
+        rounded_to=jnp.dtype(out_dtype if rounded_to is None else rounded_to),
         input_bits=input_bits,
         across=tuple(across),
         shards=shards,
@@ -103,7 +117,7 @@ def certified_logits(
         return rows if rows.shape[0] == vocab else lax.dynamic_slice_in_dim(rows, first_row, vocab)
 
     @jax.custom_batching.custom_vmap
-    def run(x: jax.Array, arrays: tuple) -> tuple[jax.Array, jax.Array]:
+    def run(x: jax.Array, sides: list[jax.Array], arrays: tuple) -> tuple[jax.Array, jax.Array]:
         rows, proof, first_row, leaf = arrays
         start = 0 if rows.shape[0] == vocab else first_row
 
@@ -113,32 +127,37 @@ def certified_logits(
             return own(x, leaf)
 
         selections = rungs(x.shape[0], vocab, (*smaller, candidates))
-        return head.climb(x, rows, proof, start, selections, fallback)
+        return head.climb(x, sides, rows, proof, start, selections, fallback)
 
     @run.def_vmap
     @usual_promotion()
-    def _batched(size: int, in_batched: list, x: jax.Array, arrays: tuple) -> tuple:
-        if any(jax.tree.leaves(in_batched[1])):
-            x_of, arrays_of = (jax.tree.map(_spread(size), a, b) for a, b in zip((x, arrays), in_batched, strict=True))
-            return lax.map(lambda pair: run(*pair), (x_of, arrays_of)), (True, True)
-        logits, rung = run(x.reshape(-1, x.shape[-1]), arrays)
+    def _batched(size: int, in_batched: list, x: jax.Array, sides: list[jax.Array], arrays: tuple) -> tuple:
+        each = any(jax.tree.leaves(in_batched[2]))
+        if each or chained:
+            # What is read has the shape of one example's: one after the other. Weights are spread only if they differ.
+            given = [jax.tree.map(_spread(size), *pair) for pair in zip((x, sides), in_batched[:2], strict=True)]
+            if not each:
+                return lax.map(lambda own: run(*own, arrays), tuple(given)), (True, True)
+            given.append(jax.tree.map(_spread(size), arrays, in_batched[2]))
+            return lax.map(lambda own: run(*own), tuple(given)), (True, True)
+        logits, rung = run(x.reshape(-1, x.shape[-1]), sides, arrays)
         return (logits.reshape(size, -1, vocab), jnp.broadcast_to(rung, (size,))), (True, True)
 
     @jax.custom_jvp
-    def differentiable(x: jax.Array, arrays: tuple) -> tuple[jax.Array, jax.Array]:
-        return run(x, arrays)
+    def differentiable(x: jax.Array, sides: list[jax.Array], arrays: tuple) -> tuple[jax.Array, jax.Array]:
+        return run(x, sides, arrays)
 
     @differentiable.defjvp
     @usual_promotion()
     def _jvp(primals: tuple, tangents: tuple) -> tuple:
         """The dense product's, of every logit that is not minus infinity; it reads every row."""
-        (x, arrays), (dx, darrays) = primals, tangents
-        logits, rung = differentiable(x, arrays)
+        (x, sides, arrays), (dx, _, darrays) = primals, tangents
+        logits, rung = differentiable(x, sides, arrays)
         change = dense(dx, own_rows(arrays[0], arrays[2])) + dense(x, own_rows(darrays[0], arrays[2]))
         change = jnp.where(logits == -jnp.inf, jnp.zeros((), change.dtype), change)
         return (logits, rung), (change, np.zeros(rung.shape, jax.dtypes.float0))
 
-    return differentiable(x, arrays)
+    return differentiable(x, list(sides), arrays)
 
 
 def _spread(size: int) -> Callable[[jax.Array, bool], jax.Array]:
@@ -151,10 +170,12 @@ class _Head:
     """What is static of a certified projection."""
 
     spec: PredictorSpec
-    goal: Goal
+    readings: tuple[Reading, ...]
+    rank: Rank | None
     vocab: int
     fill: str
     out_dtype: jnp.dtype
+    rounded_to: jnp.dtype
     input_bits: int
     across: tuple[str, ...]
     shards: int
@@ -162,6 +183,7 @@ class _Head:
     def climb(
         self,
         x: jax.Array,
+        sides: list[jax.Array],
         rows: jax.Array,
         proof: Proof,
         first_row: jax.Array | int,
@@ -171,6 +193,10 @@ class _Head:
         """Logits, and the number of the selection that proved the goal for every token, or one more."""
         with jax.named_scope("predict"):
             found = scores_with_bounds(x, proof, self.spec, input_bits=self.input_bits)
+            sides = lax.stop_gradient(sides)
+            ranked = found.upper
+            if self.rank is not None:
+                ranked = lax.stop_gradient(self.rank(Interval(found.lower, found.upper), sides))
 
         def products(index: jax.Array, magnitudes: bool = False) -> jax.Array:
             out = jnp.promote_types(self.out_dtype, jnp.float32)
@@ -185,15 +211,14 @@ class _Head:
             if before is not None and here.size == before.size:
                 return rung(number + 1, index, exact, terms, failed)
             with jax.named_scope("select"):
-                more, fresh = _next_rows(found.upper, index, here, before)
+                more, fresh = _next_rows(ranked, index, here, before)
             with jax.named_scope("compute"):
                 exact = _joined(exact, products(more))
                 terms = _joined(terms, lax.stop_gradient(products(more, magnitudes=True)))
             index = _joined(index, more)
             with jax.named_scope("prove"):
-                others = _without(found.upper, index)
                 error = product_error(terms, x.shape[1], self.input_bits)
-                sure = jnp.all(self.proved(lax.stop_gradient(exact), error, others, index)) & fresh
+                sure = self.proved(found, lax.stop_gradient(exact), error, index, sides) & fresh
             return lax.cond(
                 sure,
                 lambda: (self.logits(found, index, exact), lax.full_like(sure, number, jnp.int32)),
@@ -202,11 +227,49 @@ class _Head:
 
         return rung(0, None, None, None, None)
 
-    def proved(self, exact: jax.Array, error: jax.Array, others: jax.Array, index: jax.Array) -> jax.Array:
-        """For each token whether the goal is proved, bool ``[T]``."""
-        if self.across:
-            return proved_across(self.goal, exact, error, others, self.out_dtype, self.across, self.shards)
-        return proved(self.goal, exact, error, others, index, self.out_dtype)
+    def proved(
+        self, found: ScoresWithBounds, exact: jax.Array, error: jax.Array, index: jax.Array, sides: list[jax.Array]
+    ) -> jax.Array:
+        """Whether all that is read is proved for every token, a bool scalar."""
+        sure = jnp.bool_(True)
+        others = _without(found.upper, index)
+        for reading in self.readings:
+            if reading.between is not None:
+                sure &= self.between_proved(reading, found, exact, error, index, sides)
+            elif self.across:
+                sure &= jnp.all(self.proved_across(reading, exact, error, others))
+            else:
+                sure &= jnp.all(proved(reading.goal, exact, error, others, index, self.rounded_to, reading.ordered))
+        return sure
+
+    def proved_across(self, reading: Reading, exact: jax.Array, error: jax.Array, others: jax.Array) -> jax.Array:
+        """The same of rows that several devices have; of 16 bits, whether the product is rounded to them or not."""
+        if self.rounded_to.itemsize < 4:
+            apart = float(jnp.finfo(self.rounded_to).eps)
+            error, others = error + apart * jnp.abs(exact), others + apart * jnp.abs(others)
+        dtype = jnp.promote_types(self.rounded_to, jnp.float32)
+        return proved_across(reading.goal, exact, error, others, dtype, self.across, self.shards)
+
+    def between_proved(
+        self,
+        reading: Reading,
+        found: ScoresWithBounds,
+        exact: jax.Array,
+        error: jax.Array,
+        index: jax.Array,
+        sides: list[jax.Array],
+    ) -> jax.Array:
+        """The same of one that reads more than the logits, whether the product is rounded to 16 bits or not."""
+        low, high = (
+            end.at[_at(index, end)].set(own, unique_indices=True, mode="promise_in_bounds")
+            for end, own in ((found.lower, exact - error), (found.upper, exact + error))
+        )
+        sure, best = between_proved(reading, Interval(low, high), sides)
+        if self.rounded_to.itemsize < 4:
+            ends = (end.astype(self.rounded_to).astype(jnp.float32) for end in (low, high))
+            also, same = between_proved(reading, Interval(*ends), sides)
+            sure &= also & jnp.all(best == same, axis=1)
+        return jnp.all(sure)
 
     def logits(self, found: ScoresWithBounds, index: jax.Array, exact: jax.Array) -> jax.Array:
         """All logits ``[T, V]``, with those of ``index`` exact."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from hire_xform.lowering.bounds import U
 from hire_xform.lowering.largest import largest_or_nan
@@ -60,9 +61,18 @@ def fewest_candidates(goal: Goal) -> int:
 
 
 def proved(
-    goal: Goal, exact: jax.Array, error: jax.Array, others: jax.Array, index: jax.Array, out_dtype: jnp.dtype
+    goal: Goal,
+    exact: jax.Array,
+    error: jax.Array,
+    others: jax.Array,
+    index: jax.Array,
+    out_dtype: jnp.dtype,
+    ordered: bool = False,
 ) -> jax.Array:
     """For each token whether what is asked for is proved, bool ``[T]``; a NaN anywhere proves nothing.
+
+    A product of 16 bits may be rounded in the dense program or not (XLA leaves out a rounding that is followed by
+    widening), so what is asked for is proved both ways, and must be the same.
 
     Args:
       goal: what is asked for.
@@ -70,14 +80,23 @@ def proved(
       error: f32 ``[T, K]``, how far the dense ones can be from them.
       others: f32 ``[T, V]``, above every dense product of the other rows; minus infinity for the candidates.
       index: ``[K]`` or ``[T, K]``, the candidates.
-      out_dtype: what the dense product is rounded to.
+      out_dtype: what the dense product is rounded to, or not.
+      ordered: of a set, whether the order of its members is proved as well.
     """
     index = jnp.broadcast_to(index, exact.shape)
-    if isinstance(goal, TopSet):
-        return _top_set(exact, error, largest_or_nan(others, 1), index, out_dtype, goal.k, others.shape[1])
+    dtypes = dict.fromkeys((jnp.dtype(out_dtype), jnp.promote_types(out_dtype, jnp.float32)))
     if isinstance(goal, Nucleus):
-        return _nucleus(exact, error, others, out_dtype, goal.eps)
-    return _arg_max(exact, error, largest_or_nan(others, 1), index, out_dtype)
+        return jnp.stack([_nucleus(exact, error, others, dtype, goal.eps) for dtype in dtypes]).all(axis=0)
+    outside = largest_or_nan(others, 1)
+    if isinstance(goal, TopSet):
+        k, vocab = goal.k, others.shape[1]
+        found = [_top_set(exact, error, outside, index, dtype, k, vocab, ordered) for dtype in dtypes]
+    else:
+        found = [_arg_max(exact, error, outside, index, dtype) for dtype in dtypes]
+    sure, members = found[0]
+    for also, same in found[1:]:
+        sure &= also & jnp.all(members == same, axis=1)
+    return sure
 
 
 def _top_set(
@@ -88,10 +107,11 @@ def _top_set(
     out_dtype: jnp.dtype,
     k: int,
     vocab: int,
-) -> jax.Array:
-    """The smallest that a member can be is above the largest that any other row can be."""
+    ordered: bool,
+) -> tuple[jax.Array, jax.Array]:
+    """The smallest that a member can be is above the largest that any other row can be; and the members, a mask."""
     if k > exact.shape[1]:
-        return jnp.full(exact.shape[:1], exact.shape[1] == vocab)
+        return jnp.full(exact.shape[:1], exact.shape[1] == vocab and not ordered), jnp.ones_like(exact, bool)
     low, high = (exact - error).astype(out_dtype), (exact + error).astype(out_dtype)
     # Of equal values the lowest row comes first, whatever the order of the candidates.
     order = jnp.argsort(index, axis=1)
@@ -99,8 +119,14 @@ def _top_set(
     member = among_largest(value, k)
     floor = jnp.min(jnp.where(member, low, jnp.inf), axis=1)
     ceiling = jnp.max(jnp.where(member, -jnp.inf, high), axis=1)
-    finite = jnp.all(jnp.isfinite(low) & jnp.isfinite(high), axis=1)
-    return (floor > ceiling) & (floor > outside.astype(out_dtype)) & finite
+    sure = jnp.all(jnp.isfinite(low) & jnp.isfinite(high), axis=1)
+    if ordered:
+        # Members by their exact logits, each above the most that those behind it can be.
+        first = jnp.argsort(jnp.where(member, -value.astype(jnp.float32), jnp.inf), axis=1)[:, :k]
+        lows, highs = (jnp.take_along_axis(a, first, axis=1) for a in (low, high))
+        behind = lax.cummax(highs[:, ::-1], axis=1)[:, ::-1]
+        sure &= jnp.all(lows[:, :-1] > behind[:, 1:], axis=1)
+    return (floor > ceiling) & (floor > outside.astype(out_dtype)) & sure, member
 
 
 def _nucleus(exact: jax.Array, error: jax.Array, others: jax.Array, out_dtype: jnp.dtype, eps: float) -> jax.Array:
@@ -144,8 +170,8 @@ def candidates_needed(goal: Goal, logits: jax.Array, upper: jax.Array, exact_err
 
 def _arg_max(
     exact: jax.Array, error: jax.Array, outside: jax.Array, index: jax.Array, out_dtype: jnp.dtype
-) -> jax.Array:
-    """For each token whether the best candidate is the dense arg max, bool ``[T]``; a NaN anywhere proves nothing.
+) -> tuple[jax.Array, jax.Array]:
+    """For each token whether the best candidate is the dense arg max, bool ``[T]``, and which it is, ``[T, 1]``.
 
     Args:
       exact: f32 ``[T, K]``, the candidates' products.
@@ -164,4 +190,4 @@ def _arg_max(
     floor = jnp.max(jnp.where(is_best, low, -jnp.inf), axis=1, keepdims=True)
     beaten = (floor > high) | ((floor == high) & (best < index)) | is_best
     finite = jnp.all(jnp.isfinite(low) & jnp.isfinite(high), axis=1)
-    return jnp.all(beaten, axis=1) & (floor[:, 0] > outside.astype(out_dtype)) & finite
+    return jnp.all(beaten, axis=1) & (floor[:, 0] > outside.astype(out_dtype)) & finite, best

@@ -49,6 +49,7 @@ def vocab_logits(
     fill: Literal["predicted", "-inf"] = "predicted",
     out_dtype: jax.typing.DTypeLike,
     shards: int = 1,
+    rank: Callable[[jax.Array], jax.Array] | None = None,
 ) -> jax.Array:
     """``x @ rows.T`` with exact logits for the candidates only.
 
@@ -64,6 +65,7 @@ def vocab_logits(
       fill: what stands for the rest: ``"predicted"`` scores or ``"-inf"``.
       out_dtype: dtype of the logits.
       shards: equal blocks of rows that each give their share of the candidates.
+      rank: what candidates are chosen by, from the scores, f32 ``[T, V]`` both; None: the scores themselves.
 
     Returns:
       ``[T, V]`` of ``out_dtype``.
@@ -83,6 +85,7 @@ def vocab_logits(
         first_row=first_row,
         out_dtype=out_dtype,
         shards=shards,
+        rank=rank,
     )
     with jax.named_scope("compute"):
         rest = scores if fill == "predicted" else jnp.full(scores.shape, -jnp.inf, exact.dtype)
@@ -102,6 +105,7 @@ def vocab_candidates(
     first_row: jax.Array | int = 0,
     out_dtype: jax.typing.DTypeLike,
     shards: int = 1,
+    rank: Callable[[jax.Array], jax.Array] | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The candidates of :func:`vocab_logits`, which says what the arguments are.
 
@@ -114,7 +118,8 @@ def vocab_candidates(
     with jax.named_scope("predict"):
         scores = predict_scores(x, packed, spec, vocab)
     with jax.named_scope("select"):
-        index = select(jax.lax.stop_gradient(scores), selection, shards)
+        ranked = jax.lax.stop_gradient(scores)
+        index = select(ranked if rank is None else jax.lax.stop_gradient(rank(ranked)), selection, shards)
     with jax.named_scope("compute"):
         exact = select_rows_dot(
             x, rows, index + first_row, preferred_element_type=jnp.promote_types(out_dtype, jnp.float32)

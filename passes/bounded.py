@@ -17,7 +17,7 @@ from jax.extend.core import primitives as prims
 
 from hire_xform.lowering import Interval, Largest, UnitMoments, intervals, over_groups
 from hire_xform.passes import compat
-from hire_xform.passes.pointwise import COMPARES, known_number, literal_number
+from hire_xform.passes.pointwise import COMPARES, HINTS, known_number, literal_number
 from hire_xform.passes.region import (
     Apply,
     Grouped,
@@ -33,11 +33,13 @@ from hire_xform.passes.region import (
     needed,
 )
 from hire_xform.passes.sum_bounds import total_bounds
+from hire_xform.passes.walk import Node
 
 _FLOATS = ("float32", "bfloat16", "float16")
 _LOGIC = {prims.and_p: intervals.both, prims.or_p: intervals.either}
 _SLOPED = {prims.tanh_p: jnp.tanh, prims.logistic_p: lax.logistic, prims.erf_p: lax.erf, prims.erfc_p: lax.erfc}
 _EXACT = frozenset({prims.copy_p, prims.stop_gradient_p, compat.PVARY})
+_KEPT = frozenset({prims.name_p, *HINTS})
 _ADDS = frozenset({prims.add_p, prims.add_jaxvals_p})
 _ROOTS = frozenset({prims.sqrt_p, prims.rsqrt_p})
 _OTHERS = frozenset(
@@ -76,12 +78,8 @@ def unbounded(region: Region) -> str | None:
             return f"a sum in {jnp.dtype(expr.dtype).name}"
         if not isinstance(expr, Apply):
             continue
-        primitive, dtype = expr.node.primitive, expr.node.outputs[0].aval.dtype.name
-        power = primitive is prims.integer_pow_p and 1 <= expr.node.params["y"] <= _MOST_POWER
-        if primitive not in _BOUNDED and not power:
-            return str(primitive)
-        if dtype not in (*_FLOATS, "bool"):
-            return f"{primitive} of {dtype}"
+        if not can_be_bounded(expr.node):
+            return f"{expr.node.primitive} of {expr.node.outputs[0].aval.dtype.name}"
     return None
 
 
@@ -269,24 +267,45 @@ class Evaluation:
         return isinstance(expr, Side) and known_number(expr.value) == 0.0
 
     def _apply(self, number: int, expr: Apply) -> Interval:
-        p, dtype = expr.node.primitive, expr.node.outputs[0].aval.dtype
+        p = expr.node.primitive
         if p in COMPARES:
             return self._compared(number, expr)
         operands = [self.values[o] for o in expr.operands]
         if p in (prims.eq_p, prims.ne_p):
-            found = intervals.equal(*operands)
-            found = found if p is prims.eq_p else intervals.negated(found)
+            found = applied(expr.node, operands)
             self.decided.append(found.decided)
             return found
         if not self.region.varies[number] and (p in _ROOTS or p is prims.div_p):
             operands[-1] = _close(operands[-1])
-        return _made(expr, p, dtype, operands)
+        return applied(expr.node, operands, same=p is prims.mul_p and expr.operands[0] == expr.operands[1])
 
 
-def _made(expr: Apply, p: Any, dtype: Any, operands: list[Interval]) -> Interval:
+def can_be_bounded(node: Node) -> bool:
+    """Whether :func:`applied` has a rule for an equation."""
+    p, dtype = node.primitive, node.outputs[0].aval.dtype.name
+    power = p is prims.integer_pow_p and 1 <= node.params["y"] <= _MOST_POWER
+    return (p in _BOUNDED or p in _KEPT or power) and dtype in (*_FLOATS, "bool")
+
+
+def applied(node: Node, operands: Sequence[Interval], same: bool = False) -> Interval:
+    """What a pointwise equation can make of operands in these intervals.
+
+    Args:
+      node: the equation, for which there is a rule.
+      operands: of each operand.
+      same: whether its two operands are one value.
+    """
+    p, dtype = node.primitive, node.outputs[0].aval.dtype
     first = operands[0]
-    if p in _EXACT:
+    if p in _EXACT or p in _KEPT:
         return first
+    if p in COMPARES:
+        above = p in (prims.gt_p, prims.ge_p)
+        x, y = (first, operands[1]) if above else (operands[1], first)
+        return intervals.greater(x, y, p in (prims.ge_p, prims.le_p))
+    if p in (prims.eq_p, prims.ne_p):
+        found = intervals.equal(*operands)
+        return found if p is prims.eq_p else intervals.negated(found)
     if p in _LOGIC:
         return _LOGIC[p](*operands)
     if p in _SLOPED:
@@ -297,7 +316,7 @@ def _made(expr: Apply, p: Any, dtype: Any, operands: list[Interval]) -> Interval
     if p is prims.sub_p:
         return intervals.added(first, intervals.negative(operands[1]), dtype)
     if p is prims.mul_p:
-        if expr.operands[0] == expr.operands[1]:
+        if same:
             return intervals.power(first, 2, dtype)
         return intervals.multiplied(first, operands[1], dtype)
     if p is prims.div_p:
@@ -319,7 +338,7 @@ def _made(expr: Apply, p: Any, dtype: Any, operands: list[Interval]) -> Interval
     if p is prims.square_p:
         return intervals.power(first, 2, dtype)
     if p is prims.integer_pow_p:
-        return intervals.power(first, expr.node.params["y"], dtype)
+        return intervals.power(first, node.params["y"], dtype)
     if p in _ROOTS:
         return intervals.root(first, dtype, inverse=p is prims.rsqrt_p)
     assert p is prims.convert_element_type_p, p

@@ -35,6 +35,7 @@ from hire_xform.passes.forms import Proving, up_forms, vocab_forms
 from hire_xform.passes.manual import whole_results
 from hire_xform.passes.measured import Measurement, Regrouped, input_numbers
 from hire_xform.passes.needs import may_be_static, stack_need
+from hire_xform.passes.reads import NOTHING_READ
 from hire_xform.passes.rewrite import Rewriter
 from hire_xform.passes.settings import Ffn, Vocab
 from hire_xform.passes.splice import FfnParts, ffn_parts, site_operands, site_signature
@@ -65,6 +66,7 @@ class Measured(Decision):
         different = tuple({way.settings: way for way in ways}.values())
         values = {f.name: getattr(different[0], f.name) for f in fields(Decision)}
         values["needs"] = tuple(need for way in different for need in way.needs)
+        values["reads"] = NOTHING_READ  # logits are measured, whatever reads them
         return cls(**values, ways=different)
 
     def with_static_sets(self, measurement: Measurement | None) -> Measured:

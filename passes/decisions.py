@@ -9,6 +9,7 @@ from typing import Any, Literal
 from hire_xform.passes.detect import FfnMatch, VocabMatch
 from hire_xform.passes.levels import Levels
 from hire_xform.passes.provenance import Recipe, Ref, Root
+from hire_xform.passes.reads import NOTHING_READ, Reads
 from hire_xform.passes.settings import Ffn, Vocab
 from hire_xform.passes.shards import Placement
 from hire_xform.passes.walk import Node
@@ -61,6 +62,8 @@ class Site:
         layers with sizes of their own those of each, one after the other. ``Sparsified.with_rungs`` counts them.
       static: hidden units that are always computed and never predicted; ``computed`` has them.
       derivative: which derivative it has where a custom_jvp or custom_vjp is in or around it; empty where none is.
+      proved: of a certified vocabulary, what is proved of its readers.
+      unproved: its readers of which nothing is proved.
       widened: True where the dense product has weights that are stored narrower widened whole first, at every call.
     """
 
@@ -86,6 +89,8 @@ class Site:
     rungs: tuple[Rung, ...] = ()
     static: int = 0
     derivative: str = ""
+    proved: tuple[str, ...] = ()
+    unproved: tuple[str, ...] = ()
     widened: bool = False
 
 
@@ -158,6 +163,7 @@ class Decision:
       static: units that are always computed, the first that are packed; ``count`` is of the others.
       leaves: of a certified site, how many leaves end its ``needs``, one for each of its products: with them its
         fallback is the program's own equations. Zero in a plan: leaves are read only where they are there anyway.
+      reads: of a vocabulary, what reads its logits: what is proved, or what candidates are chosen by.
     """
 
     match: VocabMatch | FfnMatch
@@ -172,6 +178,7 @@ class Decision:
     smaller: tuple[int, ...] = ()
     static: int = 0
     leaves: int = 0
+    reads: Reads = NOTHING_READ
 
     @property
     def rungs(self) -> tuple[int, ...]:

@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass, field
 
 import jax.numpy as jnp
+import numpy as np
 from jax.extend.core import primitives as prims
 
 from hire_xform.passes import compat
@@ -19,8 +20,9 @@ from hire_xform.passes.lookups import Lookup, find_lookups
 from hire_xform.passes.parts import is_cut, parts_of_rows
 from hire_xform.passes.pointwise import STEPS
 from hire_xform.passes.probe import Probe
-from hire_xform.passes.products import Product, find_products, matrix, normal_form
+from hire_xform.passes.products import Product, find_products, matrix, normal_form, widened_at_once
 from hire_xform.passes.provenance import Provenance, Recipe, Reshape, Root, Slice, Transpose
+from hire_xform.passes.readers import Reader, larger_summand, readers_of, rows_looked_up
 from hire_xform.passes.region import Apply, Region, Up
 from hire_xform.passes.walk import Frame, Graph, Node, Value
 
@@ -30,9 +32,21 @@ WIDE = 2
 
 @dataclass(frozen=True, eq=False, repr=False)
 class VocabMatch:
-    """A vocabulary projection: ``product`` maps ``[T, d]`` to ``[T, V]``."""
+    """A vocabulary projection: ``product`` maps ``[T, d]`` to ``[T, V]``.
+
+    Attributes:
+      product: the product.
+      fate: what becomes of its output.
+      readers: what takes its logits as a whole.
+      evidence: what says that they are logits; empty where nothing does.
+      smallest: what reads the smallest of them, where candidates are the largest; empty where nothing does.
+    """
 
     product: Product
+    fate: Fate
+    readers: tuple[Reader, ...] = ()
+    evidence: str = ""
+    smallest: str = ""
 
     @property
     def node(self) -> Node:
@@ -43,6 +57,14 @@ class VocabMatch:
     def products(self) -> list[Product]:
         """All its products."""
         return [self.product]
+
+    @property
+    def out_dtype(self) -> np.dtype:
+        """dtype of the logits: the product's, or what all that reads it widens it to.
+
+        XLA leaves out the rounding of a product that is widened at once, so it is computed unrounded here, too.
+        """
+        return widened_at_once(self.product)
 
     @property
     def units(self) -> int:
@@ -177,21 +199,37 @@ def detect(graph: Graph, provenance: Provenance) -> Detection:
             continue
         fate = follow(product, narrow=not _is_wide(product))
         reason = _not_vocabulary(product, fate, by_node, leads.get(product))
-        if reason is None:
+        if reason is None and (reason := larger_summand(product, fate)) is not None:
+            reasons[product] = reason
+        elif reason is None:
             vocabularies.append((product, fate))
         elif product not in reasons or fate.first("contracted", "multiplied") is not None:
             # What follows a product says more than what leads to it: an attention projection is named as one.
             reasons[product] = reason
     combined = _combined(vocabularies)
     reasons.update(combined)
-    alone = [product for product, _ in vocabularies if product not in combined]
-    matches += [VocabMatch(product) for product in alone]
-    taken.update(alone)
+    alone = [(product, fate) for product, fate in vocabularies if product not in combined]
+    looked_up = rows_looked_up(graph, provenance) if alone else frozenset()
+    matches += [_vocabulary(product, fate, looked_up) for product, fate in alone]
+    taken.update(product for product, _ in alone)
     rejections = [Rejection(p.node, p, reasons[p]) for p in products if p not in taken]
     rejections += [Rejection(item.node, None, item.reason, item.read) for item in loose]
     rejections.sort(key=lambda r: order[r.node])
     matches.sort(key=lambda m: order[m.node])
     return Detection(matches, rejections, products, order, find_lookups(graph, provenance))
+
+
+def _vocabulary(product: Product, fate: Fate, looked_up: frozenset[int]) -> VocabMatch:
+    readers = readers_of(product, fate)
+    read = next((r for r in readers if r.kind != "returned" and r.wants > 0), None)
+    evidence = ""
+    if read is not None:
+        evidence = f"{read.where} reads it"
+    elif _whole_width(product) in looked_up and any(r.kind != "returned" or r.wants > 0 for r in readers):
+        evidence = f"{_whole_width(product):,} rows of a weight are looked up by id"
+    wanted = (r for r in readers if r.kind != "returned" and (r.wants < 0 or (r.inverted and not r.slope)))
+    smallest = next((r.where for r in wanted), "")
+    return VocabMatch(product, fate, tuple(readers), evidence, smallest)
 
 
 def _combined(vocabularies: list[tuple[Product, Fate]]) -> dict[Product, str]:

@@ -55,6 +55,7 @@ class Fate:
       drawn: values in which entries of the axis are ordered, accumulated or picked, as sampling does. What mixes them
         further is still sampling; only another product that contracts them is not.
       joins: pointwise equations on the way, with the places among their operands at which it arrives.
+      axes: the values that hold it, and where.
     """
 
     narrow: bool
@@ -63,6 +64,7 @@ class Fate:
     intact: bool = True
     drawn: set[Value] = field(default_factory=set)
     joins: dict[Node, set[int]] = field(default_factory=dict)
+    axes: dict[Value, frozenset[int]] = field(default_factory=dict)
 
     def first(self, *kinds: str) -> tuple[str, Node | None] | None:
         """The first event of one of these kinds."""
@@ -75,13 +77,13 @@ def follow(product: Product, narrow: bool) -> Fate:
     fate = Fate(narrow)
     start = frozenset(product.out_w_dims)
     queue: deque[tuple[Value, frozenset[int]]] = deque([(product.out, start)])
-    seen: set[Value] = {product.out}
+    fate.axes[product.out] = start
     steps = 0
     while queue:
         value, dims = queue.popleft()
         for result, result_dims in _outwards(value, dims, fate):
-            if result not in seen:
-                seen.add(result)
+            if result not in fate.axes:
+                fate.axes[result] = result_dims
                 queue.append((result, result_dims))
                 if value in fate.drawn:
                     fate.drawn.add(result)
@@ -91,8 +93,8 @@ def follow(product: Product, narrow: bool) -> Fate:
                 fate.events.append(("opaque", node))
                 return fate
             for result, result_dims in _step(node, value, dims, fate):
-                if result_dims and result not in seen:
-                    seen.add(result)
+                if result_dims and result not in fate.axes:
+                    fate.axes[result] = result_dims
                     queue.append((result, result_dims))
                     if value in fate.drawn:
                         fate.drawn.add(result)

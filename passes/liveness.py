@@ -136,7 +136,7 @@ def decision_operands(decision: Decision) -> list[Operand]:
     """What a rewritten site reads at run time besides packed arrays."""
     match = decision.match
     if isinstance(match, VocabMatch):
-        return [match.product.x]
+        return [match.product.x, *(leaf for chain in decision.reads.chains for leaf in chain.leaves())]
     found: list[Operand] = [up.product.x for up in match.region.ups]
     found += [side.value for side in match.region.sides]
     return found

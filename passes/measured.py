@@ -72,6 +72,10 @@ class Measurement(Protocol):
     """What was measured of one site."""
 
     @property
+    def certified(self) -> bool:
+        """Whether it was measured as a certified site."""
+
+    @property
     def inputs(self) -> Sequence[Inputs]:
         """Of each product into the units; of a vocabulary projection its one."""
 

@@ -15,12 +15,14 @@ from hire_xform.passes.derivatives import derivative_of
 from hire_xform.passes.detect import Detection, FfnMatch, VocabMatch, vocab_rows
 from hire_xform.passes.measured import Measure, Measurement, unmeasured, with_choices
 from hire_xform.passes.needs import may_be_static, needs_of, order_of, stack_need
-from hire_xform.passes.parts import parts_of_rows
+from hire_xform.passes.parts import is_cut, parts_of_rows
 from hire_xform.passes.provenance import Root
+from hire_xform.passes.reads import Reads, reads_of
 from hire_xform.passes.settings import Choice, Ffn, Vocab
 from hire_xform.passes.shards import Placement
 from hire_xform.passes.sizes import UNCHOSEN, Reading, sizes_of
 from hire_xform.passes.walk import Node
+from hire_xform.passes.zeros import gate_of
 
 
 def make_plan(
@@ -82,6 +84,12 @@ def _decide(
     settings = choice.settings
     if settings is None:
         return choice.reason
+    if isinstance(match, VocabMatch) and not (match.evidence or choice.named or measurement is not None):
+        return _smallest(match) or (
+            "nothing says that its outputs are logits: no arg max, top-k or softmax reads them, and no weight of as "
+            f"many rows is looked up by id; if they are, hx.Rule({match.node.path!r}, vocab=hx.Vocab()) makes it a site"
+        )
+    settings = settings.decided(None if measurement is None else measurement.certified)
     settings = _in_own_groups(match, settings)
     may_have_static = placement is None and may_be_static(match, settings)
     settings, chosen = with_choices(settings, measurement, match.units, may_have_static)
@@ -92,10 +100,21 @@ def _decide(
     dtypes = {np.dtype(p.weight.aval.dtype).name for p in match.products}
     if not dtypes <= {"float32", "bfloat16", "float16", "float64"}:
         return f"its weights are {', '.join(sorted(dtypes))}; only floating-point weights are predicted"
+    if isinstance(match, FfnMatch) and isinstance(settings, Ffn):
+        why = _keeps_small_units(match, settings)
+        if why is not None:
+            return why
     if settings.certify and (why := not_certifiable(match, platform)) is not None:
-        return why
+        return f"{why}; allow what is not proved with hx.approximate(), a size, or a calibration"
     if isinstance(placement, str):
         return placement
+    reads = Reads()
+    if isinstance(match, VocabMatch):
+        split = placement is not None or is_cut(match.product.origin.refs)
+        found = reads_of(match, settings, split)
+        if isinstance(found, str):
+            return found
+        reads = found
     shards = 1 if placement is None else placement.shards
     if isinstance(match, VocabMatch):
         assert isinstance(settings, Vocab)
@@ -103,13 +122,15 @@ def _decide(
         tokens, units, inputs = product.tokens, product.width, product.contracted
         # Each device of a shard_map that cuts the vocabulary takes its share.
         parts = parts_of_rows(vocab_rows(match), product.origin.refs)
-        count, computed_each, activation = -(-settings.candidates_of(units * parts) // parts), 1, ""
+        if settings.certify and (settings.candidates or units) < min(reads.most, units):
+            return f"candidates={settings.candidates} are fewer than the {reads.most} largest, which are read"
+        count, computed_each, activation = -(-settings.candidates_of(units * parts, reads.most) // parts), 1, ""
+        if count < units and (why := _smallest(match)):
+            return why
     else:
         assert isinstance(settings, Ffn)
         tokens, units, inputs = match.tokens, match.units, match.region.ups[0].product.contracted
         activation = match.region.activation
-        if (why := _keeps_small_units(match, settings)) is not None:
-            return why
         own = match.region.own
         if own is not None and settings.group_size % own.group:
             return (
@@ -181,6 +202,8 @@ def _decide(
         rungs=tuple(Rung(r.computed * shards, r.bytes * shards, r.share) for r in sizes.rungs),
         static=static,
         derivative=derivative_of(match),
+        proved=reads.proved,
+        unproved=reads.unproved,
         widened=dense_as_read > dense,
     )
     needs = needs_of(match, settings, None if measurement is None else measurement.inputs, shards, order, static)
@@ -188,7 +211,17 @@ def _decide(
         needs = (*needs, stack_need(match, sizes.levels))
     bits = input_bits(match, platform) or ALL_BITS
     return Decision(
-        match, site, settings, count, needs, bits, placement, sizes.levels, smaller=sizes.smaller, static=static
+        match,
+        site,
+        settings,
+        count,
+        needs,
+        bits,
+        placement,
+        sizes.levels,
+        smaller=sizes.smaller,
+        static=static,
+        reads=reads,
     )
 
 
@@ -198,7 +231,8 @@ def _keeps_small_units(match: FfnMatch, settings: Ffn) -> str | None:
     Certified, zeros are proved for each input, however rare they are: of a gate, or of the model's own choice.
     """
     region = match.region
-    if settings.activations == "any" or region.zeroing or settings.certify:
+    proves = settings.certify and (region.own is not None or gate_of(region) is not None)
+    if settings.activations == "any" or region.zeroing or proves:
         return None
     if region.zero_share is None:
         what = "does not leave exact zeros"
@@ -217,6 +251,13 @@ def _in_own_groups(match: VocabMatch | FfnMatch, settings: Vocab | Ffn) -> Vocab
     if own is None or own.group == 1 or not isinstance(settings, Ffn) or settings.group_size > 1:
         return settings
     return dataclasses.replace(settings, group_size=own.group)
+
+
+def _smallest(match: VocabMatch) -> str:
+    """Why a projection is left of which the smallest outputs are wanted; empty where they are not."""
+    if not match.smallest:
+        return ""
+    return f"{match.smallest} reads the smallest of its outputs, where candidates are the largest"
 
 
 def _over(placement: Placement | None) -> str:

@@ -12,6 +12,7 @@ from jax.extend.core import primitives as prims
 from jax.lax import Precision
 
 from hire_xform.passes import compat
+from hire_xform.passes.layout import moves_only
 from hire_xform.passes.pointwise import POINTWISE
 from hire_xform.passes.provenance import Convert, Origin, Provenance, Recipe, Reshape, Root, Slice, Transpose
 from hire_xform.passes.walk import Graph, Node, Operand, Value, used_nodes
@@ -149,6 +150,31 @@ def normal_form(recipe: Recipe) -> Recipe:
             continue
         steps.append(step)
     return Recipe(recipe.root, tuple(steps))
+
+
+def widened_at_once(product: Product) -> np.dtype:
+    """dtype to which all readers of a product of 16 bits widen it, through what only moves it; else its own.
+
+    Readers that stand in a call that the product is not in take what their types say.
+    """
+    own = np.dtype(product.out.aval.dtype)
+    frames, found = product.node.frame.ancestors(), set()
+    waiting, seen = [product.out], {product.out}
+    while waiting and own.itemsize < 4:
+        value = waiting.pop()
+        if value.is_output or not value.consumers:
+            return own
+        for node in value.consumers:
+            if node.frame not in frames or node.scope is not product.node.scope:
+                return own
+            if node.primitive is prims.convert_element_type_p:
+                found.add(np.dtype(node.params["new_dtype"]))
+            elif moves_only(node):
+                waiting += [result for result in node.outputs if result not in seen]
+                seen.update(node.outputs)
+            else:
+                return own
+    return found.pop() if len(found) == 1 and found <= {np.dtype("float32")} else own
 
 
 def rounding_free(recipe: Recipe) -> bool:

@@ -158,7 +158,8 @@ class Rewriter:
             function = _as_precise(function, precision_asked(decision.match.products))
             function.__name__ = function.__qualname__ = f"hire_{decision.site.kind}"
             self._calls[key] = jax.jit(function)
-        result = self._calls[key](site_operands(decision, lambda o: read(env, o)), seen)
+        local = _with_sides(decision, env)
+        result = self._calls[key](site_operands(decision, lambda o: read(local, o)), seen)
         if not decision.marks:
             return result
         value, rung = result
@@ -305,10 +306,25 @@ class Rewriter:
         return self._frame_needs(scope.root)
 
 
+def _with_sides(decision: Decision, env: Env) -> Env:
+    """The values here, and those that readers of a site's logits take besides, which may be made further on."""
+    if not any(chain.ahead for chain in decision.reads.chains):
+        return env
+    local = dict(env)
+    for chain in decision.reads.chains:
+        for node in chain.ahead:
+            if node.outputs[0] not in local:
+                operands = [read(local, chain.resolved(o)) for o in node.inputs]
+                with compat.equation_context(node.eqn):
+                    local.update(zip(node.outputs, compat.bind(node.eqn, operands), strict=True))
+    return local
+
+
 def _signature(treatment: Treatment) -> Any:
     if isinstance(treatment, Decision):
         settings = treatment.settings, treatment.rungs, treatment.levels
-        return *settings, treatment.site.tokens, treatment.placement, treatment.cyclic
+        chains = tuple(chain.signature() for chain in treatment.reads.chains)
+        return *settings, treatment.site.tokens, treatment.placement, treatment.cyclic, chains
     if isinstance(treatment, TopGroups):
         return treatment.active, treatment.group_size
     if isinstance(treatment, CyclicLookup):
@@ -324,6 +340,8 @@ def _open_frames(treatment: Treatment) -> None:
     if isinstance(treatment, Decision):
         nodes += [p.node for p in treatment.match.products]
         nodes += list(getattr(getattr(treatment.match, "region", None), "nodes", ()))
+        if treatment.reads.sides:
+            _widen(treatment.node.frame, [n for chain in treatment.reads.chains for n in chain.nodes])
     if isinstance(treatment, Merged) and treatment.operand not in treatment.node.inputs and treatment.operand.node:
         nodes.append(treatment.operand.node)
     for need in treatment.needs:
@@ -334,6 +352,14 @@ def _open_frames(treatment: Treatment) -> None:
                     user = user.scope.node
                 _join([ref.node], user.frame)
     _join(nodes, treatment.node.frame)
+
+
+def _widen(frame: Frame, nodes: Sequence[Node]) -> None:
+    """Inlines the calls around a site that what its readers take besides does not come into."""
+    for call in frame.ancestors():
+        if all(node.scope is not frame.scope or call in node.frame.ancestors() for node in nodes):
+            break
+        call.inline = True
 
 
 def _join(nodes: Sequence[Node], frame: Frame) -> None:

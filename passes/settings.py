@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -33,9 +34,10 @@ def check_predictor(owner: str, predictor: Any, or_else: str = "") -> None:
 def _check_common(owner: str, predictor: Any, certify: Any, max_tokens: Any) -> None:
     if predictor is not None:
         check_predictor(owner, predictor, "None, ")
-    if not isinstance(certify, bool) and not (owner == "Vocab" and isinstance(certify, (TopSet, Nucleus))):
+    goal = owner == "Vocab" and isinstance(certify, (TopSet, Nucleus))
+    if certify is not None and not isinstance(certify, bool) and not goal:
         goals = ", hx.TopSet(k) or hx.Nucleus(eps)" if owner == "Vocab" else ""
-        refuse(owner, "certify", certify, f"True or False{goals}")
+        refuse(owner, "certify", certify, f"None, True or False{goals}")
     _check_count(owner, "max_tokens", max_tokens)
 
 
@@ -63,10 +65,11 @@ class Vocab:
     predictor: PredictorSpec | None = None
     # What stands for the other logits: the predictor's scores (the softmax normaliser stays right), or -inf.
     fill: str = "predicted"
-    # Prove for every input that the arg max of the logits is the dense one, or run the dense product.
-    # Takes weights of f32, bf16 or f16. `hx.TopSet(k)`: that the k largest are, as a set. `hx.Nucleus(eps)`: that the
-    # candidates hold all of the softmax's mass but `eps`.
-    certify: Goal = False
+    # True: prove for every input that what reads the logits (an arg max, a top-k) takes what it takes of the dense
+    # ones, or run the dense product. Takes weights of f32, bf16 or f16. `hx.TopSet(k)`: that the k largest are, as a
+    # set. `hx.Nucleus(eps)`: that the candidates hold all of the softmax's mass but `eps`. None is True, unless an
+    # approximation is asked for: by a number of candidates, or by a calibration that was not certified.
+    certify: Goal | None = None
     # Calls with more tokens than this (prefill) run dense.
     max_tokens: int = 8
 
@@ -74,7 +77,7 @@ class Vocab:
         """Checks every field."""
         if self.candidates is not None:
             _check_count("Vocab", "candidates", self.candidates)
-            if self.candidates < fewest_candidates(self.certify):
+            if self.candidates < fewest_candidates(self.certify or False):
                 refuse("Vocab", "candidates", self.candidates, f"no fewer than certify={self.certify} asks for")
         if self.fill not in ("predicted", "-inf"):
             refuse("Vocab", "fill", self.fill, "'predicted' or '-inf'")
@@ -85,13 +88,24 @@ class Vocab:
         """The predictor: the one that is stated or was chosen, or else the default."""
         return PREDICTOR if self.predictor is None else self.predictor
 
-    def candidates_of(self, vocab: int) -> int:
+    def decided(self, calibrated: bool | None) -> Vocab:
+        """These settings with ``certify`` decided.
+
+        Args:
+          calibrated: whether the site was calibrated as a certified one; None where it was not calibrated.
+        """
+        if self.certify is not None:
+            return self
+        return dataclasses.replace(self, certify=self.candidates is None if calibrated is None else calibrated)
+
+    def candidates_of(self, vocab: int, read: int = 1) -> int:
         """The rows of a vocabulary to compute for each token.
 
         Args:
           vocab: rows there are.
+          read: how many of the largest are read.
         """
-        usual = max(CANDIDATES, 2 * fewest_candidates(self.certify))
+        usual = max(CANDIDATES, 2 * read, 2 * fewest_candidates(self.certify or False))
         return min(usual if self.candidates is None else self.candidates, vocab)
 
 
@@ -119,10 +133,11 @@ class Ffn:
     group_size: int = 1
     # How the units are scored. None is what a calibration chose, without one `Quantized(8)`.
     predictor: PredictorSpec | None = None
-    # Prove for every input that the units left out are zero, or run the dense block. For ReLU, squared ReLU and ReGLU,
-    # and for a model's own top-k or threshold, whose choice is proved to be the dense one; takes weights of f32, bf16
-    # or f16.
-    certify: bool = False
+    # True: prove for every input that the units left out are zero, or run the dense block. For ReLU, squared ReLU and
+    # ReGLU, and for a model's own top-k or threshold, whose choice is proved to be the dense one; takes weights of f32,
+    # bf16 or f16. None is True, unless an approximation is asked for: by `active`, by `activations="any"`, or by a
+    # calibration that was not certified.
+    certify: bool | None = None
     # "zeroing": only blocks many of whose units are exactly zero for ordinary inputs (ReLU and its kin). "any": all.
     activations: str = "zeroing"
     # Calls with more tokens than this (prefill) run dense.
@@ -142,6 +157,17 @@ class Ffn:
     def spec(self) -> PredictorSpec:
         """The predictor: the one that is stated or was chosen, or else the default."""
         return PREDICTOR if self.predictor is None else self.predictor
+
+    def decided(self, calibrated: bool | None) -> Ffn:
+        """These settings with ``certify`` decided.
+
+        Args:
+          calibrated: whether the site was calibrated as a certified one; None where it was not calibrated.
+        """
+        if self.certify is not None:
+            return self
+        proved = self.active is None and self.activations == "zeroing"
+        return dataclasses.replace(self, certify=proved if calibrated is None else calibrated)
 
     def active_of(self, own_share: float | None) -> float:
         """The share of a block's units to compute.
@@ -168,9 +194,11 @@ class Choice:
     """What the user's settings say of one site.
 
     ``settings`` is None when the site is to be left alone, and ``reason`` says by what; ``force`` overrides the cost
-    model, never a check of meaning.
+    model, never a check of meaning. ``named``: a rule for it states settings of its kind, so that the user says what
+    it is.
     """
 
     settings: Vocab | Ffn | None
     force: bool = False
+    named: bool = False
     reason: str = ""

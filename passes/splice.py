@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from hire_xform.lowering import (
+    Interval,
     UpProduct,
     ffn_or_short,
     moments,
@@ -30,6 +31,7 @@ from hire_xform.passes.products import Product, precision_asked
 from hire_xform.passes.region import Up, replay
 from hire_xform.passes.settings import Ffn, Vocab
 from hire_xform.passes.splice_certified import certified_function
+from hire_xform.passes.splice_readings import rank_of
 from hire_xform.passes.treatment import DenseRows
 from hire_xform.passes.walk import Operand
 
@@ -40,7 +42,7 @@ def site_operands(decision: Decision, read: Read) -> list[Any]:
     """The runtime values, besides packed arrays, that a rewritten site reads: activations, then side inputs."""
     match = decision.match
     if isinstance(match, VocabMatch):
-        return [read(match.product.x)]
+        return [read(match.product.x)] + [read(chain.resolved(side)) for chain, side in decision.reads.sides]
     return [read(up.product.x) for up in match.region.ups] + [read(side.value) for side in match.region.sides]
 
 
@@ -60,7 +62,8 @@ def site_signature(decision: Decision) -> Any:
         precision_asked(match.products),
     )
     if isinstance(match, VocabMatch):
-        return "vocab", settings, _product_signature(match.product)
+        chains = tuple(chain.signature() for chain in decision.reads.chains)
+        return "vocab", settings, _product_signature(match.product), chains, match.out_dtype.name
     ups = tuple((_product_signature(up.product), up.layout) for up in match.region.ups)
     sides = tuple((side.value.shape, str(side.value.aval.dtype), side.layout) for side in match.region.sides)
     return "ffn", settings, match.units, ups, sides, match.region.signature(), _product_signature(match.down)
@@ -114,7 +117,7 @@ def _numbered(function: Callable[..., Any], before: int, own: int, total: int) -
 
 
 def _vocab(decision: Decision, match: VocabMatch, operands: Sequence[Any], views: Sequence[PackedView]) -> Any:
-    return result_shape(match.product, flat_logits(decision, match, operands[0], views))
+    return result_shape(match.product, flat_logits(decision, match, operands[0], views, sides=operands[1:]))
 
 
 def flat_logits(
@@ -124,10 +127,14 @@ def flat_logits(
     views: Sequence[PackedView],
     shards: int = 1,
     canonical: bool = False,
+    sides: Sequence[Any] = (),
 ) -> Any:
     """The logits ``[T, V]``, or one device's part of them; ``canonical``: the operand is ``[T, d]`` already."""
     assert isinstance(decision.settings, Vocab)
     given, sizes = _vocab_arguments(decision, match, operand, views, shards, canonical)
+    rank = rank_of(match.product, decision.reads)
+    if rank is not None:
+        sizes["rank"] = lambda scores: rank(Interval(scores, scores), sides)
     return views[0].filled(vocab_logits(*given, **sizes, fill=decision.settings.fill))  # type: ignore[arg-type]
 
 
@@ -150,7 +157,7 @@ def _vocab_arguments(
         "candidates": decision.count,
         "vocab": product.width // shards,
         "first_row": first,
-        "out_dtype": product.out.aval.dtype,
+        "out_dtype": match.out_dtype,
     }
     return (x, rows, views[1].whole(), settings.spec), sizes
 

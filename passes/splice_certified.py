@@ -26,6 +26,7 @@ from hire_xform.passes.own_equations import own_block, own_product
 from hire_xform.passes.region import replay
 from hire_xform.passes.settings import Ffn, Vocab
 from hire_xform.passes.splice_choice import choice_result
+from hire_xform.passes.splice_readings import as_plain, rank_of, readings_of
 from hire_xform.passes.zeros import gate_of, upper_of
 
 
@@ -40,33 +41,44 @@ def certified_function(decision: Decision) -> Callable[[list[Any], list[PackedVi
 
 
 def _vocab(decision: Decision, match: VocabMatch, operands: Sequence[Any], views: Sequence[PackedView]) -> Any:
-    logits, rung = flat_certified_logits(decision, match, flat_activation(match.product, operands[0]), views)
+    x, *sides = operands
+    logits, rung = flat_certified_logits(decision, match, flat_activation(match.product, x), views, sides=sides)
     return result_shape(match.product, logits), rung
 
 
 def flat_certified_logits(
-    decision: Decision, match: VocabMatch, x: Any, views: Sequence[PackedView], across: Sequence[str] = ()
+    decision: Decision,
+    match: VocabMatch,
+    x: Any,
+    views: Sequence[PackedView],
+    across: Sequence[str] = (),
+    sides: Sequence[Any] = (),
 ) -> tuple[Any, Any]:
     """The logits ``[T, V]`` of ``[T, d]``, or one device's part of them, proved ``across`` mesh axes; and the size."""
     product, settings = match.product, decision.settings
     assert isinstance(settings, Vocab)
     shards = decision.site.shards if across else 1
+    # Of rows on several devices only logits are proved; what is added is the same for all of them, and keeps the order.
+    reads = as_plain(decision.reads) if across else decision.reads
     rows, first = views[0].rows()
     logits, rung = certified_logits(
         x,
         rows,
         views[1].whole(),
         settings.spec,
-        lambda x, rows: dense_product(product, x, rows),
-        own=lambda x, leaf: own_product(product, x, leaf),
+        lambda x, rows: dense_product(product, x, rows).astype(match.out_dtype),
+        own=lambda x, leaf: own_product(product, x, leaf).astype(match.out_dtype),
         leaf=views[2] if decision.leaves else None,
         candidates=decision.count,
         smaller=decision.smaller,
-        goal=settings.certify,
+        readings=readings_of(product, reads, settings.certify or False),
+        sides=[jnp.asarray(side) for side in sides],
+        rank=rank_of(product, reads),
         vocab=product.width // shards,
         first_row=first,
         fill=settings.fill,  # type: ignore[arg-type]
-        out_dtype=product.out.aval.dtype,
+        out_dtype=match.out_dtype,
+        rounded_to=product.out.aval.dtype,
         input_bits=decision.input_bits,
         across=across,
         shards=shards,

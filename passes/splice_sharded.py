@@ -75,7 +75,7 @@ def _logits(
     (x,), rows, shards = given, placement.rows, placement.shards
     if decision.cyclic == "candidates":
         exact, index = flat_candidates(decision, match, x, views, shards)
-        exact = exact.astype(match.product.out.aval.dtype)
+        exact = exact.astype(match.out_dtype)
         return return_candidates(exact, index, rows, shards, match.units // shards), None
     rung: Any = None
     if decision.settings.certify:

@@ -5,15 +5,16 @@ import functools
 import jax.numpy as jnp
 import models
 import numpy as np
-from checks import FORCE
+from checks import named
 
 import hire_xform as hx
 
 D, M, V = models.D, models.M, models.V
-FORCED = hx.Config(rules=FORCE)
+# All that a calibration is asked for: the head returns its logits, and nothing else says what they are.
+FORCED = hx.Config(rules=named(hx.Vocab()))
 PLAIN = hx.Quantized(8)
 # One predictor, where it does not matter which: each that is measured is compiled.
-plainly = functools.partial(hx.calibrate, predictors=[PLAIN])
+plainly = functools.partial(hx.calibrate, predictors=[PLAIN], config=FORCED)
 
 
 def arguments(seed=0, batch=3, dtype=jnp.float32):
@@ -39,8 +40,8 @@ def of_kind(calibration, kind):
     return next(s for s in calibration.sites.values() if s.kind == kind)
 
 
-def with_predictor(predictor, **config):
-    return hx.Config(vocab=hx.Vocab(predictor=predictor), ffn=hx.Ffn(predictor=predictor), **config)
+def with_predictor(predictor):
+    return hx.Config(ffn=hx.Ffn(predictor=predictor), rules=named(hx.Vocab(predictor=predictor)))
 
 
 def skewed(seed, tokens, d=D):

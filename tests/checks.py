@@ -11,19 +11,29 @@ import hire_xform as hx
 FORCE = (hx.Rule("*", force=True),)
 
 
-def full_width(predictor=None, *, activations="any", max_tokens=64, **ffn) -> hx.Config:
-    """Every logit and every unit exact, at every site whatever its size."""
+def named(vocab: hx.Vocab) -> tuple[hx.Rule, ...]:
+    """Every site forced, and every wide product said to be a vocabulary, whatever reads it."""
+    return (hx.Rule("*", force=True, vocab=vocab),)
+
+
+def full_width(predictor=None, *, activations="any", max_tokens=64, stated=True, **ffn) -> hx.Config:
+    """Every logit and every unit exact, at every site whatever its size.
+
+    Args:
+      stated: say that every wide product is a vocabulary; False leaves that to what the program does with it.
+    """
     predictor = predictor or hx.Quantized(8)
+    vocab = hx.Vocab(candidates=1 << 20, predictor=predictor, max_tokens=max_tokens)
     return hx.Config(
-        vocab=hx.Vocab(candidates=1 << 20, predictor=predictor, max_tokens=max_tokens),
+        vocab=vocab,
         ffn=hx.Ffn(active=1.0, predictor=predictor, activations=activations, max_tokens=max_tokens, **ffn),
-        rules=FORCE,
+        rules=named(vocab) if stated else FORCE,
     )
 
 
 def narrow(active=0.1, candidates=4, **ffn) -> hx.Config:
     """Few units and few candidates, at every site whatever its size."""
-    return hx.Config(vocab=hx.Vocab(candidates=candidates), ffn=hx.Ffn(active=active, **ffn), rules=FORCE)
+    return hx.Config(ffn=hx.Ffn(active=active, **ffn), rules=named(hx.Vocab(candidates=candidates)))
 
 
 def kinds(plan) -> list[str]:

@@ -63,6 +63,32 @@ STORED = ("bfloat16", "float16", "float8_e4m3fn")
 USED = {"f32": ["float32"], "bf16": ["bfloat16"], "f16": ["float16"], "bf16, f32": ["bfloat16", "float32"]}
 stored, used = st.sampled_from(STORED), st.sampled_from(sorted(USED))
 
+# What takes a token of logits ``[T, V]``; ``w`` has what is added.
+READ = {
+    "arg max": lambda u, w, x: jnp.argmax(u, -1),
+    "bias": lambda u, w, x: jnp.argmax(u + w["spread"], -1),
+    "update": lambda u, w, x: jnp.argmax(u + (x @ w["square"][0][:, :2]) @ w["back"].T[:2], -1),
+    "cap": lambda u, w, x: jnp.argmax(jnp.tanh(u / 8) * 8 + w["spread"], -1),
+    "temperature": lambda u, w, x: jnp.argmax(u / (0.5 + jnp.abs(x[:, :1])), -1),
+    "mask": lambda u, w, x: jnp.argmax(jnp.where(jnp.arange(V) % 3 > 0, u, -jnp.inf), -1),
+    "banned": lambda u, w, x: jnp.argmax(u.at[:, jnp.asarray([0, 5])].set(-jnp.inf), -1),
+    "log_softmax": lambda u, w, x: jnp.argmax(jax.nn.log_softmax(u + w["spread"]), -1),
+    "softmax": lambda u, w, x: jnp.argmax(jax.nn.softmax(u), -1),
+    "sampled": lambda u, w, x: jax.random.categorical(jax.random.key(3), u / 0.7),
+    "smallest": lambda u, w, x: jnp.argmin(u, -1),
+    "negated": lambda u, w, x: jnp.argmin(-u, -1),
+    "second": lambda u, w, x: lax.top_k(u, 2)[1][:, 1],
+    "filtered": lambda u, w, x: jnp.argmax(jnp.where(u < lax.top_k(u, 3)[0][:, -1:], -jnp.inf, u), -1),
+    "branch": lambda u, w, x: lax.cond(x.sum() > 0, lambda v: jnp.argmax(v, -1), lambda v: jnp.argmax(v * 2.0, -1), u),
+}
+# Wide products that are no logits.
+FEATURES = {
+    "cos": jnp.cos,
+    "sign": jnp.sign,
+    "positive": lambda u: (u > 0).astype(u.dtype),
+    "mean": lambda u: u.mean(-1),
+}
+
 simple = st.one_of(
     st.tuples(st.just("ffn"), which, size, act, st.booleans()),
     st.tuples(st.just("ffn"), which, size, act, st.booleans()),
@@ -76,6 +102,8 @@ simple = st.one_of(
     st.tuples(st.just("leak"), which, act),
     st.tuples(st.just("attention"), which),
     st.tuples(st.just("logits"), which, st.sampled_from(["keep", "max", "feed", "drop", "row", "sample"])),
+    st.tuples(st.just("token"), which, st.sampled_from(sorted(READ))),
+    st.tuples(st.just("features"), which, st.sampled_from(sorted(FEATURES))),
     st.tuples(st.just("stacked"), act),
     st.tuples(st.just("indexed"), act, way, st.integers(-1, LAYERS)),
     st.tuples(st.just("expert"), act),
@@ -132,6 +160,7 @@ def make_weights(seed):
         },
         "both": array(D, 2 * MS[0]),
         "back": array(V, D),
+        "spread": 3 * array(V),
         "stack": {"up": array(LAYERS, D, MS[1]), "down": array(LAYERS, MS[1], D)},
     }
 
@@ -259,6 +288,20 @@ def _logits(w, x, kept, number, use):
     return x
 
 
+def _token(w, x, kept, number, use):
+    """A token that is taken of logits and embedded: a wrong one changes all that follows."""
+    if not x.shape[0]:
+        return x
+    taken = READ[use](x @ w["head"][number].T, w, x)
+    kept.append(taken)
+    return jnp.tanh(x + 0.5 * w["back"][taken])
+
+
+def _features(w, x, kept, number, use):
+    kept.append(FEATURES[use](x @ w["head"][number].T))
+    return x
+
+
 def _stacked(w, x, kept, name):
     for i in range(2):
         x = jnp.tanh(x + ACTS[name](x @ w["stack"]["up"][i]).astype(x.dtype) @ w["stack"]["down"][i])
@@ -315,6 +358,8 @@ _SIMPLE = {
     "leak": _leak,
     "attention": _attention,
     "logits": _logits,
+    "token": _token,
+    "features": _features,
     "stacked": _stacked,
     "indexed": _indexed,
     "expert": _expert,

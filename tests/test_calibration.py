@@ -6,7 +6,7 @@ import models
 import numpy as np
 import pytest
 from calibrated import FORCED, PLAIN, D, M, V, arguments, block, block_params, normal, of_kind, plainly, with_predictor
-from checks import FORCE
+from checks import named
 from jax import lax
 
 import hire_xform as hx
@@ -88,7 +88,7 @@ def test_half_precision(dtype):
     params = models.stacked_params(dtype)
     batches = [(params, *arguments(0, dtype=dtype))]
     calibration = plainly(models.scanned, batches, config=with_predictor(hx.LowRank(0.5)))
-    step = hx.sparsify(models.scanned, config=with_predictor(hx.LowRank(0.5), rules=FORCE), calibration=calibration)
+    step = hx.sparsify(models.scanned, config=with_predictor(hx.LowRank(0.5)), calibration=calibration)
     logits, _ = step(*batches[0])
     assert jnp.isfinite(logits).all()
 
@@ -140,7 +140,7 @@ def test_the_divergence_is_that_of_what_a_sampler_sees():
     params, x = block_params(), normal(5, 9, D)
     site = of_kind(plainly(lambda p, x: x @ p["head"], [(params, x)]), "vocab")
     for k in (1, 3, V // 2, V):
-        config = hx.Config(vocab=hx.Vocab(candidates=k, predictor=PLAIN), rules=FORCE)
+        config = hx.Config(rules=named(hx.Vocab(candidates=k, predictor=PLAIN)))
         step = hx.sparsify(lambda p, x: x @ p["head"], config=config)
         seen = np.concatenate([step(params, one[None]) for one in x]).astype(np.float64)
         dense = np.asarray(x @ params["head"], np.float64)

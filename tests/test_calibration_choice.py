@@ -9,7 +9,7 @@ import models
 import numpy as np
 import pytest
 from calibrated import FORCED, D, M, V, arguments, block, block_params, normal, of_kind, plainly, skewed
-from checks import FORCE, assert_same
+from checks import FORCE, assert_same, named
 
 import hire_xform as hx
 
@@ -19,7 +19,8 @@ SEVERAL = [hx.Quantized(4), hx.LowRank(0.25, bits=8), hx.Projected(0.5, bits=8),
 @functools.cache
 def chosen():
     params = block_params()
-    return params, hx.calibrate(block, [(params, skewed(s, 60)) for s in range(2)], predictors=SEVERAL, recall=0.99)
+    batches = [(params, skewed(s, 60)) for s in range(2)]
+    return params, hx.calibrate(block, batches, predictors=SEVERAL, recall=0.99, config=FORCED)
 
 
 def test_each_site_gets_the_predictor_and_size_that_reach_the_recall_at_the_fewest_bytes():
@@ -43,7 +44,7 @@ def test_each_site_gets_the_predictor_and_size_that_reach_the_recall_at_the_fewe
 def test_no_predictor_is_measured_on_the_inputs_it_was_fitted_to():
     params = block_params()
     first, second = ([(params, skewed(s, 40))] for s in (0, 1))
-    given = {"predictors": [hx.LowRank(3)], "config": hx.Config(ffn=None)}
+    given = {"predictors": [hx.LowRank(3)], "config": hx.Config(ffn=None, rules=FORCED.rules)}
     (both,) = hx.calibrate(block, first + second, **given).sites.values()
     fits = [hx.calibrate(block, one, **given) for one in (first, second)]
     halves = [hx.calibrate(block, one, fitted=fit, **given) for one, fit in ((first, fits[1]), (second, fits[0]))]
@@ -80,7 +81,7 @@ def test_what_is_stated_wins_and_the_rest_is_chosen_for_it():
 
 def test_a_stated_predictor_is_the_only_one_measured():
     params = block_params()
-    config = hx.Config(vocab=hx.Vocab(predictor=hx.Quantized(4)))
+    config = hx.Config(rules=named(hx.Vocab(predictor=hx.Quantized(4))))
     calibration = hx.calibrate(block, [(params, normal(0, 5, D))], config=config, predictors=SEVERAL)
     assert list(of_kind(calibration, "vocab").curves) == [hx.Quantized(4)]
     assert list(of_kind(calibration, "ffn").curves) == SEVERAL
@@ -130,7 +131,7 @@ def test_with_a_recall_of_one_the_tokens_it_was_measured_on_come_out_dense(model
 def test_values_given_win_and_defaults_stay_without_a_calibration():
     params, x = block_params(), normal(0, 1, D)
     calibration = plainly(block, [(params, normal(1, 50, D))])
-    config = hx.Config(vocab=hx.Vocab(candidates=5), ffn=hx.Ffn(active=0.5), rules=FORCE)
+    config = hx.Config(ffn=hx.Ffn(active=0.5), rules=named(hx.Vocab(candidates=5)))
     ffn, head = hx.sparsify(block, config=config, calibration=calibration).trace(params, x).plan.sites
     assert (ffn.computed, head.computed) == (M // 2, 5)
     assert "active=0.5 is given" in ffn.calibrated
@@ -196,7 +197,7 @@ def test_a_certified_site_gets_the_size_that_proves_what_was_asked_for():
         return (x + jax.nn.relu(x @ p["up"] + p["bias"]) @ p["down"]) @ p["head"]
 
     tokens = [jnp.asarray(rng.normal(size=(1, d)), jnp.float32) for _ in range(40)]
-    config = hx.lossless(rules=(hx.Rule("*", force=True),))
+    config = hx.lossless(rules=named(hx.Vocab(certify=True)))
     cal = hx.calibrate(step, [(p, jnp.concatenate(tokens))], config=config)
     assert {site.criterion for site in cal.sites.values()} == {"proved"}
     sparse = hx.sparsify(step, config=config, calibration=cal)
@@ -215,9 +216,8 @@ def test_a_certified_site_gets_the_size_that_proves_what_was_asked_for():
     assert run(sparse) == [0, 0]
     (block, head), (few, fewer) = traced.plan.sites, (int(s.sizes) - 1 for s in cal.sites.values())
     narrow = hx.Config(
-        vocab=hx.Vocab(certify=True, candidates=fewer, predictor=head.settings.predictor),
         ffn=hx.Ffn(certify=True, active=few / m, predictor=block.settings.predictor),
-        rules=config.rules,
+        rules=named(hx.Vocab(certify=True, candidates=fewer, predictor=head.settings.predictor)),
     )
     assert min(run(hx.sparsify(step, config=narrow, calibration=cal))) >= 1
 
@@ -226,9 +226,8 @@ def test_what_was_measured_without_certification_gives_no_certified_size():
     p = {"head": jnp.asarray(np.random.default_rng(0).normal(size=(16, 512)), jnp.float32)}
     x = jnp.ones((4, 16))
     fun = lambda p, x: x @ p["head"]  # noqa: E731
-    force = (hx.Rule("*", force=True),)
-    plain = hx.calibrate(fun, [(p, x)], config=hx.Config(rules=force), predictors=[hx.Quantized(8)])
-    site = hx.sparsify(fun, config=hx.lossless(rules=force), calibration=plain).trace(p, x[:1]).plan.sites[0]
+    plain = plainly(fun, [(p, x)])
+    site = hx.sparsify(fun, config=hx.lossless(rules=FORCE), calibration=plain).trace(p, x[:1]).plan.sites[0]
     assert site.calibrated.startswith("calibrated uncertified")
     with pytest.raises(ValueError, match="max_kl with certify=True"):
         hx.calibrate(fun, [(p, x)], config=hx.lossless(), max_kl=0.1)

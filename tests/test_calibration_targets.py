@@ -5,13 +5,13 @@ import jax.numpy as jnp
 import models
 import numpy as np
 import pytest
-from checks import FORCE
+from checks import FORCE, named
 from jax import lax
 
 import hire_xform as hx
 
 D, M, V = models.D, models.M, models.V
-FORCED = hx.Config(rules=FORCE)
+FORCED = hx.Config(rules=named(hx.Vocab()))
 SEVERAL = [hx.Quantized(4), hx.LowRank(0.25, bits=8), hx.Quantized(8)]
 
 
@@ -39,7 +39,7 @@ def divergence(dense, sparse):
 @pytest.mark.parametrize("limit", [0.03, 0.001])
 def test_the_divergence_of_the_sparse_function_is_within_the_limit(limit):
     params, given = batches()
-    calibration = hx.calibrate(model, given, max_kl=limit, predictors=SEVERAL)
+    calibration = hx.calibrate(model, given, max_kl=limit, predictors=SEVERAL, config=FORCED)
     step = hx.sparsify(model, config=FORCED, calibration=calibration)
     found = np.mean([divergence(model(*batch), one_by_one(step, *batch)) for batch in given])
     assert 0 < found <= limit * 1.01
@@ -54,7 +54,7 @@ def test_the_divergence_of_the_sparse_function_is_within_the_limit(limit):
 
 def test_a_stricter_limit_reads_more():
     _, given = batches()
-    found = [hx.calibrate(model, given, max_kl=limit, predictors=SEVERAL) for limit in (0.3, 0.001)]
+    found = [hx.calibrate(model, given, max_kl=limit, predictors=SEVERAL, config=FORCED) for limit in (0.3, 0.001)]
     read = [
         sum(s.curve().predictor_bytes * s.sizes.size + s.row_bytes * int(s.sizes.sum()) for s in c.sites.values())
         for c in found
@@ -71,7 +71,11 @@ def test_the_loss_of_the_sparse_function_is_within_the_limit():
 
     labelled = [(*batch, labels) for batch, labels in zip(given, wanted, strict=True)]
     whole = hx.calibrate(
-        lambda p, x, labels: loss(model(p, x), labels), labelled, max_loss_increase=0.01, predictors=SEVERAL
+        lambda p, x, labels: loss(model(p, x), labels),
+        labelled,
+        max_loss_increase=0.01,
+        predictors=SEVERAL,
+        config=FORCED,
     )
     made = hx.calibrate(
         lambda p, x, labels: model(p, x),
@@ -79,6 +83,7 @@ def test_the_loss_of_the_sparse_function_is_within_the_limit():
         max_loss_increase=0.01,
         loss=lambda logits, p, x, labels: loss(logits, labels),
         predictors=SEVERAL,
+        config=FORCED,
     )
     for one, other in zip(whole.sites.values(), made.sites.values(), strict=True):
         np.testing.assert_array_equal(one.sizes, other.sizes)
@@ -94,8 +99,8 @@ def test_a_projection_in_a_loop_over_tokens():
         return lax.scan(lambda carry, x: (carry, model(params, x[None])), 0, xs)[1]
 
     params, given = batches(1)
-    looped = hx.calibrate(decode, given, max_kl=0.01, predictors=SEVERAL[:1])
-    plain = hx.calibrate(model, given, max_kl=0.01, predictors=SEVERAL[:1])
+    looped = hx.calibrate(decode, given, max_kl=0.01, predictors=SEVERAL[:1], config=FORCED)
+    plain = hx.calibrate(model, given, max_kl=0.01, predictors=SEVERAL[:1], config=FORCED)
     for one, other in zip(looped.sites.values(), plain.sites.values(), strict=True):
         np.testing.assert_array_equal(one.sizes, other.sizes)
 
@@ -107,7 +112,7 @@ def test_a_projection_in_a_loop_over_tokens():
         return lax.while_loop(lambda s: s[0] < 5, turn, (0, 0.0))[1]
 
     with pytest.raises(ValueError, match="in a loop whose turns are not known"):
-        hx.calibrate(until, [(params, given[0][1])], max_kl=0.01, predictors=SEVERAL[:1])
+        hx.calibrate(until, [(params, given[0][1])], max_kl=0.01, predictors=SEVERAL[:1], config=FORCED)
 
 
 def test_a_models_own_top_k_is_rehearsed():
@@ -119,7 +124,7 @@ def test_a_models_own_top_k_is_rehearsed():
     _, given = batches(1)
     params = {**models.layer_weights(np.random.default_rng(0), jnp.float32), "head": given[0][0]["head"]}
     x = given[0][1]
-    calibration = hx.calibrate(own, [(params, x)], max_kl=0.01, predictors=SEVERAL)
+    calibration = hx.calibrate(own, [(params, x)], max_kl=0.01, predictors=SEVERAL, config=FORCED)
     step = hx.sparsify(own, config=FORCED, calibration=calibration)
     assert divergence(own(params, x), one_by_one(step, params, x)) <= 0.0101
 

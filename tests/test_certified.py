@@ -7,13 +7,13 @@ import jax.numpy as jnp
 import models
 import numpy as np
 import pytest
-from checks import FORCE, kinds
+from checks import kinds, named
 
 import hire_xform as hx
 
 
 def certified(candidates=16, **vocab) -> hx.Config:
-    return hx.Config(vocab=hx.Vocab(candidates=candidates, certify=True, **vocab), ffn=None, rules=FORCE)
+    return hx.Config(ffn=None, rules=named(hx.Vocab(candidates=candidates, certify=True, **vocab)))
 
 
 def arguments(batch=3, dtype=jnp.float32, seed=3):
@@ -134,7 +134,7 @@ def test_vmap_over_sequences_counts_once():
 def test_bytes_hold_the_bounds():
     params = models.list_params()
     x = jnp.ones((1, models.D))
-    plain = hx.sparsify(lambda p, x: x @ p["head"], config=hx.Config(vocab=hx.Vocab(candidates=16), rules=FORCE))
+    plain = hx.sparsify(lambda p, x: x @ p["head"], config=hx.Config(rules=named(hx.Vocab(candidates=16))))
     proved = hx.sparsify(lambda p, x: x @ p["head"], config=certified())
     gap = proved.trace(params, x).plan.sparse_bytes - plain.trace(params, x).plan.sparse_bytes
     assert gap == 8 * models.V
@@ -163,7 +163,7 @@ def skewed(seed, tokens=1, dtype=jnp.float32):
 
 def goal_step(goal, fill="-inf", candidates=128, **vocab):
     fun = lambda p, x: x @ p["head"].T  # noqa: E731
-    config = hx.Config(vocab=hx.Vocab(certify=goal, fill=fill, candidates=candidates, **vocab), ffn=None, rules=FORCE)
+    config = hx.Config(ffn=None, rules=named(hx.Vocab(certify=goal, fill=fill, candidates=candidates, **vocab)))
     return jax.jit(fun), hx.sparsify(fun, config=config)
 
 
@@ -210,14 +210,14 @@ def test_goals_are_calibrated_each_for_itself():
     for goal in (True, hx.TopSet(40), hx.Nucleus(0.01)):
         _, step = goal_step(goal, candidates=None)
         fun = lambda p, x: x @ p["head"].T  # noqa: E731
-        config = hx.Config(vocab=hx.Vocab(certify=goal, fill="-inf"), ffn=None, rules=FORCE)
+        config = hx.Config(ffn=None, rules=named(hx.Vocab(certify=goal, fill="-inf")))
         cal = hx.calibrate(fun, [(p, x)], config=config, predictors=[hx.Quantized(8)])
         step = hx.sparsify(fun, config=config, calibration=cal)
         sizes.append(step.trace(p, x[:1]).plan.sites[0].computed)
         for i in range(8):
             assert sum(int(n) for n in step.with_fallbacks(p, x[i : i + 1])[1].values()) == 0
     assert sizes[0] < sizes[1]
-    other = hx.Config(vocab=hx.Vocab(certify=True), ffn=None, rules=FORCE)
+    other = hx.Config(ffn=None, rules=named(hx.Vocab(certify=True)))
     told = hx.sparsify(fun, config=other, calibration=cal).trace(p, x[:1]).plan.sites[0].calibrated
     assert "Nucleus" in told
 

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from checks import FORCE, assert_same, full_width
+from checks import assert_same, full_width, named
 from collectives import collectives, largest_array
 from devices import mesh_of
 from jax import lax
@@ -76,7 +76,7 @@ def layout(plan):
 
 
 def narrow(candidates=16, **vocab):
-    return hx.Config(vocab=hx.Vocab(candidates=candidates, **vocab), rules=FORCE)
+    return hx.Config(rules=named(hx.Vocab(candidates=candidates, **vocab)))
 
 
 def check_rows_go_round_and_come_back():
@@ -179,7 +179,7 @@ def check_candidates_go_back_to_their_places_where_all_others_are_minus_infinity
         for model, data in ((8, 1), (4, 2)):
             w, x = placed(mesh_of(model, data, types))
             dense = np.asarray(every_logit(weights(), tokens()))
-            whole = hx.Config(vocab=hx.Vocab(candidates=V, fill="-inf"), rules=FORCE)
+            whole = hx.Config(rules=named(hx.Vocab(candidates=V, fill="-inf")))
             assert_same(hx.sparsify(every_logit, config=whole)(w, x), dense)
             for fun in (masked, drawn) if types is AUTO else (masked,):
                 assert_same(hx.sparsify(fun, config=whole)(w, x), jax.jit(fun)(weights(), tokens()))
@@ -252,7 +252,7 @@ def check_packed_weights_serve_programs_that_want_them_otherwise():
     for types, fills in ((AUTO, ("predicted", "-inf")), (EXPLICIT, ("predicted",))):
         w, x = placed(mesh_of(4, types=types))
         for fill in fills:
-            config = hx.Config(vocab=hx.Vocab(candidates=V, fill=fill), rules=FORCE)
+            config = hx.Config(rules=named(hx.Vocab(candidates=V, fill=fill)))
             step = hx.sparsify(either, config=config, static_argnums=2)
             for packed_for in (True, False):
                 packed = step.trace(w, x, packed_for).pack(w)

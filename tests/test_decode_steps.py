@@ -48,7 +48,7 @@ SITES = ["ffn"] * LAYERS + ["vocab"]
 
 def test_prefill_and_decode_share_one_packed():
     params = models.list_params()
-    step = hx.sparsify(extend, config=full_width(max_tokens=8))
+    step = hx.sparsify(extend, config=full_width(max_tokens=8, stated=False))
     packed = step.trace(params, empty_cache(), some_tokens(1)).pack(params)
     prefill = step.trace(params, empty_cache(), some_tokens(32)).plan
     assert not prefill.sites
@@ -80,7 +80,7 @@ def test_speculative_verification(count):
         good = len(drafted) <= count // 2
         drafted.append((jnp.argmax(logits, -1) + (0 if good else 1)).astype(jnp.int32) % V)
     drafted = jnp.concatenate(drafted)
-    step = hx.sparsify(verify, config=full_width(max_tokens=8))
+    step = hx.sparsify(verify, config=full_width(max_tokens=8, stated=False))
     traced = step.trace(params, cache, drafted)
     assert sorted(kinds(traced.plan)) == SITES
     assert {site.tokens for site in traced.plan.sites} == {count}
@@ -105,7 +105,7 @@ def batch_of_sequences(count):
 def test_vmap_over_sequences_inside(count):
     params, caches, tokens = batch_of_sequences(count)
     many = jax.vmap(extend, (None, 0, 0))
-    step = hx.sparsify(many, config=full_width())
+    step = hx.sparsify(many, config=full_width(stated=False))
     traced = step.trace(params, caches, tokens)
     assert sorted(kinds(traced.plan)) == SITES, traced.explain()
     assert {site.tokens for site in traced.plan.sites} == {count}
@@ -117,7 +117,7 @@ def test_vmap_over_sequences_inside(count):
 @pytest.mark.parametrize("count", [1, 3, 8])
 def test_vmap_over_sequences_outside(count):
     params, caches, tokens = batch_of_sequences(count)
-    step = hx.sparsify(extend, config=full_width())
+    step = hx.sparsify(extend, config=full_width(stated=False))
     packed = step.trace(params, empty_cache(), tokens[0]).pack(params)
     want = jax.jit(jax.vmap(extend, (None, 0, 0)))(params, caches, tokens)
     assert_same(jax.vmap(step, (None, 0, 0))(packed, caches, tokens), want)
@@ -127,7 +127,7 @@ def test_vmap_over_sequences_outside(count):
 
 def test_generation_with_sampling_around_a_sparse_step():
     params = models.list_params()
-    step = hx.sparsify(extend, config=full_width())
+    step = hx.sparsify(extend, config=full_width(stated=False))
     packed = step.trace(params, empty_cache(), some_tokens(1)).pack(params)
 
     def generate(one_step, weights, prompt, key):
@@ -152,7 +152,7 @@ def test_generation_with_sampling_around_a_sparse_step():
         key = jax.random.key(seed)
         want = jax.jit(partial(generate, extend))(params, some_tokens(6), key)
         assert_same(jax.jit(partial(generate, step))(packed, some_tokens(6), key), want)
-        whole = hx.sparsify(partial(generate, extend), config=full_width(max_tokens=4))
+        whole = hx.sparsify(partial(generate, extend), config=full_width(max_tokens=4, stated=False))
         assert sorted(kinds(whole.trace(params, some_tokens(6), key).plan)) == SITES  # the prompt's are too long
         assert_same(whole(params, some_tokens(6), key), want)
 
@@ -161,7 +161,7 @@ def test_generation_with_sampling_around_a_sparse_step():
 @pytest.mark.filterwarnings("error")
 def test_a_donated_cache_is_taken_and_given_back(packing):
     params = models.list_params()
-    step = hx.sparsify(extend, config=full_width(), donate_argnums=1)
+    step = hx.sparsify(extend, config=full_width(stated=False), donate_argnums=1)
     weights = step.trace(params, empty_cache(), some_tokens(1)).pack(params) if packing else params
     cache, want_cache = empty_cache(), empty_cache()
     for seed in range(3):

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from checks import FORCE, assert_same, full_width, kinds, tolerance
+from checks import assert_same, full_width, kinds, named, tolerance
 from jax import lax
 
 import hire_xform as hx
@@ -129,7 +129,7 @@ def test_two_heads_are_two_sites():
 @pytest.mark.parametrize("fill", ["predicted", "-inf"])
 def test_the_fill_stands_where_no_candidate_is(fill):
     p, x = weights(), tokens(1)
-    config = hx.Config(vocab=hx.Vocab(candidates=8, fill=fill), rules=FORCE)
+    config = hx.Config(rules=named(hx.Vocab(candidates=8, fill=fill)))
     sparse = np.asarray(hx.sparsify(LOGITS["untied"], config=config)(p, x))
     dense = np.asarray(LOGITS["untied"](p, x))
     assert (sparse == -np.inf).sum() == (V - 8 if fill == "-inf" else 0)
@@ -216,4 +216,4 @@ def test_a_product_of_two_weights_is_refused():
 
 
 def test_a_small_vocabulary_is_left_dense_by_the_cost_model():
-    refused(LOGITS["untied"], "would not be faster", config=hx.Config())
+    refused(LOGITS["untied"], "would not be faster", config=hx.Config(rules=(hx.Rule("*", vocab=hx.Vocab()),)))

@@ -18,7 +18,7 @@ from hire_xform.dump_text import short_source
 from hire_xform.observe import observe
 
 GOLDENS = Path(__file__).parent / "goldens"
-FORCE = hx.Config(vocab=hx.Vocab(candidates=16), rules=(hx.Rule("*", force=True),))
+FORCE = hx.Config(rules=(hx.Rule("*", force=True, vocab=hx.Vocab(candidates=16)),), ffn=hx.Ffn(active=0.25))
 VOID = {"meta", "link", "br", "img", "input", "hr"}
 
 

@@ -8,7 +8,7 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from checks import FORCE, assert_same
+from checks import assert_same, named
 from jax import lax
 from test_sharded import D, decode, mesh_of, narrow, placed, tokens, weights
 
@@ -16,6 +16,7 @@ import hire_xform as hx
 from hire_xform.lowering import da_top_k
 
 PLATFORMS = ("cpu", "cuda", "tpu")
+LOSSLESS = hx.lossless(rules=named(hx.Vocab(certify=True)))
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +32,9 @@ def written_and_read(jitted, *operands, platforms=PLATFORMS):
 
 @pytest.mark.parametrize("predictor", [hx.Quantized(8), hx.Quantized(4), hx.LowRank(0.5)], ids=str)
 def test_a_step_with_packed_and_with_plain_weights(predictor):
-    config = hx.Config(vocab=hx.Vocab(candidates=16, predictor=predictor), ffn=hx.Ffn(predictor=predictor), rules=FORCE)
+    config = hx.Config(
+        ffn=hx.Ffn(predictor=predictor, certify=False), rules=named(hx.Vocab(candidates=16, predictor=predictor))
+    )
     step, w, x = hx.sparsify(decode, config=config), weights(), tokens(1)
     for given in (step.trace(w, x).pack(w), w):
         jitted, operands = step.program(given, x)
@@ -68,7 +71,7 @@ def block_and_head(w, x, precision=None):
 
 
 def test_a_certified_step_is_lowered_only_where_it_is_proved():
-    config, w, x = hx.lossless(rules=FORCE), weights(), tokens(1)
+    config, w, x = LOSSLESS, weights(), tokens(1)
     step = hx.sparsify(block_and_head, config=config)
     jitted, operands = step.program(w, x)
     assert_same(written_and_read(jitted, *operands, platforms=("cpu",)).call(*operands), step(w, x))
@@ -82,7 +85,7 @@ def test_a_certified_step_is_lowered_only_where_it_is_proved():
 @pytest.mark.parametrize(("precision", "dtype"), [(lax.Precision.HIGHEST, jnp.float32), (None, jnp.bfloat16)])
 def test_a_certified_step_whose_products_round_nothing_is_lowered_everywhere(precision, dtype):
     w, x = jax.tree.map(lambda a: a.astype(dtype), (weights(), tokens(1)))
-    step = hx.sparsify(partial(block_and_head, precision=precision), config=hx.lossless(rules=FORCE))
+    step = hx.sparsify(partial(block_and_head, precision=precision), config=LOSSLESS)
     assert len(step.trace(w, x).plan.sites) == 2
     jitted, operands = step.program(w, x)
     assert_same(written_and_read(jitted, *operands).call(*operands), step(w, x))

@@ -46,10 +46,10 @@ def check(model, where, how, batch, dtype, predictor):
     params, (cache, tokens, shift) = model.make_params(dtype), arguments(batch, dtype)
     dense = partial(model.step, params)
     if where == "closed over":
-        step = hx.sparsify(dense, config=full_width(predictor), weights_argnums=())
+        step = hx.sparsify(dense, config=full_width(predictor, stated=False), weights_argnums=())
         traced, sparse = step.trace(cache, tokens, shift), step
     else:
-        step = hx.sparsify(model.step, config=full_width(predictor))
+        step = hx.sparsify(model.step, config=full_width(predictor, stated=False))
         traced = step.trace(params, cache, tokens, shift)
         weights = params if how == "eager" else traced.pack(params)
         sparse = partial(step, weights)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import models
 import numpy as np
 import pytest
-from checks import FORCE, assert_same, full_width
+from checks import FORCE, assert_same, full_width, named
 
 import hire_xform as hx
 from hire_xform.grouping import grouped_order
@@ -159,7 +159,7 @@ def test_quality_is_rehearsed_in_that_order():
         return gated(p, x) @ p["head"]
 
     given = batches(params, 1)
-    config = hx.Config(ffn=hx.Ffn(group_size=G), rules=FORCE)
+    config = hx.Config(ffn=hx.Ffn(group_size=G), rules=named(hx.Vocab()))
     calibration = hx.calibrate(model, given, config=config, predictors=[hx.Quantized(8)], max_kl=0.01)
     step = hx.sparsify(model, config=config, calibration=calibration)
     p, q = (

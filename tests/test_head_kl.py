@@ -7,13 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from calibrated import normal, of_kind
-from checks import FORCE
+from checks import FORCE, named
 
 import hire_xform as hx
 
 D, V, TOKENS = 16, 300, 40
 # The same whatever it is fitted to, so that what was measured is what the sparse function does on the same tokens.
 COARSE, FINE = hx.Quantized(4), hx.Quantized(8)
+HEAD = hx.Config(rules=named(hx.Vocab()))
 
 
 def head(params, x):
@@ -24,7 +25,7 @@ def given(seed=0):
     return {"head": normal(seed, D, V)}, 0.7 * normal(seed + 1, TOKENS, D)
 
 
-def calibrated(config=None, **options):
+def calibrated(config=HEAD, **options):
     params, x = given()
     return hx.calibrate(head, [(params, x)], config=config, **{"predictors": [COARSE, FINE], **options})
 
@@ -32,7 +33,7 @@ def calibrated(config=None, **options):
 def logits_of(calibration, **vocab):
     """The sparse logits of each token by itself, and the site."""
     params, x = given()
-    step = hx.sparsify(head, config=hx.Config(vocab=hx.Vocab(**vocab), rules=FORCE), calibration=calibration)
+    step = hx.sparsify(head, config=hx.Config(rules=named(hx.Vocab(**vocab))), calibration=calibration)
     (site,) = step.trace(params, x[:1]).plan.sites
     return jnp.concatenate([step(params, one[None]) for one in x]), site
 
@@ -49,7 +50,7 @@ def divergence(logits):
 @pytest.mark.parametrize("fill", ["predicted", "-inf"])
 @pytest.mark.parametrize("limit", [0.02, 0.0005])
 def test_the_logits_are_within_the_limit_with_the_fewest_candidates(limit, fill):
-    calibration = calibrated(hx.Config(vocab=hx.Vocab(fill=fill)), head_kl=limit)
+    calibration = calibrated(hx.Config(rules=named(hx.Vocab(fill=fill))), head_kl=limit)
     site = of_kind(calibration, "vocab")
     logits, planned = logits_of(calibration, fill=fill)
     found, size = divergence(logits), int(site.sizes)
@@ -82,7 +83,7 @@ def test_where_no_predictor_is_within_it_recall_decides_and_a_warning_says_so():
     rng = np.random.default_rng(0)
     params = {"head": jnp.asarray(rng.normal(size=(D, 2000)), jnp.float32)}
     x = jnp.asarray(0.2 * rng.normal(size=(TOKENS, D)), jnp.float32)
-    only = {"predictors": [hx.LowRank(1)]}
+    only = {"predictors": [hx.LowRank(1)], "config": HEAD}
     with pytest.warns(
         hx.HireWarning, match=r"params\['head'\].*head_kl=0.01 nats.*LowRank\(rank=1, bits=None\) and \d+ cand"
     ):
@@ -90,7 +91,7 @@ def test_where_no_predictor_is_within_it_recall_decides_and_a_warning_says_so():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         greedy = hx.calibrate(head, [(params, x)], head_kl=None, **only)
-        hx.calibrate(head, [(params, x)], **{"predictors": [*only["predictors"], FINE]})
+        hx.calibrate(head, [(params, x)], **{**only, "predictors": [*only["predictors"], FINE]})
     sites = [of_kind(c, "vocab") for c in (found, greedy)]
     assert sites[0].sizes == sites[1].sizes
     assert [s.beyond_head_kl for s in sites] == [True, False]
@@ -128,7 +129,7 @@ def test_it_is_kept_in_the_file(tmp_path):
 
 
 def test_certified_heads_and_blocks_have_none():
-    config = hx.Config(vocab=hx.Vocab(certify=True), rules=FORCE)
+    config = hx.Config(rules=named(hx.Vocab(certify=True)))
     assert of_kind(calibrated(config, predictors=[FINE], head_kl=1e-9), "vocab").head_kl is None
 
     def block(params, x):
@@ -148,7 +149,7 @@ def test_a_limit_that_is_none_is_refused(value):
 def test_a_loss_sees_what_stands_for_the_others():
     """With minus infinity a loss that reads other logits is not finite, where predicted ones were close."""
     params, x = given()
-    config = hx.Config(vocab=hx.Vocab(fill="-inf"))
+    config = hx.Config(rules=named(hx.Vocab(fill="-inf")))
 
     def right(logits, params, x):
         return -jnp.mean(jnp.argmax(logits, 1) == jnp.argmax(head(params, x), 1))

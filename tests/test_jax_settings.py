@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import models
 import numpy as np
 import pytest
-from checks import FORCE, assert_same, kinds
+from checks import assert_same, kinds, named
 from jax import lax
 
 import hire_xform as hx
@@ -23,8 +23,8 @@ SETTINGS = {
     "default device": lambda: jax.default_device(jax.devices("cpu")[0]),
 }
 CONFIGS = {
-    "predicted": hx.Config(vocab=hx.Vocab(predictor=hx.LowRank(0.5, bits=4)), rules=FORCE),
-    "lossless": hx.lossless(rules=FORCE),
+    "predicted": hx.approximate(rules=named(hx.Vocab(predictor=hx.LowRank(0.5, bits=4), certify=False))),
+    "lossless": hx.lossless(rules=named(hx.Vocab(certify=True))),
 }
 
 
@@ -96,7 +96,7 @@ def test_nans_are_found_where_they_are_made():
 def test_what_is_calibrated_is_the_same(setting):
     params, x = given()
     batches = [(params, x), (params, 2 * x)]
-    options = {"config": hx.Config(rules=FORCE), "predictors": [hx.LowRank(0.5, bits=4)], "head_kl": None}
+    options = {"config": hx.Config(rules=named(hx.Vocab())), "predictors": [hx.LowRank(0.5, bits=4)], "head_kl": None}
 
     def chosen():
         found = hx.calibrate(net, batches, **options)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from checks import FORCE, assert_same
+from checks import FORCE, assert_same, named
 from jax import lax
 from jax.extend.core import primitives as prims
 from test_lossless import BLOCKS, D, tokens, weights
@@ -105,7 +105,7 @@ def test_a_size_that_is_given_is_the_last_one():
     assert 1 <= len(rungs) - 2 <= 2
     # As many logits as are asked for are exact: a head has that one size.
     head = lambda p, x: x @ p["gate"]  # noqa: E731
-    _, step = calibrated(head, p, xs, config=hx.Config(vocab=hx.Vocab(candidates=12, certify=True), rules=FORCE))
+    _, step = calibrated(head, p, xs, config=hx.Config(rules=named(hx.Vocab(candidates=12, certify=True))))
     site = step.trace(p, xs[:1]).plan.sites[0]
     assert [r.computed for r in site.rungs] == [12, 96]
 

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from checks import FORCE, assert_same, kinds
+from checks import FORCE, assert_same, kinds, named
 from collectives import arrays_written
 from jax import lax
 
@@ -13,7 +13,7 @@ import hire_xform as hx
 pytestmark = pytest.mark.filterwarnings("ignore:.*was packed")
 
 D, M, V, LAYERS = 64, 128, 512, 3
-HEAD = hx.Config(vocab=hx.Vocab(candidates=16, certify=True), ffn=None, rules=FORCE)
+HEAD = hx.Config(ffn=None, rules=named(hx.Vocab(candidates=16, certify=True)))
 # One group of units is never enough: every call falls back.
 BLOCK = hx.Config(vocab=None, ffn=hx.Ffn(active=2 / M, certify=True), rules=FORCE)
 

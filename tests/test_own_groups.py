@@ -73,7 +73,7 @@ def test_every_spelling_fires_once_and_is_dense_at_full_width(name, count):
 
 def test_the_models_own_groups_and_half_as_many_again_are_computed():
     p, x = weights(), tokens(1)
-    own = site_of(plain_block(CHOICES["energy"]), p, x, hx.Config(rules=FORCE))
+    own = site_of(plain_block(CHOICES["energy"]), p, x, hx.approximate(rules=FORCE))
     assert own.computed == G * round(1.5 * K + 0.5)
     coarse = hx.Config(ffn=hx.Ffn(active=0.5, group_size=2 * G), rules=FORCE)
     assert site_of(plain_block(CHOICES["energy"]), p, x, coarse).computed == M // 2

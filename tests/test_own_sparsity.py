@@ -137,7 +137,7 @@ def test_every_spelling_fires_once_and_is_dense_at_full_width(name, count):
 def test_a_gated_block_predicts_its_gate_only(name, count):
     p, x = weights(), tokens(count)
     fun = gated_block({**TOP_K, **THRESHOLDS}[name])
-    step = hx.sparsify(fun, config=hx.Config(rules=FORCE))
+    step = hx.sparsify(fun, config=hx.approximate(rules=FORCE))
     traced = step.trace(p, x)
     site = traced.plan.sites[0]
     predictor, row = M * (D + 4), 4 * D  # int8 and a scale for each row; three matrices of f32 rows
@@ -148,7 +148,7 @@ def test_a_gated_block_predicts_its_gate_only(name, count):
 
 def test_the_models_own_k_is_the_default_and_half_as_much_again_is_computed():
     p, x = weights(), tokens(1)
-    own = hx.Config(rules=FORCE)
+    own = hx.approximate(rules=FORCE)
     assert site_of(plain_block(TOP_K["scatter"]), p, x, own).computed == round(1.5 * K)
     assert site_of(plain_block(mean_and_std), p, x, own).computed == int(np.ceil(1.5 * 0.1 * M))
     assert site_of(plain_block(jax.nn.relu), p, x, own).computed == M // 4
@@ -217,7 +217,7 @@ def test_blocks_in_a_scan_share_one_form():
         return lax.scan(lambda x, w: (x + fun(w, x), None), x, p)[0]
 
     x = tokens(2)
-    step = hx.sparsify(layers, config=hx.Config(rules=FORCE))
+    step = hx.sparsify(layers, config=hx.approximate(rules=FORCE))
     traced = step.trace(stack, x)
     assert [s.own for s in traced.plan.sites] == ["units above mean + 1.28 deviations"]
     assert_same(step(traced.pack(stack), x), layers(stack, x), 1e-4)
@@ -233,7 +233,7 @@ def test_groups_are_scored_by_their_best_unit():
 def test_no_unit_is_computed_outside_the_chosen():
     """The hidden products of the rewritten program are int8 or as wide as the candidates, never all units in f32."""
     p, x = weights(), tokens(1)
-    traced = hx.sparsify(plain_block(TOP_K["scatter"]), config=hx.Config(rules=FORCE)).trace(p, x)
+    traced = hx.sparsify(plain_block(TOP_K["scatter"]), config=hx.approximate(rules=FORCE)).trace(p, x)
     before = primitives_of(traced.jaxpr).count(prims.top_k_p)
     assert before == 2  # values and indices asked for apart
     assert da_top_k_p in primitives_of(traced.sparse_jaxpr)

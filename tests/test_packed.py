@@ -5,7 +5,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import pytest
-from checks import FORCE, assert_same, full_width, kinds
+from checks import FORCE, assert_same, full_width, kinds, named
 from jax.experimental import checkify
 from tied import FULL, D, M, V, inputs, make_weights, net
 
@@ -97,7 +97,7 @@ def test_packed_can_be_traced_again():
 
 
 def test_prefill_and_decode_share_one_packed():
-    config = hx.Config(vocab=hx.Vocab(candidates=V, max_tokens=4), ffn=hx.Ffn(active=1.0, max_tokens=4), rules=FORCE)
+    config = hx.Config(ffn=hx.Ffn(active=1.0, max_tokens=4), rules=named(hx.Vocab(candidates=V, max_tokens=4)))
     step, params = hx.sparsify(net, config=config), make_weights()
     packed = step.trace(params, inputs(1)).pack(params)
     assert not step.trace(params, inputs(9)).plan.sites
@@ -106,7 +106,7 @@ def test_prefill_and_decode_share_one_packed():
 
 
 def test_packed_of_a_prefill_serves_no_decode_but_is_right():
-    config = hx.Config(vocab=hx.Vocab(candidates=V, max_tokens=4), ffn=hx.Ffn(active=1.0, max_tokens=4), rules=FORCE)
+    config = hx.Config(ffn=hx.Ffn(active=1.0, max_tokens=4), rules=named(hx.Vocab(candidates=V, max_tokens=4)))
     step, params = hx.sparsify(net, config=config), make_weights()
     packed = step.trace(params, inputs(9)).pack(params)
     with pytest.warns(hx.HireWarning, match=r"dot_general.* dense.*hx.pack\(weights"):

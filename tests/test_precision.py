@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 import pytest
-from checks import FORCE
+from checks import named
 from jax.extend.core import primitives as prims
 from jax.lax import Precision
 
@@ -41,7 +41,7 @@ def shapes():
 @pytest.mark.parametrize("certify", [False, True])
 @pytest.mark.parametrize("precision", [None, Precision.HIGH, Precision.HIGHEST])
 def test_chosen_rows_are_multiplied_as_precisely_as_the_model_asks(precision, certify):
-    config = hx.lossless(rules=FORCE) if certify else hx.Config(rules=FORCE)
+    config = (hx.lossless if certify else hx.approximate)(rules=named(hx.Vocab(certify=certify)))
     traced = hx.sparsify(step_with(precision, precision), config=config).trace(*shapes())
     assert len(traced.plan.sites) == 2
     found = products(traced.sparse_jaxpr.jaxpr)
@@ -58,6 +58,6 @@ def test_heads_that_ask_for_other_precisions_share_no_function():
         return jnp.dot(x, w["one"]), jnp.dot(x, w["two"], precision=Precision.HIGHEST)
 
     w = {name: jax.ShapeDtypeStruct((16, 128), jnp.float32) for name in ("one", "two")}
-    traced = hx.sparsify(step, config=hx.Config(rules=FORCE)).trace(w, shapes()[1])
+    traced = hx.sparsify(step, config=hx.approximate(rules=named(hx.Vocab(certify=False)))).trace(w, shapes()[1])
     floats = [asked for integers, asked in products(traced.sparse_jaxpr.jaxpr) if not integers]
     assert set(floats) == {None, (Precision.HIGHEST,) * 2}

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from checks import FORCE
+from checks import named
 
 import hire_xform as hx
 
@@ -37,7 +37,7 @@ def project(rows, x):
 def both(head, **vocab):
     """Dense and sparse logits of every position, one token a call, f64."""
     rows, x = head
-    step = hx.sparsify(project, config=hx.Config(vocab=hx.Vocab(**vocab), rules=FORCE))
+    step = hx.sparsify(project, config=hx.Config(rules=named(hx.Vocab(**vocab))))
     packed = step.trace(rows, x[:1]).pack(rows)
     sparse = jax.jit(lambda packed, x: jax.lax.map(lambda one: step(packed, one[None])[0], x))(packed, x)
     return np.asarray(project(rows, x), np.float64), np.asarray(sparse, np.float64)

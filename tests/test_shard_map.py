@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from checks import assert_same, full_width, kinds, narrow
+from checks import assert_same, full_width, kinds, named, narrow
 from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -245,7 +245,7 @@ def test_a_shard_map_inside_the_function_on_eight_devices():
 def check_certified(devices):
     """Tokens are the dense ones, and every device's fallback is counted: of equal logits no one is proved the best."""
     w, x = cut_weights(), state()
-    config = hx.Config(ffn=None, vocab=hx.Vocab(candidates=4, certify=True), rules=(hx.Rule("*", force=True),))
+    config = hx.Config(ffn=None, rules=named(hx.Vocab(candidates=4, certify=True)))
     fun = forms(two_axes(devices))["most likely"]
     step = hx.sparsify(fun, config=config)
     for weights in (w, {**w, "head": jnp.zeros_like(w["head"])}):

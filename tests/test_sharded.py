@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from checks import FORCE, assert_same, full_width, kinds
+from checks import assert_same, full_width, kinds, named
 from collectives import collectives, largest_array
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
@@ -81,7 +81,7 @@ def block(w, x):
 
 
 def narrow(active=0.25, candidates=16, **vocab):
-    return hx.Config(vocab=hx.Vocab(candidates=candidates, **vocab), ffn=hx.Ffn(active=active), rules=FORCE)
+    return hx.Config(ffn=hx.Ffn(active=active), rules=named(hx.Vocab(candidates=candidates, **vocab)))
 
 
 def compiled(step, *args):
@@ -121,7 +121,7 @@ def check_every_predictor_in_every_packed_form():
 def check_narrow_is_the_same_as_each_device_picking_its_share():
     """Each of four devices chooses four of its rows, row i being on device i % 4: checked on the head's candidates."""
     w, x = placed(mesh_of(4))
-    step = hx.sparsify(decode, config=hx.Config(ffn=None, vocab=hx.Vocab(candidates=16, fill="-inf"), rules=FORCE))
+    step = hx.sparsify(decode, config=hx.Config(ffn=None, rules=named(hx.Vocab(candidates=16, fill="-inf"))))
     logits = np.asarray(step(w, x[:1]))
     assert np.isfinite(logits).reshape(V // 4, 4).sum(axis=0).tolist() == [4] * 4
     dense = np.asarray(decode(weights(), tokens()[:1]))

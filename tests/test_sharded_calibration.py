@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from checks import FORCE, assert_same, full_width, kinds
+from checks import assert_same, full_width, kinds, named
 from jax import lax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -27,13 +27,14 @@ SPECS = {
     "on each": {"up": P(), "down": P(), "head": P()},
 }
 EIGHT_BITS = [hx.Quantized(8)]
+PLAIN, LOSSLESS = hx.Config(rules=named(hx.Vocab())), hx.lossless(rules=named(hx.Vocab(certify=True)))
 SETTINGS = {
-    "plain": {"config": hx.Config(rules=FORCE), "predictors": EIGHT_BITS},
-    "fitted": {"config": hx.Config(rules=FORCE), "predictors": [hx.LowRank(0.5), hx.LowRank(0.5, bits=8)]},
-    "groups": {"config": hx.Config(ffn=hx.Ffn(group_size=4), rules=FORCE), "predictors": EIGHT_BITS},
-    "certified": {"config": hx.lossless(rules=FORCE), "predictors": EIGHT_BITS},
+    "plain": {"config": PLAIN, "predictors": EIGHT_BITS},
+    "fitted": {"config": PLAIN, "predictors": [hx.LowRank(0.5), hx.LowRank(0.5, bits=8)]},
+    "groups": {"config": hx.Config(ffn=hx.Ffn(group_size=4), rules=PLAIN.rules), "predictors": EIGHT_BITS},
+    "certified": {"config": LOSSLESS, "predictors": EIGHT_BITS},
     "divergence": {
-        "config": hx.Config(vocab=hx.Vocab(fill="predicted"), rules=FORCE),
+        "config": hx.Config(rules=named(hx.Vocab(fill="predicted"))),
         "predictors": EIGHT_BITS,
         "max_kl": 0.05,
     },
@@ -161,7 +162,7 @@ def check_what_is_packed_first_under_a_mesh_that_is_set():
     for number, (types, where) in enumerate((t, w) for t in (AUTO, EXPLICIT) for w in SPECS):
         mesh, width = mesh_of(types), D + 8 * (number + 1)
         rng = np.random.default_rng(0)
-        for config in (full_width(), full_width(hx.LowRank(0.5, bits=8)), hx.lossless(rules=FORCE)):
+        for config in (full_width(), full_width(hx.LowRank(0.5, bits=8)), LOSSLESS):
             with jax.set_mesh(mesh):
                 head = jnp.asarray(rng.normal(size=(width, V)), jnp.bfloat16)
                 w = placed(mesh, where, {"head": head})
@@ -183,7 +184,7 @@ def check_what_stays_dense_is_not_calibrated():
         "head": jax.device_put(weights()["head"], NamedSharding(mesh, P("model", None)))
     }
     xs = [jax.device_put(x, NamedSharding(mesh, P())) for x in batches()]
-    model, config = model_of(True, False), hx.Config(rules=FORCE)
+    model, config = model_of(True, False), PLAIN
     calibration = calibrated(model, w, xs, {"config": config})
     assert [site.kind for site in calibration.sites.values()] == ["ffn"]
     traced = hx.sparsify(model, config=config, calibration=calibration).trace(w, xs[0][:4])

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from checks import FORCE, assert_same
+from checks import assert_same, named
 from collectives import collectives
 from devices import mesh_of
 from jax import lax
@@ -43,9 +43,7 @@ def placed(mesh, w=None, count=TOKENS):
 
 def lossless(candidates=16, active=0.5, certify=True, **vocab):
     return hx.Config(
-        vocab=hx.Vocab(candidates=candidates, certify=certify, **vocab),
-        ffn=hx.Ffn(active=active, certify=True),
-        rules=FORCE,
+        ffn=hx.Ffn(active=active, certify=True), rules=named(hx.Vocab(candidates=candidates, certify=certify, **vocab))
     )
 
 
@@ -171,7 +169,7 @@ def check_one_device_of_a_block_falls_back_alone():
 
 def check_a_block_that_is_not_proved_is_short_where_a_device_is():
     """Units that fire are all of one device, which may compute a quarter of its own; or a few of each."""
-    config = hx.Config(ffn=hx.Ffn(active=0.25, certify=False), rules=FORCE)
+    config = hx.Config(ffn=hx.Ffn(active=0.25, certify=False), rules=(hx.Rule("*", force=True),))
     for few, expected in ((slice(0, 8), 1), (slice(0, M, 4), 0)):
         bias = np.full(M, -50.0, np.float32)
         bias[few] = 50.0

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import models
 import numpy as np
 import pytest
-from checks import FORCE, assert_same, kinds, narrow, primitives_of
+from checks import FORCE, assert_same, kinds, named, narrow, primitives_of
 from tied import FULL, D, M, V, inputs, make_weights, net
 
 import hire_xform as hx
@@ -23,7 +23,8 @@ def test_tracing_shapes_computes_nothing(packs):
         "w2": struct((1 << 20, 4096), jnp.float32),
         "embed": struct((1 << 20, 4096), jnp.float32),
     }
-    traced = hx.sparsify(net).trace(shapes, struct((1, 4096), jnp.float32))
+    config = hx.approximate(rules=(hx.Rule("*", vocab=hx.Vocab(certify=False)),))
+    traced = hx.sparsify(net, config=config).trace(shapes, struct((1, 4096), jnp.float32))
     assert kinds(traced.plan) == ["ffn", "vocab"]
     assert da_top_k_p in primitives_of(traced.sparse_jaxpr)
     assert "module" in traced.lower().as_text()
@@ -78,12 +79,12 @@ def test_explain_says_where_weights_were_looked_for():
 
 
 def test_explain_names_paths_weights_sources_and_reasons():
-    def named(params, x):
+    def step(params, x):
         x = jax.nn.silu(x @ params["w1"]) @ params["w2"]
         return x @ params["embed"].T
 
-    config = hx.Config(rules=FORCE)
-    traced = hx.sparsify(named, config=config).trace(make_weights(), inputs())
+    config = hx.approximate(rules=named(hx.Vocab(certify=False)))
+    traced = hx.sparsify(step, config=config).trace(make_weights(), inputs())
     text = traced.explain()
     for part in (
         "dot_general[2]",
@@ -138,14 +139,14 @@ def test_sites_are_in_program_order_and_scans_count_iterations():
 
 
 def test_later_rules_win():
-    rules = (hx.Rule("*", force=True), hx.Rule("*", skip=True), hx.Rule("dot_general[2]", force=True))
+    rules = (hx.Rule("*", force=True), hx.Rule("*", skip=True), hx.Rule("dot_general[2]", force=True, vocab=hx.Vocab()))
     plan = hx.sparsify(net, config=hx.Config(rules=rules)).trace(make_weights(), inputs()).plan
     assert kinds(plan) == ["vocab"]
     assert any("skip=True" in r.reason for r in plan.refusals)
 
 
 def test_settings_of_a_rule_apply_where_it_matches():
-    rules = (*FORCE, hx.Rule("dot_general[1]", ffn=hx.Ffn(active=0.5)))
+    rules = (*named(hx.Vocab()), hx.Rule("dot_general[1]", ffn=hx.Ffn(active=0.5)))
     plan = hx.sparsify(net, config=hx.Config(rules=rules)).trace(make_weights(), inputs()).plan
     assert plan.sites[0].computed == M // 2
     assert plan.sites[1].computed == V  # candidates=256 are more than there are
@@ -250,22 +251,25 @@ def test_dense_bytes_are_those_of_the_weights_as_they_are_stored(stored, used, i
 def test_explain_says_what_a_certified_site_proves_and_what_its_bytes_are():
     params, x = make_weights(), inputs()
 
-    def told(**config):
-        return hx.sparsify(net, config=hx.Config(**config, rules=FORCE)).trace(params, x).explain()
+    def told(vocab, ffn):
+        return hx.sparsify(net, config=hx.Config(ffn=ffn, rules=named(vocab))).trace(params, x).explain()
 
     unproved = "; a call that is not proved runs dense; the bytes are those of calls that are proved"
-    both = told(vocab=hx.Vocab(certify=True), ffn=hx.Ffn(certify=True))
-    assert f"proved for every call: the arg max is the dense one{unproved}" in both
+    both = told(hx.Vocab(certify=True), hx.Ffn(certify=True))
+    assert f"proved for every call: the arg max of what is returned is that of the dense logits{unproved}" in both
     assert f"proved for every call: every unit left out is zero{unproved}" in both
     assert "Quantized(bits=8), fill='predicted', certify=True" in both
-    top, mass = (told(vocab=hx.Vocab(certify=goal)) for goal in (hx.TopSet(5), hx.Nucleus(0.01)))
+    top, mass = (told(hx.Vocab(certify=goal), hx.Ffn()) for goal in (hx.TopSet(5), hx.Nucleus(0.01)))
     assert f"the 5 largest logits are the dense ones{unproved}" in top
     assert f"the candidates hold all but 0.01 of the dense softmax{unproved}" in mass
-    assert "proved" not in told()
-    config = hx.lossless(rules=FORCE)
+    assert told(hx.Vocab(), hx.Ffn()) == both
+    assert "proved" not in told(hx.Vocab(certify=False), hx.Ffn(certify=False))
+    config = hx.lossless(rules=named(hx.Vocab(certify=True)))
     calibration = hx.calibrate(net, [(params, inputs(30))], config=config)
     chosen = hx.sparsify(net, config=config, calibration=calibration).trace(params, x).explain()
-    assert "the arg max is the dense one; a call that is not proved runs dense\n" in chosen
+    assert (
+        "the arg max of what is returned is that of the dense logits; a call that is not proved runs dense\n" in chosen
+    )
     assert "with the share of calls expected" in chosen
 
 

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from checks import FORCE, assert_same, full_width, kinds
+from checks import FORCE, assert_same, full_width, kinds, named
 from collectives import arrays_written
 from jax import lax
 
@@ -33,7 +33,7 @@ CONFIGS = {
     "groups": full_width(group_size=8),
     "lossless": hx.lossless(rules=FORCE),
     "certified at full width": hx.Config(
-        vocab=hx.Vocab(candidates=V, certify=True), ffn=hx.Ffn(active=1.0, certify=True), rules=FORCE
+        ffn=hx.Ffn(active=1.0, certify=True), rules=named(hx.Vocab(candidates=V, certify=True))
     ),
 }
 
@@ -136,7 +136,7 @@ def test_the_compiled_step_widens_no_whole_matrix(way, scanned):
     """Nothing of the size of a weight is written in the dtype it is used in, nor of all layers in any."""
     stored, converted, _ = WAYS[way]
     net, params, x = net_of(converted, scanned), make_weights(stored), tokens(1, converted[-1])
-    config = hx.Config(vocab=hx.Vocab(candidates=8), ffn=hx.Ffn(active=8 / M), rules=FORCE)
+    config = hx.Config(ffn=hx.Ffn(active=8 / M), rules=named(hx.Vocab(candidates=8)))
     step = hx.sparsify(net, config=config)
     packed = step.trace(params, x).pack(params)
     written = max(arrays_written(step.trace(packed, x).lower().compile()))

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from checks import FORCE
+from checks import FORCE, named
 from collectives import arrays_written, collectives
 from extras import why_missing
 from jax import lax
@@ -224,7 +224,7 @@ def a_sixteenth():
 def check_a_certified_head_is_bounded_for_products_of_one_bf16_pass():
     sharding = SingleDeviceSharding(chips("v5e:1x1")[0])
     w, x = (jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding) for shape in ((D, 128), (1, D)))
-    config = hx.Config(vocab=hx.Vocab(candidates=16, certify=True), rules=FORCE)
+    config = hx.Config(rules=named(hx.Vocab(candidates=16, certify=True)))
     step = hx.sparsify(lambda w, x: x @ w, config=config).trace(w, x)
     assert [d.input_bits for d in step.plan.decisions] == [8]
     compiled(step.lower())

@@ -304,7 +304,8 @@ def frozen_and_partitioned():
             return dense(V, "embed", "vocab")(nn.LayerNorm()(x))
 
     model, x = Partitioned(), jnp.ones((3, D))
-    return lambda variables, x: model.apply(variables, x), (freeze({"params": initial(model, x)[0]}), x)
+    args = freeze({"params": initial(model, x)[0]}), x
+    return lambda variables, x: jax.nn.log_softmax(model.apply(variables, x)), args
 
 
 class Transformation:

@@ -59,7 +59,7 @@ def test_a_predictor_that_is_far_off_does_not_stop_a_calibration():
     rng = np.random.default_rng(0)
     params = {"head": jnp.asarray(rng.normal(size=(16, 200)) * 1e3, jnp.float32)}
     x = jnp.asarray(rng.normal(size=(64, 16)), jnp.float32)
-    config = hx.Config(rules=(hx.Rule("*", force=True),))
+    config = hx.Config(rules=(hx.Rule("*", force=True, vocab=hx.Vocab()),))
     predictors = [hx.LowRank(0.25), hx.Quantized(8)]
     found = hx.calibrate(lambda p, x: x @ p["head"], [(params, x)], config=config, predictors=predictors)
     (site,) = found.sites.values()

@@ -1,0 +1,320 @@
+"""Follows what a reader takes back to the logits: the equations of a ``Chain``, or the reason why there is none."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from jax.extend.core import primitives as prims
+
+from hire_xform.passes import compat
+from hire_xform.passes.bounded import can_be_bounded
+from hire_xform.passes.chains import FLOATS, Chain, Step, dtype_of, keeps_values
+from hire_xform.passes.follow import Fate
+from hire_xform.passes.layout import moves_only
+from hire_xform.passes.pointwise import COMPARES, is_pointwise, literal_number
+from hire_xform.passes.products import Product
+from hire_xform.passes.readers import Reader, exponent_of
+from hire_xform.passes.walk import Node, Operand, Scope, Value
+
+# Equations from a reader back to the logits, and of side inputs that are run ahead.
+_MAX_STEPS, _MAX_AHEAD = 64, 512
+
+
+class NotFollowedError(Exception):
+    """The way from logits to a reader goes through what has no bounds."""
+
+
+class Filtered(str):
+    """What stands on the way: the logits themselves decide which of them are read, as in top-k and top-p sampling."""
+
+
+class FilteredError(NotFollowedError):
+    """The way goes through a filter of the logits."""
+
+
+def chain_of(product: Product, fate: Fate, reader: Reader) -> Chain | str:
+    """The way from a product's output to one of its readers; a reason where it is not followed."""
+    try:
+        return _Tracer(product, fate, reader).chain()
+    except FilteredError as error:
+        return Filtered(str(error))
+    except NotFollowedError as error:
+        return str(error)
+
+
+class _Tracer:
+    """Follows one reader's operand backwards to the product."""
+
+    def __init__(self, product: Product, fate: Fate, reader: Reader):
+        self.product, self.fate, self.reader = product, fate, reader
+        self.steps: list[Step] = []
+        self.sides: list[Operand] = []
+        self.outer: dict[Value, Operand] = {}
+        self.number: dict[Value, int] = {product.out: -1}
+        self.hangs: dict[Value, bool] = {product.out: True}
+        self.softmax = self.merged = False
+        # Steps from which something common to a token is left out: what follows must not notice.
+        self.shifted: set[int] = set()
+
+    def chain(self) -> Chain:
+        value = self._inside(self.reader.value)
+        value = self._without_softmax(value)
+        dims = [d for d in self.fate.axes.get(value, ()) if value.shape[d] > 1 or len(value.shape) == 1]
+        if len(dims) != 1:
+            raise NotFollowedError(f"its axis is split or merged on the way to {self.reader.where}")
+        if value.aval.dtype.name not in FLOATS:
+            raise NotFollowedError(f"{self.reader.where} reads {value.aval.dtype.name} made of its logits")
+        self._number(value)
+        if self.softmax and (self.merged or value.shape[dims[0]] > self.product.width):
+            raise NotFollowedError(f"a softmax of each token is compared with others' by {self.reader.where}")
+        ahead = self._ahead()
+        return Chain(self.reader, value, dims[0], tuple(self.steps), tuple(self.sides), ahead, self.outer, self.softmax)
+
+    def _inside(self, value: Value) -> Value:
+        """What leaves the loop that the product stands in, as it is inside."""
+        scopes = self.product.node.scope.chain()
+        while (node := value.node) is not None:
+            found: Any = None
+            if node.children:
+                inner = next((child for child in node.children if child in scopes), None)
+                found = None if inner is None else inner.outputs[node.outputs.index(value)]
+            elif node.primitive in _STORES and node.inputs[0] not in self.fate.axes:
+                found = node.inputs[1 if node.primitive is prims.dynamic_update_slice_p else -1]
+            elif value.scope is not self.product.node.scope and value.scope in scopes and moves_only(node):
+                found = node.inputs[0]
+            if not isinstance(found, Value) or found not in self.fate.axes:
+                break
+            value = found
+        if value.scope is not self.product.node.scope and not self._is_within(value.scope):
+            raise NotFollowedError(
+                f"its logits leave a {self.product.node.scope.kind} on the way to {self.reader.where}"
+            )
+        return value
+
+    def _is_merged(self, value: Value) -> bool:
+        """Whether the axis holds entries of several tokens."""
+        return math.prod(value.shape[d] for d in self.fate.axes.get(value, ())) > self.product.width
+
+    def _is_within(self, scope: Scope) -> bool:
+        return self.product.node.scope in scope.chain()
+
+    def _without_softmax(self, value: Value) -> Value:
+        """A softmax or log-softmax at the very end of the way is left out: it keeps the order, but for its rounding."""
+        found, at = value, value
+        for _ in range(16):
+            node = at.node
+            if node is None or at is self.product.out or self._is_merged(at):
+                break
+            p = node.primitive
+            source: Any = node.inputs[0] if node.inputs else None
+            if p in (prims.sub_p, prims.div_p) and self._is_common(node.inputs[1], at, divisor=p is prims.div_p):
+                found = at = source
+                self.softmax = True
+                continue
+            if p in _ENDS or moves_only(node):
+                at = source
+                if not isinstance(at, Value):
+                    break
+                continue
+            break
+        return found
+
+    def _is_common(self, operand: Operand, beside: Value, divisor: bool = False) -> bool:
+        """True for what a softmax subtracts or divides by: the same for all entries of a token, and of known size.
+
+        A divisor is a sum of exponentials, which is positive.
+        """
+        if not isinstance(operand, Value) or operand in self.fate.axes or not self._hangs_on(operand):
+            return False
+        dims = self.fate.axes.get(beside, frozenset())
+        if operand.shape and len(operand.shape) == len(beside.shape) and any(operand.shape[d] > 1 for d in dims):
+            source = operand.node.inputs[0] if operand.node is not None and moves_only(operand.node) else None
+            if not isinstance(source, Value) or source.shape[-1:] == operand.shape[-1:]:
+                return False
+        if beside.aval.dtype.name != "float32":
+            return False
+        return self._is_soft_maximum(operand, set(), divisor)
+
+    def _is_soft_maximum(self, value: Value, seen: set[Value], divisor: bool) -> bool:
+        """Made of largest entries and of sums of exponentials, by equations that add them up; or one such sum."""
+        if value in seen or not self._hangs_on(value):
+            return True
+        seen.add(value)
+        node = value.node
+        if node is None or len(seen) > 32:
+            return False
+        if node.primitive is prims.reduce_max_p:
+            return not divisor
+        if node.primitive is prims.reduce_sum_p:
+            operand = node.inputs[0]
+            return isinstance(operand, Value) and exponent_of(operand) is not None
+        if node.primitive not in (_CASTS if divisor else _COMMON) and not moves_only(node):
+            return False
+        return all(self._is_soft_maximum(o, seen, divisor) for o in node.inputs if isinstance(o, Value))
+
+    def _hangs_on(self, value: Value) -> bool:
+        """Whether a value is computed from the logits."""
+        if value not in self.hangs:
+            self.hangs[value] = False
+            node = value.node
+            if node is None:
+                outer = value.outer if self._is_within(value.scope) else None
+                found = isinstance(outer, Value) and self._hangs_on(outer)
+                if outer is None and self._is_within(value.scope) and value.scope is not self.product.node.scope:
+                    found = value.const is None  # a body's own state may
+                self.hangs[value] = found
+            elif self._is_within(node.scope) and not self._is_before(node):
+                self.hangs[value] = any(self._hangs_on(o) for o in node.inputs if isinstance(o, Value))
+        return self.hangs[value]
+
+    def _is_before(self, node: Node) -> bool:
+        home = self.product.node
+        return node.scope is home.scope and node.order < home.order
+
+    def _number(self, value: Value) -> int:
+        """The number of the step that makes a value, which hangs on the logits."""
+        if value in self.number:
+            return self.number[value]
+        if len(self.steps) >= _MAX_STEPS:
+            raise NotFollowedError(f"more than {_MAX_STEPS} equations stand between its logits and {self.reader.where}")
+        node = value.node
+        if node is None:
+            if isinstance(value.outer, Value) and not value.scanned:
+                self.outer[value] = value.outer
+                self.number[value] = self._number(value.outer)
+                return self.number[value]
+            raise NotFollowedError(f"its logits are the state of a loop on the way to {self.reader.where}")
+        common = self._checked(node, value)
+        operands: list[int | None] = []
+        for i, operand in enumerate(node.inputs):
+            if isinstance(operand, Value) and self._hangs_on(operand) and not (common and i == 1):
+                operands.append(self._compared(node, operand) if node.primitive in COMPARES else self._number(operand))
+            else:
+                operands.append(None)
+        for i, (operand, number) in enumerate(zip(node.inputs, operands, strict=True)):
+            if isinstance(operand, Value) and number is None and not (common and i == 1):
+                self.sides.append(operand)
+        if any(n in self.shifted for n in operands) and not _keeps_shift(node, operands):
+            raise NotFollowedError(f"{node.primitive} at {node.source} is applied to what a softmax made of its logits")
+        self.steps.append(Step(node, node.outputs.index(value), tuple(operands), common))
+        if common or any(n in self.shifted for n in operands):
+            self.shifted.add(len(self.steps) - 1)
+        self.softmax = self.softmax or common
+        self.number[value] = len(self.steps) - 1
+        self.merged = self.merged or self._is_merged(value)
+        return self.number[value]
+
+    def _compared(self, node: Node, operand: Value) -> int:
+        """The number of what is compared: with what is made of the logits, that is a filter of them."""
+        if operand in self.fate.drawn or operand not in self.fate.axes:
+            raise FilteredError(f"{node.primitive} at {node.source}, a filter by what is made of the logits")
+        return self._number(operand)
+
+    def _checked(self, node: Node, value: Value) -> bool:
+        """Whether the second operand is left out, as what is common to a token; raises where there are no bounds."""
+        p = node.primitive
+        if value not in self.fate.axes or value in self.fate.drawn:
+            raise NotFollowedError(f"{p} at {node.source} mixes its logits on the way to {self.reader.where}")
+        if p is prims.sub_p and isinstance(node.inputs[1], Value) and self._is_common(node.inputs[1], value):
+            return True
+        if p is prims.dynamic_slice_p or (p is prims.scatter_p and node.params.get("update_jaxpr") is None):
+            if all(not self._hangs_on(o) for o in node.inputs[1:] if isinstance(o, Value)):
+                return False
+        elif moves_only(node) or p is compat.OPTIMIZATION_BARRIER:
+            return False
+        elif is_pointwise(node) and can_be_bounded(node):
+            for operand in node.inputs:
+                side = not isinstance(operand, Value) or not self._hangs_on(operand)
+                if side and dtype_of(operand).name not in (*FLOATS, "bool"):
+                    raise NotFollowedError(_not_bounded(node, self.reader))
+            return False
+        raise NotFollowedError(_not_bounded(node, self.reader))
+
+    def _ahead(self) -> tuple[Node, ...]:
+        """The equations behind the projection that its sides are made by, in program order."""
+        found: list[Node] = []
+        seen: set[Node] = set()
+        stack = [(o, False) for o in self.sides if isinstance(o, Value)]
+        while stack:
+            value, done = stack.pop()
+            node = value.node
+            if node is None:
+                self._entered(value)
+                continue
+            if done:
+                if node not in found:
+                    found.append(node)
+                continue
+            if node in seen or not self._is_within(node.scope) or self._is_before(node):
+                continue
+            seen.add(node)
+            if node.eqn.effects or len(seen) > _MAX_AHEAD:
+                raise NotFollowedError(f"{node.primitive} at {node.source} can't be run ahead of its logits")
+            stack.append((value, True))
+            stack += [(o, False) for o in node.inputs if isinstance(o, Value)]
+        return tuple(found)
+
+    def _entered(self, value: Value) -> None:
+        """Notes what is passed in for the input of a body; raises where it changes from one turn to the next."""
+        if value.const is not None or not self._is_within(value.scope) or value.scope is self.product.node.scope:
+            return
+        if value.outer is None or value.scanned:
+            raise NotFollowedError(f"{self.reader.where} joins its logits with the state of a loop")
+        self.outer[value] = value.outer
+        if isinstance(value.outer, Value) and (extra := value.outer).node is None:
+            self._entered(extra)
+
+
+# What is written somewhere is what is read of it later.
+_STORES = frozenset({prims.dynamic_update_slice_p, prims.scatter_p})
+_ENDS = frozenset(
+    {prims.exp_p, prims.log_p, prims.convert_element_type_p, prims.copy_p, prims.name_p, prims.stop_gradient_p}
+)
+_CASTS = frozenset({prims.convert_element_type_p, prims.copy_p, prims.stop_gradient_p})
+_COMMON = frozenset(
+    {
+        prims.add_p,
+        prims.convert_element_type_p,
+        prims.copy_p,
+        prims.is_finite_p,
+        prims.log_p,
+        prims.max_p,
+        prims.select_n_p,
+        prims.stop_gradient_p,
+        prims.sub_p,
+    }
+)
+
+
+# Below any logit less what is common to a token.
+_MASKED = -1e30
+
+
+def _keeps_shift(node: Node, operands: Sequence[int | None]) -> bool:
+    """Whether an equation keeps the order of entries from all of which of a token the same was to be subtracted."""
+    p = node.primitive
+    sides = [o for o, number in zip(node.inputs, operands, strict=True) if number is None]
+    if p in (prims.add_p, prims.add_jaxvals_p, prims.sub_p):
+        return len(sides) == 1 and operands[0 if p is prims.sub_p else operands.index(None) - 1] is not None
+    if p in (prims.mul_p, prims.div_p):
+        return operands[0] is not None and len(sides) == 1 and (_number_of(sides[0]) or 0.0) > 0
+    if p is prims.select_n_p:
+        cases = [o for o, number in zip(node.inputs[1:], operands[1:], strict=True) if number is None]
+        return operands[0] is None and all((_number_of(o) or 0.0) < _MASKED for o in cases)
+    return keeps_values(node)
+
+
+def _number_of(operand: Operand) -> float | None:
+    """The number that an operand is everywhere: a literal, stretched or converted."""
+    while isinstance(operand, Value) and operand.node is not None and operand.node.primitive in _STRETCHES:
+        operand = operand.node.inputs[0]
+    return literal_number(operand)
+
+
+_STRETCHES = frozenset({prims.broadcast_in_dim_p, prims.convert_element_type_p, prims.copy_p})
+
+
+def _not_bounded(node: Node, reader: Reader) -> str:
+    return f"{node.primitive} at {node.source}, on the way to {reader.where}, has no bounds"
