@@ -1,5 +1,7 @@
 """What is not proved runs the program's own equations, where the original weights are at hand: the same bits."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -234,3 +236,23 @@ def test_derivatives_are_the_dense_ones():
     assert_same(jax.grad(loss(head))(x), jax.grad(loss(HEADS["matrix"]))(x), 1e-5)
     tangent = jax.jvp(lambda x: step(params, x), (x,), (x,))
     assert_same(tangent, jax.jvp(lambda x: fun(params, x), (x,), (x,)), 1e-5)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("name", ["matrix", "biased", "own top-k"])
+def test_a_batch_falls_back_to_the_batched_program(name, count):
+    """Under ``vmap`` around the step, too: the equations are batched as the program's are."""
+    fun = HEADS[name] if name in HEADS else NESTINGS["scan"](BLOCKS[name])
+    step, params = hx.sparsify(fun, config=HEAD if name in HEADS else BLOCK), weights()
+    xs = jnp.stack(tokens(count))
+    step(params, xs[0])  # packs
+    got, want = (jax.jit(jax.vmap(functools.partial(f, params)))(xs) for f in (step, fun))
+    np.testing.assert_array_equal(got, want)
+
+
+def test_weights_that_are_closed_over():
+    params = weights()
+    block = NESTINGS["plain"](relu_block)
+    step = hx.sparsify(lambda x: block(params, x), config=BLOCK, weights_argnums=())
+    for x in tokens(2, 2):
+        np.testing.assert_array_equal(step(x), jax.jit(lambda x: block(params, x))(x))

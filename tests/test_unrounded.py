@@ -2,9 +2,10 @@
 
 import jax
 import jax.numpy as jnp
+import models
 import numpy as np
 import pytest
-from checks import FORCE, full_width, kinds
+from checks import FORCE, assert_same, full_width, kinds
 from jax import lax
 
 import hire_xform as hx
@@ -163,3 +164,16 @@ def test_a_gates_bound_holds_rounded_and_not(gate, dtype):
     assert bool(jnp.all(exact <= bound))
     assert bool(jnp.all(rounded <= bound))
     assert float(jnp.mean(bound <= 0)) > 0.4
+
+
+@pytest.mark.parametrize("name", ["unrolled", "scanned", "jit_scan_jit", "remat_scan", "indexed"])
+def test_blocks_of_a_bfloat16_model(name):
+    """Certified, some of them by their fallbacks: within a rounding or two to bfloat16 of the dense step."""
+    model = next(m for m in models.MODELS if m.name == name)
+    params, cache = model.make_params(jnp.bfloat16), models.make_cache(2, jnp.bfloat16)
+    step, dense = hx.sparsify(model.step, config=CERTIFIED), jax.jit(model.step)
+    rest = cache, jnp.asarray([3, 5]), jnp.zeros(models.D)
+    traced = step.trace(params, *rest)
+    assert kinds(traced.plan) == ["ffn"] * model.ffn
+    assert_same(step(traced.pack(params), *rest), dense(params, *rest), 2e-2)
+    assert_same(step(params, *rest), dense(params, *rest), 2e-2)
