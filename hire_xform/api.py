@@ -7,9 +7,11 @@ import dataclasses
 import functools
 import pickle
 import sys
+import threading
 import types
 import warnings
 from collections.abc import Callable, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -21,10 +23,12 @@ from hire_xform.entry import Entry, take_packed
 from hire_xform.errors import HireWarning
 from hire_xform.memory import PackMemory
 from hire_xform.passes import compat
+from hire_xform.passes.decisions import PackKey
 from hire_xform.passes.pack import Packed
 from hire_xform.passes.shards import platform_named
 from hire_xform.passes.statics import value_key
 from hire_xform.stages import Traced
+from hire_xform.trial import LeavingDense, Reasons
 
 _JIT_OPTIONS = {
     "static_argnums",
@@ -134,6 +138,9 @@ class Sparsified:
         self._shapes: dict[Any, tuple[tuple[int, ...], bool, dict[Any, Entry]]] = {}
         self._traces: dict[Any, Traced] = {}
         self.memory = PackMemory()
+        # Sites that failed in first calls, and why. Replaced, never changed: an entry keeps to what it began with.
+        self.left_dense: Reasons = MappingProxyType({})
+        self._lock = threading.Lock()
 
     def __repr__(self) -> str:
         """Names the function."""
@@ -294,16 +301,45 @@ class Sparsified:
                 f"hangs on its shapes, as for step.trace(...).{name}(...)"
             )
 
-    def traced(self, call: Abstract) -> Traced:
-        """The trace of a call, made once for each structure, shapes and static values."""
+    def leave_dense(self, reasons: Reasons, keys: Sequence[PackKey]) -> bool:
+        """From now on sites are left dense.
+
+        Args:
+          reasons: why, by kind and path.
+          keys: packed forms that are read no more.
+
+        Returns:
+          False when all of them were left dense before.
+        """
+        with self._lock:
+            if all(site in self.left_dense for site in reasons):
+                return False
+            self.left_dense = MappingProxyType({**self.left_dense, **reasons})
+            # Calls under way go on with what they have; what they still add to the old ones is dropped with them.
+            before, self._shapes, self._traces = self._shapes, {}, {}
+        self.memory.drop(keys)
+        for *_, entries in list(before.values()):
+            for entry in list(entries.values()):
+                entry.forget()
+        return True
+
+    def traced(self, call: Abstract, left_dense: Reasons | None = None) -> Traced:
+        """The trace of a call, made once for each structure, shapes and static values.
+
+        Args:
+          call: the call.
+          left_dense: sites that are left dense; None is those that have failed so far.
+        """
+        left_dense = self.left_dense if left_dense is None else left_dense
         call = dataclasses.replace(call, platform=call.platform or self._default_platform())
-        key = (call, compat.trace_settings())
+        key = (call, compat.trace_settings(), frozenset(left_dense))
         known = self._traces.get(key)
         if known is None:
             # No lock: tracing runs the user's function, which may call this. Threads that trace at once keep the first.
-            made = self.traced_class(self.signature, self.config, call, call.platform, self.options, self.calibration)
+            config: Any = LeavingDense(self.config, left_dense) if left_dense else self.config
+            made = self.traced_class(self.signature, config, call, call.platform, self.options, self.calibration)
             known = self._traces.setdefault(key, made)
-            if known is made:
+            if known is made and not left_dense:
                 self._tell_unmatched(known)
         return known
 

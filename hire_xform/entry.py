@@ -29,6 +29,7 @@ from hire_xform.passes.pack import Packed, PackedToken
 from hire_xform.passes.provenance import Root
 from hire_xform.passes.shards import placement_of, token_axes_of
 from hire_xform.traced_weights import pack_traced
+from hire_xform.trial import Trial
 
 if TYPE_CHECKING:
     from hire_xform.api import Sparsified
@@ -66,6 +67,7 @@ class _Way:
       passed: positions of the plain weights that they read; the others are not passed on, which costs time at every
         call.
       jitted: the function.
+      tried: the function, which also returns the counts of its sites that are on trial.
       counted: the function, which also counts the sizes that certified sites take.
     """
 
@@ -73,6 +75,7 @@ class _Way:
     keys: tuple[PackKey, ...]
     passed: tuple[int, ...]
     jitted: Callable[..., Any]
+    tried: Callable[..., Any]
     counted: Callable[..., Any]
 
 
@@ -108,6 +111,7 @@ class Entry:
         # The weights arguments that these stand for, as they came.
         given = keyed(args, kwargs)
         self._packed_keys = [signature.weight_key(key) for key, value in given if isinstance(value, PackedToken)]
+        self._held = dict(zip(self._packed_keys, [p.layout for p in packed], strict=True))
         self._roots = abstract_call(signature, args, kwargs).roots
         self._weights: list[int] = []
         self._weight_roots: list[Root] = []
@@ -133,9 +137,13 @@ class Entry:
                 self._donated.append(position)
             else:
                 self._rest.append(position)
+        leaves = [*(leaf for _, leaf in found), *(leaf for p in packed for leaf in p.leaves)]
+        self._under_trace = any(map(compat.is_tracer, leaves))
         donate = (4,) if self._donated else ()
         self._options = {"donate_argnums": donate, **owner.options}
         self._ways: dict[_Situation, _Way] = {}
+        self._left_dense = owner.left_dense
+        self._trials: dict[Traced, Trial] = {}
         # Held while a way is looked up or replaced, never while a user's function is traced: that may call this again.
         self._lock = threading.Lock()
         # The latest weights. Replaced as one: threads see forms that belong to the weights, or none.
@@ -148,10 +156,18 @@ class Entry:
         if current is None or tuple(map(id, weights)) != current.ids:
             current = self._prepare(leaves, weights, packed)
         try:
-            return current.way.jitted(*self._operands(current, leaves, packed))
+            return self._call(current, leaves, packed)
         except _NeedsPackingError:
-            current = self._prepare(leaves, weights, packed)
-            return current.way.jitted(*self._operands(current, leaves, packed))
+            return self._call(self._prepare(leaves, weights, packed), leaves, packed)
+
+    def _call(self, current: _Current, leaves: list[Any], packed: list[Packed]) -> Any:
+        operands = self._operands(current, leaves, packed)
+        if self._under_trace:
+            return current.way.jitted(*operands)
+        result, counts = current.way.tried(*operands)
+        for trial, count in counts.items():
+            trial.note(self._owner, count)
+        return result
 
     def program(self, leaves: list[Any], packed: list[Packed]) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         """The jitted function that runs this call, and what it is given."""
@@ -172,7 +188,7 @@ class Entry:
     def _prepare(self, leaves: list[Any], weights: list[Any], packed: list[Packed]) -> _Current:
         """The way for these shapes and all seen before, and its packed forms of these weights, made or remembered."""
         situation = self._situation(leaves, weights, packed)
-        traced = self._owner.traced(self._abstract(leaves, situation))
+        traced = self._traced(leaves, situation)
         way = self._way(situation, traced)
         plain = dict(zip(self._weight_roots, weights, strict=True))
         inside = [key for key in way.keys if self._any_traced and compat.is_tracer(plain.get(key.recipe.root))]
@@ -184,9 +200,17 @@ class Entry:
         if self._hashed or self._any_traced:
             return _Current(None, way, forms, [])
         current = _Current(tuple(map(id, weights)), way, forms, [])
-        current.watch.extend(weakref.ref(w, self._forget) for w in weights)
+        current.watch.extend(weakref.ref(w, self.forget) for w in weights)
         self._current = current
         return current
+
+    def _traced(self, leaves: list[Any], situation: _Situation) -> Traced:
+        """The trace of a call with these leaves; where ``Packed`` can't serve it, that of all sites."""
+        call = self._abstract(leaves, situation)
+        traced = self._owner.traced(call, self._left_dense)
+        if self._left_dense and self._packed_keys and not traced.served_by(self._held):
+            return self._owner.traced(call, {})
+        return traced
 
     def _situation(self, leaves: list[Any], weights: list[Any], packed: list[Packed]) -> _Situation:
         placed = tuple(None if compat.is_tracer(w) else placement_of(w) for w in weights)
@@ -213,18 +237,28 @@ class Entry:
 
     def _new_way(self, situation: _Situation, keys: tuple[PackKey, ...], passed: tuple[int, ...]) -> _Way:
         body = functools.partial(self._body, situation, keys, passed)
-        jitted = jax.jit(_named(body, self._owner.signature.fun), **self._options)
+        fun = self._owner.signature.fun
+        jitted = jax.jit(_named(body, fun), **self._options)
+
+        def trying(*operands: Any) -> tuple[Any, dict[Trial, Any]]:
+            traced = self._traced(self._merged(situation, passed, *operands), situation)
+            trial = self._trials.setdefault(traced, Trial(traced))
+            return trial.counted(body, operands)
 
         def counting(*operands: Any) -> tuple[Any, Counts]:
             program, shape = jax.make_jaxpr(jitted, return_shape=True)(*operands)
             results, counts = count_rungs(program, jax.tree.leaves(operands))
             return jax.tree.unflatten(jax.tree.structure(shape), results), counts
 
+        options = dict(self._options)
+        if options.get("out_shardings") is not None:
+            options["out_shardings"] = options["out_shardings"], None
+        tried = jax.jit(_named(trying, fun), **options)
         counted = jax.jit(counting, **{k: v for k, v in self._owner.options.items() if k != "out_shardings"})
-        return _Way(situation, keys, passed, jitted, counted)
+        return _Way(situation, keys, passed, jitted, tried, counted)
 
-    def _forget(self, _: Any) -> None:
-        """A weight died: its identity may be used again by another array."""
+    def forget(self, _: Any = None) -> None:
+        """A weight died, whose identity may be used again by another array; or nobody calls this again."""
         self._current = None
 
     def _rebuild(self, leaves: list[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -242,29 +276,21 @@ class Entry:
         placed = tuple(known.get(r, p) if r is not None else None for r, p in zip(call.roots, call.placed, strict=True))
         return dataclasses.replace(call, placed=placed, token_axes=call.token_axes or situation.token_axes)
 
-    def _body(
-        self,
-        situation: _Situation,
-        keys: tuple[PackKey, ...],
-        passed: tuple[int, ...],
-        weights: list[Any],
-        forms: list[Any],
-        packed: list[Any],
-        rest: list[Any],
-        donated: list[Any],
-    ) -> Any:
-        """What jit traces: finds the plan for the shapes it is given, and evaluates the rewritten program."""
+    def _merged(self, situation: _Situation, passed: tuple[int, ...], *operands: Any) -> list[Any]:
+        """All leaves that are traced, from the operands of a way: abstract where it does not pass them on."""
+        weights, _, _, rest, donated = operands
         leaves: list[Any] = [None] * (len(self._weights) + len(rest) + len(donated) + len(self._statics))
-        groups = (
-            (self._weights, situation.avals),
-            (passed, weights),
-            (self._rest, rest),
-            (self._donated, donated),
-        )
+        groups = ((self._weights, situation.avals), (passed, weights), (self._rest, rest), (self._donated, donated))
         for positions, values in groups:
             for position, value in zip(positions, values, strict=True):
                 leaves[position] = value
-        traced = self._owner.traced(self._abstract(leaves, situation))
+        return leaves
+
+    def _body(self, situation: _Situation, keys: tuple[PackKey, ...], passed: tuple[int, ...], *operands: Any) -> Any:
+        """What jit traces: finds the plan for the shapes it is given, and evaluates the rewritten program."""
+        weights, forms, packed, _, _ = operands
+        leaves = self._merged(situation, passed, *operands)
+        traced = self._traced(leaves, situation)
         here = dict(zip(self._weights, self._weight_roots, strict=True))
         plain = {here[i]: w for i, w in zip(passed, weights, strict=True)}
         if not (set(here.values()) if not traced.plan.sites else traced.plain_roots & set(here.values())) <= set(plain):
@@ -282,8 +308,8 @@ class Entry:
             if (root.kind == "const" or root in here.values()) and key not in given:
                 raise _NeedsPackingError
         data = iter([leaves[i] for i in sorted(self._rest + self._donated)])
-        operands = [None if root is not None else next(data) for root in self._roots]
-        return traced.evaluate(operands, traced.supply(held, plain, given))
+        given_data = [None if root is not None else next(data) for root in self._roots]
+        return traced.evaluate(given_data, traced.supply(held, plain, given))
 
 
 def take_packed(

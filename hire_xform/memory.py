@@ -6,7 +6,7 @@ import threading
 import warnings
 import weakref
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -52,6 +52,12 @@ class PackMemory:
             if often is not None:
                 self._tell(often, traced)
         return {key: found[key] for key in keys}
+
+    def drop(self, keys: Iterable[PackKey]) -> None:
+        """Forgets packed forms that are read no more; who reads one after all gets it made again."""
+        with self._lock:
+            for key in keys:
+                self._made.pop(key, None)
 
     def _recall(self, keys: Sequence[PackKey], marks: dict[Root, Any], found: dict[PackKey, Any]) -> bool:
         """Puts what is remembered of these weights into ``found``; True when that is all of it."""

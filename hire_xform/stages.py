@@ -221,6 +221,22 @@ class Traced(Program):
         found |= {n.key.recipe.root for one in todo.values() for n in one.needs if n.key not in keys}
         return frozenset(found)
 
+    def served_by(self, layouts: Mapping[Any, PackLayout]) -> bool:
+        """Whether ``Packed`` arguments of these layouts, by their keys, hold all that the program reads whole."""
+
+        def has_leaf(root: Root) -> bool:
+            held = layouts.get(root.argument)
+            return held is None or root.index in held.kept
+
+        def has_key(key: PackKey) -> bool:
+            held = layouts.get(key.recipe.root.argument)
+            return held is None or held.number_of(key.anywhere) is not None
+
+        todo = treatments(self._detection, self.plan, has_leaf, has_key)
+        read = zip(self.call.roots, self._rewriter(todo).needed_inputs(), strict=True)
+        whole = [root for root, needed in read if root is not None and needed and not has_leaf(root)]
+        return all(root.index in dict(layouts[root.argument].restored) for root in whole)
+
     def const(self, root: Root) -> Any:
         """A closed-over array."""
         return self._provenance.consts[root.index]
