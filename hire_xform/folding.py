@@ -138,7 +138,9 @@ class _Fold:
         axes = tuple(mapped.axis_names)
 
         def body(operands: list[Any]) -> tuple[list[Any], Totals]:
-            zeros = {name: compat.vary(jnp.zeros(t.shape, t.dtype), axes) for name, t in totals.items()}
+            # Over the axes of a shard_map around this one, too.
+            manual = jax.sharding.get_abstract_mesh().manual_axes
+            zeros = {name: compat.vary(jnp.zeros(t.shape, t.dtype), manual) for name, t in totals.items()}
             outs, own = self._run(mapped.jaxpr, operands, zeros)
             return outs, {name: lax.psum(t, axes) for name, t in own.items()}
 

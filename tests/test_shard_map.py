@@ -232,6 +232,17 @@ def test_a_shard_map_inside_the_function_on_one_device(name):
     check_inside(name, 1)
 
 
+def test_counts_are_had_in_nested_shard_maps():
+    """Of a block in a scan that is not proved; a step's first calls have them, too."""
+    w, x = cut_weights(), state()
+    step = hx.sparsify(forms(two_axes(1))["nested"], config=narrow(0.05, 8))
+    result, counts = step.with_fallbacks(w, x)
+    assert_same(result, step(w, x), 0.0)
+    ((path, count),) = counts.items()
+    assert "shard_map[0]/shard_map[0]/scan[0]" in path
+    assert int(count) > 0
+
+
 def check_all_inside():
     for name in FORMS:
         check_inside(name, 8)
