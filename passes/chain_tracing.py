@@ -186,6 +186,10 @@ class _Tracer:
                 self.number[value] = self._number(value.outer)
                 return self.number[value]
             raise NotFollowedError(f"its logits are the state of a loop on the way to {self.reader.where}")
+        if value.aval.dtype == bool and not (node.primitive in COMPARES or self._is_followed(node, value)):
+            self.steps.append(Step(node, node.outputs.index(value), (None,) * len(node.inputs), unknown=True))
+            self.number[value] = len(self.steps) - 1
+            return self.number[value]
         common = self._checked(node, value)
         operands: list[int | None] = []
         for i, operand in enumerate(node.inputs):
@@ -205,6 +209,15 @@ class _Tracer:
         self.number[value] = len(self.steps) - 1
         self.merged = self.merged or self._is_merged(value)
         return self.number[value]
+
+    def _is_followed(self, node: Node, value: Value) -> bool:
+        try:
+            self._checked(node, value)
+        except NotFollowedError:
+            return False
+        # What it is made of has to be followed as well: not the bits of logits, as a sign is read from.
+        made_of = (o for o in node.inputs if isinstance(o, Value) and self._hangs_on(o))
+        return all(o.aval.dtype == bool or dtype_of(o).name in FLOATS for o in made_of)
 
     def _compared(self, node: Node, operand: Value) -> int:
         """The number of what is compared: with what is made of the logits, that is a filter of them."""

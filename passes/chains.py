@@ -39,12 +39,14 @@ class Step:
       result: which of its results is followed.
       operands: for each operand the number of the step that makes it (-1: the logits), or None where it is a side.
       common: True where a side is the same for all entries of a token and hangs on the logits: it is left out.
+      unknown: True for a truth value made of the logits by what has no bounds: it may be either.
     """
 
     node: Node
     result: int
     operands: tuple[int | None, ...]
     common: bool = False
+    unknown: bool = False
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -84,7 +86,7 @@ class Chain:
     def signature(self) -> Any:
         """Equal for two chains that compute the same function; hashable."""
         steps = tuple(
-            (s.node.primitive, hashable(s.node.params), s.result, s.operands, s.common, _literals(s))
+            (s.node.primitive, hashable(s.node.params), s.result, s.operands, s.common, s.unknown, _literals(s))
             for s in self.steps
         )
         sides = tuple((o.shape, str(dtype_of(o))) for o in self.sides if isinstance(o, Value))
@@ -118,6 +120,10 @@ class Chain:
         given = iter(sides)
         made: list[Interval] = []
         for step in self.steps:
+            if step.unknown:
+                either = jnp.zeros(step.node.outputs[step.result].shape, bool)
+                made.append(Interval(either, ~either))
+                continue
             operands = [
                 logits if number == -1 else made[number] if number is not None else None for number in step.operands
             ]
@@ -135,6 +141,9 @@ class Chain:
         """Where its equations put what stands in the product's result: ``[n, V]``."""
         made: list[Any] = []
         for step in self.steps:
+            if step.unknown:
+                made.append(numbers)
+                continue
             first = next(n for n in step.operands if n is not None)
             here = numbers if first == -1 else made[first]
             made.append(_moved(step.node, step.result, here) if moves_only(step.node) else here)

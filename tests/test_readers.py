@@ -164,6 +164,9 @@ TAKEN = {
     "head_in_a_call": lambda p, x, key: jax.random.categorical(key, inner_head(p, x)),
     "weight_left": lambda p, x, key: jnp.argmax((p["w"].T @ x.T).T + p["bias"], -1),
     "cut": lambda p, x, key: jnp.argmax((x @ p["w"] + p["bias"])[:, :500], -1),
+    "sign_of_zero": lambda p, x, key: jnp.argmax(
+        (lambda u: jnp.where((u == 0) & jnp.signbit(u), -1e-30, u))((p["embed"][jnp.argmax(x, -1)] + x) @ p["w"]), -1
+    ),
     "in_a_scan": lambda p, x, key: lax.scan(lambda c, y: (c, jnp.argmax(y @ p["w"] + p["bias"])), 0, x)[1],
     "in_a_vmap": lambda p, x, key: jax.vmap(lambda y: jnp.argmax(y @ p["w"] + p["bias"]))(x),
 }
