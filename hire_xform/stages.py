@@ -94,9 +94,14 @@ class Traced(Program):
         needed = self._rewriter(todo).needed_inputs()
         return [root for root, read in zip(self.call.roots, needed, strict=True) if root is not None and read]
 
+    @cached_property
+    def _is_placed(self) -> bool:
+        """Whether any weight is over several devices."""
+        return any(sharding is not None for sharding in self.call.placed)
+
     def _place(self, match: Any) -> Any:
         """Where a match runs: where its weights are."""
-        if all(sharding is None for sharding in self.call.placed):
+        if not self._is_placed:
             return None
         return place(match, self._leaf, self.call.token_axes)
 

@@ -48,7 +48,7 @@ class Liveness:
         self._need(o for o, same in zip(scope.outputs, unchanging, strict=True) if not same)
         for node in reversed(scope.nodes):
             # Loops are marked whether or not their results are read: their bodies may have effects.
-            if node.eqn.effects or any(v in self.values for v in node.outputs):
+            if node.eqn.effects or not self.values.isdisjoint(node.outputs):
                 self.nodes.add(node)
                 if node.frame not in entered:
                     entered.add(node.frame)
@@ -67,7 +67,9 @@ class Liveness:
         return outward
 
     def _need(self, operands: Iterable[Operand]) -> None:
-        self.values.update(o for o in operands if isinstance(o, Value))
+        for operand in operands:
+            if isinstance(operand, Value):
+                self.values.add(operand)
 
     def _operands(self, node: Node) -> Iterable[tuple[Operand, Scope | None]]:
         treatment = self._treatments.get(node)

@@ -173,17 +173,22 @@ class Graph:
     jaxpr: Any
     top: Scope
     scopes: list[Scope]
+    _ordered: list[Node] = field(init=False, default_factory=list)
 
-    def program_order(self) -> Iterator[Node]:
+    def __post_init__(self) -> None:
+        """Puts the equations in order once: every pass walks them."""
+        _put_in_order(self.top, self._ordered)
+
+    def program_order(self) -> Sequence[Node]:
         """All equations in the order they run, a loop's body before the loop itself."""
-        return _in_order(self.top)
+        return self._ordered
 
 
-def _in_order(scope: Scope) -> Iterator[Node]:
+def _put_in_order(scope: Scope, found: list[Node]) -> None:
     for node in scope.nodes:
         for child in node.children:
-            yield from _in_order(child)
-        yield node
+            _put_in_order(child, found)
+        found.append(node)
 
 
 def levels(graph: Graph) -> int:
@@ -207,7 +212,7 @@ def used_nodes(graph: Graph) -> set[Node]:
         scope, wanted = left.pop()
         read = {o for o in wanted if isinstance(o, Value)}
         for node in reversed(scope.nodes):
-            if not node.eqn.effects and not any(v in read for v in node.outputs):
+            if not node.eqn.effects and read.isdisjoint(node.outputs):
                 continue
             used.add(node)
             # All of a loop's state is taken to be read.
@@ -215,7 +220,9 @@ def used_nodes(graph: Graph) -> set[Node]:
             for child in node.children:
                 results = enumerate(zip(child.outputs, node.outputs, strict=True))
                 left.append((child, [inner for i, (inner, outer) in results if i < state or outer in read]))
-            read.update(o for o in node.inputs if isinstance(o, Value))
+            for operand in node.inputs:
+                if isinstance(operand, Value):
+                    read.add(operand)
     return used
 
 
