@@ -256,3 +256,21 @@ def test_weights_that_are_closed_over():
     step = hx.sparsify(lambda x: block(params, x), config=BLOCK, weights_argnums=())
     for x in tokens(2, 2):
         np.testing.assert_array_equal(step(x), jax.jit(lambda x: block(params, x))(x))
+
+
+WIDENED = {
+    "two axes": lambda p, x: (x @ p["head"]).astype(jnp.float32),
+    "three axes": lambda p, x: (x[None] @ p["head"]).astype(jnp.float32)[0],
+    "embedding": lambda p, x: (x @ p["embed"].T).astype(jnp.float32),
+}
+
+
+@pytest.mark.parametrize("name", WIDENED)
+def test_a_bfloat16_head_that_is_widened_falls_back_to_the_dense_logits(name):
+    """XLA rounds them where a reshape comes before the cast, and not where none does: so does the fallback."""
+
+    def head(params, x):
+        logits = WIDENED[name](params, x)
+        return jnp.argmax(logits, -1), logits
+
+    check_every_bit(head, weights(jnp.bfloat16), [x.astype(jnp.bfloat16) for x in tokens(2)], HEAD, "vocab")
