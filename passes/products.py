@@ -12,7 +12,6 @@ from jax.extend.core import primitives as prims
 from jax.lax import Precision
 
 from hire_xform.passes import compat
-from hire_xform.passes.layout import moves_only
 from hire_xform.passes.pointwise import POINTWISE
 from hire_xform.passes.provenance import Convert, Origin, Provenance, Recipe, Reshape, Root, Slice, Transpose
 from hire_xform.passes.walk import Graph, Node, Operand, Value, used_nodes
@@ -153,28 +152,14 @@ def normal_form(recipe: Recipe) -> Recipe:
 
 
 def widened_at_once(product: Product) -> np.dtype:
-    """dtype to which all readers of a product of 16 bits widen it, through what only moves it; else its own.
+    """dtype in which a head computes a product: f32 where XLA leaves its rounding out, else its own.
 
-    Readers that stand in a call that the product is not in take what their types say.
+    Readers in a call that the product is not in take what their types say.
     """
-    own = np.dtype(product.out.aval.dtype)
-    frames, found = product.node.frame.ancestors(), set()
-    waiting, seen = [product.out], {product.out}
-    while waiting and own.itemsize < 4:
-        value = waiting.pop()
-        if value.is_output or not value.consumers:
-            return own
-        for node in value.consumers:
-            if node.frame not in frames or node.scope is not product.node.scope:
-                return own
-            if node.primitive is prims.convert_element_type_p:
-                found.add(np.dtype(node.params["new_dtype"]))
-            elif moves_only(node):
-                waiting += [result for result in node.outputs if result not in seen]
-                seen.update(node.outputs)
-            else:
-                return own
-    return found.pop() if len(found) == 1 and found <= {np.dtype("float32")} else own
+    frames = product.node.frame.ancestors()
+    if product.unrounded and all(node.frame in frames for node in product.out.consumers):
+        return np.dtype(np.float32)
+    return np.dtype(product.out.aval.dtype)
 
 
 def rounding_free(recipe: Recipe) -> bool:
