@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -32,21 +33,25 @@ def pack_keys(keys: Sequence[PackKey], leaf_of: Callable[[Root], Any], progress:
     """
     if progress is None:
         progress = sys.stderr.isatty() and packing_bytes(keys, leaf_of) >= SHOW_FROM
+    made: dict[PackKey, Any] = {}
+
+    def pack(key: PackKey) -> None:
+        # One after the other: the temporaries of one form are gone before those of the next are there.
+        rows = made.get(replace(key, form="rows"))
+        made[key] = jax.block_until_ready(pack_array(key, leaf_of(key.recipe.root), rows))
+
+    keys = sorted(keys, key=lambda key: key.form != "rows")
     if not progress or not keys:
-        return {key: _packed(key, leaf_of(key.recipe.root)) for key in keys}
+        for key in keys:
+            pack(key)
+        return made
     columns = (TextColumn("packing weights"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("pack", total=packing_bytes(keys, leaf_of))
-        made = {}
         for key in keys:
-            made[key] = _packed(key, leaf_of(key.recipe.root))
+            pack(key)
             bar.advance(task, packing_bytes([key], leaf_of))
-        return made
-
-
-def _packed(key: PackKey, leaf: Any) -> Any:
-    """One after the other: the temporaries of one form are gone before those of the next are there."""
-    return jax.block_until_ready(pack_array(key, leaf))
+    return made
 
 
 def make_packed(key: int | str, weight: Any, layout: PackLayout, progress: bool | None) -> Packed:

@@ -30,14 +30,22 @@ from hire_xform.passes.treatment import Treatment, treatments
 from hire_xform.passes.walk import Node
 
 
-def pack_array(key: PackKey, leaf: Any) -> Any:
+def pack_array(key: PackKey, leaf: Any, rows: Any = None) -> Any:
     """One packed form: ``[*stack, n, d]`` rows, f32 ``[*stack, n]`` norms, or a predictor's dictionary of arrays.
 
     Of a leaf that is sharded along the rows, each device packs those it holds, and holds what it packed.
+
+    Args:
+      key: which form.
+      leaf: the weight.
+      rows: its packed rows of the same recipe, where these are there: laying them out again would take a copy.
     """
     sharding = placement_of(leaf) if not compat.is_tracer(leaf) else None
     if sharding is not None:
         return pack_placed(key, leaf, sharding)
+    if rows is not None:
+        stacks = tuple(step for step in key.recipe.steps if isinstance(step, Stack))
+        key, leaf = replace(key, recipe=replace(key.recipe, steps=stacks)), rows
     # Under a trace around the call too: packed forms of concrete weights are remembered, so they must be concrete.
     with usual_promotion() if compat.is_tracer(leaf) else concretely():
         return packer(key.recipe.steps, bare_form(key.form))(leaf, *given_to(key.form))

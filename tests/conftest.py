@@ -27,9 +27,9 @@ def packs(monkeypatch) -> list:
     calls = []
     original = packing.pack_array
 
-    def counted(key, leaf):
+    def counted(key, leaf, rows=None):
         calls.append(leaf)
-        return original(key, leaf)
+        return original(key, leaf, rows)
 
     monkeypatch.setattr(packing, "pack_array", counted)
     return calls
