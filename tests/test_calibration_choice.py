@@ -135,8 +135,13 @@ def test_values_given_win_and_defaults_stay_without_a_calibration():
     ffn, head = hx.sparsify(block, config=config, calibration=calibration).trace(params, x).plan.sites
     assert (ffn.computed, head.computed) == (M // 2, 5)
     assert "active=0.5 is given" in ffn.calibrated
-    ffn, head = hx.sparsify(block, config=FORCED).trace(params, x).plan.sites
-    assert (ffn.computed, head.computed, ffn.calibrated) == (M // 4, V, "")
+    approximate = hx.approximate(rules=named(hx.Vocab(certify=False)))
+    for config, certified in ((FORCED, True), (approximate, False)):
+        ffn, head = hx.sparsify(block, config=config).trace(params, x).plan.sites
+        assert (ffn.computed, head.computed, ffn.calibrated) == (M // 4, V, "")
+        assert [ffn.settings.certify, head.settings.certify] == [certified] * 2
+    used = hx.sparsify(block, config=FORCED, calibration=calibration).trace(params, x).plan.sites
+    assert [site.settings.certify for site in used] == [False, False]  # as it was measured
     assert hx.Vocab().candidates is None
     assert hx.Vocab().candidates_of(1000) == 256
 

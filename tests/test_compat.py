@@ -41,6 +41,20 @@ def test_every_entry_is_tested_here():
     assert named <= set(entry.findall(here.read_text()))
 
 
+def test_outside_of_traces_arrays_are_arrays_and_what_is_traced_keeps_no_constants():
+    made = []
+
+    def traced(x):
+        with compat.outside_of_traces():
+            made.append(WEIGHT + 1.0)
+            made.append(jax.make_jaxpr(lambda y: y + jnp.full((3, 3), 2.0))(WEIGHT))
+        return x
+
+    jax.make_jaxpr(traced)(WEIGHT)
+    assert not compat.is_tracer(made[0])
+    assert not made[1].consts
+
+
 def test_types_are_those_of_traced_programs():
     closed = jax.make_jaxpr(lambda x: jax.jit(jnp.sin)(x) + 1.0)(WEIGHT)
     call, added = closed.eqns
