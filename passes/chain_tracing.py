@@ -15,7 +15,7 @@ from hire_xform.passes.follow import Fate
 from hire_xform.passes.layout import moves_only
 from hire_xform.passes.pointwise import COMPARES, is_pointwise, literal_number
 from hire_xform.passes.products import Product
-from hire_xform.passes.readers import Reader, exponent_of
+from hire_xform.passes.readers import Reader, carry_of, exponent_of
 from hire_xform.passes.walk import Node, Operand, Scope, Value
 
 # Equations from a reader back to the logits, and of side inputs that are run ahead.
@@ -74,23 +74,28 @@ class _Tracer:
 
     def _inside(self, value: Value) -> Value:
         """What leaves the loop that the product stands in, as it is inside."""
-        scopes = self.product.node.scope.chain()
-        while (node := value.node) is not None:
-            found: Any = None
-            if node.children:
+        scopes, home = self.product.node.scope.chain(), self.product.node.scope
+        while True:
+            node, found = value.node, None
+            if value.scope is home and not self._hangs_on(value):
+                # What a loop carries to its next turn is what it returns in this one.
+                found = carry_of(value) if node is None else node.inputs[0] if keeps_values(node) else None
+                if found is None:
+                    raise NotFollowedError(f"its logits go to {self.reader.where} in the next turn of a loop")
+            elif node is None:
+                break
+            elif node.children:
                 inner = next((child for child in node.children if child in scopes), None)
                 found = None if inner is None else inner.outputs[node.outputs.index(value)]
             elif node.primitive in _STORES and node.inputs[0] not in self.fate.axes:
                 found = node.inputs[1 if node.primitive is prims.dynamic_update_slice_p else -1]
-            elif value.scope is not self.product.node.scope and value.scope in scopes and moves_only(node):
+            elif value.scope is not home and value.scope in scopes and moves_only(node):
                 found = node.inputs[0]
             if not isinstance(found, Value) or found not in self.fate.axes:
                 break
             value = found
-        if value.scope is not self.product.node.scope and not self._is_within(value.scope):
-            raise NotFollowedError(
-                f"its logits leave a {self.product.node.scope.kind} on the way to {self.reader.where}"
-            )
+        if value.scope is not home and not self._is_within(value.scope):
+            raise NotFollowedError(f"its logits leave a {home.kind} on the way to {self.reader.where}")
         return value
 
     def _is_merged(self, value: Value) -> bool:

@@ -200,7 +200,7 @@ class Slopes:
     def _found(self, value: Value) -> int | None:
         node = value.node
         if node is None:
-            carry = _carry(value)
+            carry = carry_of(value)
             sources: list[Operand] = [o for o in (value.outer, carry) if o is not None]
             return self._together(sources)
         if node.children:
@@ -236,7 +236,7 @@ class Slopes:
         return 0
 
 
-def _carry(value: Value) -> Operand | None:
+def carry_of(value: Value) -> Operand | None:
     """What a loop's body returns for a value of its state."""
     scope = value.scope
     if scope.kind not in ("scan", "while") or scope.node is None:

@@ -86,11 +86,11 @@ def _spoiled(found: list[tuple[Reader, Chain | str]]) -> str | None:
     """
     for reader, chain in found:
         why = ""
-        if isinstance(chain, str):
-            why = "" if isinstance(chain, Filtered) else chain
-        elif reader.slope <= 0:
-            why = "what it reads does not rise with the logits"
-        elif any(s.node.primitive in (prims.mul_p, prims.div_p) and _differs(s) for s in chain.steps):
+        if reader.slope <= 0 and not isinstance(chain, Filtered):
+            why = chain if isinstance(chain, str) else "what it reads does not rise with the logits"
+        elif not isinstance(chain, str) and any(
+            s.node.primitive in (prims.mul_p, prims.div_p) and _differs(s) for s in chain.steps
+        ):
             why = "it is multiplied by what differs along the vocabulary"
         if why:
             return f'fill="-inf" would change what {reader.where} takes: {why}; use fill="predicted"'

@@ -5,11 +5,13 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import pytest
-from checks import FORCE, assert_same, full_width, kinds, named
+from checks import assert_same, full_width, kinds, named
 from jax.experimental import checkify
 from tied import FULL, D, M, V, inputs, make_weights, net
 
 import hire_xform as hx
+
+LOSSLESS = hx.lossless(rules=named(hx.Vocab(certify=True)))
 
 
 def test_packed_stands_where_the_weights_stood():
@@ -153,7 +155,9 @@ def test_a_function_called_in_a_scan_packs_nothing_inside(packs):
     assert_same(got, x)
 
 
-@pytest.mark.parametrize("config", [FULL, hx.lossless(rules=FORCE)], ids=["full width", "lossless"])
+@pytest.mark.parametrize(
+    "config", [FULL, hx.lossless(rules=named(hx.Vocab(certify=True)))], ids=["full width", "lossless"]
+)
 @pytest.mark.parametrize("order", ["outside", "inside"])
 def test_checkify_finds_the_checks_of_the_model(order, config):
     def checked(params, x):

@@ -201,6 +201,25 @@ def test_a_factor_that_is_known_at_run_time_only(factor):
         np.testing.assert_array_equal(step(*given), jax.jit(fun)(*given))
 
 
+def test_a_token_taken_in_the_next_turn_of_a_loop():
+    def fun(p, x):
+        def turn(state):
+            count, x, logits, tokens = state
+            token = jnp.argmax(logits, -1)
+            x = jnp.tanh(x + p["embed"][token])
+            return count + 1, x, x @ p["w"], tokens.at[count].set(token)
+
+        start = 0, x, jnp.zeros((T, V)), jnp.zeros((6, T), int)
+        return lax.while_loop(lambda state: state[0] < 6, turn, start)[3]
+
+    p = weights()
+    config = hx.Config(vocab=hx.Vocab(candidates=24, certify=True), rules=FORCE)
+    step = hx.sparsify(fun, config=config)
+    assert kinds(step.trace(p, inputs(0)).plan) == ["vocab"]
+    for seed in range(4):
+        np.testing.assert_array_equal(step(p, inputs(seed)), jax.jit(fun)(p, inputs(seed)))
+
+
 def test_outer_vmap_with_noise_of_its_own():
     fun, p = TAKEN["sample"], weights()
     xs, keys = jnp.stack([inputs(i) for i in range(3)]), jax.random.split(KEY, 3)
@@ -210,7 +229,18 @@ def test_outer_vmap_with_noise_of_its_own():
     np.testing.assert_array_equal(got, jax.jit(jax.vmap(lambda x, key: fun(p, x, key)))(xs, keys))
 
 
+def sampled_in_the_next_turn(p, x):
+    def turn(state, key):
+        x, logits = state
+        token = jax.random.categorical(key, logits)
+        x = jnp.tanh(x + p["embed"][token])
+        return (x, x @ p["w"]), token
+
+    return lax.scan(turn, (x, jnp.zeros((T, V))), jax.random.split(KEY, 3))[1]
+
+
 REFUSED = {
+    "sampled_in_the_next_turn": sampled_in_the_next_turn,
     "a_cap_of_log_probabilities": lambda p, x: jnp.argmax(jnp.tanh(jax.nn.log_softmax(x @ p["w"])), -1),
     "scaled_log_probabilities": lambda p, x: jnp.argmax(jax.nn.log_softmax(x @ p["w"]) * p["scale"], -1),
     "shares_of_the_largest": lambda p, x: (lambda u: jnp.argmax(u / u.max(-1, keepdims=True), -1))(x @ p["w"]),

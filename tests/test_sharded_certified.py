@@ -116,7 +116,7 @@ def fallbacks_of(fun, config, w, x):
 
 
 def check_ties_across_devices_are_broken_as_dense():
-    """Equal rows on several devices, in f32, where bounds overlap, and in bf16, where all round to one value."""
+    """Equal rows on several devices, in f32, where bounds overlap, and in bf16, where all may round to one value, or not."""
     for dtype in (jnp.float32, jnp.bfloat16):
         head = np.asarray(weights()["head"])
         best_row = int(np.argmax(np.asarray(tokens(1)) @ head))
@@ -134,8 +134,8 @@ def check_ties_across_devices_are_broken_as_dense():
             for fun in (best, best_and_logits):
                 got, (count,) = fallbacks_of(fun, lossless(16), placed_w, placed_x)
                 np.testing.assert_array_equal(jax.tree.leaves(got)[0], want)
-                # In f32 each may be the largest by a rounding; in bf16 all are known to be one value.
-                assert count == (0 if dtype is jnp.bfloat16 else 1), (dtype, model, count)
+                # Each may be the largest by a rounding: of a sum, which bf16 hides only if the compiler rounds to it.
+                assert count == 1, (dtype, model, count)
 
 
 def check_nans_and_infinities_run_dense():

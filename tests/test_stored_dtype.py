@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from checks import FORCE, assert_same, full_width, kinds, named
+from checks import assert_same, full_width, kinds, named
 from collectives import arrays_written
 from jax import lax
 
@@ -31,7 +31,7 @@ CONFIGS = {
     "4 bits": full_width(hx.Quantized(4)),
     "low rank": full_width(hx.LowRank(0.25, bits=8)),
     "groups": full_width(group_size=8),
-    "lossless": hx.lossless(rules=FORCE),
+    "lossless": hx.lossless(rules=named(hx.Vocab(certify=True))),
     "certified at full width": hx.Config(
         ffn=hx.Ffn(active=1.0, certify=True), rules=named(hx.Vocab(candidates=V, certify=True))
     ),

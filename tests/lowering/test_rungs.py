@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from test_certified_logits import V, dense, jitted_dense, made, trained_like
 
-from hire_xform.lowering import Nucleus, Quantized, TopSet, certified_logits, rungs, scores_with_bounds
+from hire_xform.lowering import Nucleus, Quantized, Reading, TopSet, certified_logits, rungs, scores_with_bounds
 from hire_xform.lowering.goals import candidates_needed
 
 SPEC = Quantized(8)
@@ -107,7 +107,8 @@ def test_several_tokens_take_the_size_of_the_neediest(dtype):
         assert rung == max(run(x[t : t + 1], rows, (3, 8, 30), out=dtype)[1] for t in range(3))
         taken.add(rung)
         _, rung = run(x, rows, (2, 20, 150), out=dtype)  # one set for all of them
-        assert rung < 3
+        # So near to each other rows are equal in 16 bits, and which of equal ones is the dense one is not proved.
+        assert (rung == 3) == (dtype == jnp.bfloat16 and gap < 1e-3)
     assert len(taken) >= 2
     assert [rungs(3, V, sizes)[0].mode for sizes in ((3, 8, 30), (2, 20, 150))] == ["per_token", "shared"]
 
@@ -117,7 +118,7 @@ def test_other_goals(goal):
     taken = set()
     for seed in range(16):
         x, rows = close(seed, 10.0 ** -(seed % 4) * 0.05)
-        logits, rung = run(x, rows, (6, 24, 96), goal=goal, fill="-inf")
+        logits, rung = run(x, rows, (6, 24, 96), readings=(Reading(goal),), fill="-inf")
         want = dense(x, rows)
         if isinstance(goal, TopSet):
             got = np.argsort(-np.asarray(logits[0]), kind="stable")[: goal.k]
@@ -161,7 +162,9 @@ def test_bounds_of_minus_infinity_prove_nothing_twice():
     x, rows = trained_like(2)
     for scale in (-3e38, 3e38):
         given = (x * 1e3, jnp.full_like(rows, scale).at[0].set(0.0))
-        logits, _ = climbed(*given, made(given[1], SPEC), (1, 5, 9), jnp.float32, (("goal", TopSet(1)),))
+        logits, _ = climbed(
+            *given, made(given[1], SPEC), (1, 5, 9), jnp.float32, (("readings", (Reading(TopSet(1)),)),)
+        )
         want = jitted_dense(*given, jnp.float32)
         np.testing.assert_array_equal(jnp.argmax(logits, -1), jnp.argmax(want, -1))
 
