@@ -192,6 +192,8 @@ class _Tracer:
                 return self.number[value]
             raise NotFollowedError(f"its logits are the state of a loop on the way to {self.reader.where}")
         if value.aval.dtype == bool and not (node.primitive in COMPARES or self._is_followed(node, value)):
+            if not is_pointwise(node):
+                raise FilteredError(f"{node.primitive} at {node.source}, a filter by what is made of the logits")
             self.steps.append(Step(node, node.outputs.index(value), (None,) * len(node.inputs), unknown=True))
             self.number[value] = len(self.steps) - 1
             return self.number[value]

@@ -141,11 +141,11 @@ class Chain:
         """Where its equations put what stands in the product's result: ``[n, V]``."""
         made: list[Any] = []
         for step in self.steps:
-            if step.unknown:
-                made.append(numbers)
+            known = (numbers if n == -1 else made[n] for n in step.operands if n is not None)
+            here = next((one for one in known if one is not None), None)
+            if here is None:  # a truth value, which moves nothing
+                made.append(None)
                 continue
-            first = next(n for n in step.operands if n is not None)
-            here = numbers if first == -1 else made[first]
             made.append(_moved(step.node, step.result, here) if moves_only(step.node) else here)
         last = made[-1] if made else numbers
         return jnp.moveaxis(last, self.dim, -1).reshape(-1, last.shape[self.dim])
