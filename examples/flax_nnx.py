@@ -13,8 +13,8 @@ from flax import nnx
 import hire_xform as hx
 
 WIDTH, HIDDEN, VOCABULARY, LAYERS, HEADS, LENGTH = 512, 4096, 32768, 2, 8, 16
-# Weights are random, so half of all hidden units are above zero, where trained ReLU models have a tenth. Half of them is
-# more than pays on a CPU, so a rule asks for it. With no config at all, blocks and head are proved for each input.
+# Weights are random, so half of all hidden units are above zero, where trained ReLU models have a tenth. Half of them
+# is more than pays on a CPU, so a rule asks for it. With no config at all, blocks and head are proved for each input.
 CONFIG = hx.Config(ffn=hx.Ffn(active=0.5), rules=(hx.Rule("*", force=True),))
 
 

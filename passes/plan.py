@@ -86,8 +86,9 @@ def _decide(
         return choice.reason
     if isinstance(match, VocabMatch) and not (match.evidence or choice.named or measurement is not None):
         return _smallest(match) or (
-            "nothing says that its outputs are logits: no arg max, top-k or softmax that rises with them, and no weight "
-            f"of as many rows is looked up by id; if they are, hx.Rule({match.node.path!r}, vocab=hx.Vocab()) makes it a site"
+            "nothing says that its outputs are logits: no arg max, top-k or softmax that rises with them, and no "
+            "weight of as many rows is looked up by id; if they are, "
+            f"hx.Rule({match.node.path!r}, vocab=hx.Vocab()) makes it a site"
         )
     settings = settings.decided(None if measurement is None else measurement.certified)
     settings = _in_own_groups(match, settings)

@@ -116,7 +116,7 @@ def fallbacks_of(fun, config, w, x):
 
 
 def check_ties_across_devices_are_broken_as_dense():
-    """Equal rows on several devices, in f32, where bounds overlap, and in bf16, where all may round to one value, or not."""
+    """Equal rows on several devices, in f32, where bounds overlap, and in bf16, where all may round to one value."""
     for dtype in (jnp.float32, jnp.bfloat16):
         head = np.asarray(weights()["head"])
         best_row = int(np.argmax(np.asarray(tokens(1)) @ head))
