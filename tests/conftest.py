@@ -1,6 +1,8 @@
 """Settings of the whole suite."""
 
+import gc
 import os
+from collections.abc import Iterator
 from importlib import metadata
 
 import pytest
@@ -17,6 +19,19 @@ if os.environ.get("HIRE_TEST_OPTIMISED", "0") != "1":
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Plans hang on the CPU's instruction set: the same one wherever the suite runs.
 os.environ["HIRE_CPU"] = "avx512_vnni"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _compiled_programs_are_dropped() -> Iterator[None]:
+    """Each program that XLA compiled for the CPU maps memory, of which a process may have 65,530 pieces on Linux.
+
+    With those of the whole suite in one process, the compiler ends it.
+    """
+    yield
+    import jax  # after its flags are set
+
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture
