@@ -54,7 +54,7 @@ class _Tracer:
         self.outer: dict[Value, Operand] = {}
         self.number: dict[Value, int] = {product.out: -1}
         self.hangs: dict[Value, bool] = {product.out: True}
-        self.softmax = self.merged = False
+        self.softmax = self.merged = self.cut = False
         # Steps from which something common to a token is left out: what follows must not notice.
         self.shifted: set[int] = set()
 
@@ -70,7 +70,17 @@ class _Tracer:
         if self.softmax and (self.merged or value.shape[dims[0]] > self.product.width):
             raise NotFollowedError(f"a softmax of each token is compared with others' by {self.reader.where}")
         ahead = self._ahead()
-        return Chain(self.reader, value, dims[0], tuple(self.steps), tuple(self.sides), ahead, self.outer, self.softmax)
+        return Chain(
+            self.reader,
+            value,
+            dims[0],
+            tuple(self.steps),
+            tuple(self.sides),
+            ahead,
+            self.outer,
+            self.softmax,
+            self.cut,
+        )
 
     def _inside(self, value: Value) -> Value:
         """What leaves the loop that the product stands in, as it is inside."""
@@ -93,6 +103,8 @@ class _Tracer:
                 found = node.inputs[0]
             if not isinstance(found, Value) or found not in self.fate.axes:
                 break
+            if value in self.fate.axes and self._width(value) < self._width(found):
+                raise NotFollowedError(f"its logits leave a {home.kind} and are cut on the way to {self.reader.where}")
             value = found
         if value.scope is not home and not self._is_within(value.scope):
             raise NotFollowedError(f"its logits leave a {home.kind} on the way to {self.reader.where}")
@@ -100,7 +112,11 @@ class _Tracer:
 
     def _is_merged(self, value: Value) -> bool:
         """Whether the axis holds entries of several tokens."""
-        return math.prod(value.shape[d] for d in self.fate.axes.get(value, ())) > self.product.width
+        return self._width(value) > self.product.width
+
+    def _width(self, value: Value) -> int:
+        """How many logits the axes hold that the vocabulary is in."""
+        return math.prod(value.shape[d] for d in self.fate.axes.get(value, ()))
 
     def _is_within(self, scope: Scope) -> bool:
         return self.product.node.scope in scope.chain()
@@ -118,12 +134,11 @@ class _Tracer:
                 found = at = source
                 self.softmax = True
                 continue
-            if p in _ENDS or moves_only(node):
-                at = source
-                if not isinstance(at, Value):
-                    break
-                continue
-            break
+            if not isinstance(source, Value) or not (p in _ENDS or keeps_values(node)):
+                break
+            if self._width(at) != self._width(source):
+                break
+            at = source
         return found
 
     def _is_common(self, operand: Operand, beside: Value, divisor: bool = False) -> bool:
@@ -194,7 +209,9 @@ class _Tracer:
         if value.aval.dtype == bool and not (node.primitive in COMPARES or self._is_followed(node, value)):
             if not is_pointwise(node):
                 raise FilteredError(f"{node.primitive} at {node.source}, a filter by what is made of the logits")
-            self.steps.append(Step(node, node.outputs.index(value), (None,) * len(node.inputs), unknown=True))
+            self.steps.append(
+                Step(node, node.outputs.index(value), (None,) * len(node.inputs), unknown=True, differs=True)
+            )
             self.number[value] = len(self.steps) - 1
             return self.number[value]
         common = self._checked(node, value)
@@ -209,13 +226,24 @@ class _Tracer:
                 self.sides.append(operand)
         if any(n in self.shifted for n in operands) and not _keeps_shift(node, operands):
             raise NotFollowedError(f"{node.primitive} at {node.source} is applied to what a softmax made of its logits")
-        self.steps.append(Step(node, node.outputs.index(value), tuple(operands), common))
+        differs = node.primitive is prims.scatter_p or any(
+            isinstance(o, Value) and number is None and not (common and i == 1) and self._differs(o, value)
+            for i, (o, number) in enumerate(zip(node.inputs, operands, strict=True))
+        )
+        self.steps.append(Step(node, node.outputs.index(value), tuple(operands), common, differs=differs))
         if common or any(n in self.shifted for n in operands):
             self.shifted.add(len(self.steps) - 1)
         self.softmax = self.softmax or common
         self.number[value] = len(self.steps) - 1
         self.merged = self.merged or self._is_merged(value)
+        self.cut = self.cut or self._width(value) < self.product.width
         return self.number[value]
+
+    def _differs(self, side: Value, beside: Value) -> bool:
+        """Whether a side differs along the vocabulary, judged by the axes of what is made with it."""
+        if len(side.shape) != len(beside.shape):
+            return math.prod(side.shape) != 1
+        return any(side.shape[d] != 1 for d in self.fate.axes[beside])
 
     def _is_followed(self, node: Node, value: Value) -> bool:
         try:
@@ -289,9 +317,7 @@ class _Tracer:
 
 # What is written somewhere is what is read of it later.
 _STORES = frozenset({prims.dynamic_update_slice_p, prims.scatter_p})
-_ENDS = frozenset(
-    {prims.exp_p, prims.log_p, prims.convert_element_type_p, prims.copy_p, prims.name_p, prims.stop_gradient_p}
-)
+_ENDS = frozenset({prims.exp_p, prims.log_p})
 _CASTS = frozenset({prims.convert_element_type_p, prims.copy_p, prims.stop_gradient_p})
 _COMMON = frozenset(
     {

@@ -40,6 +40,7 @@ class Step:
       operands: for each operand the number of the step that makes it (-1: the logits), or None where it is a side.
       common: True where a side is the same for all entries of a token and hangs on the logits: it is left out.
       unknown: True for a truth value made of the logits by what has no bounds: it may be either.
+      differs: True where it does not do the same to all entries of a token: a side differs along the vocabulary.
     """
 
     node: Node
@@ -47,6 +48,7 @@ class Step:
     operands: tuple[int | None, ...]
     common: bool = False
     unknown: bool = False
+    differs: bool = False
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -62,6 +64,7 @@ class Chain:
       ahead: equations that make sides and stand behind the projection, in program order.
       outer: inputs of bodies that the chain enters, with what is passed in for them.
       softmax: True where what is left out rounds, so that the largest must be ahead by a margin.
+      cut: True where some of the logits are not read, so that the largest of all need not be among what is.
     """
 
     reader: Reader
@@ -72,16 +75,18 @@ class Chain:
     ahead: tuple[Node, ...]
     outer: dict[Value, Operand]
     softmax: bool
+    cut: bool
 
     @property
     def plain(self) -> bool:
         """True where the reader takes the logits themselves: moved, widened, and no more."""
-        return not self.softmax and not self.reader.inverted and all(keeps_values(step.node) for step in self.steps)
+        moved = not self.softmax and not self.cut and not self.reader.inverted
+        return moved and all(keeps_values(step.node) for step in self.steps)
 
     @property
     def uniform(self) -> bool:
-        """True where what is added or multiplied is the same all along the vocabulary."""
-        return all(is_uniform(side) for side in self.sides)
+        """True where all logits are read, and the same is done to them all along the vocabulary."""
+        return not self.cut and not any(step.differs for step in self.steps)
 
     def signature(self) -> Any:
         """Equal for two chains that compute the same function; hashable."""
@@ -183,11 +188,6 @@ _KEEPS = frozenset(
         compat.OPTIMIZATION_BARRIER,
     }
 )
-
-
-def is_uniform(operand: Operand) -> bool:
-    """True for a side that is a number, or has one for each token."""
-    return not isinstance(operand, Value) or all(n == 1 for n in operand.shape[-1:])
 
 
 def _applied(step: Step, operands: list[Interval | None], known: list[Any]) -> Interval:

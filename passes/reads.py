@@ -8,7 +8,7 @@ from typing import Any
 from jax.extend.core import primitives as prims
 
 from hire_xform.passes.chain_tracing import Filtered, chain_of
-from hire_xform.passes.chains import Chain, Step, is_uniform
+from hire_xform.passes.chains import Chain
 from hire_xform.passes.readers import Reader, others_of
 from hire_xform.passes.walk import Operand, Value
 
@@ -70,7 +70,7 @@ def reads_of(match: Any, settings: Any, split: bool) -> Reads | str:
                 f"it can't be proved what {reader.where} takes of its logits: {chain}; allow what is not proved with "
                 "hx.approximate(), candidates=, or a calibration"
             )
-        if split and not chain.plain and not chain.uniform:
+        if split and not chain.plain and not (chain.uniform and reader.slope > 0):
             return f"what {reader.where} reads is not its logits alone, which is proved on one device only"
         chains.setdefault((chain.value, reader.k), chain)
         proved.append(_told(reader))
@@ -89,17 +89,12 @@ def _spoiled(found: list[tuple[Reader, Chain | str]]) -> str | None:
         if reader.slope <= 0 and not isinstance(chain, Filtered):
             why = chain if isinstance(chain, str) else "what it reads does not rise with the logits"
         elif not isinstance(chain, str) and any(
-            s.node.primitive in (prims.mul_p, prims.div_p) and _differs(s) for s in chain.steps
+            s.node.primitive in (prims.mul_p, prims.div_p) and s.differs for s in chain.steps
         ):
             why = "it is multiplied by what differs along the vocabulary"
         if why:
             return f'fill="-inf" would change what {reader.where} takes: {why}; use fill="predicted"'
     return None
-
-
-def _differs(step: Step) -> bool:
-    sides = (o for o, number in zip(step.node.inputs, step.operands, strict=True) if number is None)
-    return not all(is_uniform(side) for side in sides)
 
 
 def _told(reader: Reader) -> str:
