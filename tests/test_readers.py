@@ -163,6 +163,7 @@ TAKEN = {
     "branch": sampled_in_a_branch,
     "head_in_a_call": lambda p, x, key: jax.random.categorical(key, inner_head(p, x)),
     "weight_left": lambda p, x, key: jnp.argmax((p["w"].T @ x.T).T + p["bias"], -1),
+    "vocabulary_first": lambda p, x, key: jnp.argmax(p["w"].T @ x.T + p["bias"][:, None], 0),
     "cut": lambda p, x, key: jnp.argmax((x @ p["w"] + p["bias"])[:, :500], -1),
     "sign_of_zero": lambda p, x, key: jnp.argmax(
         (lambda u: jnp.where((u == 0) & jnp.signbit(u), -1e-30, u))((p["embed"][jnp.argmax(x, -1)] + x) @ p["w"]), -1
@@ -188,6 +189,37 @@ def test_what_is_taken_is_the_dense_one_and_is_proved(name):
         np.testing.assert_array_equal(got, dense(*given))
         failed += sum(int(n) for n in counts.values())
     assert failed <= (16 if name == "in_a_scan" else 8)
+
+
+def padded(rows=300):
+    """Weights of nearly equal entries behind which stand padded rows, whose logits are the largest."""
+    p, rng = weights(), np.random.default_rng(5)
+    near = p["w"][:, :1] + 1e-3 * rng.normal(size=(D, rows))
+    return p | {"w": jnp.concatenate([near, 8.0 * p["w"][:, rows:]], axis=1)}
+
+
+CUT = {
+    "logits": lambda p, x: jnp.argmax((x @ p["w"])[:, :300], -1),
+    "top_3": lambda p, x: lax.top_k((x @ p["w"])[:, :300], 3)[1],
+    "softmax_of_the_rest": lambda p, x: jnp.argmax(jax.nn.softmax((x @ p["w"])[:, :300]), -1),
+    "vocabulary_first": lambda p, x: jnp.argmax((p["w"].T @ x.T)[:300], 0),
+    "picked": lambda p, x: jnp.argmax(lax.dynamic_slice_in_dim(x @ p["w"], x.shape[0] - T, 300, 1), -1),
+    "of_a_softmax": lambda p, x: jnp.argmax(jax.nn.softmax(x @ p["w"])[:, :300], -1),
+    "behind_a_scan": lambda p, x: jnp.argmax(lax.scan(lambda c, y: (c, y @ p["w"]), 0, x)[1][:, :300], -1),
+}
+CUT_AND_REFUSED = ("of_a_softmax", "behind_a_scan", "picked")
+
+
+@pytest.mark.parametrize("name", CUT)
+def test_padded_rows_that_are_cut_prove_nothing(name):
+    """The largest of all logits is a padded row: a proof of it says nothing of those that are read."""
+    fun, p = CUT[name], padded()
+    step = hx.sparsify(fun, config=hx.Config(vocab=hx.Vocab(candidates=24, certify=True), rules=FORCE))
+    plan = step.trace(p, inputs(0)).plan
+    assert kinds(plan) == ([] if name in CUT_AND_REFUSED else ["vocab"])
+    assert all("it can't be proved what" in refusal.reason for refusal in plan.refusals)
+    for seed in range(12):
+        np.testing.assert_array_equal(step(p, inputs(seed)), jax.jit(fun)(p, inputs(seed)))
 
 
 @pytest.mark.parametrize("factor", [1.3, 0.0, -1.0])
@@ -246,6 +278,7 @@ REFUSED = {
     "shares_of_the_largest": lambda p, x: (lambda u: jnp.argmax(u / u.max(-1, keepdims=True), -1))(x @ p["w"]),
     "scatter_by_what_is_drawn": lambda p, x: jnp.argmax((x @ p["w"]).at[:, 3].multiply(0.5), -1),
     "a_sum_over_entries": lambda p, x: (lambda u: jnp.argmax(u / jnp.abs(u).sum(-1, keepdims=True), -1))(x @ p["w"]),
+    "ties_of_16_bit_shares": lambda p, x: jnp.argmax(jax.nn.softmax(x @ p["w"]).astype(jnp.bfloat16), -1),
     "beams": lambda p, x: lax.top_k(jax.nn.log_softmax(x @ p["w"]).reshape(-1), 5),
 }
 

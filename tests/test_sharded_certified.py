@@ -212,6 +212,27 @@ def check_all_rows_selected_is_the_dense_result():
         assert_same(hx.sparsify(block, config=whole)(w, x), dense(block))
 
 
+def check_what_differs_along_the_vocabulary_is_refused():
+    """Each device knows its own logits only: what of them is read, and with what, must be the same for all."""
+    over = jnp.arange(V, dtype=jnp.float32)
+    forms = {
+        "cut": lambda w, x: jnp.argmax((x @ w["head"])[:, : V - 4], axis=-1),
+        "bias": lambda w, x: jnp.argmax(x @ w["head"] + over, axis=-1),
+        "bias_vocabulary_first": lambda w, x: jnp.argmax(w["head"].T @ x.T + over[:, None], axis=0),
+        "signs": lambda w, x: (lambda u: jnp.argmax(jnp.where(jnp.signbit(u), -u, u), axis=-1))(x @ w["head"]),
+    }
+    w, x = placed(mesh_of(4))
+    for name, fun in forms.items():
+        certified = hx.sparsify(fun, config=lossless())
+        (refusal,) = certified.trace(w, x).plan.refusals
+        assert "proved on one device only" in refusal.reason, (name, refusal.reason)
+        np.testing.assert_array_equal(certified(w, x), dense(fun))
+    kept = lambda w, x: jnp.argmax(30.0 * jnp.tanh(x @ w["head"] / 30.0), axis=-1)  # noqa: E731
+    certified = hx.sparsify(kept, config=lossless())
+    assert [site.kind for site in certified.trace(w, x).plan.sites] == ["vocab"]
+    np.testing.assert_array_equal(certified(w, x), dense(kept))
+
+
 def check_under_jit_scan_vmap_and_grad():
     w, x = placed(mesh_of(4), weights(bias=-0.5))
 
