@@ -142,7 +142,7 @@ def ffn_table(d: int, m: int, layers: int, repeats: int) -> Table:
             ) -> jax.Array:
                 for up, down, norm, pack in zip(ups, downs, norms, packed, strict=True):
                     product = UpProduct(x=x, rows=up, packed=pack, spec=spec, dtype=jnp.float32)
-                    x = x + 0.1 * ffn(
+                    result, _ = ffn(
                         [product],
                         lambda hiddens, gather: jax.nn.relu(hiddens[0]),
                         down,
@@ -150,6 +150,7 @@ def ffn_table(d: int, m: int, layers: int, repeats: int) -> Table:
                         active=k,
                         out_dtype=jnp.float32,
                     )
+                    x = x + 0.1 * result
                 return x
 
             ms = median_ms(run, [(x, ups, downs, norms, packed) for x in xs], repeats) / layers

@@ -27,7 +27,7 @@ def static_units(
     Args:
       products: of each product into the units the tokens ``[T, d]``, the rows ``[m, d]`` or a taller matrix, where they
         begin in it, and the dtype of the result.
-      region: what the model does to the units; see ``ffn_or_short``.
+      region: what the model does to the units; see ``ffn``.
       down: ``[m, d_out]``, or a taller matrix.
       first_row: where its rows begin.
       count: how many units, at least one.

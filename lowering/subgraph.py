@@ -6,7 +6,7 @@ width (every row chosen) the result is that of the dense product, up to the orde
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,6 @@ __all__ = [
     "chosen_units",
     "ffn",
     "ffn_bytes",
-    "ffn_or_short",
     "gather_chosen",
     "group_scores",
     "vocab_bytes",
@@ -32,7 +31,7 @@ __all__ = [
     "vocab_logits",
 ]
 
-# A pointwise region of a feed-forward block on some of its hidden units: `region(hiddens, gather)`; see `ffn_or_short`.
+# A pointwise region of a feed-forward block on some of its hidden units: `region(hiddens, gather)`; see `ffn`.
 Gather = Callable[[jax.Array], jax.Array]
 Region = Callable[[list[jax.Array], Gather], jax.Array]
 
@@ -145,7 +144,7 @@ class UpProduct:
     dtype: jax.typing.DTypeLike
 
 
-def ffn_or_short(
+def ffn(
     ups: Sequence[UpProduct],
     region: Region,
     down: jax.Array,
@@ -220,11 +219,6 @@ def ffn_or_short(
     return result, short
 
 
-def ffn(*given: Any, **named: Any) -> jax.Array:
-    """The result alone of :func:`ffn_or_short`, which says what the arguments are."""
-    return ffn_or_short(*given, **named)[0]
-
-
 def _with_static(
     ups: Sequence[UpProduct],
     region: Region,
@@ -268,7 +262,7 @@ def group_scores(
     """What groups of hidden units are chosen by, from the predictors alone.
 
     Args:
-      ups, region, units, down_norms, score, group_size: as in :func:`ffn_or_short`; rows are not read.
+      ups, region, units, down_norms, score, group_size: as in :func:`ffn`; rows are not read.
 
     Returns:
       f32 ``[T, units / group_size]``.
@@ -299,7 +293,7 @@ def chosen_units(
     """The part of a feed-forward block that some of its hidden units make, computed exactly.
 
     Args:
-      ups, region, down, units, first_row, group_size, out_dtype: as in :func:`ffn_or_short`; predictors are not read.
+      ups, region, down, units, first_row, group_size, out_dtype: as in :func:`ffn`; predictors are not read.
       index: the chosen groups of units, ``[K]`` for all tokens or ``[T, K]``.
 
     Returns:
@@ -344,7 +338,7 @@ def chosen_products(
 
 
 def gather_chosen(index: jax.Array, tokens: int, units: int, group_size: int) -> Gather:
-    """What brings ``[m]``, ``[1, m]`` or ``[T, m]`` to the units of the chosen groups; see :func:`ffn_or_short`."""
+    """What brings ``[m]``, ``[1, m]`` or ``[T, m]`` to the units of the chosen groups; see :func:`ffn`."""
     chosen = (index[..., None] * group_size + jnp.arange(group_size, dtype=index.dtype)).reshape(*index.shape[:-1], -1)
 
     def gather(values: jax.Array) -> jax.Array:
@@ -399,7 +393,7 @@ def ffn_bytes(
       active: groups each token may have computed.
       group_size: units in a group.
       norms: whether the down norms are read.
-      shards, static: as in :func:`ffn_or_short`.
+      shards, static: as in :func:`ffn`.
 
     Returns:
       Bytes.

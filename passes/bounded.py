@@ -35,11 +35,10 @@ from hire_xform.passes.region import (
 from hire_xform.passes.sum_bounds import total_bounds
 from hire_xform.passes.walk import Node
 
-_FLOATS = ("float32", "bfloat16", "float16")
+FLOATS = ("float32", "bfloat16", "float16")
 _LOGIC = {prims.and_p: intervals.both, prims.or_p: intervals.either}
 _SLOPED = {prims.tanh_p: jnp.tanh, prims.logistic_p: lax.logistic, prims.erf_p: lax.erf, prims.erfc_p: lax.erfc}
-_EXACT = frozenset({prims.copy_p, prims.stop_gradient_p, compat.PVARY})
-_KEPT = frozenset({prims.name_p, *HINTS})
+_KEPT = frozenset({prims.copy_p, prims.name_p, prims.stop_gradient_p, compat.PVARY, *HINTS})
 _ADDS = frozenset({prims.add_p, prims.add_jaxvals_p})
 _ROOTS = frozenset({prims.sqrt_p, prims.rsqrt_p})
 _OTHERS = frozenset(
@@ -60,7 +59,7 @@ _OTHERS = frozenset(
         prims.sub_p,
     }
 )
-_BOUNDED = frozenset({*_LOGIC, *_SLOPED, *_EXACT, *_ADDS, *_ROOTS, *_OTHERS, *COMPARES})
+_BOUNDED = frozenset({*_LOGIC, *_SLOPED, *_KEPT, *_ADDS, *_ROOTS, *_OTHERS, *COMPARES})
 _TESTS = frozenset({prims.eq_p, prims.ne_p, *COMPARES})
 _MOST_POWER = 4
 # A root or a quotient of what is taken from all units is not known where its bounds are further apart than this share.
@@ -72,9 +71,9 @@ def unbounded(region: Region) -> str | None:
     assert region.own is not None
     for number in sorted(needed(region.exprs, region.root) | needed(region.exprs, region.own.score)):
         expr = region.exprs[number]
-        if isinstance(expr, Side) and expr.value.aval.dtype.name not in (*_FLOATS, "bool"):
+        if isinstance(expr, Side) and expr.value.aval.dtype.name not in (*FLOATS, "bool"):
             return f"a side input of {expr.value.aval.dtype.name}"
-        if isinstance(expr, Total) and jnp.dtype(expr.dtype).name not in _FLOATS:
+        if isinstance(expr, Total) and jnp.dtype(expr.dtype).name not in FLOATS:
             return f"a sum in {jnp.dtype(expr.dtype).name}"
         if not isinstance(expr, Apply):
             continue
@@ -284,7 +283,7 @@ def can_be_bounded(node: Node) -> bool:
     """Whether :func:`applied` has a rule for an equation."""
     p, dtype = node.primitive, node.outputs[0].aval.dtype.name
     power = p is prims.integer_pow_p and 1 <= node.params["y"] <= _MOST_POWER
-    return (p in _BOUNDED or p in _KEPT or power) and dtype in (*_FLOATS, "bool")
+    return (p in _BOUNDED or power) and dtype in (*FLOATS, "bool")
 
 
 def applied(node: Node, operands: Sequence[Interval], same: bool = False) -> Interval:
@@ -297,7 +296,7 @@ def applied(node: Node, operands: Sequence[Interval], same: bool = False) -> Int
     """
     p, dtype = node.primitive, node.outputs[0].aval.dtype
     first = operands[0]
-    if p in _EXACT or p in _KEPT:
+    if p in _KEPT:
         return first
     if p in COMPARES:
         above = p in (prims.gt_p, prims.ge_p)

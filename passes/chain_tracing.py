@@ -9,14 +9,14 @@ from typing import Any
 from jax.extend.core import primitives as prims
 
 from hire_xform.passes import compat
-from hire_xform.passes.bounded import can_be_bounded
-from hire_xform.passes.chains import FLOATS, Chain, Step, dtype_of, keeps_values
+from hire_xform.passes.bounded import FLOATS, can_be_bounded
+from hire_xform.passes.chains import Chain, Step, keeps_values
 from hire_xform.passes.follow import Fate
 from hire_xform.passes.layout import moves_only
-from hire_xform.passes.pointwise import COMPARES, is_pointwise, literal_number
+from hire_xform.passes.pointwise import COMPARES, is_pointwise, stretched_number
 from hire_xform.passes.products import Product
-from hire_xform.passes.readers import Reader, carry_of, exponent_of
-from hire_xform.passes.walk import Node, Operand, Scope, Value
+from hire_xform.passes.readers import Reader, exponent_of
+from hire_xform.passes.walk import Node, Operand, Scope, Value, carry_of, dtype_of
 
 # Equations from a reader back to the logits, and of side inputs that are run ahead.
 _MAX_STEPS, _MAX_AHEAD = 64, 512
@@ -345,21 +345,11 @@ def _keeps_shift(node: Node, operands: Sequence[int | None]) -> bool:
     if p in (prims.add_p, prims.add_jaxvals_p, prims.sub_p):
         return len(sides) == 1 and operands[0 if p is prims.sub_p else operands.index(None) - 1] is not None
     if p in (prims.mul_p, prims.div_p):
-        return operands[0] is not None and len(sides) == 1 and (_number_of(sides[0]) or 0.0) > 0
+        return operands[0] is not None and len(sides) == 1 and (stretched_number(sides[0]) or 0.0) > 0
     if p is prims.select_n_p:
         cases = [o for o, number in zip(node.inputs[1:], operands[1:], strict=True) if number is None]
-        return operands[0] is None and all((_number_of(o) or 0.0) < _MASKED for o in cases)
+        return operands[0] is None and all((stretched_number(o) or 0.0) < _MASKED for o in cases)
     return keeps_values(node)
-
-
-def _number_of(operand: Operand) -> float | None:
-    """The number that an operand is everywhere: a literal, stretched or converted."""
-    while isinstance(operand, Value) and operand.node is not None and operand.node.primitive in _STRETCHES:
-        operand = operand.node.inputs[0]
-    return literal_number(operand)
-
-
-_STRETCHES = frozenset({prims.broadcast_in_dim_p, prims.convert_element_type_p, prims.copy_p})
 
 
 def _not_bounded(node: Node, reader: Reader) -> str:

@@ -18,16 +18,15 @@ from jax.extend.core import primitives as prims
 
 from hire_xform.lowering import Interval, intervals
 from hire_xform.passes import compat
-from hire_xform.passes.bounded import applied
+from hire_xform.passes.bounded import FLOATS, applied
 from hire_xform.passes.layout import moves_only
 from hire_xform.passes.pointwise import HINTS
 from hire_xform.passes.readers import Reader
 from hire_xform.passes.region import hashable
-from hire_xform.passes.walk import Node, Operand, Value
+from hire_xform.passes.walk import Node, Operand, Value, dtype_of
 
 # What a soft maximum that is left out rounds by, as a share of the magnitudes it is made of; see `margin_of`.
 _MARGIN = 2.0**-19
-FLOATS = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -161,12 +160,6 @@ def _literals(step: Step) -> Any:
         (str(dtype_of(o)), str(o.val)) if number is None and not isinstance(o, Value) else None
         for number, o in zip(step.operands, step.node.inputs, strict=True)
     )
-
-
-def dtype_of(operand: Operand) -> Any:
-    """The dtype of a value or literal."""
-    aval: Any = operand.aval
-    return aval.dtype
 
 
 def keeps_values(node: Node) -> bool:

@@ -17,7 +17,7 @@ from hire_xform.passes.measured import Measure, Measurement, unmeasured, with_ch
 from hire_xform.passes.needs import may_be_static, needs_of, order_of, stack_need
 from hire_xform.passes.parts import is_cut, parts_of_rows
 from hire_xform.passes.provenance import Root
-from hire_xform.passes.reads import Reads, reads_of
+from hire_xform.passes.reads import NOTHING_READ, reads_of
 from hire_xform.passes.settings import Choice, Ffn, Vocab
 from hire_xform.passes.shards import Placement
 from hire_xform.passes.sizes import UNCHOSEN, Reading, sizes_of
@@ -109,7 +109,7 @@ def _decide(
         return f"{why}; allow what is not proved with hx.approximate(), a size, or a calibration"
     if isinstance(placement, str):
         return placement
-    reads = Reads()
+    reads = NOTHING_READ
     if isinstance(match, VocabMatch):
         split = placement is not None or is_cut(match.product.origin.refs)
         found = reads_of(match, settings, split)

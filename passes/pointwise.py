@@ -53,11 +53,16 @@ def literal_number(operand: Operand) -> float | None:
         return None
 
 
-def known_number(operand: Operand) -> float | None:
-    """The value of an operand that is one literal number everywhere: the literal, stretched or converted."""
+def stretched_number(operand: Operand) -> float | None:
+    """The literal that an operand is everywhere, stretched or converted; conversions may have rounded it."""
     while isinstance(operand, Value) and operand.node is not None and operand.node.primitive in _KEEP_NUMBER:
         operand = operand.node.inputs[0]
-    number = literal_number(operand)
+    return literal_number(operand)
+
+
+def known_number(operand: Operand) -> float | None:
+    """The small integer that an operand is everywhere: a literal, stretched or converted, exact in each dtype."""
+    number = stretched_number(operand)
     # Conversion to integers or half precision keeps a small integer only.
     return number if number is not None and number.is_integer() and abs(number) <= 128 else None
 

@@ -21,7 +21,7 @@ from jax.extend.core import primitives as prims
 from hire_xform.passes import compat
 from hire_xform.passes.compat import Literal
 from hire_xform.passes.recipe import Convert, Recipe, Reshape, Root, Slice, Stack, Step, Transpose, represents
-from hire_xform.passes.walk import Graph, Node, Operand, Scope, Value, carried_inputs
+from hire_xform.passes.walk import Graph, Node, Operand, Scope, Value, carried_inputs, dtype_of
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -107,7 +107,7 @@ class Provenance:
         self.consts: dict[int, Any] = {}
         for value, root in zip(graph.top.inputs, roots, strict=True):
             if root is not None:
-                self._origins[value] = Origin(Recipe(root), stored=_dtype_of(value))
+                self._origins[value] = Origin(Recipe(root), stored=dtype_of(value))
         self._scope(graph.top)
 
     def origin(self, operand: Operand) -> Origin | None:
@@ -116,7 +116,7 @@ class Provenance:
             return None
         if operand.const is not None:
             self.consts[id(operand.const)] = operand.const
-            return Origin(Recipe(Root("const", id(operand.const))), stored=_dtype_of(operand))
+            return Origin(Recipe(Root("const", id(operand.const))), stored=dtype_of(operand))
         return self._origins.get(operand)
 
     def derived(self, operand: Operand) -> str | None:
@@ -276,11 +276,6 @@ def shape_of(operand: Operand) -> tuple[int, ...]:
     return tuple(aval.shape)
 
 
-def _dtype_of(operand: Operand) -> Any:
-    aval: Any = operand.aval
-    return aval.dtype
-
-
 Rule = Callable[[Node, Origin], "list[Origin] | None"]
 
 
@@ -330,7 +325,7 @@ def _transpose(node: Node, origin: Origin) -> list[Origin]:
 
 def _convert(node: Node, origin: Origin) -> list[Origin] | None:
     # Only between floating types: a cast to integers is not a layout change of a matrix of weights.
-    source, target = _dtype_of(node.inputs[0]), np.dtype(node.params["new_dtype"])
+    source, target = dtype_of(node.inputs[0]), np.dtype(node.params["new_dtype"])
     if not (jnp.issubdtype(source, jnp.floating) and jnp.issubdtype(target, jnp.floating)):
         return None
     if source == target:
@@ -392,7 +387,7 @@ def _gather(node: Node, origin: Origin) -> list[Origin] | None:
         return None
     if fills:
         value = node.params["fill_value"]
-        if not jnp.issubdtype(_dtype_of(node.inputs[0]), jnp.floating) or not (value is None or np.isnan(value)):
+        if not jnp.issubdtype(dtype_of(node.inputs[0]), jnp.floating) or not (value is None or np.isnan(value)):
             return None
     elif mode not in (lax.GatherScatterMode.CLIP, lax.GatherScatterMode.PROMISE_IN_BOUNDS):
         return None

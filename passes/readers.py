@@ -22,7 +22,7 @@ from hire_xform.passes.pointwise import is_pointwise, known_number
 from hire_xform.passes.products import Product
 from hire_xform.passes.provenance import Provenance, shape_of
 from hire_xform.passes.top_k import top_k_of
-from hire_xform.passes.walk import Graph, Node, Operand, Value, carried_inputs
+from hire_xform.passes.walk import Graph, Node, Operand, Value, carry_of
 
 # Equations between a value and the exponential that it is made of.
 _TO_EXP = 6
@@ -234,15 +234,6 @@ class Slopes:
         if p in _RISING or p is compat.OPTIMIZATION_BARRIER:
             return _agreed(slopes)
         return 0
-
-
-def carry_of(value: Value) -> Operand | None:
-    """What a loop's body returns for a value of its state."""
-    scope = value.scope
-    if scope.kind not in ("scan", "while") or scope.node is None:
-        return None
-    carry = carried_inputs(scope.node)
-    return scope.outputs[carry.index(value)] if value in carry else None
 
 
 def _flipped(slope: int | None) -> int | None:

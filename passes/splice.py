@@ -15,7 +15,7 @@ from jax import lax
 from hire_xform.lowering import (
     Interval,
     UpProduct,
-    ffn_or_short,
+    ffn,
     moments,
     vocab_candidates,
     vocab_logits,
@@ -251,7 +251,7 @@ def flat_block(decision: Decision, match: FfnMatch, parts: FfnParts, shards: int
     settings = decision.settings
     assert isinstance(settings, Ffn)
     down, down_first = parts.down["rows"].rows()
-    result, short = ffn_or_short(
+    result, short = ffn(
         parts.ups,
         parts.region(match),
         down,

@@ -372,3 +372,18 @@ def carried_inputs(node: Node) -> list[Value]:
         scan = compat.scan_parts(node.eqn)
         return node.inner.inputs[scan.num_consts : scan.num_consts + scan.num_carry]
     return node.inner.inputs[compat.while_parts(node.eqn).body_nconsts :]
+
+
+def carry_of(value: Value) -> Operand | None:
+    """What a loop's body returns for a value of its state."""
+    scope = value.scope
+    if scope.kind not in ("scan", "while") or scope.node is None:
+        return None
+    carry = carried_inputs(scope.node)
+    return scope.outputs[carry.index(value)] if value in carry else None
+
+
+def dtype_of(operand: Operand) -> Any:
+    """The dtype of a value or literal."""
+    aval: Any = operand.aval
+    return aval.dtype

@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import hire_xform as hx
 
@@ -68,6 +69,14 @@ def assert_refused(fun, p, x, words, count, test_file) -> None:
     assert any(words in reason for reason in reasons), reasons
     assert all(r.path and test_file in r.source for r in plan.refusals)
     assert_same(step(p, x), jax.jit(fun)(p, x), 0.0)
+
+
+def assert_says(wrong, error, patterns) -> None:
+    """Calling ``wrong`` raises ``error``, whose message has all ``patterns``."""
+    with pytest.raises(error) as raised:
+        wrong()
+    for pattern in patterns:
+        assert raised.match(pattern)
 
 
 def primitives_of(jaxpr) -> list:

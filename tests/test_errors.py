@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from checks import full_width
+from checks import assert_says, full_width
 
 import hire_xform as hx
 
@@ -166,11 +166,7 @@ def _stripped():
 
 @pytest.mark.parametrize("name", WRONG)
 def test_a_wrong_use_says_what_came_and_what_was_expected(name):
-    wrong, error, patterns = WRONG[name]
-    with pytest.raises(error) as raised:
-        wrong()
-    for pattern in patterns:
-        assert raised.match(pattern)
+    assert_says(*WRONG[name])
 
 
 def test_there_are_many():

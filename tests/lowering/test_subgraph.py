@@ -14,7 +14,6 @@ from hire_xform.lowering import (
     choose,
     ffn,
     ffn_bytes,
-    ffn_or_short,
     predict_scores,
     predictor_bytes,
     vocab_bytes,
@@ -102,7 +101,7 @@ def block(x, gate, up, down, specs, *, region=gated, **kwargs):
     ]
     norms = jnp.linalg.norm(down.astype(jnp.float32), axis=1)
     options = {"region": region, "down_norms": norms, "out_dtype": jnp.float32, **kwargs}
-    return ffn(ups, down=down, **options)
+    return ffn(ups, down=down, **options)[0]
 
 
 @pytest.mark.parametrize("specs", [(Q8, Q8), (LowRank(0.5), Q8), (Quantized(4), LowRank(3, bits=8))], ids=str)
@@ -147,7 +146,7 @@ def test_units_that_are_zero_are_not_missed(normal):
 
     up = UpProduct(x=x, rows=gate, packed=pack_predictor(gate, Q8), spec=Q8, dtype=jnp.float32)
     norms = jnp.linalg.norm(down, axis=1)
-    got = ffn([up], region, down, down_norms=norms, active=64, out_dtype=jnp.float32)
+    got, _ = ffn([up], region, down, down_norms=norms, active=64, out_dtype=jnp.float32)
     np.testing.assert_allclose(got, jax.nn.relu(x @ gate.T - threshold) @ down, rtol=1e-4, atol=1e-4)
 
 
@@ -215,7 +214,7 @@ def test_a_block_is_short_where_a_unit_that_is_not_zero_is_left_out(tokens, acti
     for seed in range(4):
         for bias in (-9.0, -5.0, -4.0, -3.0, 0.0):
             x = normal((tokens, d), seed=10 + seed)
-            result, short = ffn_or_short(
+            result, short = ffn(
                 [UpProduct(x=x, **up)],
                 lambda hiddens, _, bias=bias: jax.nn.relu(hiddens[0] + bias),
                 down,
