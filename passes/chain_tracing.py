@@ -13,10 +13,12 @@ from hire_xform.passes.bounded import FLOATS, can_be_bounded
 from hire_xform.passes.chains import Chain, Step, keeps_values
 from hire_xform.passes.follow import Fate
 from hire_xform.passes.layout import moves_only
+from hire_xform.passes.logits import Logits
 from hire_xform.passes.pointwise import COMPARES, is_pointwise, stretched_number
 from hire_xform.passes.products import Product
-from hire_xform.passes.readers import Reader, exponent_of
-from hire_xform.passes.walk import Node, Operand, Scope, Value, carry_of, dtype_of
+from hire_xform.passes.readers import Reader
+from hire_xform.passes.soft_maximum import ENDS, is_left_out
+from hire_xform.passes.walk import Node, Operand, Value, carry_of, dtype_of
 
 # Equations from a reader back to the logits, and of side inputs that are run ahead.
 _MAX_STEPS, _MAX_AHEAD = 64, 512
@@ -49,11 +51,11 @@ class _Tracer:
 
     def __init__(self, product: Product, fate: Fate, reader: Reader):
         self.product, self.fate, self.reader = product, fate, reader
+        self.logits = Logits(product, fate)
         self.steps: list[Step] = []
         self.sides: list[Operand] = []
         self.outer: dict[Value, Operand] = {}
         self.number: dict[Value, int] = {product.out: -1}
-        self.hangs: dict[Value, bool] = {product.out: True}
         self.softmax = self.merged = self.cut = False
         # Steps from which something common to a token is left out: what follows must not notice.
         self.shifted: set[int] = set()
@@ -87,7 +89,7 @@ class _Tracer:
         scopes, home = self.product.node.scope.chain(), self.product.node.scope
         while True:
             node, found = value.node, None
-            if value.scope is home and not self._hangs_on(value):
+            if value.scope is home and not self.logits.reach(value):
                 # What a loop carries to its next turn is what it returns in this one.
                 found = carry_of(value) if node is None else node.inputs[0] if keeps_values(node) else None
                 if found is None:
@@ -103,95 +105,34 @@ class _Tracer:
                 found = node.inputs[0]
             if not isinstance(found, Value) or found not in self.fate.axes:
                 break
-            if value in self.fate.axes and self._width(value) < self._width(found):
+            if value in self.fate.axes and self.logits.width(value) < self.logits.width(found):
                 raise NotFollowedError(f"its logits leave a {home.kind} and are cut on the way to {self.reader.where}")
             value = found
-        if value.scope is not home and not self._is_within(value.scope):
+        if value.scope is not home and not self.logits.are_within(value.scope):
             raise NotFollowedError(f"its logits leave a {home.kind} on the way to {self.reader.where}")
         return value
-
-    def _is_merged(self, value: Value) -> bool:
-        """Whether the axis holds entries of several tokens."""
-        return self._width(value) > self.product.width
-
-    def _width(self, value: Value) -> int:
-        """How many logits the axes hold that the vocabulary is in."""
-        return math.prod(value.shape[d] for d in self.fate.axes.get(value, ()))
-
-    def _is_within(self, scope: Scope) -> bool:
-        return self.product.node.scope in scope.chain()
 
     def _without_softmax(self, value: Value) -> Value:
         """A softmax or log-softmax at the very end of the way is left out: it keeps the order, but for its rounding."""
         found, at = value, value
         for _ in range(16):
             node = at.node
-            if node is None or at is self.product.out or self._is_merged(at):
+            if node is None or at is self.product.out or self.logits.are_merged_in(at):
                 break
             p = node.primitive
             source: Any = node.inputs[0] if node.inputs else None
-            if p in (prims.sub_p, prims.div_p) and self._is_common(node.inputs[1], at, divisor=p is prims.div_p):
+            if p in (prims.sub_p, prims.div_p) and is_left_out(
+                self.logits, node.inputs[1], at, divisor=p is prims.div_p
+            ):
                 found = at = source
                 self.softmax = True
                 continue
-            if not isinstance(source, Value) or not (p in _ENDS or keeps_values(node)):
+            if not isinstance(source, Value) or not (p in ENDS or keeps_values(node)):
                 break
-            if self._width(at) != self._width(source):
+            if self.logits.width(at) != self.logits.width(source):
                 break
             at = source
         return found
-
-    def _is_common(self, operand: Operand, beside: Value, divisor: bool = False) -> bool:
-        """True for what a softmax subtracts or divides by: the same for all entries of a token, and of known size.
-
-        A divisor is a sum of exponentials, which is positive.
-        """
-        if not isinstance(operand, Value) or operand in self.fate.axes or not self._hangs_on(operand):
-            return False
-        dims = self.fate.axes.get(beside, frozenset())
-        if operand.shape and len(operand.shape) == len(beside.shape) and any(operand.shape[d] > 1 for d in dims):
-            source = operand.node.inputs[0] if operand.node is not None and moves_only(operand.node) else None
-            if not isinstance(source, Value) or source.shape[-1:] == operand.shape[-1:]:
-                return False
-        if beside.aval.dtype.name != "float32":
-            return False
-        return self._is_soft_maximum(operand, set(), divisor)
-
-    def _is_soft_maximum(self, value: Value, seen: set[Value], divisor: bool) -> bool:
-        """Made of largest entries and of sums of exponentials, by equations that add them up; or one such sum."""
-        if value in seen or not self._hangs_on(value):
-            return True
-        seen.add(value)
-        node = value.node
-        if node is None or len(seen) > 32:
-            return False
-        if node.primitive is prims.reduce_max_p:
-            return not divisor
-        if node.primitive is prims.reduce_sum_p:
-            operand = node.inputs[0]
-            return isinstance(operand, Value) and exponent_of(operand) is not None
-        if node.primitive not in (_CASTS if divisor else _COMMON) and not moves_only(node):
-            return False
-        return all(self._is_soft_maximum(o, seen, divisor) for o in node.inputs if isinstance(o, Value))
-
-    def _hangs_on(self, value: Value) -> bool:
-        """Whether a value is computed from the logits."""
-        if value not in self.hangs:
-            self.hangs[value] = False
-            node = value.node
-            if node is None:
-                outer = value.outer if self._is_within(value.scope) else None
-                found = isinstance(outer, Value) and self._hangs_on(outer)
-                if outer is None and self._is_within(value.scope) and value.scope is not self.product.node.scope:
-                    found = value.const is None  # a body's own state may
-                self.hangs[value] = found
-            elif self._is_within(node.scope) and not self._is_before(node):
-                self.hangs[value] = any(self._hangs_on(o) for o in node.inputs if isinstance(o, Value))
-        return self.hangs[value]
-
-    def _is_before(self, node: Node) -> bool:
-        home = self.product.node
-        return node.scope is home.scope and node.order < home.order
 
     def _number(self, value: Value) -> int:
         """The number of the step that makes a value, which hangs on the logits."""
@@ -217,7 +158,7 @@ class _Tracer:
         common = self._checked(node, value)
         operands: list[int | None] = []
         for i, operand in enumerate(node.inputs):
-            if isinstance(operand, Value) and self._hangs_on(operand) and not (common and i == 1):
+            if isinstance(operand, Value) and self.logits.reach(operand) and not (common and i == 1):
                 operands.append(self._compared(node, operand) if node.primitive in COMPARES else self._number(operand))
             else:
                 operands.append(None)
@@ -235,8 +176,8 @@ class _Tracer:
             self.shifted.add(len(self.steps) - 1)
         self.softmax = self.softmax or common
         self.number[value] = len(self.steps) - 1
-        self.merged = self.merged or self._is_merged(value)
-        self.cut = self.cut or self._width(value) < self.product.width
+        self.merged = self.merged or self.logits.are_merged_in(value)
+        self.cut = self.cut or self.logits.width(value) < self.product.width
         return self.number[value]
 
     def _differs(self, side: Value, beside: Value) -> bool:
@@ -251,7 +192,7 @@ class _Tracer:
         except NotFollowedError:
             return False
         # What it is made of has to be followed as well: not the bits of logits, as a sign is read from.
-        made_of = (o for o in node.inputs if isinstance(o, Value) and self._hangs_on(o))
+        made_of = (o for o in node.inputs if isinstance(o, Value) and self.logits.reach(o))
         return all(o.aval.dtype == bool or dtype_of(o).name in FLOATS for o in made_of)
 
     def _compared(self, node: Node, operand: Value) -> int:
@@ -265,16 +206,16 @@ class _Tracer:
         p = node.primitive
         if value not in self.fate.axes or value in self.fate.drawn:
             raise NotFollowedError(f"{p} at {node.source} mixes its logits on the way to {self.reader.where}")
-        if p is prims.sub_p and isinstance(node.inputs[1], Value) and self._is_common(node.inputs[1], value):
+        if p is prims.sub_p and isinstance(node.inputs[1], Value) and is_left_out(self.logits, node.inputs[1], value):
             return True
         if p is prims.dynamic_slice_p or (p is prims.scatter_p and node.params.get("update_jaxpr") is None):
-            if all(not self._hangs_on(o) for o in node.inputs[1:] if isinstance(o, Value)):
+            if all(not self.logits.reach(o) for o in node.inputs[1:] if isinstance(o, Value)):
                 return False
         elif moves_only(node) or p is compat.OPTIMIZATION_BARRIER:
             return False
         elif is_pointwise(node) and can_be_bounded(node):
             for operand in node.inputs:
-                side = not isinstance(operand, Value) or not self._hangs_on(operand)
+                side = not isinstance(operand, Value) or not self.logits.reach(operand)
                 if side and dtype_of(operand).name not in (*FLOATS, "bool"):
                     raise NotFollowedError(_not_bounded(node, self.reader))
             return False
@@ -295,7 +236,7 @@ class _Tracer:
                 if node not in found:
                     found.append(node)
                 continue
-            if node in seen or not self._is_within(node.scope) or self._is_before(node):
+            if node in seen or not self.logits.are_within(node.scope) or self.logits.come_after(node):
                 continue
             seen.add(node)
             if node.eqn.effects or len(seen) > _MAX_AHEAD:
@@ -306,7 +247,7 @@ class _Tracer:
 
     def _entered(self, value: Value) -> None:
         """Notes what is passed in for the input of a body; raises where it changes from one turn to the next."""
-        if value.const is not None or not self._is_within(value.scope) or value.scope is self.product.node.scope:
+        if value.const is not None or not self.logits.are_within(value.scope) or value.scope is self.product.node.scope:
             return
         if value.outer is None or value.scanned:
             raise NotFollowedError(f"{self.reader.where} joins its logits with the state of a loop")
@@ -317,21 +258,6 @@ class _Tracer:
 
 # What is written somewhere is what is read of it later.
 _STORES = frozenset({prims.dynamic_update_slice_p, prims.scatter_p})
-_ENDS = frozenset({prims.exp_p, prims.log_p})
-_CASTS = frozenset({prims.convert_element_type_p, prims.copy_p, prims.stop_gradient_p})
-_COMMON = frozenset(
-    {
-        prims.add_p,
-        prims.convert_element_type_p,
-        prims.copy_p,
-        prims.is_finite_p,
-        prims.log_p,
-        prims.max_p,
-        prims.select_n_p,
-        prims.stop_gradient_p,
-        prims.sub_p,
-    }
-)
 
 
 # Below any logit less what is common to a token.

@@ -270,6 +270,10 @@ def sampled_in_the_next_turn(p, x):
     return lax.scan(turn, (x, jnp.zeros((T, V))), jax.random.split(KEY, 3))[1]
 
 
+def _doubled(n):
+    return n + n
+
+
 REFUSED = {
     "sampled_in_the_next_turn": sampled_in_the_next_turn,
     "a_cap_of_log_probabilities": lambda p, x: jnp.argmax(jnp.tanh(jax.nn.log_softmax(x @ p["w"])), -1),
@@ -277,6 +281,15 @@ REFUSED = {
     "shares_of_the_largest": lambda p, x: (lambda u: jnp.argmax(u / u.max(-1, keepdims=True), -1))(x @ p["w"]),
     "scatter_by_what_is_drawn": lambda p, x: jnp.argmax((x @ p["w"]).at[:, 3].multiply(0.5), -1),
     "a_sum_over_entries": lambda p, x: (lambda u: jnp.argmax(u / jnp.abs(u).sum(-1, keepdims=True), -1))(x @ p["w"]),
+    "less_what_is_far_larger": lambda p, x: (lambda u: jnp.argmax(u - (1e6 * u).max(-1, keepdims=True), -1))(
+        x @ p["w"]
+    ),
+    "shares_of_a_negative_sum": lambda p, x: (lambda e: jnp.argmax(e / (e * -1.0).sum(-1, keepdims=True), -1))(
+        jnp.exp(x @ p["w"])
+    ),
+    "less_a_sum_doubled": lambda p, x: (
+        lambda u: jnp.argmax(u - _doubled(_doubled(_doubled(_doubled(u.max(-1, keepdims=True))))), -1)
+    )(x @ p["w"]),
     "ties_of_16_bit_shares": lambda p, x: jnp.argmax(jax.nn.softmax(x @ p["w"]).astype(jnp.bfloat16), -1),
     "beams": lambda p, x: lax.top_k(jax.nn.log_softmax(x @ p["w"]).reshape(-1), 5),
 }
