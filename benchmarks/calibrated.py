@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 import hire_xform as hx
-from hire_xform.lowering import pack_predictor, predict_scores
+from hire_xform.lowering.predict.predictors import pack_predictor, predict_scores
 from hire_xform.observe import observe
 
 EXAMPLES = Path(__file__).parents[1] / "examples"

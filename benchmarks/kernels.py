@@ -18,17 +18,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from hire_xform.lowering import (
-    LowRank,
-    PredictorSpec,
-    Quantized,
-    UpProduct,
-    ffn,
-    ffn_bytes,
-    pack_predictor,
-    vocab_bytes,
-    vocab_logits,
-)
+from hire_xform.lowering.engine.subgraph import UpProduct, ffn, ffn_bytes, vocab_bytes, vocab_logits
+from hire_xform.lowering.predict.predictors import LowRank, PredictorSpec, Quantized, pack_predictor
 
 
 def median_ms(fun: Callable[..., Any], calls: Sequence[tuple[Any, ...]], repeats: int) -> float:

@@ -9,17 +9,18 @@ Method: HiRE, arXiv 2402.09360.
 """
 
 from hire_xform.api import Sparsified, sparsify
-from hire_xform.calibrating import calibrate
-from hire_xform.calibration import Calibration, SiteCalibration
+from hire_xform.calibrating.run import calibrate
+from hire_xform.calibration.calibration import Calibration, SiteCalibration
+from hire_xform.call.sharing import pack
+from hire_xform.call.stages import Traced
 from hire_xform.config import Config, Ffn, Rule, Vocab, approximate, lossless
 from hire_xform.errors import HireWarning, PackedMismatchError, TracedWeightsError
-from hire_xform.lowering import LowRank, Nucleus, Projected, Quantized, TopSet
+from hire_xform.lowering.predict.predictors import LowRank, Projected, Quantized
+from hire_xform.lowering.prove.goals import Nucleus, TopSet
 from hire_xform.mesh_plan import Device, MeshPlan, MeshRow, ModelShapes, plan_mesh
-from hire_xform.passes.decisions import Plan, Refusal, Site
-from hire_xform.passes.pack import Packed
-from hire_xform.sharing import pack
-from hire_xform.stages import Traced
-from hire_xform.training import TopkFfn, TracedTopk, topk_ffn
+from hire_xform.passes.pack.packed import Packed
+from hire_xform.passes.plan.decisions import Plan, Refusal, Site
+from hire_xform.train.topk_ffn import TopkFfn, TracedTopk, topk_ffn
 
 __version__ = "0.1.0"
 

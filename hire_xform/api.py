@@ -16,19 +16,19 @@ from typing import Any
 
 import jax
 
-from hire_xform.calibration import Calibration
-from hire_xform.calls import Abstract, Signature, Weights, abstract_call
+from hire_xform.calibration.calibration import Calibration
+from hire_xform.call.calls import Abstract, Signature, Weights, abstract_call
+from hire_xform.call.entry import Entry, take_packed
+from hire_xform.call.memory import PackMemory
+from hire_xform.call.stages import Traced
+from hire_xform.call.trial import LeavingDense, Reasons
 from hire_xform.config import Config
-from hire_xform.entry import Entry, take_packed
 from hire_xform.errors import HireWarning
-from hire_xform.memory import PackMemory
-from hire_xform.passes import compat
-from hire_xform.passes.decisions import PackKey
-from hire_xform.passes.pack import Packed
-from hire_xform.passes.shards import platform_named
-from hire_xform.passes.statics import value_key
-from hire_xform.stages import Traced
-from hire_xform.trial import LeavingDense, Reasons
+from hire_xform.passes.ir import compat
+from hire_xform.passes.ir.static_values import value_key
+from hire_xform.passes.pack.packed import Packed
+from hire_xform.passes.plan.decisions import PackKey
+from hire_xform.passes.plan.placement import platform_named
 
 _JIT_OPTIONS = {
     "static_argnums",

@@ -19,13 +19,13 @@ from absl import app, flags, logging
 from absl.flags import argparse_flags
 
 from hire_xform.api import Sparsified, sparsify
-from hire_xform.calls import arguments_of
+from hire_xform.call.calls import arguments_of
+from hire_xform.call.stages import Traced
 from hire_xform.config import Config, Ffn, Rule, Vocab
-from hire_xform.dump import FORMATS, SHOWS, dump
+from hire_xform.dump.dump import FORMATS, SHOWS, dump
 from hire_xform.files import write_whole
 from hire_xform.loading import LoadError, blame, load_function, load_inputs
 from hire_xform.mesh_plan import Device, ModelShapes, plan_mesh
-from hire_xform.stages import Traced
 
 _EVERYWHERE = Rule("*", force=True)
 

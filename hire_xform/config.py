@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from hire_xform.passes.settings import Choice, Ffn, Vocab, refuse
+from hire_xform.passes.plan.settings import Choice, Ffn, Vocab, refuse
 
 __all__ = ["Config", "Ffn", "Rule", "Vocab", "approximate", "lossless"]
 

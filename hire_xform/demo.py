@@ -23,13 +23,13 @@ from rich.table import Table
 from rich.text import Text
 
 from hire_xform.api import sparsify
+from hire_xform.call.stages import Traced
 from hire_xform.config import Config, Rule, approximate, lossless
 from hire_xform.explain import size
 from hire_xform.loading import LoadError
-from hire_xform.lowering import da_top_k_p
+from hire_xform.lowering.primitives.da_top_k import da_top_k_p
 from hire_xform.observe import observe
-from hire_xform.passes.detect import FfnMatch
-from hire_xform.stages import Traced
+from hire_xform.passes.match.matches import FfnMatch
 
 # The best logits of the dense step that the predictor should have among its candidates.
 _TOP = 8

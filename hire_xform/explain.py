@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from hire_xform.lowering import Nucleus, TopSet
-from hire_xform.passes.decisions import Plan, Refusal, Site
-from hire_xform.passes.settings import Ffn, Vocab
+from hire_xform.lowering.prove.goals import Nucleus, TopSet
+from hire_xform.passes.plan.decisions import Plan, Refusal, Site
+from hire_xform.passes.plan.settings import Ffn, Vocab
 
 
 def size(count: float) -> str:

@@ -13,9 +13,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from hire_xform.explain import size
-from hire_xform.lowering import choose, ffn_bytes, predictor_bytes, vocab_bytes
-from hire_xform.passes.cost import FIXED_BYTES, ROW_COST
-from hire_xform.passes.settings import Ffn, Vocab, refuse
+from hire_xform.lowering.engine.selection import choose
+from hire_xform.lowering.engine.subgraph import ffn_bytes, vocab_bytes
+from hire_xform.lowering.predict.predictors import predictor_bytes
+from hire_xform.passes.plan.cost import FIXED_BYTES, ROW_COST
+from hire_xform.passes.plan.settings import Ffn, Vocab, refuse
 
 # A value and an id: what each device sends of a token for an arg max.
 ARG_MAX_BYTES = 8

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from hire_xform.passes import compat
-from hire_xform.passes.walk import numbered
+from hire_xform.passes.ir import compat
+from hire_xform.passes.ir.graph import numbered
 
 # Says whether an equation at a path is to be seen.
 Wanted = Callable[[str, Any], bool]

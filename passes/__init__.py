@@ -1,4 +1,5 @@
-"""Jaxpr in, jaxpr out: walk, provenance, detect, plan, pack, rewrite.
+"""Jaxpr in, jaxpr out.
 
-Nothing here knows how a platform runs a kernel; what is spliced in comes from ``hire_xform.lowering``.
+In reading order: ``ir``, ``weights``, ``match``, ``prove``, ``plan``, ``pack``, ``rewrite``, ``measure``; each imports
+only those before it. Nothing here knows the kernels of a platform, files or the command line.
 """

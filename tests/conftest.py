@@ -37,7 +37,7 @@ def _compiled_programs_are_dropped() -> Iterator[None]:
 @pytest.fixture
 def packs(monkeypatch) -> list:
     """The leaves that are packed, one entry for each packed form."""
-    from hire_xform import packing  # after JAX's flags are set
+    from hire_xform.call import packing  # after JAX's flags are set
 
     calls = []
     original = packing.pack_array

@@ -10,7 +10,7 @@ import numpy as np
 from jax.extend.core import Literal
 from jax.extend.core import primitives as prims
 
-from hire_xform.passes import compat  # what differs between JAX versions, and nothing else of the library
+from hire_xform.passes.ir import compat  # what differs between JAX versions, and nothing else of the library
 
 
 def evaluate(closed: Any, operands: Sequence[Any]) -> list[Any]:

@@ -10,7 +10,7 @@ from checks import named
 from jax import lax
 
 import hire_xform as hx
-from hire_xform.lowering import pack_predictor, predict_scores
+from hire_xform.lowering.predict.predictors import pack_predictor, predict_scores
 
 
 def test_statistics_are_those_of_the_dense_function():

@@ -15,7 +15,7 @@ from checks import FORCE
 from jax import lax
 
 import hire_xform as hx
-from hire_xform.lowering import pack_predictor, predict_scores
+from hire_xform.lowering.predict.predictors import pack_predictor, predict_scores
 from hire_xform.observe import observe
 
 

@@ -12,13 +12,16 @@ from test_own_groups import CHOICES
 from test_own_sparsity import THRESHOLDS, TOP_K, K, M, Z, gated_block, plain_block, tokens, weights
 
 import hire_xform as hx
-from hire_xform.lowering import Interval, Largest, intervals, pack_bounded_moments, pack_proof, scores_with_bounds
-from hire_xform.lowering.moment_bounds import bounded_moments
-from hire_xform.passes.bounded import Evaluation
-from hire_xform.passes.known import known_scalar
-from hire_xform.passes.of_chosen import OfAll
-from hire_xform.passes.pointwise import known_number
-from hire_xform.passes.region import Grouped, Kept, Number, Place, replay
+from hire_xform.lowering.engine.certified_choice import Largest
+from hire_xform.lowering.prove import intervals
+from hire_xform.lowering.prove.intervals import Interval
+from hire_xform.lowering.prove.moment_bounds import bounded_moments, pack_bounded_moments
+from hire_xform.lowering.prove.proofs import pack_proof, scores_with_bounds
+from hire_xform.passes.ir.known_numbers import known_scalar
+from hire_xform.passes.ir.pointwise import known_number
+from hire_xform.passes.match.own_choice import OfAll
+from hire_xform.passes.match.region import Grouped, Kept, Number, Place, replay
+from hire_xform.passes.prove.region_intervals import Evaluation
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*was packed")
 

@@ -13,8 +13,8 @@ import pytest
 from jax.extend import source_info_util
 from jax.sharding import PartitionSpec as P
 
-from hire_xform.passes import compat
-from hire_xform.passes.walk import walk
+from hire_xform.passes.ir import compat
+from hire_xform.passes.ir.graph import walk
 
 WEIGHT = jnp.ones((3, 3))
 

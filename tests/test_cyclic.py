@@ -12,7 +12,7 @@ from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import hire_xform as hx
-from hire_xform.lowering import from_cyclic, to_cyclic
+from hire_xform.lowering.engine.cyclic_rows import from_cyclic, to_cyclic
 
 P = PartitionSpec
 AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
@@ -225,7 +225,7 @@ def check_what_minds_the_order_keeps_rows_where_they_are_and_says_so():
 
 
 def check_packing_holds_no_whole_matrix_anywhere():
-    from hire_xform.passes.packers import packed_spec, shard_packer
+    from hire_xform.passes.pack.packers import packed_spec, shard_packer
 
     w = {"head": jnp.asarray(np.random.default_rng(0).normal(size=(64, 320)), jnp.float32)}
     w = jax.tree.map(lambda a: jax.device_put(a, NamedSharding(mesh_of(8), P(None, "model"))), w)

@@ -10,7 +10,7 @@ from checks import FORCE, assert_same, kinds
 from jax import lax
 
 import hire_xform as hx
-from hire_xform.passes.recursion import room_for
+from hire_xform.passes.ir.recursion import room_for
 
 D, M = 16, 64
 CONFIG = hx.Config(vocab=None, ffn=hx.Ffn(active=1.0, certify=False), rules=FORCE)

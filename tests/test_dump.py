@@ -13,8 +13,8 @@ import pytest
 from goldens import small
 
 import hire_xform as hx
-from hire_xform.dump import FORMATS, SHOWS, dump
-from hire_xform.dump_text import short_source
+from hire_xform.dump.dump import FORMATS, SHOWS, dump
+from hire_xform.dump.text import short_source
 from hire_xform.observe import observe
 
 GOLDENS = Path(__file__).parent / "goldens"

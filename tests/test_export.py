@@ -13,7 +13,7 @@ from jax import lax
 from test_sharded import D, decode, mesh_of, narrow, placed, tokens, weights
 
 import hire_xform as hx
-from hire_xform.lowering import da_top_k
+from hire_xform.lowering.primitives.da_top_k import da_top_k
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 LOSSLESS = hx.lossless(rules=named(hx.Vocab(certify=True)))

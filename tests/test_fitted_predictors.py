@@ -9,7 +9,7 @@ from calibrated import FORCED, D, arguments, block, block_params, normal, plainl
 from checks import assert_same, full_width, named
 
 import hire_xform as hx
-from hire_xform.lowering import pack_predictor, predict_scores
+from hire_xform.lowering.predict.predictors import pack_predictor, predict_scores
 
 
 def test_projected_without_a_calibration_is_refused_at_planning():

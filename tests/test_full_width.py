@@ -11,7 +11,7 @@ import pytest
 from checks import assert_same, full_width, kinds, narrow, primitives_of, tolerance
 
 import hire_xform as hx
-from hire_xform.lowering import da_top_k_p
+from hire_xform.lowering.primitives.da_top_k import da_top_k_p
 
 PREDICTORS = [hx.Quantized(8), hx.Quantized(4), hx.LowRank(0.5)]
 # All but "eager" are under an outer jit.

@@ -11,9 +11,8 @@ import pytest
 from checks import FORCE, assert_same, full_width, named
 
 import hire_xform as hx
-from hire_xform.grouping import grouped_order
-from hire_xform.lowering import cofiring
-from hire_xform.lowering.cofiring import SKETCH
+from hire_xform.calibrating.grouping import grouped_order
+from hire_xform.lowering.measure.cofiring import SKETCH, cofiring
 
 D, M = models.D, models.M
 G = 4
@@ -39,7 +38,7 @@ def test_planted_groups_are_found():
 
 
 def test_a_sketch_finds_them_as_well(monkeypatch):
-    monkeypatch.setattr(importlib.import_module("hire_xform.lowering.cofiring"), "SKETCHED_FROM", 10)
+    monkeypatch.setattr(importlib.import_module("hire_xform.lowering.measure.cofiring"), "SKETCHED_FROM", 10)
     weights, groups = planted(3000, 1200, G)
     weights = weights * np.random.default_rng(1).uniform(0.5, 1.5, weights.shape).astype(np.float32)
     sketch = np.asarray(cofiring(jnp.asarray(weights)))

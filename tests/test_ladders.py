@@ -10,9 +10,9 @@ from jax.extend.core import primitives as prims
 from test_lossless import BLOCKS, D, tokens, weights
 
 import hire_xform as hx
-from hire_xform.lowering import pack_proof, scores_with_bounds
-from hire_xform.passes import compat
-from hire_xform.passes.ladder import ladder_of
+from hire_xform.lowering.prove.proofs import pack_proof, scores_with_bounds
+from hire_xform.passes.ir import compat
+from hire_xform.passes.plan.ladder import ladder_of
 
 INT8 = hx.Quantized(8)
 LOSSLESS = hx.lossless(rules=named(hx.Vocab(certify=True)))

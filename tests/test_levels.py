@@ -11,7 +11,7 @@ import pytest
 from checks import FORCE, assert_same
 
 import hire_xform as hx
-from hire_xform.passes.levels import levels_of
+from hire_xform.passes.plan.levels import levels_of
 
 FORCED = hx.Config(rules=FORCE)
 # Few units in the one layer and many in the other.

@@ -11,7 +11,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import hire_xform as hx
 from hire_xform import cli
-from hire_xform.lowering import da_top_k
+from hire_xform.lowering.primitives.da_top_k import da_top_k
 from hire_xform.mesh_plan import da_top_k_recall
 
 P = PartitionSpec

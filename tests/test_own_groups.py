@@ -9,7 +9,7 @@ from jax import lax
 from test_own_sparsity import check_held, gated_block, plain_block, rows, site_of, tokens, weights
 
 import hire_xform as hx
-from hire_xform.lowering import over_groups
+from hire_xform.lowering.primitives.ranks import over_groups
 
 M, G, K = 96, 8, 3
 

@@ -9,7 +9,7 @@ from jax import lax
 from jax.extend.core import primitives as prims
 
 import hire_xform as hx
-from hire_xform.lowering import da_top_k_p
+from hire_xform.lowering.primitives.da_top_k import da_top_k_p
 from hire_xform.observe import observe
 
 D, M, K, Z = 16, 96, 6, 1.2815516

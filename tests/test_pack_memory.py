@@ -10,7 +10,7 @@ from checks import FORCE
 from tied import inputs, make_weights, net
 
 import hire_xform as hx
-from hire_xform.passes.packers import packer
+from hire_xform.passes.pack.packers import packer
 
 D, M, L = 32, 4096, 4
 PREDICTORS = [hx.Quantized(8), hx.Quantized(4), hx.LowRank(0.25, bits=8)]
@@ -72,7 +72,7 @@ def stacked(params, x):
 @pytest.mark.parametrize("predictor", PREDICTORS, ids=str)
 def test_packing_takes_one_matrix_more_than_it_makes(monkeypatch, new_packers, predictor, certify, layers):
     """The compiler's own count, of each packer that runs. Blocks of rows are small here, as beside real matrices."""
-    monkeypatch.setattr("hire_xform.lowering.blocks._TOGETHER", 16 * D)
+    monkeypatch.setattr("hire_xform.lowering.xla.blocks._TOGETHER", 16 * D)
     compiled = []
 
     def noted(*key):
@@ -84,7 +84,7 @@ def test_packing_takes_one_matrix_more_than_it_makes(monkeypatch, new_packers, p
 
         return run
 
-    monkeypatch.setattr("hire_xform.passes.pack.packer", noted)
+    monkeypatch.setattr("hire_xform.passes.pack.make.packer", noted)
     rng, lead = np.random.default_rng(0), () if layers is None else (layers,)
     shapes = {"w1": (D, M), "w2": (M, D)}
     params = {name: jnp.asarray(rng.normal(size=(*lead, *shape)), jnp.float32) for name, shape in shapes.items()}

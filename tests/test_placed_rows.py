@@ -4,8 +4,8 @@ import jax
 import pytest
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
-from hire_xform.passes.recipe import Recipe, Reshape, Root, Slice, Stack, Transpose
-from hire_xform.passes.shards import in_parts, placed_rows
+from hire_xform.passes.plan.placement import in_parts, placed_rows
+from hire_xform.passes.weights.recipe import Recipe, Reshape, Root, Slice, Stack, Transpose
 
 P = PartitionSpec
 MESH = AbstractMesh((2, 4), ("data", "model"), axis_types=(AxisType.Auto,) * 2)

@@ -250,8 +250,8 @@ def data_block(w, x):
 
 
 def check_packing_holds_no_whole_matrix_anywhere():
-    from hire_xform.passes.packers import packed_spec, shard_packer
-    from hire_xform.passes.shards import as_automatic
+    from hire_xform.passes.pack.packers import packed_spec, shard_packer
+    from hire_xform.passes.plan.placement import as_automatic
 
     w, x = placed(mesh_of(8))
     for predictor in (hx.Quantized(8), hx.LowRank(2, bits=8)):

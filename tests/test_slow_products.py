@@ -6,8 +6,8 @@ import pytest
 from checks import FORCE
 
 import hire_xform as hx
-from hire_xform.passes import machine
-from hire_xform.passes.cost import dense_cost, sparse_cost
+from hire_xform.passes.plan import machine
+from hire_xform.passes.plan.cost import dense_cost, sparse_cost
 
 V, D, M = 65_536, 1024, 4096
 

@@ -12,7 +12,7 @@ from checks import FORCE, assert_same, kinds, named, narrow, primitives_of
 from tied import FULL, D, M, V, inputs, make_weights, net
 
 import hire_xform as hx
-from hire_xform.lowering import da_top_k_p
+from hire_xform.lowering.primitives.da_top_k import da_top_k_p
 
 
 def test_tracing_shapes_computes_nothing(packs):

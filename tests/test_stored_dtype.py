@@ -9,7 +9,7 @@ from collectives import arrays_written
 from jax import lax
 
 import hire_xform as hx
-from hire_xform.passes.recipe import represents
+from hire_xform.passes.weights.recipe import represents
 
 D, M, V, LAYERS = 32, 64, 96, 2
 # The dtype of the leaves, those it is converted to, one after the other, and the one that rows are packed in.

@@ -12,7 +12,7 @@ from checks import assert_same, tolerance
 from jax import lax
 
 import hire_xform as hx
-from hire_xform.lowering import keep_top_groups
+from hire_xform.lowering.engine.top_groups import keep_top_groups
 
 D, M, G = 12, 48, 8
 

@@ -35,7 +35,7 @@ from test_sharded import (
 )
 
 import hire_xform as hx
-from hire_xform.lowering import da_top_k
+from hire_xform.lowering.primitives.da_top_k import da_top_k
 
 pytestmark = [pytest.mark.tpu_aot, pytest.mark.slow]
 

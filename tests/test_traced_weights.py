@@ -6,7 +6,7 @@ import pytest
 from tied import FULL, inputs, make_weights, net
 
 import hire_xform as hx
-from hire_xform.traced_weights import traced_weights_p
+from hire_xform.call.traced_weights import traced_weights_p
 
 
 def structs(tree):

@@ -11,8 +11,8 @@ import pytest
 from checks import FORCE, assert_same
 
 import hire_xform as hx
-from hire_xform import trial
-from hire_xform.trial import FIRST_CALLS
+from hire_xform.call import trial
+from hire_xform.call.trial import FIRST_CALLS
 
 D, V = 64, 512
 CERTIFIED = hx.Config(vocab=hx.Vocab(candidates=4, certify=True), ffn=None, rules=FORCE)

@@ -9,8 +9,8 @@ from checks import FORCE, assert_same, full_width, kinds
 from jax import lax
 
 import hire_xform as hx
-from hire_xform.lowering import intervals
-from hire_xform.passes.zeros import gate_of, upper_of
+from hire_xform.lowering.prove import intervals
+from hire_xform.passes.match.zeros import gate_of, upper_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*was packed")
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hire_xform.lowering import LowRank, Quantized
+from hire_xform.lowering.predict.predictors import LowRank, Quantized
 
 SPECS = [Quantized(8), Quantized(4), LowRank(0.5), LowRank(5), LowRank(0.5, bits=8)]
 

@@ -8,16 +8,11 @@ import numpy as np
 import pytest
 from jax import lax
 
-from hire_xform.lowering import (
-    LowRank,
-    Projected,
-    Quantized,
-    certified_logits,
-    pack_proof,
-    scores_with_bounds,
-    select_rows_dot,
-)
-from hire_xform.lowering.bounds import norm, product_error
+from hire_xform.lowering.engine.certified_head import certified_logits
+from hire_xform.lowering.engine.rows import select_rows_dot
+from hire_xform.lowering.predict.predictors import LowRank, Projected, Quantized
+from hire_xform.lowering.prove.bounds import norm, product_error
+from hire_xform.lowering.prove.proofs import pack_proof, scores_with_bounds
 
 V, D = 300, 48
 SPECS = [

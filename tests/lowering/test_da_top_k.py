@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hire_xform.lowering import da_top_k, da_top_k_p
+from hire_xform.lowering.primitives.da_top_k import da_top_k, da_top_k_p
 
 
 def oracle(scores, k, shards):

@@ -11,7 +11,7 @@ from collectives import collectives
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from hire_xform.lowering import da_top_k
+from hire_xform.lowering.primitives.da_top_k import da_top_k
 
 N, K, TOKENS = 64, 12, 8
 

@@ -5,9 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hire_xform.lowering import Nucleus, TopSet
-from hire_xform.lowering.goals import proved
-from hire_xform.lowering.goals_across import proved_across
+from hire_xform.lowering.prove.goals import Nucleus, TopSet, proved
+from hire_xform.lowering.prove.goals_across import proved_across
 
 SHARDS, K, ROWS, TOKENS, DRAWS = 4, 3, 6, 400, 12
 

@@ -7,8 +7,9 @@ import pytest
 from checks import FORCE, assert_same
 
 import hire_xform as hx
-from hire_xform.lowering import Quantized, largest_norm, pack_predictor
-from hire_xform.lowering.largest import largest_or_nan
+from hire_xform.lowering.engine.certified_ffn import largest_norm
+from hire_xform.lowering.predict.predictors import Quantized, pack_predictor
+from hire_xform.lowering.xla.nan_max import largest_or_nan
 
 D, M = 4, 8192
 

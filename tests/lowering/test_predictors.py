@@ -3,19 +3,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hire_xform import lowering
-from hire_xform.lowering import (
-    LowRank,
-    Projected,
-    Quantized,
-    da_top_k,
-    packed_shapes,
-    predictor_bytes,
-)
-from hire_xform.lowering.quantized import pack_nibbles, quantize, quantize_clipped, unpack_nibbles
+from hire_xform.lowering.predict import predictors
+from hire_xform.lowering.predict.predictors import LowRank, Projected, Quantized, packed_shapes, predictor_bytes
+from hire_xform.lowering.predict.quantized import pack_nibbles, quantize, quantize_clipped, unpack_nibbles
+from hire_xform.lowering.primitives.da_top_k import da_top_k
 
-pack_predictor = jax.jit(lowering.pack_predictor, static_argnums=1)
-predict_scores = jax.jit(lowering.predict_scores, static_argnums=(2, 3))
+pack_predictor = jax.jit(predictors.pack_predictor, static_argnums=1)
+predict_scores = jax.jit(predictors.predict_scores, static_argnums=(2, 3))
 
 
 @pytest.mark.parametrize(
@@ -91,9 +85,9 @@ def test_many_blocks_give_what_one_block_gives(normal, monkeypatch):
     for spec in (Quantized(4), LowRank(5), LowRank(5, bits=8)):
         whole = predict_scores(x, pack_predictor(rows, spec), spec, 101)
         with monkeypatch.context() as patch:
-            patch.setattr("hire_xform.lowering.blocks._TOGETHER", 1)
-            patch.setattr("hire_xform.lowering.quantized._NIBBLE_BLOCK_BYTES", 14 * 8)
-            blocked = lowering.predict_scores(x, lowering.pack_predictor(rows, spec), spec, 101)
+            patch.setattr("hire_xform.lowering.xla.blocks._TOGETHER", 1)
+            patch.setattr("hire_xform.lowering.predict.quantized._NIBBLE_BLOCK_BYTES", 14 * 8)
+            blocked = predictors.predict_scores(x, predictors.pack_predictor(rows, spec), spec, 101)
         # Eigenvectors may turn by rounding; the product they give may not, but for 8-bit steps.
         np.testing.assert_allclose(whole, blocked, atol=0.05 if spec == LowRank(5, bits=8) else 1e-4)
 

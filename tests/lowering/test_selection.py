@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hire_xform.lowering import Selection, choose, da_top_k, select
+from hire_xform.lowering.engine.selection import Selection, choose, select
+from hire_xform.lowering.primitives.da_top_k import da_top_k
 
 
 def test_one_token_and_full_width_are_shared():

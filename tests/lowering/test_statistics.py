@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.special import logsumexp
 
-from hire_xform.lowering import KL_SIZES, vocab_ranks
+from hire_xform.lowering.measure.statistics import KL_SIZES, vocab_ranks
 
 TOKENS = 5
 

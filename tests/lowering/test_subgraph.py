@@ -6,24 +6,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hire_xform import lowering
-from hire_xform.lowering import (
-    LowRank,
-    Quantized,
-    UpProduct,
-    choose,
-    ffn,
-    ffn_bytes,
-    predict_scores,
-    predictor_bytes,
-    vocab_bytes,
-    vocab_logits,
-)
+from hire_xform.lowering.engine.selection import choose
+from hire_xform.lowering.engine.subgraph import UpProduct, ffn, ffn_bytes, vocab_bytes, vocab_logits
+from hire_xform.lowering.predict import predictors
+from hire_xform.lowering.predict.predictors import LowRank, Quantized, predict_scores, predictor_bytes
 
 Q8 = Quantized(8)
 # All directions kept in f32: predictions are the products themselves, up to rounding.
 EXACT = LowRank(1.0)
-pack_predictor = jax.jit(lowering.pack_predictor, static_argnums=1)
+pack_predictor = jax.jit(predictors.pack_predictor, static_argnums=1)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,90 @@
+"""A function as a program for arguments of given shapes, and the blocks and projections found in it."""
+
+from __future__ import annotations
+
+import contextlib
+from functools import cached_property
+from typing import Any
+
+import jax
+
+from hire_xform.call.calls import Abstract, Signature, unwrap_statics
+from hire_xform.call.collector import collector_paused
+from hire_xform.call.in_place import changed_weights, warn_if_lost, weight_leaves
+from hire_xform.passes.ir import compat
+from hire_xform.passes.ir.each_device import is_explicit
+from hire_xform.passes.ir.graph import Graph, walk
+from hire_xform.passes.match.detect import detect
+from hire_xform.passes.match.matches import Detection
+from hire_xform.passes.weights.provenance import Provenance, Root
+
+
+class Program:
+    """A traced function with its weights known and its matches found; nothing is decided yet.
+
+    Attributes:
+      jaxpr: the program.
+    """
+
+    def __init__(self, signature: Signature, call: Abstract):
+        """Traces and detects.
+
+        Raises:
+          Whatever the function raises when traced.
+        """
+        self.signature, self.call = signature, call
+        shapes: list[Any] = []
+        changed: dict[tuple[Any, ...], Any] = {}
+
+        def flat(*leaves: Any) -> list[Any]:
+            args, kwargs = unwrap_statics(*call.rebuild(leaves))
+            out, tree = jax.tree.flatten(signature.fun(*args, **kwargs))
+            shapes.append(tree)
+            before = weight_leaves(signature, *call.rebuild(leaves))
+            # Trees may refuse to be flattened once used, as Equinox's State does.
+            with contextlib.suppress(Exception):
+                changed.update(changed_weights(before, weight_leaves(signature, args, kwargs), out))
+            return [*out, *changed.values()]
+
+        with collector_paused():
+            self.jaxpr = jax.make_jaxpr(flat)(*[struct(a) for a in call.avals])
+            self.out_tree = shapes[0]
+            if changed:
+                warn_if_lost(signature, self.jaxpr, call.roots, list(changed))
+                self.jaxpr = compat.without_last_outputs(self.jaxpr, len(changed))
+            self._graph: Graph = walk(self.jaxpr)
+            self._provenance = Provenance(self._graph, call.roots)
+            self._detection: Detection = detect(self._graph, self._provenance)
+
+    @property
+    def rule_paths(self) -> list[str]:
+        """What a rule's pattern is matched with: the path of each block's last product, and of each vocabulary's."""
+        return [match.node.path for match in self._detection.matches]
+
+    @cached_property
+    def _names(self) -> dict[Root, str]:
+        args, kwargs = self.call.rebuild(range(len(self.call.avals)))
+        paths = jax.tree_util.tree_flatten_with_path((args, kwargs))[0]
+        static = {position for position, _ in self.call.statics}
+        arrays = [path for i, (path, _) in enumerate(paths) if i not in static]
+        found: dict[Root, str] = {}
+        for root, path in zip(self.call.roots, arrays, strict=True):
+            if root is not None:
+                found[root] = self.signature.name_of(path)
+        return found
+
+    def name(self, root: Root) -> str:
+        """The name of a weight, for messages."""
+        if root.kind == "const":
+            const = self._provenance.consts[root.index]
+            return f"closed-over {const.dtype}{list(const.shape)}"
+        return self._names[root]
+
+
+def struct(aval: Any, placed: Any = None) -> jax.ShapeDtypeStruct:
+    """Shape and dtype, and where it is; without that, what its type says of it."""
+    typed = getattr(aval, "sharding", None)
+    if placed is None and typed is not None and not typed.mesh.empty and is_explicit(typed.mesh):
+        placed = typed
+    weak_type = getattr(aval, "weak_type", False)
+    return jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=weak_type, sharding=placed)

@@ -1,0 +1,428 @@
+"""A traced call: what was found, what will be done, and the rewritten program. Named after ``jax.stages``."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import jax
+
+from hire_xform import explain as _explain
+from hire_xform.calibration.calibration import Calibration
+from hire_xform.call.bound import Bound
+from hire_xform.call.calls import Abstract, Signature, keyed, merge
+from hire_xform.call.collector import collector_paused
+from hire_xform.call.packing import make_packed, pack_keys
+from hire_xform.call.program import Program, struct
+from hire_xform.config import Config
+from hire_xform.errors import HireWarning, PackedMismatchError
+from hire_xform.passes.ir.graph import Node
+from hire_xform.passes.pack.make import pack_shapes, unpack_rows
+from hire_xform.passes.pack.packed import Packed, PackLayout
+from hire_xform.passes.plan.decisions import Need, PackKey, Plan
+from hire_xform.passes.plan.make import make_plan
+from hire_xform.passes.plan.measurement import Measure
+from hire_xform.passes.plan.placement import place
+from hire_xform.passes.plan.row_order import distribute_rows
+from hire_xform.passes.rewrite.actions import Treatment, treatments
+from hire_xform.passes.rewrite.holding import Holding, Reader, decide_holding
+from hire_xform.passes.rewrite.rewriter import Rewriter
+from hire_xform.passes.weights.provenance import Root
+
+
+@dataclass(eq=False)
+class Supply:
+    """Where the rewritten program gets its weights from: plain leaves, packed forms, or both.
+
+    Attributes:
+      leaf: the plain leaf of a root, or None.
+      form: the packed form of a key, or None.
+      restore: the leaf of a root made from its packed rows, or None.
+      packed: some of it is of ``Packed`` arguments.
+    """
+
+    leaf: Callable[[Root], Any]
+    form: Callable[[PackKey], Any]
+    restore: Callable[[Root], Any]
+    packed: bool = False
+
+
+class Traced(Program):
+    """A function traced for arguments of given shapes. ``step.trace(...)`` makes one; it computes nothing.
+
+    Attributes:
+      plan: ``plan.sites`` and ``plan.refusals``, and ``plan.to_json()``.
+      jaxpr: the original program.
+    """
+
+    rewriter_class: type[Rewriter] = Rewriter
+    # Whether the program stays dense, sites being measured only.
+    runs_dense = False
+
+    def __init__(
+        self,
+        signature: Signature,
+        config: Config,
+        call: Abstract,
+        platform: str,
+        options: dict[str, Any],
+        calibration: Calibration | None = None,
+    ):
+        """Traces, detects and plans; see ``Sparsified.trace``."""
+        super().__init__(signature, call)
+        self._options = options
+        self._rewriters: dict[Any, Rewriter] = {}
+        self._told = False
+        with collector_paused():
+            measured = [calibration.measure(self._detection.matches, self.name)] if calibration else []
+            plan = self._plan(config, platform, *measured)
+            unmatched = config.unmatched(self.rule_paths)
+            self.plan: Plan = replace(plan, unmatched_rules=tuple(rule.path_glob for rule in unmatched))
+
+    def _plan(self, config: Config, platform: str, *measured: Measure) -> Plan:
+        measure = measured[0] if measured else _no_measurement
+        plan = make_plan(self._detection, config.choose, platform, self.name, measure, self._place, self.runs_dense)
+        return distribute_rows(plan, self._read_as_they_are)
+
+    def _read_as_they_are(self, plan: Plan) -> list[Root]:
+        """The weights that the program of a plan reads besides its packed forms, lookups in cyclic rows being there."""
+        cyclic = {need.key.recipe.root for d in plan.decisions if d.cyclic for need in d.needs}
+        keys = {need.key for d in plan.decisions for need in d.needs}
+        todo = treatments(self._detection, plan, lambda root: root not in cyclic, lambda key: key in keys)
+        needed = self._rewriter(todo).needed_inputs()
+        return [root for root, read in zip(self.call.roots, needed, strict=True) if root is not None and read]
+
+    @cached_property
+    def _is_placed(self) -> bool:
+        """Whether any weight is over several devices."""
+        return any(sharding is not None for sharding in self.call.placed)
+
+    def _place(self, match: Any) -> Any:
+        """Where a match runs: where its weights are."""
+        if not self._is_placed:
+            return None
+        return place(match, self._leaf, self.call.token_axes)
+
+    def _leaf(self, root: Root) -> Any:
+        """Shape and sharding of a weight; a closed-over array is a constant of the program, and on no mesh."""
+        number = self.call.roots.index(root) if root.kind != "const" else None
+        placed = None if number is None else self.call.placed[number]
+        return struct(self.aval(root), placed)
+
+    def at(self, where: tuple[Any, ...]) -> Traced:
+        """The same for leaves that are elsewhere: nothing but what ``lower`` compiles for hangs on it."""
+        if where == self.call.where:
+            return self
+        moved = copy.copy(self)
+        moved.call = replace(self.call, where=where)
+        return moved
+
+    def explain(self) -> str:
+        """Each site and each refusal as text: path, source line, kind, bytes before and after, reasons."""
+        text = _explain.explain(self.plan)
+        if self.plan.sites:
+            return text
+        by_name = self._arrays_by_name()
+        if by_name:
+            text += (
+                f"\nArrays came by keyword, which are data, in {', '.join(by_name)}. If these hold weights, name them: "
+                f"weights_argnames={tuple(by_name)}"
+            )
+        if self.plan.refusals:
+            return text
+        weights = sum(root is not None for root in self.call.roots) + len(self._provenance.consts)
+        return (
+            f"{text}\nNo product with a weight was found. Weights are the arrays in {self.signature.stated} and those "
+            f"that are closed over: {weights or 'none'} here."
+        )
+
+    def _arrays_by_name(self) -> list[str]:
+        """The arguments that came by keyword, are no weights, and hold arrays."""
+        _, kwargs = self.call.rebuild([_ABSENT] * len(self.call.avals))
+        data = {name: value for name, value in kwargs.items() if self.signature.weight_key(name) is None}
+        return [name for name, value in data.items() if any(leaf is _ABSENT for leaf in jax.tree.leaves(value))]
+
+    @cached_property
+    def sparse_jaxpr(self) -> Any:
+        """The rewritten program, over the leaves of the call with ``Packed`` weights."""
+        return self._bound().jaxpr()
+
+    def lower(self, lowering_platforms: Sequence[str] | None = None) -> jax.stages.Lowered:
+        """Lowers the rewritten program, with ``Packed`` in the place of the weights; as ``jax.stages.Traced.lower``.
+
+        Every operand is where the traced arguments said, so that it compiles for their devices. As for ``jax.jit``,
+        what is compiled is called without the static arguments: ``lower().compile()(packed, cache, token)``.
+
+        Args:
+          lowering_platforms: platforms to lower for, such as ``("tpu",)``; None is the default backend's.
+        """
+        with collector_paused():
+            bound = self._bound()
+            traced = jax.jit(bound.run, **self._options, **bound.donated).trace(*bound.args, **bound.kwargs)
+            return traced.lower(lowering_platforms=tuple(lowering_platforms) if lowering_platforms else None)
+
+    def pack(self, *weights: Any, progress: bool | None = None) -> Any:
+        """Compresses weights once.
+
+        Args:
+          *weights: the weights arguments, in the order of ``weights_argnums`` and then ``weights_argnames``, of the
+            shapes that were traced.
+          progress: show a progress bar; None shows one on a terminal when there is much to pack.
+
+        Returns:
+          A ``Packed``, which stands where the weights stood; a tuple of them for several weights arguments.
+
+        Raises:
+          TypeError, ValueError: the weights are not those that were traced; the message names the first difference.
+        """
+        keys = self.signature.weights
+        if len(weights) != len(keys):
+            raise TypeError(
+                f"pack: got {len(weights)} arguments; expected {len(keys)}, one for each of {self.signature.stated}"
+            )
+        made = zip(keys, weights, self.layouts(self._holdings), strict=True)
+        packed = tuple(make_packed(key, weight, layout, progress) for key, weight, layout in made)
+        return packed[0] if len(packed) == 1 else packed
+
+    # What follows serves `Sparsified`.
+
+    @cached_property
+    def reader(self) -> Reader:
+        """The rewritten program as it reads weights; their arguments are numbered as ``pack`` takes them."""
+        slots = {Root.of(key, 0).kind: slot for slot, key in enumerate(self.signature.weights)}
+        return Reader(self._detection, self.plan, self.call.roots, slots, self._rewriter)
+
+    @cached_property
+    def _holdings(self) -> dict[int, Holding]:
+        with collector_paused():
+            return decide_holding([self.reader])
+
+    def layouts(self, holdings: Mapping[int, Holding]) -> list[PackLayout]:
+        """The layouts of the weights arguments, in their order, when they hold what is given for the number of each."""
+        return [self._layout(key, holdings.get(n, Holding())) for n, key in enumerate(self.signature.weights)]
+
+    def _rewriter(self, todo: dict[Node, Treatment]) -> Rewriter:
+        """The rewriter of some treatments, made once."""
+        signature = tuple(
+            (node, type(one), getattr(one, "cyclic", None), getattr(one, "leaves", None)) for node, one in todo.items()
+        )
+        known = self._rewriters.get(signature)
+        return known or self._rewriters.setdefault(signature, self.rewriter_class(self._graph, todo))
+
+    def needed_keys(self) -> list[PackKey]:
+        """Packed forms the plan reads, rows that are plain leaves left out."""
+        keys = dict.fromkeys(n.key for d in self.plan.decisions for n in d.needs)
+        return [k for k in keys if not (k.form == "rows" and k.recipe.is_leaf)]
+
+    @cached_property
+    def plain_roots(self) -> frozenset[Root]:
+        """Weights that a call with plain weights reads as they are, packed forms being there."""
+        keys = set(self.needed_keys())
+        todo = treatments(self._detection, self.plan, lambda root: True, lambda key: key in keys)
+        needed = self._rewriter(todo).needed_inputs()
+        found = {root for root, read in zip(self.call.roots, needed, strict=True) if root is not None and read}
+        found |= {n.key.recipe.root for one in todo.values() for n in one.needs if n.key not in keys}
+        return frozenset(found)
+
+    def served_by(self, layouts: Mapping[Any, PackLayout]) -> bool:
+        """Whether ``Packed`` arguments of these layouts, by their keys, hold all that the program reads whole."""
+
+        def has_leaf(root: Root) -> bool:
+            held = layouts.get(root.argument)
+            return held is None or root.index in held.kept
+
+        def has_key(key: PackKey) -> bool:
+            held = layouts.get(key.recipe.root.argument)
+            return held is None or held.number_of(key.anywhere) is not None
+
+        todo = treatments(self._detection, self.plan, has_leaf, has_key)
+        read = zip(self.call.roots, self._rewriter(todo).needed_inputs(), strict=True)
+        whole = [root for root, needed in read if root is not None and needed and not has_leaf(root)]
+        return all(root.index in dict(layouts[root.argument].restored) for root in whole)
+
+    def const(self, root: Root) -> Any:
+        """A closed-over array."""
+        return self._provenance.consts[root.index]
+
+    def aval(self, root: Root) -> Any:
+        """The abstract value of a weight."""
+        return self.const(root) if root.kind == "const" else self.call.avals[self.call.roots.index(root)]
+
+    def evaluate(self, leaves: Sequence[Any], supply: Supply) -> Any:
+        """Runs the rewritten program on tracers; returns the function's result.
+
+        Args:
+          leaves: one for each array leaf of the call; None for weights, which ``supply`` gives.
+          supply: the weights.
+        """
+
+        def has_leaf(root: Root) -> bool:
+            return root.kind == "const" or supply.leaf(root) is not None
+
+        todo = treatments(self._detection, self.plan, has_leaf, lambda key: supply.form(key) is not None)
+        rewriter = self._rewriter(todo)
+        operands = []
+        for leaf, root, needed in zip(leaves, self.call.roots, rewriter.needed_inputs(), strict=True):
+            if root is not None:
+                leaf = supply.leaf(root)
+                if leaf is None and needed:
+                    leaf = supply.restore(root)
+                    if leaf is None:
+                        raise PackedMismatchError(
+                            f"the Packed weights do not hold {self.name(root)}, which this call reads whole; pack with "
+                            "a trace of each program that they are for, this one too, "
+                            "hx.pack(weights, [traced, ...]), or pass the plain weights"
+                        )
+            operands.append(leaf)
+        if supply.packed:
+            self._tell_dense([d.site.path for d in self.plan.decisions if d.node not in todo])
+
+        def form(need: Need) -> Any:
+            found = supply.form(need.key)
+            if found is not None:
+                return found
+            root = need.key.recipe.root
+            return self.const(root) if root.kind == "const" else supply.leaf(root)
+
+        with collector_paused():
+            results = rewriter.evaluate(operands, form)
+        return jax.tree.unflatten(self.out_tree, results)
+
+    def _tell_dense(self, paths: Sequence[str]) -> None:
+        """Warns once of sites that run dense, since ``Packed`` arguments were packed for other programs."""
+        if not paths or self._told:
+            return
+        self._told = True
+        more = f" and {len(paths) - 1} more run" if len(paths) > 1 else " runs"
+        warnings.warn(
+            f"{paths[0]}{more} dense: the Packed weights, made for other programs, do not hold what this call reads of "
+            "them in packed form. The result is right. Pack with a trace of each program that they are for, this one "
+            "too: hx.pack(weights, [traced, ...])",
+            HireWarning,
+            stacklevel=2,
+        )
+
+    def _layout(self, key: int | str, holding: Holding) -> PackLayout:
+        argument = self.argument(self.call.rebuild([_ABSENT] * len(self.call.avals)), key)
+        leaves, treedef = jax.tree.flatten(argument)
+        static = tuple((i, v) for i, v in enumerate(leaves) if v is not _ABSENT)
+        mine = [i for i, root in enumerate(self.call.roots) if root is not None and root.argument == key]
+        avals, placed = (tuple(of[i] for i in mine) for of in (self.call.avals, self.call.placed))
+        held = holding.kept, holding.keys, holding.restored
+        return PackLayout(treedef, avals, static, *held, placed, self.call.token_axes)
+
+    def argument(self, call: tuple[Any, Any], key: int | str) -> Any:
+        """The weights argument of a call, ``(args, kwargs)``, that is known by a position or name."""
+        args, kwargs = call
+        if isinstance(key, int) and key < len(args):
+            return args[key]
+        name = self.signature.name_at(key)
+        if name in kwargs:
+            return kwargs[name]
+        raise TypeError(f"{self.signature.stated}: the traced call has no such argument as {key!r}")
+
+    def packed_call(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The call's arguments as shapes, with abstract ``Packed`` weights; static ones are wrapped."""
+        where, roots = self.call.where, self.call.roots
+        given = zip(self.call.avals, where, roots, strict=True)
+        plain, kwargs = self.call.rebuild([_ABSENT if root is not None else struct(a, s) for a, s, root in given])
+        args = list(plain)
+        for slot, key in enumerate(self.signature.weights):
+            if slot not in self._holdings:
+                continue
+            layout = self._layout(key, self._holdings[slot])
+            there = [s for s, root in zip(where, roots, strict=True) if root is not None and root.argument == key]
+            kept = [struct(layout.avals[i], layout.placed[i] or there[i]) for i in layout.kept]
+            forms = []
+            for form in layout.keys:
+                leaf = form.recipe.root.index
+                forms.append(pack_shapes(form, layout.avals[leaf], layout.placed[leaf] or there[leaf]))
+            packed = Packed(kept, forms, layout)
+            if isinstance(key, int) and key < len(args):
+                args[key] = packed
+            else:
+                kwargs[str(self.signature.name_at(key))] = packed
+        return tuple(args), kwargs
+
+    def _bound(self) -> Bound:
+        return Bound(self.run, self.signature, *self.packed_call())
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """The rewritten program on a call with ``Packed`` weights; inlines into whatever traces it."""
+        args, kwargs = self.signature.wrap_statics(args, kwargs)
+        given = keyed(args, kwargs)
+        packed = {self.signature.weight_key(key): p for key, p in given if isinstance(p, Packed)}
+        leaves = call_leaves(self.signature, args, kwargs)
+        return self.evaluate(leaves, self.supply(packed, {}, {}))
+
+    def supply(self, packed: Mapping[Any, Packed], plain: dict[Root, Any], forms: dict[PackKey, Any]) -> Supply:
+        """The weights of one call.
+
+        Args:
+          packed: ``Packed`` arguments by position, or by name where that has none.
+          plain: plain weight leaves.
+          forms: packed forms made outside: of plain leaves, and of closed-over arrays where known.
+        """
+
+        def of(root: Root) -> Packed | None:
+            return packed.get(root.argument)
+
+        def leaf(root: Root) -> Any:
+            held = of(root)
+            return plain.get(root) if held is None else held.leaf(root.index)
+
+        def form(key: PackKey) -> Any:
+            held = of(key.recipe.root)
+            if held is not None:
+                return held.form(key)
+            if key not in forms and key.recipe.root.kind == "const" and key in self._const_keys:
+                forms.update(pack_keys(self._const_keys, self.const, False))
+            return forms.get(key)
+
+        def restore(root: Root) -> Any:
+            held = of(root)
+            if held is None:
+                return None
+            number = dict(held.layout.restored).get(root.index)
+            if number is None:
+                return None
+            key = held.layout.keys[number]
+            layout = held.layout
+            return unpack_rows(key, layout.avals[root.index].shape, held.form(key), layout.placed[root.index])
+
+        return Supply(leaf, form, restore, bool(packed))
+
+    @cached_property
+    def _const_keys(self) -> list[PackKey]:
+        return [k for k in self.needed_keys() if k.recipe.root.kind == "const"]
+
+
+def call_leaves(signature: Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    """The traced leaves of a call, None for each leaf that a ``Packed`` stands for."""
+
+    def expand(value: Any) -> Any:
+        if not isinstance(value, Packed):
+            return value
+        layout = value.layout
+        return layout.treedef.unflatten(merge(layout.static, [_ABSENT] * len(layout.avals)))
+
+    expanded = (tuple(expand(a) for a in args), {k: expand(v) for k, v in kwargs.items()})
+    leaves = jax.tree_util.tree_leaves_with_path(expanded)
+    return [
+        None if leaf is _ABSENT else leaf for path, leaf in leaves if leaf is _ABSENT or signature.traces(path, leaf)
+    ]
+
+
+class _Absent:
+    pass
+
+
+_ABSENT = _Absent()
+
+
+def _no_measurement(match: Any, names: Any) -> None:
+    return None

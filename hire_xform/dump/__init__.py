@@ -1,0 +1,1 @@
+"""Programs before and after as text, JSON or a page."""

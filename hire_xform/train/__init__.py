@@ -1,0 +1,1 @@
+"""Training with a top-k in the feed-forward blocks."""

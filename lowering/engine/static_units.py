@@ -1,0 +1,51 @@
+"""Hidden units that are always computed: the first of a block's packed rows, read as one slice and never predicted.
+
+Units that fire for almost every token are chosen for almost every token, whatever predicts them. Read always, they need
+no predictor, and several tokens of a step share the reading (HiRE's overlap of active units, arXiv 2402.09360).
+"""
+
+from collections.abc import Callable, Sequence
+
+import jax
+from jax import lax
+
+from hire_xform.lowering.xla.narrow_reads import read_part
+from hire_xform.lowering.xla.skinny_dot import skinny_dot, skinny_dot_transposed, wide_dtype
+
+__all__ = ["static_units"]
+
+
+def static_units(
+    products: Sequence[tuple[jax.Array, jax.Array, jax.Array | int, jax.typing.DTypeLike]],
+    region: Callable[[list[jax.Array], Callable[[jax.Array], jax.Array]], jax.Array],
+    down: jax.Array,
+    first_row: jax.Array | int,
+    count: int,
+) -> jax.Array:
+    """The part of a feed-forward block that its first ``count`` units make.
+
+    Args:
+      products: of each product into the units the tokens ``[T, d]``, the rows ``[m, d]`` or a taller matrix, where they
+        begin in it, and the dtype of the result.
+      region: what the model does to the units; see ``ffn``.
+      down: ``[m, d_out]``, or a taller matrix.
+      first_row: where its rows begin.
+      count: how many units, at least one.
+
+    Returns:
+      ``[T, d_out]`` in f32, or f64 for f64 weights.
+    """
+    hiddens = [skinny_dot(*_wide(x, _first(rows, first, count))).astype(dtype) for x, rows, first, dtype in products]
+    activation = region(hiddens, lambda values: values[..., :count])
+    return skinny_dot_transposed(*_wide(activation, _first(down, first_row, count)))
+
+
+def _first(rows: jax.Array, first: jax.Array | int, count: int) -> jax.Array:
+    if isinstance(first, int):
+        return lax.slice_in_dim(rows, first, first + count)
+    return read_part(lambda rows, first: lax.dynamic_slice_in_dim(rows, first, count), rows, first)
+
+
+def _wide(*operands: jax.Array) -> list[jax.Array]:
+    dtype = wide_dtype(*(operand.dtype for operand in operands))
+    return [operand.astype(dtype) for operand in operands]

@@ -1,0 +1,1 @@
+"""What is measured of a site's tokens, for calibration."""

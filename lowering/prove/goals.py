@@ -1,0 +1,193 @@
+"""What is proved of a vocabulary projection: its arg max, its set of the k largest, or most of its softmax's mass.
+
+All decide from the candidates' exact products, how far dense ones can be from them, and upper bounds of all others.
+"""
+
+from dataclasses import dataclass, field
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from hire_xform.lowering.primitives.ranks import among_largest
+from hire_xform.lowering.prove.bounds import U
+from hire_xform.lowering.xla.nan_max import largest_or_nan
+
+__all__ = ["Goal", "Nucleus", "TopSet", "candidates_needed", "fewest_candidates", "proved"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TopSet:
+    """``Vocab(certify=TopSet(k))``: the k largest logits are those of the dense projection, as a set.
+
+    All of them are exact logits. Their order among themselves is not proved: it is that of the exact logits, which
+    differ from the dense ones by rounding. Where the k-th and the next tie, the dense product is run.
+    """
+
+    # How many.
+    k: int = field(kw_only=False)
+
+    def __post_init__(self) -> None:
+        """Refuses a value out of range."""
+        if isinstance(self.k, bool) or not isinstance(self.k, int) or self.k < 1:
+            raise ValueError(f"TopSet: k={self.k!r}; expected an integer of at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Nucleus:
+    """``Vocab(certify=Nucleus(eps))``: the candidates hold at least ``1 - eps`` of the dense softmax's mass.
+
+    The softmax is that of the logits as the projection returns them, at temperature 1. With ``fill="-inf"`` a sample of
+    the returned logits is one of the dense distribution given that it is a candidate, so that the two distributions
+    are within ``eps`` of each other in total variation, and rounding. The arg max is not proved by it.
+    """
+
+    # The mass that may be missed.
+    eps: float = field(kw_only=False)
+
+    def __post_init__(self) -> None:
+        """Refuses a value out of range."""
+        if isinstance(self.eps, bool) or not isinstance(self.eps, (int, float)) or not 1e-6 <= self.eps < 1.0:
+            raise ValueError(f"Nucleus: eps={self.eps!r}; expected a number, 1e-6 <= eps < 1")
+
+
+# True is the arg max.
+Goal = bool | TopSet | Nucleus
+
+
+def fewest_candidates(goal: Goal) -> int:
+    """Candidates below which nothing can be proved."""
+    return goal.k if isinstance(goal, TopSet) else 1
+
+
+def proved(
+    goal: Goal,
+    exact: jax.Array,
+    error: jax.Array,
+    others: jax.Array,
+    index: jax.Array,
+    out_dtype: jnp.dtype,
+    ordered: bool = False,
+) -> jax.Array:
+    """For each token whether what is asked for is proved, bool ``[T]``; a NaN anywhere proves nothing.
+
+    A product of 16 bits may be rounded in the dense program or not (XLA leaves out a rounding that is followed by
+    widening), so what is asked for is proved both ways, and must be the same.
+
+    Args:
+      goal: what is asked for.
+      exact: f32 ``[T, K]``, the candidates' products.
+      error: f32 ``[T, K]``, how far the dense ones can be from them.
+      others: f32 ``[T, V]``, above every dense product of the other rows; minus infinity for the candidates.
+      index: ``[K]`` or ``[T, K]``, the candidates.
+      out_dtype: what the dense product is rounded to, or not.
+      ordered: of a set, whether the order of its members is proved as well.
+    """
+    index = jnp.broadcast_to(index, exact.shape)
+    dtypes = dict.fromkeys((jnp.dtype(out_dtype), jnp.promote_types(out_dtype, jnp.float32)))
+    if isinstance(goal, Nucleus):
+        return jnp.stack([_nucleus(exact, error, others, dtype, goal.eps) for dtype in dtypes]).all(axis=0)
+    outside = largest_or_nan(others, 1)
+    if isinstance(goal, TopSet):
+        k, vocab = goal.k, others.shape[1]
+        found = [_top_set(exact, error, outside, index, dtype, k, vocab, ordered) for dtype in dtypes]
+    else:
+        found = [_arg_max(exact, error, outside, index, dtype) for dtype in dtypes]
+    sure, members = found[0]
+    for also, same in found[1:]:
+        sure &= also & jnp.all(members == same, axis=1)
+    return sure
+
+
+def _top_set(
+    exact: jax.Array,
+    error: jax.Array,
+    outside: jax.Array,
+    index: jax.Array,
+    out_dtype: jnp.dtype,
+    k: int,
+    vocab: int,
+    ordered: bool,
+) -> tuple[jax.Array, jax.Array]:
+    """The smallest that a member can be is above the largest that any other row can be; and the members, a mask."""
+    if k > exact.shape[1]:
+        return jnp.full(exact.shape[:1], exact.shape[1] == vocab and not ordered), jnp.ones_like(exact, bool)
+    low, high = (exact - error).astype(out_dtype), (exact + error).astype(out_dtype)
+    # Of equal values the lowest row comes first, whatever the order of the candidates.
+    order = jnp.argsort(index, axis=1)
+    value, low, high = (jnp.take_along_axis(a, order, axis=1) for a in (exact.astype(out_dtype), low, high))
+    member = among_largest(value, k)
+    floor = jnp.min(jnp.where(member, low, jnp.inf), axis=1)
+    ceiling = jnp.max(jnp.where(member, -jnp.inf, high), axis=1)
+    sure = jnp.all(jnp.isfinite(low) & jnp.isfinite(high), axis=1)
+    if ordered:
+        # Members by their exact logits, each above the most that those behind it can be.
+        first = jnp.argsort(jnp.where(member, -value.astype(jnp.float32), jnp.inf), axis=1)[:, :k]
+        lows, highs = (jnp.take_along_axis(a, first, axis=1) for a in (low, high))
+        behind = lax.cummax(highs[:, ::-1], axis=1)[:, ::-1]
+        sure &= jnp.all(lows[:, :-1] > behind[:, 1:], axis=1)
+    return (floor > ceiling) & (floor > outside.astype(out_dtype)) & sure, member
+
+
+def _nucleus(exact: jax.Array, error: jax.Array, others: jax.Array, out_dtype: jnp.dtype, eps: float) -> jax.Array:
+    """With I at least the candidates' sum of exponentials and O at most the others': O / (I + O) is at most eps."""
+    low = (exact - error).astype(out_dtype).astype(jnp.float32)
+    finite = jnp.all(jnp.isfinite(low) & jnp.isfinite((exact + error).astype(out_dtype)), axis=1)
+    peak = jnp.max(low, axis=1, keepdims=True)
+    inside = jnp.sum(jnp.exp(low - peak), axis=1)
+    outside = jnp.sum(jnp.exp(others.astype(out_dtype).astype(jnp.float32) - peak), axis=1)
+    return (outside * (1.0 + sum_rounding(others.shape[1])) * (1.0 - eps) <= eps * inside) & finite
+
+
+def sum_rounding(vocab: int) -> float:
+    """Twice what a sum of V exponentials rounds by (V u), with an exponential's own error: 88 u of its argument's."""
+    return 2.0 * (vocab + 1024.0) * U
+
+
+def candidates_needed(goal: Goal, logits: jax.Array, upper: jax.Array, exact_error: jax.Array) -> jax.Array:
+    """About how many candidates, in the order of upper bounds, prove what is asked for: int ``[T]``, 1 to V.
+
+    Args:
+      goal: what is asked for.
+      logits: ``[T, V]``, the dense ones.
+      upper, exact_error: as ``scores_with_bounds`` gives them, no NaN.
+    """
+    vocab = logits.shape[1]
+    if isinstance(goal, Nucleus):
+        order = jnp.argsort(-upper, axis=1)
+        low, high = (jnp.take_along_axis(a, order, axis=1) for a in (logits - exact_error, upper))
+        peak = jnp.max(low, axis=1, keepdims=True)
+        inside = jnp.cumsum(jnp.exp(low - peak), axis=1)
+        weights = jnp.exp(high - peak)
+        outside = jnp.cumsum(weights[:, ::-1], axis=1)[:, ::-1] - weights
+        enough = outside * (1.0 + sum_rounding(upper.shape[1])) * (1.0 - goal.eps) <= goal.eps * inside
+        return jnp.where(jnp.any(enough, axis=1), 1 + jnp.argmax(enough, axis=1), vocab)
+    k = min(fewest_candidates(goal), vocab)
+    values, best = jax.lax.top_k(logits.astype(jnp.float32), k)
+    floor = jnp.min(values - jnp.take_along_axis(exact_error, best, axis=1), axis=1, keepdims=True)
+    return jnp.clip(jnp.sum(jnp.logical_not(upper < floor), axis=1), k, vocab)
+
+
+def _arg_max(
+    exact: jax.Array, error: jax.Array, outside: jax.Array, index: jax.Array, out_dtype: jnp.dtype
+) -> tuple[jax.Array, jax.Array]:
+    """For each token whether the best candidate is the dense arg max, bool ``[T]``, and which it is, ``[T, 1]``.
+
+    Args:
+      exact: f32 ``[T, K]``, the candidates' products.
+      error: f32 ``[T, K]``, how far the dense ones can be from them.
+      outside: f32 ``[T]``, above every dense product of the other rows.
+      index: ``[K]`` or ``[T, K]``, the candidates.
+      out_dtype: what the dense product is rounded to.
+    """
+    index = jnp.broadcast_to(index, exact.shape)
+    low, high = (exact - error).astype(out_dtype), (exact + error).astype(out_dtype)
+    value = exact.astype(out_dtype)
+    # The one that an arg max of the logits returns: of equal ones the lowest row.
+    best_value = jnp.max(value, axis=1, keepdims=True)
+    best = jnp.min(jnp.where(value == best_value, index, jnp.iinfo(index.dtype).max), axis=1, keepdims=True)
+    is_best = index == best
+    floor = jnp.max(jnp.where(is_best, low, -jnp.inf), axis=1, keepdims=True)
+    beaten = (floor > high) | ((floor == high) & (best < index)) | is_best
+    finite = jnp.all(jnp.isfinite(low) & jnp.isfinite(high), axis=1)
+    return jnp.all(beaten, axis=1) & (floor[:, 0] > outside.astype(out_dtype)) & finite, best

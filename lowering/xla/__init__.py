@@ -1,0 +1,1 @@
+"""Spellings that XLA is fast at, and promotion of dtypes: plain functions of arrays."""

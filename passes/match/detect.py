@@ -1,0 +1,68 @@
+"""Finds dense feed-forward blocks and vocabulary projections, and says of every other weight product why it is neither.
+
+Detection is structural and knows no sizes, settings or platforms: what is done with a match is the planner's affair.
+"""
+
+from __future__ import annotations
+
+from hire_xform.passes.ir.graph import Graph
+from hire_xform.passes.match.ffn import ffn_ending_in
+from hire_xform.passes.match.matches import Detection, FfnMatch, Rejection, VocabMatch
+from hire_xform.passes.match.output_axis import Fate, follow
+from hire_xform.passes.match.probe import Probe
+from hire_xform.passes.match.readers import larger_summand, rows_looked_up
+from hire_xform.passes.match.vocab import (
+    Nearly,
+    combined_from,
+    is_wide,
+    not_vocabulary,
+    vocabulary,
+)
+from hire_xform.passes.weights.lookups import find_lookups
+from hire_xform.passes.weights.products import Product, find_products
+from hire_xform.passes.weights.provenance import Provenance
+
+
+def detect(graph: Graph, provenance: Provenance) -> Detection:
+    """Finds all matches; every weight product is in exactly one match or one rejection."""
+    products, loose = find_products(graph, provenance)
+    by_node = {p.node: p for p in products}
+    order = {node: i for i, node in enumerate(graph.program_order())}
+    taken: set[Product] = set()
+    matches: list[VocabMatch | FfnMatch] = []
+    reasons: dict[Product, str] = {}
+    leads: dict[Product, Nearly] = {}
+    probe = Probe()
+    for product in products:
+        found = ffn_ending_in(product, by_node, taken, probe)
+        if isinstance(found, FfnMatch):
+            matches.append(found)
+            taken.update(found.products)
+        elif found is not None:
+            reasons.setdefault(product, found.reason)
+            for first in found.ups:
+                leads.setdefault(first, found)
+    vocabularies: list[tuple[Product, Fate]] = []
+    for product in products:
+        if product in taken:
+            continue
+        fate = follow(product, narrow=not is_wide(product))
+        reason = not_vocabulary(product, fate, by_node, leads.get(product))
+        if reason is None and (reason := larger_summand(product, fate)) is not None:
+            reasons[product] = reason
+        elif reason is None:
+            vocabularies.append((product, fate))
+        elif product not in reasons or fate.first("contracted", "multiplied") is not None:
+            # What follows a product says more than what leads to it: an attention projection is named as one.
+            reasons[product] = reason
+    combined = combined_from(vocabularies)
+    reasons.update(combined)
+    alone = [(product, fate) for product, fate in vocabularies if product not in combined]
+    looked_up = rows_looked_up(graph, provenance) if alone else frozenset()
+    matches += [vocabulary(product, fate, looked_up) for product, fate in alone]
+    taken.update(product for product, _ in alone)
+    rejections = [Rejection(p.node, p, reasons[p]) for p in products if p not in taken]
+    rejections += [Rejection(item.node, None, item.reason, item.read) for item in loose]
+    rejections.sort(key=lambda r: order[r.node])
+    matches.sort(key=lambda m: order[m.node])
+    return Detection(matches, rejections, products, order, find_lookups(graph, provenance))

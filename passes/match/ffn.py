@@ -1,0 +1,152 @@
+"""Whether a weight product ends a feed-forward block, and why what looks like one is none."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jax.extend.core import primitives as prims
+
+from hire_xform.passes.ir import compat
+from hire_xform.passes.ir.axes import row_major, whole
+from hire_xform.passes.ir.graph import Frame, Node, Value
+from hire_xform.passes.ir.pointwise import STEPS
+from hire_xform.passes.match.block_region import may_follow_product, trace_region
+from hire_xform.passes.match.matches import FfnMatch
+from hire_xform.passes.match.output_axis import follow
+from hire_xform.passes.match.probe import Probe
+from hire_xform.passes.match.region import Apply, Region, Up
+from hire_xform.passes.match.vocab import (
+    BATCHED,
+    Nearly,
+    is_wide,
+    not_vocabulary,
+    whole_width,
+)
+from hire_xform.passes.weights.products import Product
+
+
+def ffn_ending_in(
+    down: Product, by_node: dict[Node, Product], taken: set[Product], probe: Probe
+) -> FfnMatch | Nearly | None:
+    """The block that ends in ``down``, or what is nearly one; None when nothing points to one."""
+    if down in taken or not down.width or not down.contracted or not down.tokens:
+        return None
+    hidden = down.x
+    if down.batched:
+        return Nearly(down, BATCHED)
+    if not may_follow_product(down, by_node):
+        return None
+    layout: list = [None] * len(hidden.shape)
+    for dims, space in ((down.x_free, "t"), (sorted(down.x_contract), "h")):
+        sizes = [hidden.shape[d] for d in dims]
+        for d, atom in zip(dims, row_major(space, sizes), strict=True):
+            layout[d] = whole([atom], hidden.shape[d])
+    region = trace_region(down, tuple(layout), by_node, probe)
+    if region is None:
+        return None
+    leak = _leak(region, hidden, down) or _lost_derivative(region, down)
+    if _is_linear(region):
+        if leak is not None:
+            return None  # a residual stream, not nearly a block
+        if _factored(region, down):
+            how = "nothing nonlinear lies between it and the product it follows: one matrix in two factors"
+            return Nearly(down, how)
+    ups = tuple(up.product for up in region.ups)
+    if leak is not None:
+        return Nearly(down, leak, ups, not jnp.issubdtype(hidden.aval.dtype, jnp.floating))
+    blocked = next((up.product for up in region.ups if up.product in taken), None)
+    if blocked is not None:
+        return Nearly(down, f"the product it follows, {blocked.path}, already belongs to another block", ups)
+    return FfnMatch(down, hidden, tuple(layout), region, down.tokens, region.units)
+
+
+def _leak(region: Region, hidden: Value, down: Product) -> str | None:
+    """Why the hidden units can't be left out: something besides the block reads them."""
+    quantised = not jnp.issubdtype(hidden.aval.dtype, jnp.floating)
+    for value in sorted(region.inner, key=lambda v: v.node.path if v.node else ""):
+        for node in value.consumers:
+            if node not in region.nodes and node is not down.node:
+                if quantised:
+                    return (
+                        f"what it contracts is quantised at run time to {hidden.aval.dtype}, and {node.primitive} at "
+                        f"{node.source} reads all units for the scale"
+                    )
+                return (
+                    f"what it contracts is also read by {node.primitive} at {node.source}"
+                    if value is hidden
+                    else f"an activation on the way to it is also read by {node.primitive} at {node.source}"
+                )
+        if value.is_output:
+            return "what it contracts is also returned, so every unit of it is needed"
+    return None
+
+
+def _lost_derivative(region: Region, down: Product) -> str | None:
+    """Why a block that a custom_vjp stands in the middle of stays: the rewrite would drop the derivative it states."""
+    around = set(down.node.frame.ancestors())
+    for frame in down.node.frame.ancestors():
+        outside = any(frame not in node.frame.ancestors() for node in region.nodes)
+        if outside and frame.kind == "custom" and not _keeps_derivative(frame):
+            return _partly_inside(frame)
+    for node in sorted(region.nodes, key=lambda n: n.path):
+        for frame in node.frame.ancestors():
+            if frame in around:
+                break
+            if frame.kind == "custom" and not _keeps_derivative(frame):
+                return _partly_inside(frame)
+    return None
+
+
+def _partly_inside(frame: Frame) -> str:
+    return (
+        f"part of the block is inside the {frame.eqn.primitive} at {compat.source_line(frame.eqn)}, whose own "
+        "derivative would be lost; put the whole block inside it, or none"
+    )
+
+
+def _keeps_derivative(frame: Frame) -> bool:
+    """True when the derivative of a custom call's body, which a replay has, is as good as the one it states.
+
+    A stated derivative makes ReLU's zero at zero and softplus's finite far out; those are kept. One stated for a body
+    that has none (a sign, a rounding) or that changes nothing means something else, and would be lost.
+    """
+    if frame.eqn.primitive is prims.custom_vjp_call_p:
+        return False
+    inside = _nodes(frame)
+    return bool(inside) and not any(n.primitive in STEPS for n in inside)
+
+
+def _is_linear(region: Region) -> bool:
+    """True when the activation is a weighted sum of the products into the units, with no function of them between."""
+    if region.own is not None:
+        return False
+    depends: list[bool] = []
+    for e in region.exprs:
+        if not isinstance(e, Apply):
+            depends.append(isinstance(e, Up))
+            continue
+        hidden = [depends[o] for o in e.operands]
+        p = e.node.primitive
+        scaled = hidden.count(True) == 1 and (p is prims.mul_p or (p is prims.div_p and hidden[0]))
+        if p not in _SUMS and not scaled:
+            return False
+        depends.append(True)
+    return True
+
+
+_SUMS = frozenset({prims.add_p, prims.sub_p, prims.neg_p, prims.convert_element_type_p, prims.copy_p})
+
+
+def _factored(region: Region, down: Product) -> bool:
+    """True when the two products of a linear region are one matrix in two factors.
+
+    The projection of a narrower embedding before the vocabulary is that, and a low-rank update: the units between are
+    no more than the inputs, or the second factor makes a vocabulary. Every unit is needed, and what follows the second
+    factor decides what it is.
+    """
+    if all(whole_width(up.product) <= up.product.contracted for up in region.ups):
+        return True
+    return is_wide(down) and not_vocabulary(down, follow(down, narrow=False), {}) is None
+
+
+def _nodes(item: Node | Frame) -> list[Node]:
+    return [item] if isinstance(item, Node) else [n for inner in item.items for n in _nodes(inner)]

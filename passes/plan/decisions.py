@@ -1,0 +1,252 @@
+"""What a plan says: sites, refusals, and what the rewriting of each site takes."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal
+
+from hire_xform.passes.ir.graph import Node
+from hire_xform.passes.match.matches import FfnMatch, VocabMatch
+from hire_xform.passes.plan.levels import Levels
+from hire_xform.passes.plan.placement import Placement
+from hire_xform.passes.plan.settings import Ffn, Vocab
+from hire_xform.passes.prove.what_to_prove import NOTHING_READ, Reads
+from hire_xform.passes.weights.provenance import Recipe, Ref, Root
+
+
+@dataclass(frozen=True)
+class Rung:
+    """A size that a certified site may take, as each input needs; the last of a site's is its dense form.
+
+    Attributes:
+      computed: rows computed exactly per execution.
+      bytes: weight bytes that one execution reads, of the predictor and of all that is tried before included.
+      share: of the executions, how many are expected to take it by the calibration, tokens of one execution taken as
+        independent; None without a calibration.
+    """
+
+    computed: int
+    bytes: int
+    share: float | None = None
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place that is rewritten.
+
+    Attributes:
+      kind: "ffn" or "vocab".
+      path: the equation whose result is replaced, such as ``scan[0]/dot_general[3]``.
+      source: the user's ``file:line (function)``.
+      tokens: rows of the activation, T.
+      dense_bytes: weight bytes the dense form reads per call, as they are stored; inside a scan, over all its
+        iterations.
+      sparse_bytes: weight bytes the rewritten form reads per call. Of a certified site with a calibration what it is
+        expected to, dense runs included; without one, what its largest size does.
+      settings: the ``Vocab`` or ``Ffn`` that was used.
+      weights: names of the weights, in the order of the products.
+      inputs: columns of the (first) weight, d.
+      units: rows to choose from: the vocabulary V or the hidden width m.
+      computed: rows computed exactly per call: for one shared set its size, else the sum over tokens.
+      shared: True when all tokens share one set of rows.
+      activation: the pointwise operations between the products of an FFN.
+      own: the model's own choice of units, such as "top 512"; empty when it makes none.
+      forced: True when a rule overrode the cost model.
+      calibrated: what a calibration says of its size; empty without one.
+      shards: over how many devices its units are split; each reads, and picks from, its own.
+      placed: the mesh axes of those devices, for reports; empty without any. Where ``shards`` is 1 those that its
+        tokens are split over.
+      rows: of a sharded vocabulary, how its rows are distributed over devices, and why.
+      rungs: of a certified site the sizes that it may take, ``computed`` being the largest, and last its dense form; of
+        layers with sizes of their own those of each, one after the other. ``Sparsified.with_rungs`` counts them.
+      static: hidden units that are always computed and never predicted; ``computed`` has them.
+      derivative: which derivative it has where a custom_jvp or custom_vjp is in or around it; empty where none is.
+      proved: of a certified vocabulary, what is proved of its readers.
+      unproved: its readers of which nothing is proved.
+      widened: True where the dense product has weights that are stored narrower widened whole first, at every call.
+    """
+
+    kind: str
+    path: str
+    source: str
+    tokens: int
+    dense_bytes: int
+    sparse_bytes: int
+    settings: Vocab | Ffn
+    weights: tuple[str, ...]
+    inputs: int
+    units: int
+    computed: int
+    shared: bool
+    activation: str = ""
+    own: str = ""
+    forced: bool = False
+    calibrated: str = ""
+    shards: int = 1
+    placed: str = ""
+    rows: str = ""
+    rungs: tuple[Rung, ...] = ()
+    static: int = 0
+    derivative: str = ""
+    proved: tuple[str, ...] = ()
+    unproved: tuple[str, ...] = ()
+    widened: bool = False
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A weight product that stays dense, and why.
+
+    Attributes:
+      path: the equation's path.
+      source: the user's ``file:line (function)``.
+      reason: one sentence.
+      kind: "ffn" or "vocab" when it is one; "" when it is neither.
+      dense_bytes: weight bytes read per call.
+      weights: names of its weights.
+    """
+
+    path: str
+    source: str
+    reason: str
+    kind: str = ""
+    dense_bytes: int = 0
+    weights: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class PackKey:
+    """One packed form of one weight.
+
+    ``"rows"``, the ``"norms"`` of its rows, the ``"largest"`` of them, their ``"moments"``, those with bounds
+    (``"bounded_moments"``), for a predictor spec its arrays, for ``Proving`` also how far they can be from the rows,
+    and for ``Fitted`` either, fitted to its inputs. ``Regrouped`` is any of these in another order. ``Levels`` is of no
+    weight, but has an entry for each layer of it. ``"leaf"`` is the leaf itself, whatever the recipe makes of it.
+    """
+
+    recipe: Recipe
+    form: Any
+
+    @property
+    def anywhere(self) -> PackKey:
+        """The same of a leaf of any argument: what is packed does not hang on where weights are passed."""
+        return replace(self, recipe=replace(self.recipe, root=Root("", self.recipe.root.index)))
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Need:
+    """A packed form as one site reads it: the key, and what resolves its stack axes at run time."""
+
+    key: PackKey
+    refs: tuple[Ref, ...]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Decision:
+    """A match that is rewritten, with all it takes.
+
+    Attributes:
+      match: the match.
+      site: its public description.
+      settings: its settings.
+      count: rows (vocabulary) or groups (FFN) each token may have; of a sharded site, on each device.
+      needs: packed forms, as ``passes/plan/forms.py`` orders them: of each product into the units, then of the
+        contracting one; of a vocabulary projection those of its one.
+      input_bits: significant bits that a certified product's dense form keeps of its inputs.
+      placement: where it runs, when its weights are over several devices.
+      levels: the counts of layers that have their own; the last of ``needs`` says which. ``count`` is the largest.
+      cyclic: of a sharded vocabulary, what becomes of its rows' cyclic distribution over devices. ``"kept"``: logits
+        stay in it, and all that reads them minds it. ``"candidates"``, ``"logits"``: these are sent back to where their
+        rows lay. Empty where rows are contiguous blocks.
+      smaller: of a certified site, fewer than ``count``, ascending: the smallest that will do is taken.
+      static: units that are always computed, the first that are packed; ``count`` is of the others.
+      leaves: of a certified site, how many leaves end its ``needs``, one for each of its products: with them its
+        fallback is the program's own equations. Zero in a plan: leaves are read only where they are there anyway.
+      reads: of a vocabulary, what reads its logits: what is proved, or what candidates are chosen by.
+    """
+
+    match: VocabMatch | FfnMatch
+    site: Site
+    settings: Vocab | Ffn
+    count: int
+    needs: tuple[Need, ...]
+    input_bits: int = 24
+    placement: Placement | None = None
+    levels: Levels | None = None
+    cyclic: Literal["", "kept", "candidates", "logits"] = ""
+    smaller: tuple[int, ...] = ()
+    static: int = 0
+    leaves: int = 0
+    reads: Reads = NOTHING_READ
+
+    @property
+    def rungs(self) -> tuple[int, ...]:
+        """All sizes that a certified site may take, those of each level one after the other."""
+        if self.levels is not None:
+            return tuple(count for ladder in self.levels.ladders for count in ladder)
+        return (*self.smaller, self.count)
+
+    @property
+    def may_be_short(self) -> bool:
+        """Whether it is a block that may have more units that are not zero than it computes, which each call tells.
+
+        Where its user wants units left out whatever they are, or its model itself chooses among them, none is missed.
+        """
+        settings, match = self.settings, self.match
+        if settings.certify or not isinstance(settings, Ffn) or settings.activations == "any":
+            return False
+        return isinstance(match, FfnMatch) and match.region.own is None
+
+    @property
+    def marks(self) -> int:
+        """How many outcomes a call of it tells besides the worst: 0 where it tells none.
+
+        A certified site tells its size, or that it ran dense; a block that may be short whether it was.
+        """
+        return len(self.rungs) if self.settings.certify else int(self.may_be_short)
+
+    @property
+    def node(self) -> Node:
+        """The equation whose result is replaced."""
+        return self.match.node
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is rewritten (``sites``) and what is not (``refusals``), each in program order.
+
+    ``unmatched_rules`` are the path patterns of rules that match no block and no vocabulary projection.
+    """
+
+    sites: tuple[Site, ...]
+    refusals: tuple[Refusal, ...]
+    platform: str
+    decisions: tuple[Decision, ...] = field(default=(), repr=False, compare=False)
+    unmatched_rules: tuple[str, ...] = ()
+
+    @property
+    def dense_bytes(self) -> int:
+        """Weight bytes of all sites, dense."""
+        return sum(s.dense_bytes for s in self.sites)
+
+    @property
+    def sparse_bytes(self) -> int:
+        """Weight bytes of all sites, rewritten."""
+        return sum(s.sparse_bytes for s in self.sites)
+
+    @property
+    def refused_bytes(self) -> int:
+        """Weight bytes of all products that stay dense."""
+        return sum(r.dense_bytes for r in self.refusals)
+
+    def to_json(self, indent: int | None = 2) -> str:
+        """The plan as JSON: ``{"platform", "sites": [...], "refusals": [...], "unmatched_rules": [...]}``."""
+        sites = []
+        for site in self.sites:
+            entry = {k: v for k, v in asdict(site).items() if k != "settings"}
+            entry["settings"] = {**asdict(site.settings), "predictor": repr(site.settings.spec)}
+            sites.append(entry)
+        found = {"platform": self.platform, "sites": sites, "refusals": [asdict(r) for r in self.refusals]}
+        found["unmatched_rules"] = list(self.unmatched_rules)
+        return json.dumps(found, indent=indent)

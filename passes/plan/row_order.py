@@ -1,0 +1,220 @@
+"""Which vocabularies get their rows distributed cyclically over devices, so that each has its share of frequent ids.
+
+Logits then come out in that order. Where only an arg max, a top-k or a reduction reads them, each device reads its own,
+and the ids of what it finds are known: nothing is moved. Minus infinity outside the candidates, only these are sent
+back. Whatever else reads logits needs all of them where their ids are, so there rows stay contiguous blocks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from typing import Literal
+
+from jax.extend.core import primitives as prims
+
+from hire_xform.passes.ir import compat
+from hire_xform.passes.ir.graph import Frame, Node, Operand, Value
+from hire_xform.passes.ir.pointwise import is_pointwise
+from hire_xform.passes.match.matches import VocabMatch
+from hire_xform.passes.match.top_k import top_k_of
+from hire_xform.passes.plan.decisions import Decision, Need, PackKey, Plan
+from hire_xform.passes.weights.provenance import Root, shape_of
+from hire_xform.passes.weights.recipe import Cyclic, Recipe
+
+# Whatever the order of what they reduce, but for the order of a sum.
+_REDUCTIONS = frozenset(
+    {prims.reduce_max_p, prims.reduce_min_p, prims.reduce_sum_p, prims.reduce_and_p, prims.reduce_or_p}
+)
+
+
+def readers(match: VocabMatch) -> list[Node] | str:
+    """The arg maxes and top-ks that logits go into, if nothing that reads them minds their order; else what does."""
+    product = match.product
+    if tuple(product.out_w_dims) != (len(product.out.shape) - 1,):
+        return "the vocabulary is not the last axis of its logits"
+    around = _derivatives(product.node)
+    carried, waiting, joins, found = {product.out}, [product.out], [], []
+    while waiting:
+        value = waiting.pop()
+        if value.is_output:
+            return "its logits are returned" if value.scope.node is None else f"its logits leave a {value.scope.kind}"
+        for node in value.consumers:
+            if _derivatives(node) != around:
+                return f"its logits go into a derivative rule of its own at {node.source}"
+            if selects(node, value):
+                found.append(node)
+                continue
+            if cuts_end(node):
+                (short,) = node.outputs
+                if short.is_output or not all(selects(n, short) and _derivatives(n) == around for n in short.consumers):
+                    return f"slice at {node.source} cuts its logits, and not only an arg max or a top-k reads the rest"
+                found += short.consumers
+                continue
+            results = _carried(node, value)
+            if results is None:
+                return f"{node.primitive} at {node.source} reads its logits by their place"
+            if is_pointwise(node):
+                joins.append(node)
+            waiting += [result for result in results if result not in carried]
+            carried.update(results)
+    for node in joins:
+        if not all(_is_uniform(operand) or operand in carried for operand in node.inputs):
+            return f"{node.primitive} at {node.source} joins its logits with what differs along the vocabulary"
+    return list(dict.fromkeys(found))
+
+
+def _derivatives(node: Node) -> set[Frame]:
+    """The calls with a derivative of their own around an equation: that rule would see logits in the other order."""
+    return {frame for frame in node.frame.ancestors() if frame.kind == "custom"}
+
+
+def cuts_end(node: Node) -> bool:
+    """True for a slice that cuts the end of the last axis off, as padding of a vocabulary, and nothing else."""
+    if node.primitive is not prims.slice_p:
+        return False
+    before, after = shape_of(node.inputs[0]), node.outputs[0].shape
+    starts, strides = node.params["start_indices"], node.params["strides"]
+    whole = before[:-1] == after[:-1] and after[-1:] != before[-1:]
+    return whole and not any(starts) and (strides is None or set(strides) == {1})
+
+
+def selects(node: Node, value: Value) -> bool:
+    """True for an arg max or a top-k along the last axis."""
+    last = len(value.shape) - 1
+    if node.primitive is prims.argmax_p:
+        return tuple(node.params["axes"]) == (last,)
+    top = top_k_of(node) if node.primitive is prims.top_k_p else None
+    return top is not None and top.axis == last
+
+
+def _carried(node: Node, value: Value) -> list[Value] | None:
+    """The results of an equation whose last axis is the value's; None if its order matters to any of them."""
+    p, params, last = node.primitive, node.params, len(value.shape) - 1
+    if p is compat.OPTIMIZATION_BARRIER:
+        return [r for r, o in zip(node.outputs, node.inputs, strict=True) if o is value]
+    if is_pointwise(node):
+        return list(node.outputs)
+    result = node.outputs[0] if len(node.outputs) == 1 else None
+    if result is None or any(operand is value for operand in node.inputs[1:]):
+        return None
+    if p in _REDUCTIONS or p is prims.argmax_p:
+        return [] if last in params["axes"] else [result]
+    if not result.shape or result.shape[-1] != value.shape[-1]:
+        return None
+    if p is prims.broadcast_in_dim_p:
+        return [result] if params["broadcast_dimensions"][last] == len(result.shape) - 1 else None
+    if p is prims.transpose_p:
+        return [result] if params["permutation"][-1] == last else None
+    if p in (prims.reshape_p, prims.slice_p, prims.dynamic_slice_p):
+        return [result]  # row-major, and as long as before: the whole axis
+    if p is prims.squeeze_p:
+        return [result] if last not in params["dimensions"] else None
+    return None
+
+
+def _is_uniform(operand: Operand) -> bool:
+    """True for a value that is the same all along its last axis."""
+    if not isinstance(operand, Value) or not operand.shape or operand.shape[-1] == 1:
+        return True
+    node = operand.node
+    if node is None:
+        return False
+    if node.primitive is prims.broadcast_in_dim_p:
+        dims = tuple(node.params["broadcast_dimensions"])
+        return len(operand.shape) - 1 not in dims or _is_uniform(node.inputs[0])
+    return is_pointwise(node) and all(_is_uniform(o) for o in node.inputs)
+
+
+def as_cyclic(decision: Decision, how: Literal["kept", "candidates", "logits"]) -> Decision:
+    """A decision of contiguous rows with cyclic ones."""
+    assert decision.placement is not None
+    step = Cyclic(decision.placement.shards)
+
+    def key(key: PackKey) -> PackKey:
+        # Rows are one matrix; all else is made of a stack of parts, the last two steps.
+        at = len(key.recipe.steps) - (0 if key.form == "rows" else 2)
+        steps = (*key.recipe.steps[:at], step, *key.recipe.steps[at:])
+        return PackKey(Recipe(key.recipe.root, steps), key.form)
+
+    return dataclasses.replace(decision, cyclic=how, needs=tuple(Need(key(n.key), n.refs) for n in decision.needs))
+
+
+def as_contiguous(decision: Decision) -> Decision:
+    """A decision of cyclic rows with contiguous ones."""
+
+    def key(key: PackKey) -> PackKey:
+        steps = tuple(step for step in key.recipe.steps if not isinstance(step, Cyclic))
+        return PackKey(Recipe(key.recipe.root, steps), key.form)
+
+    return dataclasses.replace(decision, cyclic="", needs=tuple(Need(key(n.key), n.refs) for n in decision.needs))
+
+
+def other_rows(decision: Decision) -> Decision | None:
+    """The same decision for packed forms that were made for another program: of rows that lie otherwise."""
+    if not may_be_cyclic(decision):
+        return None
+    if decision.cyclic:
+        return as_contiguous(decision)
+    return as_cyclic(decision, "candidates" if _drops_others(decision) else "logits")
+
+
+def may_be_cyclic(decision: Decision) -> bool:
+    """True for a vocabulary whose rows are over several devices."""
+    placement = decision.placement
+    return isinstance(decision.match, VocabMatch) and placement is not None and placement.shards > 1
+
+
+def _drops_others(decision: Decision) -> bool:
+    # Where nothing is proved a certified site has all logits, not only the candidates'.
+    return getattr(decision.settings, "fill", "") == "-inf" and not decision.settings.certify
+
+
+def distribute_rows(plan: Plan, read_elsewhere: Callable[[Plan], Iterable[Root]]) -> Plan:
+    """Decides of each sharded vocabulary how its rows lie.
+
+    Args:
+      plan: with all rows as contiguous blocks.
+      read_elsewhere: the weights that the program of a plan reads as they are.
+    """
+    told: dict[Decision, str] = {}
+    chosen: dict[Decision, Decision] = {}
+    for decision in plan.decisions:
+        if not may_be_cyclic(decision):
+            continue
+        assert isinstance(decision.match, VocabMatch)
+        found = readers(decision.match)
+        if isinstance(found, str) and not _drops_others(decision):
+            told[decision] = found
+        else:
+            chosen[decision] = as_cyclic(decision, "candidates" if isinstance(found, str) else "kept")
+    while chosen:
+        now = _with(plan, chosen)
+        held = set(read_elsewhere(now)) | {
+            need.key.recipe.root for d in now.decisions if not d.cyclic for need in d.needs if need.key.form == "rows"
+        }
+        back = [old for old, new in chosen.items() if new.needs[0].key.recipe.root in held]
+        if not back:
+            break
+        for decision in back:
+            del chosen[decision]
+            told[decision] = "its weight is read elsewhere as well, other than by id, and would be held twice"
+    return _with(plan, chosen, told)
+
+
+def _with(plan: Plan, chosen: dict[Decision, Decision], told: dict[Decision, str] | None = None) -> Plan:
+    """The plan with some decisions replaced, and what to tell of others."""
+    decisions = []
+    for decision in plan.decisions:
+        new = chosen.get(decision, decision)
+        text = _text(new) if new.cyclic else (told or {}).get(decision, "")
+        if text and not new.cyclic:
+            text = f"rows in contiguous blocks: {text}"
+        decisions.append(dataclasses.replace(new, site=dataclasses.replace(new.site, rows=text)))
+    return dataclasses.replace(plan, decisions=tuple(decisions), sites=tuple(d.site for d in decisions))
+
+
+def _text(decision: Decision) -> str:
+    shards = decision.site.shards
+    text = f"rows distributed cyclically: row i on device i % {shards}"
+    return text if decision.cyclic == "kept" else f"{text}; its candidates are sent back to where they belong"

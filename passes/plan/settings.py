@@ -1,0 +1,205 @@
+"""What a user may choose for a vocabulary projection and for a feed-forward block."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from hire_xform.lowering.predict.predictors import LowRank, PredictorSpec, Projected, Quantized
+from hire_xform.lowering.prove.goals import Goal, Nucleus, TopSet, fewest_candidates
+
+
+def refuse(owner: str, field: str, value: Any, expected: str) -> None:
+    """Raises the one kind of error a wrong setting gets.
+
+    Raises:
+      ValueError: always; names the field, what came and what was expected.
+    """
+    raise ValueError(f"{owner}({field}={value!r}): expected {expected}")
+
+
+def _check_count(owner: str, field: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        refuse(owner, field, value, "an integer of at least 1")
+
+
+def check_predictor(owner: str, predictor: Any, or_else: str = "") -> None:
+    """Raises the error for a value that is no predictor."""
+    if not isinstance(predictor, (Quantized, LowRank, Projected)):
+        expected = f"{or_else}hx.Quantized(bits), hx.LowRank(rank, bits) or hx.Projected(rank, bits)"
+        refuse(owner, "predictor", predictor, expected)
+
+
+def _check_common(owner: str, predictor: Any, certify: Any, max_tokens: Any) -> None:
+    if predictor is not None:
+        check_predictor(owner, predictor, "None, ")
+    goal = owner == "Vocab" and isinstance(certify, (TopSet, Nucleus))
+    if certify is not None and not isinstance(certify, bool) and not goal:
+        goals = ", hx.TopSet(k) or hx.Nucleus(eps)" if owner == "Vocab" else ""
+        refuse(owner, "certify", certify, f"None, True or False{goals}")
+    _check_count(owner, "max_tokens", max_tokens)
+
+
+# What `Vocab(candidates=None)` computes, and what `predictor=None` is without a calibration.
+CANDIDATES = 256
+PREDICTOR = Quantized(bits=8)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Vocab:
+    """Settings of a vocabulary projection.
+
+    ``Vocab(candidates=V)`` computes every logit exactly.
+
+    Raises:
+      ValueError: a value is out of range; the message names it.
+    """
+
+    # Rows of the vocabulary computed exactly for each token; more than there are means all of them. None is what a
+    # calibration found, without one 256. Of a certified one it finds several sizes, of which each input takes the
+    # smallest that proves its goal; a number that is given is the only size.
+    candidates: int | None = None
+    # How the other rows are scored, and the candidates found. None is what a calibration chose, without one
+    # `Quantized(8)`.
+    predictor: PredictorSpec | None = None
+    # What stands for the other logits: the predictor's scores (the softmax normaliser stays right), or -inf.
+    fill: str = "predicted"
+    # True: prove for every input that what reads the logits (an arg max, a top-k) takes what it takes of the dense
+    # ones, or run the dense product. Takes weights of f32, bf16 or f16. `hx.TopSet(k)`: that the k largest are, as a
+    # set. `hx.Nucleus(eps)`: that the candidates hold all of the softmax's mass but `eps`. None is True, unless an
+    # approximation is asked for: by a number of candidates, or by a calibration that was not certified.
+    certify: Goal | None = None
+    # Calls with more tokens than this (prefill) run dense.
+    max_tokens: int = 8
+
+    def __post_init__(self) -> None:
+        """Checks every field."""
+        if self.candidates is not None:
+            _check_count("Vocab", "candidates", self.candidates)
+            if self.candidates < fewest_candidates(self.certify or False):
+                refuse("Vocab", "candidates", self.candidates, f"no fewer than certify={self.certify} asks for")
+        if self.fill not in ("predicted", "-inf"):
+            refuse("Vocab", "fill", self.fill, "'predicted' or '-inf'")
+        _check_common("Vocab", self.predictor, self.certify, self.max_tokens)
+
+    @property
+    def spec(self) -> PredictorSpec:
+        """The predictor: the one that is stated or was chosen, or else the default."""
+        return PREDICTOR if self.predictor is None else self.predictor
+
+    def decided(self, calibrated: bool | None) -> Vocab:
+        """These settings with ``certify`` decided.
+
+        Args:
+          calibrated: whether the site was calibrated as a certified one; None where it was not calibrated.
+        """
+        if self.certify is not None:
+            return self
+        return dataclasses.replace(self, certify=self.candidates is None if calibrated is None else calibrated)
+
+    def candidates_of(self, vocab: int, read: int = 1) -> int:
+        """The rows of a vocabulary to compute for each token.
+
+        Args:
+          vocab: rows there are.
+          read: how many of the largest are read.
+        """
+        usual = max(CANDIDATES, 2 * read, 2 * fewest_candidates(self.certify or False))
+        return min(usual if self.candidates is None else self.candidates, vocab)
+
+
+# What `Ffn(active=None)` computes of a block, and of one whose model chooses units itself, as a multiple of its share.
+ACTIVE, OWN_MARGIN = 0.25, 1.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ffn:
+    """Settings of a feed-forward block.
+
+    ``Ffn(active=1.0)`` computes every hidden unit exactly.
+
+    Raises:
+      ValueError: a value is out of range; the message names it.
+    """
+
+    # Share of the hidden units (or of their groups) computed for each token: a fraction, 0 < active <= 1. None is what
+    # a calibration found; without one 0.25, but for blocks whose model keeps a top-k, or what is above a threshold:
+    # there it is that share, and half as much again for the predictor to err in. Where what the model keeps hangs on
+    # data, a block that is not certified stays dense until a share is stated or calibrated. Certified: the most, before
+    # the dense block; a calibration adds smaller sizes.
+    active: float | None = None
+    # Neighbouring units chosen together and read as one slab. Above 1 only for models trained or calibrated for it.
+    group_size: int = 1
+    # How the units are scored. None is what a calibration chose, without one `Quantized(8)`.
+    predictor: PredictorSpec | None = None
+    # True: prove for every input that the units left out are zero, or run the dense block. For ReLU, squared ReLU and
+    # ReGLU, and for a model's own top-k or threshold, whose choice is proved to be the dense one; takes weights of f32,
+    # bf16 or f16. None is True, unless an approximation is asked for: by `active`, by `activations="any"`, or by a
+    # calibration that was not certified.
+    certify: bool | None = None
+    # "zeroing": only blocks many of whose units are exactly zero for ordinary inputs (ReLU and its kin). "any": all.
+    activations: str = "zeroing"
+    # Calls with more tokens than this (prefill) run dense.
+    max_tokens: int = 8
+
+    def __post_init__(self) -> None:
+        """Checks every field."""
+        number = isinstance(self.active, (int, float)) and not isinstance(self.active, bool)
+        if self.active is not None and (not number or not math.isfinite(self.active) or not 0 < self.active <= 1):
+            refuse("Ffn", "active", self.active, "None or a fraction, 0 < active <= 1")
+        _check_count("Ffn", "group_size", self.group_size)
+        if self.activations not in ("zeroing", "any"):
+            refuse("Ffn", "activations", self.activations, "'zeroing' or 'any'")
+        _check_common("Ffn", self.predictor, self.certify, self.max_tokens)
+
+    @property
+    def spec(self) -> PredictorSpec:
+        """The predictor: the one that is stated or was chosen, or else the default."""
+        return PREDICTOR if self.predictor is None else self.predictor
+
+    def decided(self, calibrated: bool | None) -> Ffn:
+        """These settings with ``certify`` decided.
+
+        Args:
+          calibrated: whether the site was calibrated as a certified one; None where it was not calibrated.
+        """
+        if self.certify is not None:
+            return self
+        proved = self.active is None and self.activations == "zeroing"
+        return dataclasses.replace(self, certify=proved if calibrated is None else calibrated)
+
+    def active_of(self, own_share: float | None) -> float:
+        """The share of a block's units to compute.
+
+        Args:
+          own_share: what the model itself keeps; None when it keeps all, or what it keeps is not known.
+        """
+        if self.active is not None:
+            return self.active
+        return ACTIVE if own_share is None else min(1.0, OWN_MARGIN * own_share)
+
+    def groups_of(self, units: int, own_share: float | None) -> int:
+        """The groups of a block to compute, at least one.
+
+        Args:
+          units: its hidden units, a multiple of ``group_size``.
+          own_share: as in :meth:`active_of`.
+        """
+        return max(1, math.ceil(self.active_of(own_share) * (units // self.group_size) - 1e-9))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """What the user's settings say of one site.
+
+    ``settings`` is None when the site is to be left alone, and ``reason`` says by what; ``force`` overrides the cost
+    model, never a check of meaning. ``named``: a rule for it states settings of its kind, so that the user says what
+    it is.
+    """
+
+    settings: Vocab | Ffn | None
+    force: bool = False
+    named: bool = False
+    reason: str = ""

@@ -1,0 +1,66 @@
+"""Rows looked up by id where a cyclic distribution over devices has put them: of an embedding that is the head too."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+from jax.extend.core import primitives as prims
+
+from hire_xform.passes.ir import compat
+from hire_xform.passes.ir.graph import Node
+from hire_xform.passes.plan.decisions import Decision, Need
+from hire_xform.passes.weights.lookups import Lookup
+from hire_xform.passes.weights.recipe import Cyclic, Recipe
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class CyclicLookup:
+    """A lookup in rows that are packed in cyclic distribution.
+
+    Attributes:
+      node: the equation.
+      needs: the packed rows.
+      parts: over how many devices they are distributed.
+    """
+
+    node: Node
+    needs: tuple[Need, ...]
+    parts: int
+
+
+def cyclic_lookups(lookups: Iterable[Lookup], decisions: Iterable[Decision]) -> list[CyclicLookup]:
+    """Those of weights whose rows some decisions have in cyclic distribution."""
+    cyclic: dict[Recipe, tuple[Need, int]] = {}
+    for decision in decisions:
+        key = decision.needs[0].key
+        parts = [step.parts for step in key.recipe.steps if isinstance(step, Cyclic)]
+        if decision.cyclic and not decision.needs[0].refs:
+            before = tuple(step for step in key.recipe.steps if not isinstance(step, Cyclic))
+            cyclic[Recipe(key.recipe.root, before)] = Need(key, ()), parts[0]
+    return [
+        CyclicLookup(one.node, (need,), parts)
+        for one in lookups
+        for need, parts in [cyclic.get(one.origin.recipe.as_stored, (None, 0))]
+        if need is not None and not _fills_widened(one)
+    ]
+
+
+def _fills_widened(lookup: Lookup) -> bool:
+    """True for a lookup that puts a number of its own for ids out of range, which narrower rows may not have."""
+    recipe = lookup.origin.recipe
+    return recipe != recipe.as_stored and lookup.node.params.get("fill_value") is not None
+
+
+def look_up(treatment: CyclicLookup, rows: Any, operands: Sequence[Any]) -> Any:
+    """The rows; ``operands`` are the equation's without the first. What is out of range stays out of range."""
+    ids, *others = operands
+    vocab, parts = rows.shape[0], treatment.parts
+    if treatment.node.primitive is prims.dynamic_slice_p:
+        ids = jnp.clip(ids, 0, vocab - 1)
+    places = (ids % parts) * (vocab // parts) + ids // parts
+    places = jnp.where((ids >= 0) & (ids < vocab), places, ids).astype(ids.dtype)
+    (found,) = compat.bind(treatment.node.eqn, [rows, places, *others])
+    return found.astype(treatment.node.outputs[0].aval.dtype)
