@@ -17,10 +17,10 @@ from rich.table import Table
 
 import hire_xform as hx
 from hire_xform.lowering.predict.predictors import pack_predictor, predict_scores
-from hire_xform.observe import observe
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 sys.path.insert(0, str(EXAMPLES))
+from observe import observe  # noqa: E402
 from tiny_lm import model as lm  # noqa: E402
 
 FORCE = (hx.Rule("*", force=True),)

@@ -28,10 +28,10 @@ import tiny_lm
 import tiny_lm_training as training
 import train_tiny_lm as base
 from library_corpus import Corpus
+from observe import observe
 from rich.console import Console
 
 import hire_xform as hx
-from hire_xform.observe import observe
 
 MODEL = Path(__file__).resolve().parent / "tiny_lm"
 

@@ -24,7 +24,7 @@ from hire_xform.call.stages import Traced
 from hire_xform.config import Config, Ffn, Rule, Vocab
 from hire_xform.dump.dump import FORMATS, SHOWS, dump
 from hire_xform.files import write_whole
-from hire_xform.loading import LoadError, blame, load_function, load_inputs
+from hire_xform.loading import LoadError, blame, demonstration, load_function, load_inputs
 from hire_xform.mesh_plan import Device, ModelShapes, plan_mesh
 
 _EVERYWHERE = Rule("*", force=True)
@@ -157,9 +157,7 @@ def _run(arguments: argparse.Namespace) -> int:
         logging.set_verbosity(logging.WARNING)
     try:
         if arguments.command == "demo":
-            from hire_xform import demo
-
-            demo.run(
+            demonstration()(
                 tokens=arguments.tokens,
                 positions=arguments.positions,
                 assets=Path(arguments.assets) if arguments.assets else None,

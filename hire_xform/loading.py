@@ -69,6 +69,24 @@ def _near(found: Any, part: str) -> str:
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
+def demonstration() -> Any:
+    """What runs the demo, ``run`` of ``examples/demo.py`` of a checkout, of which wheels have none.
+
+    It is looked for in the current folder and those above it, and beside this package, as for an editable installation.
+
+    Raises:
+      LoadError: there is no checkout; the message says where it was looked for.
+    """
+    here, beside = Path.cwd(), Path(__file__).resolve().parents[1]
+    for folder in (here, *here.parents, beside):
+        # Other projects may have an examples/demo.py as well.
+        if (folder / "examples" / "tiny_lm" / "model.py").is_file():
+            return load(f"{folder / 'examples' / 'demo.py'}:run")
+    raise LoadError(
+        f"there is no examples/tiny_lm in {here}, above it or in {beside}; run the demo in a checkout of the project"
+    )
+
+
 def load_function(target: str) -> Any:
     """A function; otherwise as ``load``."""
     found = load(target)
@@ -148,7 +166,7 @@ def _load_file(where: str) -> ModuleType:
 
 
 def _importable(folder: str) -> None:
-    if folder not in sys.path and "" not in sys.path:
+    if folder not in sys.path and not ("" in sys.path and folder == os.getcwd()):
         sys.path.insert(0, folder)
 
 

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import importlib
-import sys
 from pathlib import Path
 
 import jax
@@ -13,16 +12,15 @@ import pytest
 from calibrated import PLAIN, of_kind
 from checks import FORCE
 from jax import lax
+from observe import observe
 
 import hire_xform as hx
 from hire_xform.lowering.predict.predictors import pack_predictor, predict_scores
-from hire_xform.observe import observe
 
 
 @functools.cache
 def tiny():
     examples = Path(__file__).resolve().parents[1] / "examples"
-    sys.path.insert(0, str(examples))
     tiny_lm = importlib.import_module("tiny_lm")
     params = tiny_lm.load(examples / "tiny_lm" / "weights.safetensors")
     text = np.load(examples / "tiny_lm" / "heldout.npy").astype(np.int32)

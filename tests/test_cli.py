@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from hire_xform import cli
+from hire_xform import cli, loading
 
 TESTS = Path(__file__).parent
 SMALL = str(TESTS / "goldens" / "small.py")
@@ -277,14 +277,38 @@ def test_output_through_a_link_keeps_the_link(user):
 
 
 def test_demo_outside_a_checkout_says_so(tmp_path, monkeypatch, capsys):
-    from hire_xform import demo
-
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(demo, "__file__", str(tmp_path / "lib" / "hire_xform" / "demo.py"))
+    folder = tmp_path / "work"
+    (folder / "examples").mkdir(parents=True)
+    (folder / "examples" / "demo.py").write_text("raise AssertionError('another project ran')")
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(loading, "__file__", str(tmp_path / "lib" / "hire_xform" / "loading.py"))
     assert cli.main(["demo"]) == 2
     assert capsys.readouterr().err == (
-        "hire-xform demo: there is no examples/tiny_lm here or above; run the demo in a checkout of the project\n"
+        f"hire-xform demo: there is no examples/tiny_lm in {folder}, above it or in {tmp_path / 'lib'}; run the demo "
+        "in a checkout of the project\n"
     )
+
+
+def test_demo_is_found_from_below_a_checkout(tmp_path, monkeypatch, capsys):
+    """And without one above, beside the package, as of an editable installation."""
+    examples = tmp_path / "tree" / "examples"
+    (examples / "tiny_lm").mkdir(parents=True)
+    (examples / "tiny_lm" / "model.py").touch()
+    (examples / "demo.py").write_text("def run(**options): print(sorted(options), options['half'])")
+    (tmp_path / "elsewhere").mkdir()
+    for here, package in ((examples / "tiny_lm", tmp_path / "lib"), (tmp_path / "elsewhere", tmp_path / "tree")):
+        monkeypatch.chdir(here)
+        monkeypatch.setattr(loading, "__file__", str(package / "hire_xform" / "loading.py"))
+        assert cli.main(["demo", "--half", "second"]) == 0
+        assert capsys.readouterr().out == "['assets', 'half', 'positions', 'tokens'] second\n"
+
+
+def test_a_file_finds_its_neighbours_where_the_current_folder_is_importable(tmp_path, monkeypatch, capsys):
+    (tmp_path / "neighbour_of_step.py").write_text("def inputs(): return (1.0,)")
+    (tmp_path / "step_of_file.py").write_text("from neighbour_of_step import inputs\ndef fun(x): return x + 1")
+    monkeypatch.setattr(sys, "path", ["", *sys.path])
+    target = tmp_path / "step_of_file.py"
+    assert cli.main(["explain", f"{target}:fun", "--inputs", f"{target}:inputs"]) == 0, capsys.readouterr().err
 
 
 def test_demo_without_weights_names_what_is_missing(tmp_path, monkeypatch, capsys):

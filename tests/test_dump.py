@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from goldens import small
+from observe import observe
 
 import hire_xform as hx
 from hire_xform.dump.dump import FORMATS, SHOWS, dump
 from hire_xform.dump.text import short_source
-from hire_xform.observe import observe
 
 GOLDENS = Path(__file__).parent / "goldens"
 FORCE = hx.Config(rules=(hx.Rule("*", force=True, vocab=hx.Vocab(candidates=16)),), ffn=hx.Ffn(active=0.25))

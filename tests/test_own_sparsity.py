@@ -7,10 +7,10 @@ import pytest
 from checks import FORCE, assert_same, full_width, kinds, narrow, primitives_of, tolerance
 from jax import lax
 from jax.extend.core import primitives as prims
+from observe import observe
 
 import hire_xform as hx
 from hire_xform.lowering.primitives.da_top_k import da_top_k_p
-from hire_xform.observe import observe
 
 D, M, K, Z = 16, 96, 6, 1.2815516
 

@@ -1,12 +1,9 @@
-"""``hire-xform demo``: the bundled model decoded dense and sparse, then time at a size where bytes are what counts."""
+"""What ``hire-xform demo`` runs: the bundled model dense and sparse, then time at a size where bytes count."""
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import json
 import statistics
-import sys
 import textwrap
 import time
 from collections.abc import Callable
@@ -17,6 +14,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tiny_lm
+from observe import observe
 from rich.console import Console
 from rich.rule import Rule as Line
 from rich.table import Table
@@ -26,11 +25,11 @@ from hire_xform.api import sparsify
 from hire_xform.call.stages import Traced
 from hire_xform.config import Config, Rule, approximate, lossless
 from hire_xform.explain import size
-from hire_xform.loading import LoadError
+from hire_xform.loading import LoadError, load
 from hire_xform.lowering.primitives.da_top_k import da_top_k_p
-from hire_xform.observe import observe
 from hire_xform.passes.match.matches import FfnMatch
 
+EXAMPLES = Path(__file__).resolve().parent
 # The best logits of the dense step that the predictor should have among its candidates.
 _TOP = 8
 # Steps before timing counts.
@@ -41,7 +40,6 @@ _WARMUP = 5
 class Model:
     """The bundled model and what goes with it."""
 
-    code: Any
     params: Any
     tokenizer: Any
     prompt: str
@@ -56,34 +54,20 @@ def run(*, tokens: int = 300, positions: int = 1536, assets: Path | None = None,
     Args:
       tokens: tokens to decode greedily.
       positions: held-out positions at which dense and sparse are compared.
-      assets: folder of the weights; None takes ``examples/tiny_lm`` of the checkout.
+      assets: folder of the weights; None takes ``examples/tiny_lm``.
       half: "first", "second" or "both".
 
     Raises:
-      LoadError: the checkout or its files are not there.
+      LoadError: a file or the tokenizers package is missing.
     """
-    examples = find_examples()
     console = Console(highlight=False)
     if half in ("both", "first"):
-        _small(console, load_model(examples, assets or examples / "tiny_lm"), tokens, positions)
+        _small(console, load_model(assets or EXAMPLES / "tiny_lm"), tokens, positions)
     if half in ("both", "second"):
-        _large(console, examples.parent / "benchmarks" / "billion.py")
+        _large(console, EXAMPLES.parent / "benchmarks" / "billion.py")
 
 
-def find_examples() -> Path:
-    """The checkout's ``examples``: in the current folder or one above it, or beside an editable installation.
-
-    Raises:
-      LoadError: there is none.
-    """
-    here = Path.cwd()
-    for folder in (here, *here.parents, Path(__file__).resolve().parents[1]):
-        if (folder / "examples" / "tiny_lm" / "model.py").is_file():
-            return folder / "examples"
-    raise LoadError("there is no examples/tiny_lm here or above; run the demo in a checkout of the project")
-
-
-def load_model(examples: Path, assets: Path) -> Model:
+def load_model(assets: Path) -> Model:
     """Loads the bundled model.
 
     Raises:
@@ -94,16 +78,12 @@ def load_model(examples: Path, assets: Path) -> Model:
     if missing:
         raise LoadError(f"{assets} lacks {', '.join(missing)}; examples/train_tiny_lm.py writes them")
     try:
-        tokenizers = importlib.import_module("tokenizers")
+        import tokenizers
     except ImportError:
         raise LoadError("the demo needs the package tokenizers; install hire-xform[examples]") from None
-    if str(examples) not in sys.path:
-        sys.path.insert(0, str(examples))
-    code = importlib.import_module("tiny_lm")
-    params = code.load(assets / "weights.safetensors")
+    params = tiny_lm.load(assets / "weights.safetensors")
     record = json.loads((assets / "training.json").read_text(encoding="utf-8"))
     return Model(
-        code=code,
         params=params,
         tokenizer=tokenizers.Tokenizer.from_file(str(assets / "tokenizer.json")),
         prompt=(assets / "prompt.txt").read_text(encoding="utf-8"),
@@ -123,16 +103,16 @@ def _small(console: Console, model: Model, tokens: int, positions: int) -> None:
     if tokens < 1:
         raise LoadError(f"the prompt takes all of the {model.context} tokens of context")
     token = jax.ShapeDtypeStruct((1,), jnp.int32)
-    cache = model.code.init_cache(model.code.config_of(model.params), 1, model.context)
+    cache = tiny_lm.init_cache(tiny_lm.config_of(model.params), 1, model.context)
     step, traced, forced = _sparse_step(model, cache, token, approximate)
     proved, proved_traced, _ = _sparse_step(model, cache, token, lossless)
     with console.status("packing the weights"):
         packed = jax.block_until_ready(traced.pack(model.params))
         proving = jax.block_until_ready(proved_traced.pack(model.params))
     with console.status("decoding"):
-        logits, cache = jax.jit(model.code.prefill)(model.params, cache, prompt)
+        logits, cache = jax.jit(tiny_lm.prefill)(model.params, cache, prompt)
         first = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-        dense_step = jax.jit(model.code.decode_step, donate_argnums=1)
+        dense_step = jax.jit(tiny_lm.decode_step, donate_argnums=1)
         dense = _decode(dense_step, model.params, cache, first, tokens)
         lossless_run = _decode(proved, proving, cache, first, tokens)
         sparse = _decode(step, packed, cache, first, tokens)
@@ -157,10 +137,10 @@ def _small(console: Console, model: Model, tokens: int, positions: int) -> None:
 
 def _sparse_step(model: Model, cache: Any, token: Any, settings: Callable[..., Config]) -> tuple[Any, Traced, bool]:
     """The sparsified step, its trace, and whether sites had to be forced."""
-    plain = sparsify(model.code.decode_step, config=settings(), donate_argnums=1)
+    plain = sparsify(tiny_lm.decode_step, config=settings(), donate_argnums=1)
     traced = plain.trace(model.params, cache, token)
     config = settings(rules=(Rule("*", force=True),))
-    step = sparsify(model.code.decode_step, config=config, donate_argnums=1)
+    step = sparsify(tiny_lm.decode_step, config=config, donate_argnums=1)
     every = step.trace(model.params, cache, token)
     if len(every.plan.sites) == len(traced.plan.sites):
         return plain, traced, False
@@ -212,7 +192,7 @@ def _compare(model: Model, traced: Traced, packed: Any, positions: int) -> Compa
     count = min(max(1, round(positions / model.context)), (len(model.heldout) - 1) // model.context)
     length = min(model.context, positions)
     windows = np.stack([model.heldout[i * length : (i + 1) * length + 1] for i in range(count)])
-    empty = model.code.init_cache(model.code.config_of(model.params), 1, model.context)
+    empty = tiny_lm.init_cache(tiny_lm.config_of(model.params), 1, model.context)
     ffns = [d.match for d in traced.plan.decisions if isinstance(d.match, FfnMatch)]
     kinds = [site.kind for site in traced.plan.sites]
     downs = {match.node.path: match.down.weight_left for match in ffns}
@@ -340,13 +320,7 @@ def _large(console: Console, path: Path) -> None:
     if not path.is_file():
         _say(console, f"The second half is left out: there is no {path.name} in the checkout's benchmarks.")
         return
-    spec = importlib.util.spec_from_file_location("hire_xform_benchmark_billion", path)
-    assert spec is not None
-    assert spec.loader is not None
-    billion = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = billion
-    spec.loader.exec_module(billion)
-    billion.run(console, quick=True)
+    load(f"{path}:run")(console, quick=True)
 
 
 def _say(console: Console, text: str) -> None:
