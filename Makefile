@@ -8,7 +8,7 @@ PYTEST_ARGS ?=
 # What is installed here runs on the CPU; the TPU's compiler, beside it for the tests, would otherwise look for a TPU.
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: demo test fast tpu random lint typecheck bench models quality wheel clean
+.PHONY: demo test fast tpu random lint typecheck bench models quality docs wheel clean
 
 # One stamp a set of extras: installing again only when pyproject.toml changed.
 $(VENV)/.created:
@@ -82,8 +82,17 @@ $(VENV)/.plots: $(VENV)/.created pyproject.toml
 quality: $(VENV)/.plots
 	$(BIN)/python benchmarks/quality.py
 
+$(VENV)/.docs: $(VENV)/.created pyproject.toml
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	touch $@
+
+# The documentation site; a warning is an error.
+docs: $(VENV)/.docs
+	$(BIN)/mkdocs build --quiet --strict
+
+# A source distribution, and a wheel made of it.
 wheel: $(VENV)/.dev
-	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+	$(BIN)/python -m build --outdir dist
 
 clean:
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
