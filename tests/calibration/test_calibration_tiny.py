@@ -21,7 +21,7 @@ from hire_xform.observe import observe
 
 @functools.cache
 def tiny():
-    examples = Path(__file__).resolve().parents[1] / "examples"
+    examples = Path(__file__).resolve().parents[2] / "examples"
     sys.path.insert(0, str(examples))
     tiny_lm = importlib.import_module("tiny_lm")
     params = tiny_lm.load(examples / "tiny_lm" / "weights.safetensors")

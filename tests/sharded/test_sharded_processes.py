@@ -55,10 +55,10 @@ def test_four_processes_with_their_own_shards(types):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
     children = [
         subprocess.Popen(
             [sys.executable, "-c", f"import test_sharded_processes as t; t.child({i}, {port}, {types!r})"],
-            cwd=os.path.dirname(__file__),
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

@@ -11,10 +11,10 @@ from checks import named
 
 import hire_xform as hx
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 from tiny_lm import model as lm
 
-EXAMPLES = Path(__file__).parents[1] / "examples" / "tiny_lm"
+EXAMPLES = Path(__file__).parents[2] / "examples" / "tiny_lm"
 POSITIONS = 192
 
 

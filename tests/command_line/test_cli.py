@@ -11,8 +11,8 @@ import pytest
 
 from hire_xform import cli
 
-TESTS = Path(__file__).parent
-SMALL = str(TESTS / "goldens" / "small.py")
+ROOT = Path(__file__).parents[2]
+SMALL = str(ROOT / "tests" / "goldens" / "small.py")
 STEP, INPUTS = f"{SMALL}:decode_step", f"{SMALL}:inputs"
 
 USER = """
@@ -288,14 +288,14 @@ def test_demo_outside_a_checkout_says_so(tmp_path, monkeypatch, capsys):
 
 
 def test_demo_without_weights_names_what_is_missing(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(TESTS.parent)
+    monkeypatch.chdir(ROOT)
     assert cli.main(["demo", "--assets", str(tmp_path)]) == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1
     assert "lacks weights.safetensors" in err
 
 
-def run(*arguments, folder=TESTS.parent):
+def run(*arguments, folder=ROOT):
     program = [sys.executable, "-m", "hire_xform.cli", *arguments]
     return subprocess.run(program, capture_output=True, text=True, cwd=folder, timeout=300, check=False)
 
@@ -329,9 +329,7 @@ def test_flags_of_jax_take_effect(tmp_path):
 
 def test_reader_that_closes_early_is_no_error():
     command = f"{sys.executable} -m hire_xform.cli dump {STEP} --inputs {INPUTS} --force --format json | head -c 10"
-    done = subprocess.run(
-        command, shell=True, capture_output=True, text=True, cwd=TESTS.parent, timeout=300, check=False
-    )
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, cwd=ROOT, timeout=300, check=False)
     assert done.stderr == ""
     assert done.stdout == '{\n "functi'
 
@@ -339,7 +337,7 @@ def test_reader_that_closes_early_is_no_error():
 @pytest.mark.slow
 def test_demo_compares_dense_and_sparse(monkeypatch, capsys):
     pytest.importorskip("tokenizers")
-    monkeypatch.chdir(TESTS.parent)
+    monkeypatch.chdir(ROOT)
     assert cli.main(["demo", "--tokens", "8", "--positions", "32", "--half", "first"]) == 0
     out = capsys.readouterr().out
     for part in (

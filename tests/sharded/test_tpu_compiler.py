@@ -80,7 +80,7 @@ def on(mesh, shape, *spec, dtype=jnp.float32):
 
 
 def placed(mesh, count=TOKENS):
-    """The weights and tokens of tests/test_sharded.py, as shapes on a mesh."""
+    """The weights and tokens of tests/sharded/test_sharded.py, as shapes on a mesh."""
     w = {name: on(mesh, a.shape, *SPECS[name]) for name, a in jax.eval_shape(weights).items()}
     return w, on(mesh, (count, D), "data" if "data" in mesh.axis_names else None)
 

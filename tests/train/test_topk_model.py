@@ -11,7 +11,7 @@ import pytest
 
 import hire_xform as hx
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 sys.path.insert(0, str(EXAMPLES))
 import finetune_tiny_lm as fine  # noqa: E402
 from tiny_lm import model as lm  # noqa: E402

@@ -17,7 +17,7 @@ from hire_xform.dump.dump import FORMATS, SHOWS, dump
 from hire_xform.dump.text import short_source
 from hire_xform.observe import observe
 
-GOLDENS = Path(__file__).parent / "goldens"
+GOLDENS = Path(__file__).parents[1] / "goldens"
 FORCE = hx.Config(rules=(hx.Rule("*", force=True, vocab=hx.Vocab(candidates=16)),), ffn=hx.Ffn(active=0.25))
 VOID = {"meta", "link", "br", "img", "input", "hr"}
 
