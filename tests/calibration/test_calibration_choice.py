@@ -13,6 +13,8 @@ from checks import FORCE, assert_same, named
 
 import hire_xform as hx
 
+pytestmark = pytest.mark.any_jax("what is chosen of what was measured; test_calibration.py measures on every JAX")
+
 SEVERAL = [hx.Quantized(4), hx.LowRank(0.25, bits=8), hx.Projected(0.5, bits=8), hx.Quantized(8)]
 
 

@@ -18,6 +18,8 @@ from safetensors.numpy import save
 import hire_xform as hx
 from hire_xform.calibration.calibration_file import checksum
 
+pytestmark = pytest.mark.any_jax("files and their checks")
+
 
 @pytest.fixture(scope="module")
 def made():

@@ -10,6 +10,8 @@ from jax import lax
 
 import hire_xform as hx
 
+pytestmark = pytest.mark.any_jax("what is chosen of what was measured; test_calibration.py measures on every JAX")
+
 D, M, V = models.D, models.M, models.V
 FORCED = hx.Config(rules=named(hx.Vocab()))
 SEVERAL = [hx.Quantized(4), hx.LowRank(0.25, bits=8), hx.Quantized(8)]

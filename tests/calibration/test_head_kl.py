@@ -11,6 +11,8 @@ from checks import FORCE, named
 
 import hire_xform as hx
 
+pytestmark = pytest.mark.any_jax("what is chosen of what was measured; test_calibration.py measures on every JAX")
+
 D, V, TOKENS = 16, 300, 40
 # The same whatever it is fitted to, so that what was measured is what the sparse function does on the same tokens.
 COARSE, FINE = hx.Quantized(4), hx.Quantized(8)

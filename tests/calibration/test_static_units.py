@@ -9,6 +9,8 @@ from jax import lax
 
 import hire_xform as hx
 
+pytestmark = pytest.mark.any_jax("cases vary the predictor and how many units there are", every=2)
+
 D, M, HOT = 16, 128, 24
 CONFIG = hx.Config(vocab=None, rules=FORCE)
 

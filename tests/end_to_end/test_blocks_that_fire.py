@@ -13,6 +13,10 @@ from jax import lax
 
 import hire_xform as hx
 
+pytestmark = pytest.mark.any_jax(
+    "cases vary how often units fire, which is counted after JAX has done its part", every=3
+)
+
 D, M = 32, 96
 SHARES = (0.05, 0.25, 0.5, 0.9)
 relu = jax.nn.relu

@@ -10,6 +10,8 @@ from jax import lax
 
 import hire_xform as hx
 
+pytestmark = pytest.mark.any_jax("cases vary numbers and dtypes that are proved, one program each kind", every=3)
+
 D, M = 24, 96
 
 

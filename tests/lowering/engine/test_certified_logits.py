@@ -14,6 +14,8 @@ from hire_xform.lowering.predict.predictors import LowRank, Projected, Quantized
 from hire_xform.lowering.prove.bounds import norm, product_error
 from hire_xform.lowering.prove.proofs import pack_proof, scores_with_bounds
 
+pytestmark = pytest.mark.any_jax("cases vary numbers, dtypes and predictors of arithmetic that is our own", every=4)
+
 V, D = 300, 48
 SPECS = [
     Quantized(8),

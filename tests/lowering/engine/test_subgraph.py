@@ -11,6 +11,8 @@ from hire_xform.lowering.engine.subgraph import UpProduct, ffn, ffn_bytes, vocab
 from hire_xform.lowering.predict import predictors
 from hire_xform.lowering.predict.predictors import LowRank, Quantized, predict_scores, predictor_bytes
 
+pytestmark = pytest.mark.any_jax("cases vary numbers, dtypes and predictors of arithmetic that is our own", every=4)
+
 Q8 = Quantized(8)
 # All directions kept in f32: predictions are the products themselves, up to rounding.
 EXACT = LowRank(1.0)

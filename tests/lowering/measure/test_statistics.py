@@ -8,6 +8,8 @@ from scipy.special import logsumexp
 
 from hire_xform.lowering.measure.statistics import KL_SIZES, vocab_ranks
 
+pytestmark = pytest.mark.any_jax("cases vary numbers, dtypes and predictors of arithmetic that is our own", every=5)
+
 TOKENS = 5
 
 

@@ -8,6 +8,8 @@ from hire_xform.lowering.predict.predictors import LowRank, Projected, Quantized
 from hire_xform.lowering.predict.quantized import pack_nibbles, quantize, quantize_clipped, unpack_nibbles
 from hire_xform.lowering.primitives.da_top_k import da_top_k
 
+pytestmark = pytest.mark.any_jax("cases vary numbers, dtypes and predictors of arithmetic that is our own", every=4)
+
 pack_predictor = jax.jit(predictors.pack_predictor, static_argnums=1)
 predict_scores = jax.jit(predictors.predict_scores, static_argnums=(2, 3))
 

@@ -11,6 +11,8 @@ from jax import lax
 import hire_xform as hx
 from hire_xform.passes.weights.recipe import represents
 
+pytestmark = pytest.mark.any_jax("cases vary dtypes and predictors of one program", every=4)
+
 D, M, V, LAYERS = 32, 64, 96, 2
 # The dtype of the leaves, those it is converted to, one after the other, and the one that rows are packed in.
 WAYS = {
