@@ -24,8 +24,12 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["HIRE_CPU"] = "avx512_vnni"
 
 
-# Traces make many objects that live on and few cycles: look for those a fifth as often.
+# Traces make many objects that live on and few cycles: those are looked for less often.
 gc.set_threshold(10_000, 20, 20)
+
+
+# Of a test: its place among the cases of its function.
+_NUMBER = pytest.StashKey[int]()
 
 
 def pytest_addoption(parser) -> None:
@@ -43,18 +47,29 @@ def _every(why: str, every: int | None = None) -> int | None:
 
 def pytest_collection_modifyitems(config, items) -> None:
     """Leaves out, with ``--other-jax``, what ``any_jax`` marks; of ``every=n``, all but the first of every n cases."""
-    if not config.getoption("--other-jax"):
-        return
     seen: Counter[str] = Counter()
     kept, left_out = [], []
     for item in items:
-        mark = item.get_closest_marker("any_jax")
-        number = seen[function := item.nodeid.split("[")[0]]
+        function = item.nodeid.split("[")[0]
+        item.stash[_NUMBER] = number = seen[function]
         seen[function] += 1
+        mark = item.get_closest_marker("any_jax")
         every = 1 if mark is None else _every(*mark.args, **mark.kwargs)
         (left_out if every is None or number % every else kept).append(item)
+    if not config.getoption("--other-jax"):
+        return
     items[:] = kept
     config.hook.pytest_deselected(items=left_out)
+
+
+@pytest.fixture
+def evaluated(request) -> bool:
+    """Whether a case compiles and runs what it finds: on a further version of JAX every third.
+
+    What is found hangs on the jaxpr, which each version spells in its own way. What is spliced in then is the same
+    subgraph, whatever the spelling was.
+    """
+    return not request.config.getoption("--other-jax") or request.node.stash[_NUMBER] % 3 == 0
 
 
 @pytest.fixture(autouse=True, scope="module")

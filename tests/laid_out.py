@@ -5,7 +5,8 @@ from functools import cached_property
 
 import jax
 
-from hire_xform.passes.ir.graph import Graph, Node, walk
+from hire_xform.passes.ir import compat
+from hire_xform.passes.ir.graph import Graph, Node, Value, walk
 from hire_xform.passes.weights.products import Loose, Product, find_products
 from hire_xform.passes.weights.provenance import Origin, Provenance
 from hire_xform.passes.weights.recipe import Root
@@ -41,6 +42,17 @@ class LaidOut:
     def output(self):
         """The first value that the program returns."""
         return self.graph.top.outputs[0]
+
+    def value(self, operand, args):
+        """What an operand is where the program is called with these arrays."""
+        if not isinstance(operand, Value):
+            return operand.val
+        if operand.const is not None:
+            return operand.const
+        if operand.node is None:
+            return dict(zip(self.graph.top.inputs, args, strict=True))[operand]
+        made = compat.bind(operand.node.eqn, [self.value(o, args) for o in operand.node.inputs])
+        return made[operand.node.outputs.index(operand)]
 
     @property
     def origin(self) -> Origin | None:

@@ -19,7 +19,7 @@ from hire_xform.calibration.site_calibration import SiteCalibration
 from hire_xform.files import write_whole
 from hire_xform.lowering.predict.predictors import LowRank, PredictorSpec, Projected, Quantized
 
-FORMAT, VERSION = "hire_xform.calibration.calibration", 6
+FORMAT, VERSION = "hire_xform.calibration", 6
 _SPECS: dict[str, Any] = {spec.__name__: spec for spec in (Quantized, LowRank, Projected)}
 _TEXTS = (
     *("kind", "path", "width", "units", "group_size", "criterion"),

@@ -51,6 +51,17 @@ def in_threads(work, count=THREADS):
         raise errors[0]
 
 
+def take_turns(step, weights, want, turns):
+    """Each thread calls ``step`` with one after the other of some weights, each starting elsewhere."""
+
+    def work(number):
+        for turn in range(turns):
+            one = (number + turn) % len(weights)
+            assert_same(step(weights[one], inputs()), want[one])
+
+    in_threads(work)
+
+
 def as_jax(weights):
     return weights
 
@@ -101,12 +112,7 @@ def test_weights_of_several_sizes_at_once():
     models = [make_weights(0, m=m) for m in (32, 48)]
     want = [net(model, inputs()) for model in models]
 
-    def work(number):
-        for turn in range(6):
-            one = (number + turn) % 2
-            assert_same(step(models[one], inputs()), want[one])
-
-    in_threads(work)
+    take_turns(step, models, want, 6)
 
 
 def test_threads_pack_the_same_weights_once(packs):
@@ -151,12 +157,7 @@ def test_packed_weights_in_threads():
     packed = [step.trace(model, inputs()).pack(model) for model in models]
     want = [net(model, inputs()) for model in models]
 
-    def work(number):
-        for turn in range(8):
-            one = (number + turn) % 4
-            assert_same(step(packed[one], inputs()), want[one])
-
-    in_threads(work)
+    take_turns(step, packed, want, 8)
 
 
 def test_a_trace_under_jit_in_threads():

@@ -98,6 +98,7 @@ def test_half_precision_logits(dtype):
         np.testing.assert_array_equal(logits.argmax(-1), jax.jit(models.unrolled)(params, *rest)[0].argmax(-1))
 
 
+@pytest.mark.any_jax("cases vary sizes, dtypes and predictors of one proof", every=4)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["f32", "bf16"])
 @pytest.mark.parametrize("spec", [hx.Projected(0.5, bits=8), hx.LowRank(0.75, bits=4)], ids=str)
 def test_a_predictor_fitted_to_the_inputs(spec, dtype):
@@ -167,6 +168,7 @@ def goal_step(goal, fill="-inf", candidates=128, **vocab):
     return jax.jit(fun), hx.sparsify(fun, config=config)
 
 
+@pytest.mark.any_jax("cases vary sizes, dtypes and predictors of one proof", every=4)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["f32", "bf16"])
 @pytest.mark.parametrize("k", [1, 8, 40])
 def test_a_certified_set_of_the_largest_is_the_dense_one(k, dtype):

@@ -26,6 +26,7 @@ def test_a_view_takes_one_matrix_and_its_rows_where_they_lie():
 def test_out_of_range_is_the_nearest_or_nan(index, taken):
     near = PackedView(ARRAY).at(index)
     np.testing.assert_array_equal(near.whole(), ARRAY[taken])
+    assert near.at(0).rows()[1] == 12 * taken
     assert near.filled(jnp.ones(2)).tolist() == [1, 1]
     filled = PackedView(ARRAY).at(index, fills=True).at(0, fills=True)
     assert bool(jnp.isnan(filled.filled(jnp.ones(2))).all()) is (index != taken)
