@@ -263,23 +263,35 @@ def has_whole_groups_on_each_device(case: Case) -> str | None:
     return f"group_size={case.group_size} does not divide the {here} hidden units of each device"
 
 
-CHECKS: tuple[Check, ...] = (
-    is_wanted,
-    is_known_for_logits,
-    has_a_predictor,
-    is_executed,
-    has_float_weights,
-    leaves_zeros,
-    has_few_tokens,
-    is_placed,
-    has_whole_groups,
-    has_a_size,
-    chooses_on_one_device,
-    has_whole_groups_on_each_device,
-    can_be_certified,
-    has_provable_readers,
-    has_enough_candidates,
-)
+# By the kind of a match, in order.
+CHECKS: dict[str, tuple[Check, ...]] = {
+    "ffn": (
+        is_wanted,
+        has_a_predictor,
+        is_executed,
+        has_float_weights,
+        leaves_zeros,
+        has_few_tokens,
+        is_placed,
+        has_whole_groups,
+        has_a_size,
+        chooses_on_one_device,
+        has_whole_groups_on_each_device,
+        can_be_certified,
+    ),
+    "vocab": (
+        is_wanted,
+        is_known_for_logits,
+        has_a_predictor,
+        is_executed,
+        has_float_weights,
+        has_few_tokens,
+        is_placed,
+        can_be_certified,
+        has_provable_readers,
+        has_enough_candidates,
+    ),
+}
 
 
 def _smallest(match: VocabMatch) -> str:

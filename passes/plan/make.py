@@ -80,7 +80,7 @@ def _decide(case: Case, why: Why) -> Decision | str:
         if told:
             why.write(path, f"{case.kind} {check}", outcome)
 
-    for check in CHECKS:
+    for check in CHECKS[case.kind]:
         reason = check(case)
         tell(check.__name__.replace("_", " "), reason or "yes")
         if reason:
