@@ -51,7 +51,7 @@ REASONS = {
     "argument": (lambda p, x: x @ p["square"], "made of what enters the program", 1),
     "residual_stream": (
         residual,
-        "a residual stream leads to it, not an activation: what it contracts is also read",
+        "through sums only, as on a residual stream, and what it contracts is also read by add at ",
         1,
     ),
     "normed_by_a_sum": (
