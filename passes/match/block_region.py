@@ -17,13 +17,13 @@ from hire_xform.passes.ir.axes import (
     Dim,
     Layout,
     UnsupportedLayoutError,
-    moves_only,
-    operand_layout,
+    operand_layouts,
     spaces,
     whole,
 )
+from hire_xform.passes.ir.axis_rules import is_pointwise, moves_only
 from hire_xform.passes.ir.graph import Node, Operand, Value
-from hire_xform.passes.ir.pointwise import HINTS, is_pointwise, known_number, leaves_zeros, literal_number
+from hire_xform.passes.ir.pointwise import HINTS, known_number, leaves_zeros, literal_number
 from hire_xform.passes.match.probe import ENOUGH_ZEROS, Probe, own_sparsity
 from hire_xform.passes.match.region import Apply, Grouped, Kept, Kth, Number, Place, Region, Side, Total, Up
 from hire_xform.passes.match.sums import NoPolynomialError, product_summed
@@ -172,13 +172,15 @@ class _Builder:
             operand = node.inputs[0]
             if not isinstance(operand, Value):
                 return self.side(value, layout, literal_number(operand))
-            return self.through(node, value, layout, operand, operand_layout(node, node.outputs.index(value), layout))
+            return self.through(
+                node, value, layout, operand, operand_layouts(node, node.outputs.index(value), layout)[0]
+            )
         if node.primitive is compat.OPTIMIZATION_BARRIER:
             return self.through(node, value, layout, node.inputs[node.outputs.index(value)], layout)
         if not is_pointwise(node):
             return self.side(value, layout)
         mark = len(self.region.exprs)
-        operands = tuple(self.expand(o, _stretched(o, value, layout)) for o in node.inputs)
+        operands = tuple(map(self.expand, node.inputs, operand_layouts(node, 0, layout)))
         depends = [self.depends[o] for o in operands]
         if not any(depends):
             # Nothing below hangs on the products: the value itself is what comes from outside.
@@ -357,14 +359,6 @@ class _Builder:
         for things in (self.region.exprs, self.region.varies, self.depends, self.zero, self.number):
             del things[mark:]
         self.memo = {key: number for key, number in self.memo.items() if number < mark}
-
-
-def _stretched(operand: Operand, result: Value, layout: Layout) -> Layout:
-    """Layout of a pointwise equation's operand: a scalar's is empty; axes of length one carry nothing if stretched."""
-    if not isinstance(operand, Value) or not operand.shape:
-        return ()
-    sizes = zip(operand.shape, result.shape, layout, strict=True)
-    return tuple(Dim((), 1) if have == 1 and want != 1 else dim for have, want, dim in sizes)
 
 
 def _units(layout: Layout) -> int:

@@ -16,9 +16,9 @@ from typing import Literal
 from jax.extend.core import primitives as prims
 
 from hire_xform.passes.ir import compat
-from hire_xform.passes.ir.axes import moves_only
+from hire_xform.passes.ir.axis_rules import is_pointwise, moves_only
 from hire_xform.passes.ir.graph import Graph, Node, Operand, Value, carry_of
-from hire_xform.passes.ir.pointwise import is_pointwise, known_number
+from hire_xform.passes.ir.pointwise import known_number
 from hire_xform.passes.match.output_axis import Fate
 from hire_xform.passes.match.top_k import top_k_of
 from hire_xform.passes.weights.products import Product
