@@ -132,18 +132,15 @@ def _each(eqn: Eqn) -> list[Link]:
 
 POINTWISE: AxisRule = Rule(_each, Kind.POINTWISE)
 
-_POINTWISE_NAMES = (
+_POINTWISE = compat.primitives_named(
     "abs add add_jaxvals acos acosh and asin asinh atan atan2 atanh bessel_i0e bessel_i1e bitcast_convert_type cbrt "
     "ceil clamp convert_element_type copy cos cosh digamma div eq erf erf_inv erfc exp exp2 expm1 floor ge gt "
     "integer_pow is_finite le lgamma log log1p logistic lt max min mul name ne neg nextafter not or pow real "
     "reduce_precision rem round rsqrt select_n sharding_constraint shift_left shift_right_arithmetic "
     "shift_right_logical sign sin sinh sqrt square stop_gradient sub tan tanh xor"
 )
-for _name in _POINTWISE_NAMES.split():
-    if (_primitive := compat.public_primitive(f"{_name}_p")) is not None:
-        register_axis_rule(_primitive, POINTWISE)
-register_axis_rule(compat.PVARY, POINTWISE)
-register_axis_rule(compat.RESHARD, POINTWISE)
+for _primitive in (*_POINTWISE, compat.PVARY, compat.RESHARD):
+    register_axis_rule(_primitive, POINTWISE)
 
 Links = Callable[[Eqn], Sequence[Link]]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 from jax.extend.core import primitives as prims
@@ -106,34 +105,7 @@ def leaves_zeros(
 
 COMPARES = frozenset({prims.gt_p, prims.ge_p, prims.lt_p, prims.le_p})
 
-_ZERO_TO_ZERO: frozenset[Any] = frozenset({compat.PVARY, compat.RESHARD}) | frozenset(
-    compat.public_primitive(f"{name}_p")
-    for name in [
-        "abs",
-        "cbrt",
-        "ceil",
-        "convert_element_type",
-        "copy",
-        "erf",
-        "expm1",
-        "floor",
-        "log1p",
-        "name",
-        "neg",
-        "real",
-        "reduce_precision",
-        "round",
-        "sharding_constraint",
-        "sign",
-        "sin",
-        "sinh",
-        "sqrt",
-        "square",
-        "stop_gradient",
-        "tan",
-        "tanh",
-        "asin",
-        "asinh",
-        "atan",
-    ]
+_ZERO_TO_ZERO = {compat.PVARY, compat.RESHARD} | compat.primitives_named(
+    "abs cbrt ceil convert_element_type copy erf expm1 floor log1p name neg real reduce_precision round "
+    "sharding_constraint sign sin sinh sqrt square stop_gradient tan tanh asin asinh atan"
 )

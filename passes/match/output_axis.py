@@ -52,29 +52,28 @@ def follow(product: Product, narrow: bool) -> Fate:
     """Follows the output axis of a product through the program, up to ``MAX_STEPS`` equations, fewer if ``narrow``."""
     limit = MAX_STEPS_NARROW if narrow else MAX_STEPS
     fate = Fate(narrow)
-    start = frozenset(product.out_w_dims)
-    queue: deque[tuple[Value, frozenset[int]]] = deque([(product.out, start)])
-    fate.axes[product.out] = start
+    queue: deque[Value] = deque()
+
+    def arrive(results: list[tuple[Value, frozenset[int]]], drawn: bool) -> None:
+        for result, dims in results:
+            if dims and result not in fate.axes:
+                fate.axes[result] = dims
+                queue.append(result)
+                if drawn:
+                    fate.drawn.add(result)
+
+    arrive([(product.out, frozenset(product.out_w_dims))], False)
     steps = 0
     while queue:
-        value, dims = queue.popleft()
-        for result, result_dims in _outwards(value, dims, fate):
-            if result not in fate.axes:
-                fate.axes[result] = result_dims
-                queue.append((result, result_dims))
-                if value in fate.drawn:
-                    fate.drawn.add(result)
+        value = queue.popleft()
+        dims = fate.axes[value]
+        arrive(_outwards(value, dims, fate), value in fate.drawn)
         for node in value.consumers:
             steps += 1
             if steps > limit:
                 fate.events.append(("opaque", node))
                 return fate
-            for result, result_dims in _step(node, value, dims, fate):
-                if result_dims and result not in fate.axes:
-                    fate.axes[result] = result_dims
-                    queue.append((result, result_dims))
-                    if value in fate.drawn:
-                        fate.drawn.add(result)
+            arrive(_step(node, value, dims, fate), value in fate.drawn)
     return fate
 
 

@@ -118,7 +118,7 @@ def placed_rows(sharding: NamedSharding, shape: Sequence[int], recipe: Recipe) -
         if isinstance(step, Stack):
             stacked.append(axes[0])
             axes[0] = ()
-        links, after = step.links(now), step.result_shape(now)
+        links, after = step.axes(now)
         found: list[Names] = [()] * len(after)
         for link in links:
             named = [d for d in link.before if axes[d]]

@@ -33,7 +33,8 @@ def parts_of_rows(recipe: Recipe, refs: Sequence[Ref]) -> int:
             )
             dims, shape = frozenset({ref.dim}), ref.shape
             for step in recipe.steps[own + 1 :]:
-                dims, shape = forwards(step.links(shape), dims), step.result_shape(shape)
+                links, shape = step.axes(shape)
+                dims = forwards(links, dims)
             if 0 in dims:
                 parts *= ref.parts
     return parts

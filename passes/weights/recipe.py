@@ -13,6 +13,8 @@ from jax import lax
 
 from hire_xform.passes.ir.links import How, Link, permuted, regrouped, sliced, straight
 
+Shape = tuple[int, ...]
+
 
 @dataclass(frozen=True)
 class Root:
@@ -42,13 +44,9 @@ class Root:
 class _Step:
     """A step, as far as it leaves axes where they are."""
 
-    def links(self, shape: tuple[int, ...]) -> list[Link]:
-        """Where the axes of an array of this shape go."""
-        return straight(range(len(shape)))
-
-    def result_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape that it makes of one."""
-        return shape
+    def axes(self, shape: Shape) -> tuple[list[Link], Shape]:
+        """Where the axes of an array of some shape go, and the shape that it makes of it."""
+        return straight(range(len(shape))), shape
 
 
 @dataclass(frozen=True)
@@ -57,13 +55,9 @@ class Transpose(_Step):
 
     perm: tuple[int, ...]
 
-    def links(self, shape: tuple[int, ...]) -> list[Link]:
+    def axes(self, shape: Shape) -> tuple[list[Link], Shape]:
         """Where axes go."""
-        return permuted(self.perm)
-
-    def result_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape that it makes."""
-        return tuple(shape[d] for d in self.perm)
+        return permuted(self.perm), tuple(shape[d] for d in self.perm)
 
     def apply(self, x: Any) -> Any:
         """The step on an array."""
@@ -76,13 +70,9 @@ class Reshape(_Step):
 
     shape: tuple[int, ...]
 
-    def links(self, shape: tuple[int, ...]) -> list[Link]:
+    def axes(self, shape: Shape) -> tuple[list[Link], Shape]:
         """Where axes go."""
-        return regrouped(shape, self.shape)
-
-    def result_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape that it makes."""
-        return self.shape
+        return regrouped(shape, self.shape), self.shape
 
     def apply(self, x: Any) -> Any:
         """The step on an array."""
@@ -125,13 +115,9 @@ class Slice(_Step):
         ends = zip(self.start, self.limit, self.strides, strict=True)
         return tuple(-(-(limit - start) // stride) for start, limit, stride in ends)
 
-    def links(self, shape: tuple[int, ...]) -> list[Link]:
+    def axes(self, shape: Shape) -> tuple[list[Link], Shape]:
         """Where axes go."""
-        return sliced(shape, self.shape, self.start, self.strides)
-
-    def result_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape that it makes."""
-        return self.shape
+        return sliced(shape, self.shape, self.start, self.strides), self.shape
 
     def apply(self, x: Any) -> Any:
         """The step on an array."""
@@ -144,13 +130,9 @@ class Stack(_Step):
 
     size: int
 
-    def links(self, shape: tuple[int, ...]) -> list[Link]:
+    def axes(self, shape: Shape) -> tuple[list[Link], Shape]:
         """Where axes go: the first is no longer there."""
-        return [Link((d,), (d - 1,)) for d in range(1, len(shape))]
-
-    def result_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape that it makes."""
-        return shape[1:]
+        return [Link((d,), (d - 1,)) for d in range(1, len(shape))], shape[1:]
 
 
 @dataclass(frozen=True)
@@ -159,9 +141,9 @@ class Cyclic(_Step):
 
     parts: int
 
-    def links(self, shape: tuple[int, ...]) -> list[Link]:
+    def axes(self, shape: Shape) -> tuple[list[Link], Shape]:
         """Where axes go."""
-        return [Link((0,), (0,), How.PLACED, step=0), *straight(range(1, len(shape)))]
+        return [Link((0,), (0,), How.PLACED, step=0), *straight(range(1, len(shape)))], shape
 
     def apply(self, x: Any) -> Any:
         """The step on an array."""
