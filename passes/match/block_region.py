@@ -17,13 +17,13 @@ from hire_xform.passes.ir.axes import (
     Dim,
     Layout,
     UnsupportedLayoutError,
-    moves_only,
-    operand_layout,
+    operand_layouts,
     spaces,
     whole,
 )
+from hire_xform.passes.ir.axis_rules import is_pointwise, moves_only
 from hire_xform.passes.ir.graph import Node, Operand, Value
-from hire_xform.passes.ir.pointwise import HINTS, is_pointwise, known_number, leaves_zeros, literal_number
+from hire_xform.passes.ir.pointwise import HINTS, known_number, leaves_zeros, literal_number
 from hire_xform.passes.match.ends import MAX_EQUATIONS, MIXING, end_of, outlives
 from hire_xform.passes.match.probe import ENOUGH_ZEROS, Probe, Untried, own_sparsity
 from hire_xform.passes.match.region import (
@@ -167,7 +167,7 @@ class _Builder:
             if not isinstance(operand, Value):
                 return self.side(value, layout, literal_number(operand))
             try:
-                before = operand_layout(node, node.outputs.index(value), layout)
+                before = operand_layouts(node, node.outputs.index(value), layout)[0]
             except UnsupportedLayoutError as error:
                 raise _EndsError(Unfollowed(str(error), node)) from error
             return self.through(node, value, layout, operand, before)
@@ -176,7 +176,7 @@ class _Builder:
         if not is_pointwise(node):
             return self.side(value, layout)
         mark = len(self.region.exprs)
-        operands = tuple(self.expand(o, _stretched(o, value, layout)) for o in node.inputs)
+        operands = tuple(map(self.expand, node.inputs, operand_layouts(node, 0, layout)))
         depends = [self.depends[o] for o in operands]
         if not any(depends):
             # Nothing below hangs on the products: the value itself is what comes from outside.
@@ -360,14 +360,6 @@ class _Builder:
         for things in (self.region.exprs, self.region.varies, self.depends, self.zero, self.number):
             del things[mark:]
         self.memo = {key: number for key, number in self.memo.items() if number < mark}
-
-
-def _stretched(operand: Operand, result: Value, layout: Layout) -> Layout:
-    """Layout of a pointwise equation's operand: a scalar's is empty; axes of length one carry nothing if stretched."""
-    if not isinstance(operand, Value) or not operand.shape:
-        return ()
-    sizes = zip(operand.shape, result.shape, layout, strict=True)
-    return tuple(Dim((), 1) if have == 1 and want != 1 else dim for have, want, dim in sizes)
 
 
 def _at(node: Node | None) -> str:
