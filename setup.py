@@ -1,4 +1,4 @@
-"""The native kernels, built where there is a compiler and left out where there is none; all else is in pyproject.toml."""
+"""The native kernels, built where there is a compiler and left out where there is none; pyproject.toml has the rest."""
 
 import importlib.util
 import os
@@ -29,7 +29,14 @@ def extensions() -> list[Extension]:
             sources=sorted(str(path) for path in SOURCES.glob("*.cc")),
             depends=sorted(str(path) for path in SOURCES.glob("*.h")),
             # XLA's headers are not ours to warn of. Sums are added up in the order that is written.
-            extra_compile_args=["-std=c++17", "-O3", "-fvisibility=hidden", "-ffp-contract=off", "-g0", f"-isystem{include}"],
+            extra_compile_args=[
+                "-std=c++17",
+                "-O3",
+                "-fvisibility=hidden",
+                "-ffp-contract=off",
+                "-g0",
+                f"-isystem{include}",
+            ],
             language="c++",
             # A build that fails is told, and leaves the portable form.
             optional=True,
