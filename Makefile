@@ -10,18 +10,21 @@ export JAX_PLATFORMS ?= cpu
 
 .PHONY: demo test fast other tpu random lint typecheck bench models quality docs wheel clean
 
-# One stamp a set of extras: installing again only when pyproject.toml changed.
+# What an installation is made from, besides Python files, which are read where they are.
+BUILT := pyproject.toml setup.py build_backend.py $(wildcard lowering/kernels/cpu/*.cc lowering/kernels/cpu/*.h)
+
+# One stamp a set of extras: installing again only when what is built changed.
 $(VENV)/.created:
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "hire_xform needs Python 3.11 or newer; this is " + sys.version.split()[0])'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	touch $@
 
-$(VENV)/.examples: $(VENV)/.created pyproject.toml
+$(VENV)/.examples: $(VENV)/.created $(BUILT)
 	$(BIN)/python -m pip install --quiet --editable '.[examples]'
 	touch $@
 
-$(VENV)/.test: $(VENV)/.created pyproject.toml
+$(VENV)/.test: $(VENV)/.created $(BUILT)
 	$(BIN)/python -m pip install --quiet --editable '.[examples,test,frameworks]'
 	touch $@
 
@@ -30,7 +33,7 @@ $(VENV)/.tpu: $(VENV)/.test
 	$(BIN)/python -m pip install --quiet --editable '.[examples,test,frameworks,tpu-aot]'
 	touch $@
 
-$(VENV)/.dev: $(VENV)/.created pyproject.toml
+$(VENV)/.dev: $(VENV)/.created $(BUILT)
 	$(BIN)/python -m pip install --quiet --editable '.[examples,test,frameworks,dev]'
 	touch $@
 
@@ -78,7 +81,7 @@ models: $(VENV)/.test
 	PYTHONPATH=tests $(BIN)/python tests/frameworks/table.py > docs/models.md.new
 	mv docs/models.md.new docs/models.md
 
-$(VENV)/.plots: $(VENV)/.created pyproject.toml
+$(VENV)/.plots: $(VENV)/.created $(BUILT)
 	$(BIN)/python -m pip install --quiet --editable '.[examples,plots]'
 	touch $@
 
@@ -86,7 +89,7 @@ $(VENV)/.plots: $(VENV)/.created pyproject.toml
 quality: $(VENV)/.plots
 	$(BIN)/python benchmarks/quality.py
 
-$(VENV)/.docs: $(VENV)/.created pyproject.toml
+$(VENV)/.docs: $(VENV)/.created $(BUILT)
 	$(BIN)/python -m pip install --quiet --editable '.[docs]'
 	touch $@
 

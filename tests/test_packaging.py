@@ -26,7 +26,7 @@ def of_packages() -> dict[str, str]:
         inside = "" if package == "hire_xform" else "hire_xform/"
         for folder, _, names in os.walk(ROOT / package):  # which does not follow links
             for name in names:
-                if not name.endswith(".pyc"):
+                if not name.endswith((".pyc", ".so")):
                     path = (Path(folder) / name).relative_to(ROOT).as_posix()
                     found[path] = inside + path
     return found
@@ -40,12 +40,18 @@ def test_the_files_that_matter_are_among_those_looked_for():
     assert {path.split("/")[0] for path in FILES} == set(PACKAGES)
 
 
-def build(hook: str, tree: Path, into: Path) -> Path:
+def build(hook: str, tree: Path, into: Path, **variables: str) -> Path:
     """What a hook of the build backend (PEP 517) makes of a tree."""
     into.mkdir()
-    program = f"import sys, setuptools.build_meta as backend; print(backend.{hook}(sys.argv[1]), file=sys.stderr)"
+    program = f"import sys; sys.path.insert(0, '.'); import build_backend as backend; backend.{hook}(sys.argv[1])"
     done = subprocess.run(
-        [sys.executable, "-c", program, str(into)], cwd=tree, capture_output=True, text=True, timeout=300, check=False
+        [sys.executable, "-c", program, str(into)],
+        cwd=tree,
+        env={**os.environ, **variables},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     (made,) = into.iterdir()
@@ -62,7 +68,7 @@ def tree(tmp_path_factory) -> Path:
     unwanted = shutil.ignore_patterns("__pycache__")
     for package in (*PACKAGES, "tests"):
         shutil.copytree(ROOT / package, copy / package, symlinks=True, ignore=unwanted)
-    for name in ("pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "setup.py", "build_backend.py", "MANIFEST.in", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, copy / name)
     return copy
 
@@ -78,12 +84,38 @@ def sdist(tree, tmp_path_factory) -> Path:
 
 
 def in_wheel(path: Path) -> list[str]:
+    """What a wheel holds, but for the built library."""
     with zipfile.ZipFile(path) as archive:
-        return sorted(name for name in archive.namelist() if ".dist-info/" not in name)
+        return sorted(name for name in archive.namelist() if ".dist-info/" not in name and name not in LIBRARY)
+
+
+# Built where there is a compiler.
+LIBRARY = {f"hire_xform/lowering/kernels/cpu/_native{sysconfig.get_config_var('EXT_SUFFIX')}"}
 
 
 def test_a_wheel_holds_every_file_of_the_packages_once_and_no_other(wheel):
     assert in_wheel(wheel) == sorted(FILES.values())
+
+
+def test_a_wheel_holds_the_native_kernels_where_there_is_a_compiler_and_is_whole_without(wheel, tree, tmp_path):
+    with zipfile.ZipFile(wheel) as archive:
+        built = LIBRARY & set(archive.namelist())
+    assert bool(built) == (shutil.which("c++") is not None)
+    assert wheel.name.endswith("-any.whl") != bool(built)
+    without = tmp_path / "without"
+    shutil.copytree(tree, without, symlinks=True, ignore=shutil.ignore_patterns("build", "*.so"))
+    made = build("build_wheel", without, tmp_path / "dist", HIRE_BUILD_KERNELS="0")
+    assert made.name.endswith("-py3-none-any.whl")
+    assert in_wheel(made) == in_wheel(wheel)
+
+
+def test_a_compiler_that_fails_leaves_the_portable_forms(tree, tmp_path):
+    broken = tmp_path / "broken"
+    shutil.copytree(tree, broken, symlinks=True, ignore=shutil.ignore_patterns("build", "*.so"))
+    made = build("build_wheel", broken, tmp_path / "dist", CXX="false", CC="false")
+    with zipfile.ZipFile(made) as archive:
+        assert not LIBRARY & set(archive.namelist())
+    assert in_wheel(made) == sorted(FILES.values())
 
 
 def test_an_sdist_holds_every_file_and_makes_the_same_wheel(sdist, wheel, tmp_path):
