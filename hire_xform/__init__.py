@@ -18,6 +18,7 @@ from hire_xform.errors import HireWarning, PackedMismatchError, TracedWeightsErr
 from hire_xform.lowering.predict.predictors import LowRank, Projected, Quantized
 from hire_xform.lowering.prove.goals import Nucleus, TopSet
 from hire_xform.mesh_plan import Device, MeshPlan, MeshRow, ModelShapes, plan_mesh
+from hire_xform.passes.kinds import SiteKind, register_site_kind
 from hire_xform.passes.pack.packed import Packed
 from hire_xform.passes.plan.decisions import Plan, Refusal, Site
 from hire_xform.train.topk_ffn import TopkFfn, TracedTopk, topk_ffn
@@ -44,6 +45,7 @@ __all__ = [
     "Rule",
     "Site",
     "SiteCalibration",
+    "SiteKind",
     "Sparsified",
     "TopSet",
     "TopkFfn",
@@ -56,6 +58,7 @@ __all__ = [
     "lossless",
     "pack",
     "plan_mesh",
+    "register_site_kind",
     "sparsify",
     "topk_ffn",
 ]

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from hire_xform.calibration.site_calibration import SiteCalibration
-from hire_xform.passes.match.matches import FfnMatch, VocabMatch
-from hire_xform.passes.plan.measurement import Measure, site_stack
+from hire_xform.passes.match.matches import Match
+from hire_xform.passes.plan.measurement import Measure
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -83,7 +83,7 @@ class Calibration:
 
         return read(path)
 
-    def measure(self, matches: Sequence[VocabMatch | FfnMatch], name_of: Callable[[Any], str]) -> Measure:
+    def measure(self, matches: Sequence[Match], name_of: Callable[[Any], str]) -> Measure:
         """What is known of the matches of a program: by weights and shapes, and by path among several alike.
 
         Raises:
@@ -113,10 +113,8 @@ class Calibration:
         return lambda match, names: found.get(match.node.path)
 
 
-def _shape(match: VocabMatch | FfnMatch) -> tuple[Any, ...]:
-    if isinstance(match, VocabMatch):
-        return "vocab", match.product.contracted, match.product.width, site_stack(match)
-    return "ffn", match.region.ups[0].product.contracted, match.units, site_stack(match)
+def _shape(match: Match) -> tuple[Any, ...]:
+    return match.kind, match.inputs, match.units, match.stack
 
 
 def _shape_of(site: SiteCalibration) -> tuple[Any, ...]:

@@ -11,8 +11,9 @@ import numpy as np
 
 from hire_xform.calibration.curve import Curve, share_by
 from hire_xform.lowering.predict.predictors import PredictorSpec
+from hire_xform.passes.plan.forms import Inputs, Order
 from hire_xform.passes.plan.ladder import MOST, ladder_of
-from hire_xform.passes.plan.measurement import Chosen, Inputs, Order
+from hire_xform.passes.plan.measurement import Chosen
 from hire_xform.passes.plan.settings import Ffn, Vocab
 
 # Share of the tokens that a certified site's largest size is to prove, at least. What it does not prove reads all rows,

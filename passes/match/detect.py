@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from hire_xform.passes.ir.graph import Graph
 from hire_xform.passes.match.ffn import ffn_ending_in
-from hire_xform.passes.match.matches import Detection, FfnMatch, Rejection, VocabMatch
+from hire_xform.passes.match.matches import Detection, FfnMatch, Match, Rejection
 from hire_xform.passes.match.output_axis import Fate, follow
 from hire_xform.passes.match.probe import Probe
 from hire_xform.passes.match.readers import larger_summand, rows_looked_up
@@ -29,7 +29,7 @@ def detect(graph: Graph, provenance: Provenance) -> Detection:
     by_node = {p.node: p for p in products}
     order = {node: i for i, node in enumerate(graph.program_order())}
     taken: set[Product] = set()
-    matches: list[VocabMatch | FfnMatch] = []
+    matches: list[Match] = []
     reasons: dict[Product, str] = {}
     leads: dict[Product, Nearly] = {}
     probe = Probe()

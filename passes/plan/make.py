@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
 from hire_xform.lowering.engine.selection import choose
 from hire_xform.passes.ir.graph import Node
 from hire_xform.passes.match.derivatives import derivative_of
-from hire_xform.passes.match.matches import Detection, FfnMatch, VocabMatch, vocab_rows
+from hire_xform.passes.match.kinds import kind_of
+from hire_xform.passes.match.matches import Detection, FfnMatch, Match, VocabMatch
 from hire_xform.passes.match.zeros import gate_of
 from hire_xform.passes.plan.cost import dense_cost, sparse_cost, why_slower
 from hire_xform.passes.plan.decisions import Decision, Plan, Refusal, Rung, Site
 from hire_xform.passes.plan.measurement import Measure, Measurement, unmeasured, with_choices
-from hire_xform.passes.plan.needs import may_be_static, needs_of, order_of, stack_need
+from hire_xform.passes.plan.needs import needs_of, order_of, stack_need
 from hire_xform.passes.plan.placement import Placement
 from hire_xform.passes.plan.settings import Choice, Ffn, Vocab
 from hire_xform.passes.plan.sizes import UNCHOSEN, Reading, sizes_of
@@ -31,7 +33,7 @@ def make_plan(
     platform: str,
     name_of: Callable[[Root], str],
     measure: Measure = lambda match, names: None,
-    placed: Callable[[VocabMatch | FfnMatch], Placement | str | None] = lambda match: None,
+    placed: Callable[[Match], Placement | str | None] = lambda match: None,
     runs_dense: bool = False,
 ) -> Plan:
     """Turns matches into decisions or refusals.
@@ -48,7 +50,7 @@ def make_plan(
     decisions: list[Decision] = []
     refusals: list[tuple[Node, Refusal]] = []
     for match in detection.matches:
-        kind = "vocab" if isinstance(match, VocabMatch) else "ffn"
+        kind = match.kind
         choice = choose_settings(kind, match.node.path)
         names = tuple(name_of(p.origin.recipe.root) for p in match.products)
         dense = sum(p.nbytes for p in match.products) * match.node.scope.iterations
@@ -70,7 +72,7 @@ def make_plan(
 
 
 def _decide(
-    match: VocabMatch | FfnMatch,
+    match: Any,
     kind: str,
     choice: Choice,
     platform: str,
@@ -92,7 +94,7 @@ def _decide(
         )
     settings = settings.decided(None if measurement is None else measurement.certified)
     settings = _in_own_groups(match, settings)
-    may_have_static = placement is None and may_be_static(match, settings)
+    may_have_static = placement is None and kind_of(match).may_be_static(match, settings)
     settings, chosen = with_choices(settings, measurement, match.units, may_have_static)
     if (why := unmeasured(settings, measurement)) is not None:
         return why
@@ -122,7 +124,7 @@ def _decide(
         product = match.product
         tokens, units, inputs = product.tokens, product.width, product.contracted
         # Each device of a shard_map that cuts the vocabulary takes its share.
-        parts = parts_of_rows(vocab_rows(match), product.origin.refs)
+        parts = parts_of_rows(match.matrices[0].rows, product.origin.refs)
         if settings.certify and (settings.candidates or units) < min(reads.most, units):
             return f"candidates={settings.candidates} are fewer than the {reads.most} largest, which are read"
         count, computed_each, activation = -(-settings.candidates_of(units * parts, reads.most) // parts), 1, ""
@@ -207,16 +209,16 @@ def _decide(
         unproved=reads.unproved,
         widened=dense_as_read > dense,
     )
-    needs = needs_of(match, settings, None if measurement is None else measurement.inputs, shards, order, static)
+    forms = needs_of(match, settings, None if measurement is None else measurement.inputs, shards, order, static)
     if sizes.levels is not None:
-        needs = (*needs, stack_need(match, sizes.levels))
+        forms = dataclasses.replace(forms, level=stack_need(match, sizes.levels))
     bits = input_bits(match, platform) or ALL_BITS
     return Decision(
         match,
         site,
         settings,
         count,
-        needs,
+        forms,
         bits,
         placement,
         sizes.levels,
@@ -246,7 +248,7 @@ def _keeps_small_units(match: FfnMatch, settings: Ffn) -> str | None:
     )
 
 
-def _in_own_groups(match: VocabMatch | FfnMatch, settings: Vocab | Ffn) -> Vocab | Ffn:
+def _in_own_groups(match: Match, settings: Vocab | Ffn) -> Vocab | Ffn:
     """Settings that choose the groups that the model itself keeps, where they state none."""
     own = match.region.own if isinstance(match, FfnMatch) else None
     if own is None or own.group == 1 or not isinstance(settings, Ffn) or settings.group_size > 1:

@@ -4,68 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 
 from hire_xform.lowering.predict.predictors import LowRank, PredictorSpec, Projected
-from hire_xform.passes.match.matches import FfnMatch, VocabMatch, up_rows, vocab_rows
-from hire_xform.passes.plan.forms import Proving
+from hire_xform.passes.match.matches import FfnMatch, Match
+from hire_xform.passes.plan.forms import Inputs, Order
 from hire_xform.passes.plan.settings import Ffn, Vocab
-from hire_xform.passes.weights.provenance import Recipe, Stack
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """What is known of the inputs of a product. Equal, and hashed, by content.
-
-    Attributes:
-      digest: of the covariance.
-      covariance: mean of ``x x'`` over tokens, f32 ``[*stack, d, d]``.
-    """
-
-    digest: str
-    covariance: Any = field(compare=False, repr=False)
-
-
-@dataclass(frozen=True)
-class Fitted:
-    """A packed form fitted to the inputs it will see: the predictor of a spec, or what a proof with it reads."""
-
-    form: PredictorSpec | Proving
-    inputs: Inputs
-
-
-@dataclass(frozen=True)
-class Order:
-    """An order of a block's units. Equal, and hashed, by content.
-
-    Attributes:
-      digest: of the order.
-      units: int32 ``[*stack, m]``, for each place the unit.
-      how: what to tell of it.
-    """
-
-    digest: str
-    units: Any = field(compare=False, repr=False)
-    how: str = field(compare=False, repr=False, default="")
-
-
-@dataclass(frozen=True)
-class Regrouped:
-    """A packed form with its rows in another order. Of the form "order" the order itself."""
-
-    form: Any
-    order: Order
-
-
-@dataclass(frozen=True)
-class Predicted:
-    """A packed form of the rows that are predicted: all but the first ``static``, which are always computed."""
-
-    form: Any
-    static: int
 
 
 class Measurement(Protocol):
@@ -112,7 +59,7 @@ class Chosen:
 
 
 # Of a match and the names of its weights, what was measured.
-Measure = Callable[[VocabMatch | FfnMatch, Sequence[str]], Measurement | None]
+Measure = Callable[[Match, Sequence[str]], Measurement | None]
 
 
 def takes_inputs(spec: PredictorSpec) -> bool:
@@ -144,31 +91,21 @@ def with_choices(
     if measurement is None:
         return dataclasses.replace(settings, predictor=settings.spec), Chosen(None, None, "")
     chosen = measurement.choose(settings, static)
-    stated = settings.candidates if isinstance(settings, Vocab) else settings.active
     settings = dataclasses.replace(settings, predictor=chosen.predictor or settings.spec)
-    if stated is not None or chosen.size is None:
+    if settings.size_stated or chosen.size is None:
         return settings, dataclasses.replace(chosen, sizes=None)
-    if isinstance(settings, Vocab):
-        return dataclasses.replace(settings, candidates=chosen.size), chosen
-    return dataclasses.replace(settings, active=chosen.size * settings.group_size / units), chosen
+    return settings.with_size(chosen.size, units), chosen
 
 
-def site_stack(match: VocabMatch | FfnMatch) -> tuple[int, ...]:
-    """Lengths of the stack axes of a site's (first) weight: layers, mostly."""
-    recipe: Recipe = vocab_rows(match) if isinstance(match, VocabMatch) else up_rows(match.region.ups[0])
-    return tuple(step.size for step in recipe.steps if isinstance(step, Stack))
-
-
-def input_numbers(match: VocabMatch | FfnMatch) -> list[int]:
+def input_numbers(match: Match) -> list[int]:
     """For each product into the units, the first of them with the same inputs."""
-    if isinstance(match, VocabMatch):
+    if not isinstance(match, FfnMatch):
         return [0]
     found: dict[Any, int] = {}
     numbers: list[int] = []
-    for i, up in enumerate(match.region.ups):
+    for i, (up, matrix) in enumerate(zip(match.region.ups, match.matrices, strict=False)):
         product = up.product
         tokens = tuple(up.layout[d] for d in product.out_x_dims)
-        stack = tuple(s.size for s in up_rows(up).steps if isinstance(s, Stack))
-        key = (product.x, product.x_contract, product.x_free, tokens, stack)
+        key = (product.x, product.x_contract, product.x_free, tokens, matrix.stack)
         numbers.append(found.setdefault(key, i))
     return numbers

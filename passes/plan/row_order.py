@@ -18,7 +18,7 @@ from hire_xform.passes.ir.graph import Frame, Node, Operand, Value
 from hire_xform.passes.ir.pointwise import is_pointwise
 from hire_xform.passes.match.matches import VocabMatch
 from hire_xform.passes.match.top_k import top_k_of
-from hire_xform.passes.plan.decisions import Decision, Need, PackKey, Plan
+from hire_xform.passes.plan.decisions import Decision, PackKey, Plan, with_keys
 from hire_xform.passes.weights.provenance import Root, shape_of
 from hire_xform.passes.weights.recipe import Cyclic, Recipe
 
@@ -133,11 +133,11 @@ def as_cyclic(decision: Decision, how: Literal["kept", "candidates", "logits"]) 
 
     def key(key: PackKey) -> PackKey:
         # Rows are one matrix; all else is made of a stack of parts, the last two steps.
-        at = len(key.recipe.steps) - (0 if key.form == "rows" else 2)
+        at = len(key.recipe.steps) - (0 if key.is_rows else 2)
         steps = (*key.recipe.steps[:at], step, *key.recipe.steps[at:])
         return PackKey(Recipe(key.recipe.root, steps), key.form)
 
-    return dataclasses.replace(decision, cyclic=how, needs=tuple(Need(key(n.key), n.refs) for n in decision.needs))
+    return dataclasses.replace(decision, cyclic=how, forms=with_keys(decision.forms, key))
 
 
 def as_contiguous(decision: Decision) -> Decision:
@@ -147,7 +147,7 @@ def as_contiguous(decision: Decision) -> Decision:
         steps = tuple(step for step in key.recipe.steps if not isinstance(step, Cyclic))
         return PackKey(Recipe(key.recipe.root, steps), key.form)
 
-    return dataclasses.replace(decision, cyclic="", needs=tuple(Need(key(n.key), n.refs) for n in decision.needs))
+    return dataclasses.replace(decision, cyclic="", forms=with_keys(decision.forms, key))
 
 
 def other_rows(decision: Decision) -> Decision | None:
@@ -191,9 +191,9 @@ def distribute_rows(plan: Plan, read_elsewhere: Callable[[Plan], Iterable[Root]]
     while chosen:
         now = _with(plan, chosen)
         held = set(read_elsewhere(now)) | {
-            need.key.recipe.root for d in now.decisions if not d.cyclic for need in d.needs if need.key.form == "rows"
+            need.key.recipe.root for d in now.decisions if not d.cyclic for need in d.needs if need.key.is_rows
         }
-        back = [old for old, new in chosen.items() if new.needs[0].key.recipe.root in held]
+        back = [old for old, new in chosen.items() if new.rows.recipe.root in held]
         if not back:
             break
         for decision in back:

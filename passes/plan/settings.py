@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from hire_xform.lowering.predict.predictors import LowRank, PredictorSpec, Projected, Quantized
 from hire_xform.lowering.prove.goals import Goal, Nucleus, TopSet, fewest_candidates
@@ -57,6 +57,9 @@ class Vocab:
       ValueError: a value is out of range; the message names it.
     """
 
+    # One row is one candidate.
+    group_size: ClassVar[int] = 1
+
     # Rows of the vocabulary computed exactly for each token; more than there are means all of them. None is what a
     # calibration found, without one 256. Of a certified one it finds several sizes, of which each input takes the
     # smallest that proves its goal; a number that is given is the only size.
@@ -99,6 +102,15 @@ class Vocab:
             return self
         return dataclasses.replace(self, certify=self.candidates is None if calibrated is None else calibrated)
 
+    @property
+    def size_stated(self) -> bool:
+        """Whether a number of candidates is given."""
+        return self.candidates is not None
+
+    def with_size(self, size: int, units: int) -> Vocab:
+        """With so many candidates, of so many rows."""
+        return dataclasses.replace(self, candidates=size)
+
     def candidates_of(self, vocab: int, read: int = 1) -> int:
         """The rows of a vocabulary to compute for each token.
 
@@ -123,6 +135,9 @@ class Ffn:
     Raises:
       ValueError: a value is out of range; the message names it.
     """
+
+    # Units left out are left out.
+    fill: ClassVar[str] = ""
 
     # Share of the hidden units (or of their groups) computed for each token: a fraction, 0 < active <= 1. None is what
     # a calibration found; without one 0.25, but for blocks whose model keeps a top-k, or what is above a threshold:
@@ -169,6 +184,15 @@ class Ffn:
             return self
         proved = self.active is None and self.activations == "zeroing"
         return dataclasses.replace(self, certify=proved if calibrated is None else calibrated)
+
+    @property
+    def size_stated(self) -> bool:
+        """Whether a share is given."""
+        return self.active is not None
+
+    def with_size(self, size: int, units: int) -> Ffn:
+        """With the share that so many groups are of so many units."""
+        return dataclasses.replace(self, active=size * self.group_size / units)
 
     def active_of(self, own_share: float | None) -> float:
         """The share of a block's units to compute.
