@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from hire_xform.lowering.engine.block import UpProduct, group_scores
 from hire_xform.lowering.engine.certified_choice import groups_needed
 from hire_xform.lowering.engine.certified_ffn import upper_gate
-from hire_xform.lowering.engine.subgraph import UpProduct, group_scores
 from hire_xform.lowering.measure.cofiring import cofiring
 from hire_xform.lowering.measure.statistics import (
     covariance,

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from hire_xform.lowering.engine.subgraph import group_scores
+from hire_xform.lowering.engine.block import group_scores
 from hire_xform.lowering.measure.statistics import KL_SIZES, first_in_order
 from hire_xform.lowering.predict.predictors import predict_scores
 from hire_xform.lowering.primitives.records import record

@@ -17,6 +17,7 @@ from hire_xform.lowering.predict.predictors import PredictorSpec, pack_predictor
 from hire_xform.lowering.primitives.ranks import pack_moments
 from hire_xform.lowering.prove.moment_bounds import pack_bounded_moments
 from hire_xform.lowering.prove.proofs import pack_proof
+from hire_xform.lowering.xla.devices import Devices
 from hire_xform.passes.ir.each_device import mesh_here, under_automatic_axes
 from hire_xform.passes.ir.trace_context import as_usual, concretely
 from hire_xform.passes.plan.decisions import PackKey
@@ -86,7 +87,7 @@ def shard_packer(steps: tuple[Step, ...], form: Any, mesh: Any, spec: PartitionS
 
     def finish(here: Any, rows: Any, *given: Any) -> Any:
         if cyclic is not None:
-            rows = to_cyclic(rows, names, cyclic.parts, axis=around, here=here[0])
+            rows = to_cyclic(rows, Devices(names, cyclic.parts), axis=around, here=here[0])
         if cyclic is not None and stacks > around:
             rows = jnp.expand_dims(rows, around)  # the one part that a device has
         if isinstance(form, FittedForm):
@@ -134,7 +135,7 @@ def as_blocks(key: PackKey, shape: Sequence[int], rows: Any, sharding: NamedShar
     names = _names_at(spec, around)
 
     def run(rows: Any) -> Any:
-        back = functools.partial(from_cyclic, names=names, shards=cyclic.parts, axis=around)
+        back = functools.partial(from_cyclic, devices=Devices(names, cyclic.parts), axis=around)
         return jax.shard_map(back, mesh=mesh_here(sharding.mesh), in_specs=spec, out_specs=spec)(rows)
 
     blocks = Recipe(key.recipe.root, tuple(step for step in key.recipe.steps if step is not cyclic))

@@ -9,7 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from hire_xform.lowering.engine.subgraph import ffn_bytes, vocab_bytes
+from hire_xform.lowering.engine.bytes_read import ffn_bytes, vocab_bytes
 from hire_xform.lowering.predict.predictors import Quantized, packed_shapes, predictor_bytes
 from hire_xform.lowering.primitives.ranks import moments_bytes
 from hire_xform.lowering.prove.moment_bounds import bounded_moments_bytes

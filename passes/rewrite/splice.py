@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from hire_xform.lowering.engine.subgraph import UpProduct, ffn, vocab_candidates, vocab_logits
+from hire_xform.lowering.engine.block import UpProduct, ffn
+from hire_xform.lowering.engine.head import vocab_candidates, vocab_logits
 from hire_xform.lowering.primitives.ranks import moments
 from hire_xform.lowering.prove.intervals import Interval
 from hire_xform.passes.ir.graph import Operand

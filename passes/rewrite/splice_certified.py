@@ -8,8 +8,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from hire_xform.lowering.engine.certified_ffn import CertifiedBlock, CertifiedOperands, certified_ffn
-from hire_xform.lowering.engine.certified_head import certified_logits
+from hire_xform.lowering.engine.certified_ffn import CertifiedBlock, certified_ffn
+from hire_xform.lowering.engine.engine import Operands
+from hire_xform.lowering.engine.head import certified_logits
+from hire_xform.lowering.xla.devices import ONE, Devices
 from hire_xform.passes.match.matches import FfnMatch, VocabMatch
 from hire_xform.passes.match.own_choice import OfChosen
 from hire_xform.passes.match.region import replay
@@ -52,15 +54,14 @@ def flat_certified_logits(
     match: VocabMatch,
     x: Any,
     views: Sequence[PackedView],
-    across: Sequence[str] = (),
+    devices: Devices = ONE,
     sides: Sequence[Any] = (),
 ) -> tuple[Any, Any]:
-    """The logits ``[T, V]`` of ``[T, d]``, or one device's part of them, proved ``across`` mesh axes; and the size."""
+    """The logits ``[T, V]`` of ``[T, d]``, or one device's part of them, proved of all; and the size."""
     product, settings = match.product, decision.settings
     assert isinstance(settings, Vocab)
-    shards = decision.site.shards if across else 1
     # Of rows on several devices only logits are proved; what is added is the same for all of them, and keeps the order.
-    reads = as_plain(decision.reads) if across else decision.reads
+    reads = as_plain(decision.reads) if devices != ONE else decision.reads
     rows, first = views[0].rows()
     logits, rung = certified_logits(
         x,
@@ -75,14 +76,13 @@ def flat_certified_logits(
         readings=readings_of(product, reads, settings.certify or False),
         sides=[jnp.asarray(side) for side in sides],
         rank=rank_of(product, reads),
-        vocab=product.width // shards,
+        vocab=product.width // devices.count,
         first_row=first,
         fill=settings.fill,  # type: ignore[arg-type]
         out_dtype=match.out_dtype,
         rounded_to=product.out.aval.dtype,
         input_bits=decision.input_bits,
-        across=across,
-        shards=shards,
+        devices=devices,
     )
     return views[0].filled(logits), rung
 
@@ -94,7 +94,7 @@ def certified_block(
     views: Sequence[PackedView],
     shards: int = 1,
     canonical: bool = False,
-) -> tuple[CertifiedBlock, CertifiedOperands, PackedView]:
+) -> tuple[CertifiedBlock, Operands, PackedView]:
     """A block for ``certified_ffn``, or one device's part of it, its operands, and its down rows as packed.
 
     ``canonical``: the operands are in canonical layout already.
@@ -105,8 +105,7 @@ def certified_block(
     assert gate is not None
     statistics = OfChosen({}, None)
     given = iter(views)
-    xs, rows, first_rows, largest = [], [], [], []
-    proof: Any = None
+    xs, rows, first_rows, largest, proofs = [], [], [], [], []
     for up, read, operand in zip(region.ups, up_forms(region, settings), operands, strict=False):
         forms = {form: next(given) for form in read}
         own, first = forms["rows"].rows()
@@ -114,10 +113,8 @@ def certified_block(
         first_rows.append(jnp.asarray(first, jnp.int32))
         x = operand if canonical else canonical_activation(up.product, operand, up.layout, tokens)
         xs.append(forms["rows"].filled(x))
-        if "largest" in forms:
-            largest.append(forms["largest"].whole())
-        else:
-            proof = forms[Proving(settings.spec)].whole()
+        largest.append(forms["largest"].whole() if "largest" in forms else None)
+        proofs.append(forms[Proving(settings.spec)].whole() if "largest" not in forms else None)
     last = {form: next(given) for form in down_forms(region, settings)}
     down, first_down = last["rows"].rows()
     values = operands[len(region.ups) :]
@@ -128,7 +125,8 @@ def certified_block(
     block = CertifiedBlock(
         units=match.units // shards,
         gate=gate.up,
-        region=lambda hiddens, sides, gather: replay(region, hiddens, sides, gather, jax.nn.relu, statistics),
+        region=lambda hiddens, sides, gather, _: replay(region, hiddens, sides, gather, jax.nn.relu, statistics),
+        dense_region=lambda hiddens, sides: replay(region, hiddens, sides, lambda v: v, jax.nn.relu, statistics),
         gate_value=lambda upper, sides: upper_of(region, gate.expr, upper, sides),
         dense_up=lambda i, x, rows: dense_up(region.ups[i], x, rows),
         dense_down=lambda h, rows: dense_product(match.down, h, rows, contracted_first=True),
@@ -142,15 +140,16 @@ def certified_block(
         out_dtype=match.down.out.aval.dtype,
         input_bits=decision.input_bits,
     )
-    made = CertifiedOperands(
+    made = Operands(
         xs=xs,
         sides=[jnp.asarray(s) for s in sides],
         rows=rows,
         first_rows=first_rows,
         down=down,
         first_down=jnp.asarray(first_down, jnp.int32),
-        proof=proof,
-        largest=[*largest, last["largest"].whole()],
+        proofs=proofs,
+        largest=largest,
+        largest_down=last["largest"].whole(),
         leaves=list(given) or None,
     )
     return block, made, last["rows"]

@@ -8,7 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from hire_xform.lowering.engine.certified_choice import ChoiceBlock, ChoiceOperands, certified_choice
+from hire_xform.lowering.engine.certified_choice import ChoiceBlock, certified_choice
+from hire_xform.lowering.engine.engine import Operands
 from hire_xform.passes.match.matches import FfnMatch
 from hire_xform.passes.match.own_choice import OfAll, OfChosen
 from hire_xform.passes.match.region import Region, Up, replay
@@ -29,7 +30,7 @@ from hire_xform.passes.rewrite.own_equations import own_block
 
 def choice_block(
     decision: Decision, match: FfnMatch, operands: Sequence[Any], views: Sequence[PackedView]
-) -> tuple[ChoiceBlock, ChoiceOperands, PackedView]:
+) -> tuple[ChoiceBlock, Operands, PackedView]:
     """A block for ``certified_choice``, its operands, and the rows of its contracting product as packed."""
     settings, region, tokens = decision.settings, match.region, match.tokens
     assert isinstance(settings, Ffn)
@@ -61,7 +62,7 @@ def choice_block(
         out_dtype=match.down.out.aval.dtype,
         input_bits=decision.input_bits,
     )
-    made = ChoiceOperands(
+    made = Operands(
         xs=[
             own["rows"].filled(canonical_activation(up.product, operand, up.layout, tokens))
             for own, up, operand in zip(forms, region.ups, operands, strict=False)

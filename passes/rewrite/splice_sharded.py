@@ -14,11 +14,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.sharding import PartitionSpec
 
 from hire_xform.lowering.engine.certified_ffn import certified_ffn
 from hire_xform.lowering.engine.cyclic_rows import from_cyclic, return_candidates
+from hire_xform.lowering.xla.devices import Devices
 from hire_xform.passes.ir.each_device import mesh_here, under_automatic_axes
 from hire_xform.passes.match.matches import FfnMatch, VocabMatch
 from hire_xform.passes.plan.decisions import Decision
@@ -73,17 +73,17 @@ def _logits(
     decision: Decision, match: VocabMatch, given: Sequence[Any], views: Sequence[PackedView], placement: Placement
 ) -> tuple[jax.Array, Any]:
     """A device's part of the logits: of the rows it has, or, where these are cyclic, of those it had; and the size."""
-    (x,), rows, shards = given, placement.rows, placement.shards
+    (x,), devices = given, _devices(placement)
     if decision.cyclic == "candidates":
-        exact, index = flat_candidates(decision, match, x, views, shards)
+        exact, index = flat_candidates(decision, match, x, views, devices.count)
         exact = exact.astype(match.out_dtype)
-        return return_candidates(exact, index, rows, shards, match.units // shards), None
+        return return_candidates(exact, index, devices, match.units // devices.count), None
     rung: Any = None
     if decision.settings.certify:
-        logits, rung = flat_certified_logits(decision, match, x, views, rows)
+        logits, rung = flat_certified_logits(decision, match, x, views, devices)
     else:
-        logits = flat_logits(decision, match, x, views, shards, canonical=True)
-    return from_cyclic(logits, rows, shards, axis=1) if decision.cyclic == "logits" else logits, rung
+        logits = flat_logits(decision, match, x, views, devices.count, canonical=True)
+    return from_cyclic(logits, devices, axis=1) if decision.cyclic == "logits" else logits, rung
 
 
 def _block(
@@ -100,8 +100,11 @@ def _block(
     else:
         parts = ffn_parts(decision, match, given, views, canonical=True)
         part, rung = flat_block(decision, match, parts, placement.shards)
-    rung = rung.astype(jnp.int32)
-    return lax.psum(part, placement.rows) if placement.rows else part, rung
+    return _devices(placement).total(part), rung.astype(jnp.int32)
+
+
+def _devices(placement: Placement) -> Devices:
+    return Devices(placement.rows, placement.shards)
 
 
 def _product(match: VocabMatch | FfnMatch) -> Any:
