@@ -6,15 +6,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
-from jax import lax
 from jax.extend.core import primitives as prims
 from jax.sharding import PartitionSpec
 
-from hire_xform.lowering.engine.certified_choice import certified_choice
-from hire_xform.lowering.engine.certified_ffn import certified_ffn
+from hire_xform.lowering.engine.engine import proved_or_dense
+from hire_xform.lowering.xla.devices import ONE
 from hire_xform.passes.ir.graph import Operand
 from hire_xform.passes.kinds import ffn_blocks, ffn_measured
-from hire_xform.passes.kinds.ffn_blocks import Views, match_of
+from hire_xform.passes.kinds.ffn_blocks import Views, certified_operands, match_of
 from hire_xform.passes.match.equations import equations_between
 from hire_xform.passes.match.kinds import SiteKind, register_site_kind
 from hire_xform.passes.match.matches import FfnMatch
@@ -152,16 +151,14 @@ class FfnKind(SiteKind):
 
         Each device falls back by itself.
         """
-        match, shards = match_of(decision), 1 if placement is None else placement.shards
-        if not decision.settings.certify:
-            flat, mark = ffn_blocks.chosen(decision, given, views, shards)
-        elif match.own is not None:
-            flat, mark = certified_choice(*ffn_blocks.choice_block(decision, given, views))
+        devices = ONE if placement is None else placement.devices
+        if decision.settings.certify:
+            block, operands = ffn_blocks.certified_block(decision, devices.count), certified_operands(given, views)
+            flat, mark = proved_or_dense(block, operands)
         else:
-            flat, mark = certified_ffn(*ffn_blocks.certified_block(decision, given, views, shards))
+            flat, mark = ffn_blocks.chosen(decision, given, views, devices.count)
         assert views.down is not None
-        flat = views.down.rows.filled(flat)
-        return lax.psum(flat, placement.rows) if placement is not None and placement.rows else flat, mark
+        return devices.total(views.down.rows.filled(flat)), mark
 
     def criterion(self, match: FfnMatch, settings: Ffn) -> str:
         """Units that are not zero, or the energy of those chosen."""

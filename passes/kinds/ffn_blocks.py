@@ -9,9 +9,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from hire_xform.lowering.engine.certified_choice import ChoiceBlock, ChoiceOperands
-from hire_xform.lowering.engine.certified_ffn import CertifiedBlock, CertifiedOperands
-from hire_xform.lowering.engine.subgraph import UpProduct, ffn
+from hire_xform.lowering.engine.block import UpProduct, ffn
+from hire_xform.lowering.engine.certified_choice import ChoiceBlock
+from hire_xform.lowering.engine.certified_ffn import CertifiedBlock
+from hire_xform.lowering.engine.engine import Operands
 from hire_xform.lowering.primitives.ranks import moments
 from hire_xform.passes.match.matches import FfnMatch
 from hire_xform.passes.match.own_choice import OfAll, OfChosen
@@ -116,12 +117,14 @@ def chosen(decision: Decision, given: Sequence[Any], views: Views, shards: int) 
     )
 
 
-def _block(decision: Decision, shards: int) -> dict[str, Any]:
-    """What is static of a certified block, whatever is proved of it."""
+def certified_block(decision: Decision, shards: int = 1) -> CertifiedBlock | ChoiceBlock:
+    """A block whose zeros, or whose model's own choice, are proved, or one device's part of it."""
     match, settings = match_of(decision), settings_of(decision)
-    ups = match.region.ups
-    return {
+    region, ups = match.region, match.region.ups
+    common: dict[str, Any] = {
         "units": match.units // shards,
+        "region": _replayed(match),
+        "dense_region": lambda hiddens, sides: replay(region, hiddens, sides, lambda v: v, jax.nn.relu, OfAll()),
         "dense_up": lambda i, x, rows: dense_up(ups[i], x, rows),
         "dense_down": lambda h, rows: dense_product(match.down, h, rows, contracted_first=True),
         "own": lambda xs, sides, leaves: own_block(match, xs, sides, leaves),
@@ -133,65 +136,36 @@ def _block(decision: Decision, shards: int) -> dict[str, Any]:
         "out_dtype": match.down.out.aval.dtype,
         "input_bits": decision.input_bits,
     }
-
-
-def _operands(given: Sequence[Any], views: Views) -> dict[str, Any]:
-    """Its arrays, whatever is proved of it."""
-    assert views.down is not None
-    rows = [forms.rows.rows() for forms in views.up]
-    down, first_down = views.down.rows.rows()
-    return {
-        "xs": [forms.rows.filled(x) for forms, x in zip(views.up, given, strict=False)],
-        "sides": [jnp.asarray(side) for side in given[len(views.up) :]],
-        "rows": [own for own, _ in rows],
-        "first_rows": [jnp.asarray(first, jnp.int32) for _, first in rows],
-        "down": down,
-        "first_down": jnp.asarray(first_down, jnp.int32),
-        "leaves": list(views.leaves) or None,
-    }
-
-
-def certified_block(
-    decision: Decision, given: Sequence[Any], views: Views, shards: int = 1
-) -> tuple[CertifiedBlock, CertifiedOperands]:
-    """A block for ``certified_ffn``, or one device's part of it, and its operands."""
-    region = match_of(decision).region
-    gate, statistics = gate_of(region), OfChosen({}, None)
+    if match.own is not None:
+        return ChoiceBlock(**common, proving=Bounded(region), ranks=ranks_of(region))
+    gate = gate_of(region)
     assert gate is not None
-    block = CertifiedBlock(
-        **_block(decision, shards),
+    return CertifiedBlock(
+        **common,
         gate=gate.up,
-        region=lambda hiddens, sides, gather: replay(region, hiddens, sides, gather, jax.nn.relu, statistics),
         gate_value=lambda upper, sides: upper_of(region, gate.expr, upper, sides),
         smaller=decision.smaller,
     )
-    proof = views.up[gate.up].predictor
-    assert proof is not None
-    largest = [forms.largest.whole() for forms in views.products if forms.largest is not None]
-    return block, CertifiedOperands(**_operands(given, views), proof=proof.whole(), largest=largest)
 
 
-def choice_block(decision: Decision, given: Sequence[Any], views: Views) -> tuple[ChoiceBlock, ChoiceOperands]:
-    """A block for ``certified_choice``, and its operands."""
-    match = match_of(decision)
-    region = match.region
-    block = ChoiceBlock(
-        **_block(decision, 1),
-        region=_replayed(match),
-        proving=Bounded(region),
-        ranks=ranks_of(region),
-        dense_region=lambda hiddens, sides: replay(region, hiddens, sides, lambda v: v, jax.nn.relu, OfAll()),
-    )
+def certified_operands(given: Sequence[Any], views: Views) -> Operands:
+    """Its arrays."""
     assert views.down is not None
-    assert views.down.largest is not None
-    operands = ChoiceOperands(
-        **_operands(given, views),
+    rows = [forms.rows.rows() for forms in views.up]
+    down, first_down = views.down.rows.rows()
+    return Operands(
+        xs=[forms.rows.filled(x) for forms, x in zip(views.up, given, strict=False)],
+        sides=[jnp.asarray(side) for side in given[len(views.up) :]],
+        rows=[own for own, _ in rows],
+        first_rows=[jnp.asarray(first, jnp.int32) for _, first in rows],
         proofs=[_whole(forms.predictor) for forms in views.up],
         largest=[_whole(forms.largest) for forms in views.up],
         moments=[_whole(forms.moments) for forms in views.up],
-        largest_down=views.down.largest.whole(),
+        down=down,
+        first_down=jnp.asarray(first_down, jnp.int32),
+        largest_down=_whole(views.down.largest),
+        leaves=list(views.leaves) or None,
     )
-    return block, operands
 
 
 def _whole(view: PackedView | None) -> Any:

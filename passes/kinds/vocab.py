@@ -9,13 +9,13 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from hire_xform.lowering.engine.certified_head import certified_logits
 from hire_xform.lowering.engine.cyclic_rows import from_cyclic, return_candidates
-from hire_xform.lowering.engine.subgraph import vocab_candidates, vocab_logits
+from hire_xform.lowering.engine.head import certified_logits, vocab_candidates, vocab_logits
 from hire_xform.lowering.measure.statistics import KL_SIZES, covariance, first_in_order, proved_ranks, vocab_ranks
 from hire_xform.lowering.predict.predictors import predict_scores
 from hire_xform.lowering.prove.intervals import Interval
 from hire_xform.lowering.prove.proofs import scores_with_bounds
+from hire_xform.lowering.xla.devices import ONE, Devices
 from hire_xform.passes.ir.graph import Node, Operand
 from hire_xform.passes.kinds.readings import as_plain, rank_of, readings_of
 from hire_xform.passes.match.kinds import SiteKind, register_site_kind
@@ -91,38 +91,35 @@ class VocabKind(SiteKind):
         self, decision: Decision, given: Sequence[Any], views: Views, placement: Placement | None
     ) -> tuple[Any, Any]:
         """The logits, or a device's part of them: of the rows it has, or, where these are cyclic, of those it had."""
-        names, shards = ((), 1) if placement is None else (placement.rows, placement.shards)
+        devices = ONE if placement is None else placement.devices
         match, head, mark = _match(decision), views.head, None
         if decision.cyclic == "candidates":
             exact, index, _ = vocab_candidates(
-                *self._arguments(decision, given, views), **_sizes(decision, views, shards)
+                *self._arguments(decision, given, views), **_sizes(decision, views, devices)
             )
             exact = head.rows.filled(exact).astype(match.out_dtype)
-            return return_candidates(exact, index, names, shards, match.units // shards), None
+            return return_candidates(exact, index, devices, match.units // devices.count), None
         if decision.settings.certify:
-            logits, mark = self._certified(decision, given, views, placement)
+            logits, mark = self._certified(decision, given, views, devices)
         else:
-            sizes = _sizes(decision, views, shards)
+            sizes = _sizes(decision, views, devices)
             rank = rank_of(match.product, decision.reads)
             if rank is not None:
                 sizes["rank"] = lambda scores: rank(Interval(scores, scores), given[1:])
             logits = vocab_logits(*self._arguments(decision, given, views), **sizes, fill=_settings(decision).fill)  # type: ignore[arg-type]
         logits = head.rows.filled(logits)
-        return from_cyclic(logits, names, shards, axis=1) if decision.cyclic == "logits" else logits, mark
+        return from_cyclic(logits, devices, axis=1) if decision.cyclic == "logits" else logits, mark
 
     def _arguments(self, decision: Decision, given: Sequence[Any], views: Views) -> tuple[Any, Any, Any, Any]:
         assert views.head.predictor is not None
         return given[0], views.head.rows.rows()[0], views.head.predictor.whole(), decision.settings.spec
 
-    def _certified(
-        self, decision: Decision, given: Sequence[Any], views: Views, placement: Placement | None
-    ) -> tuple[Any, Any]:
+    def _certified(self, decision: Decision, given: Sequence[Any], views: Views, devices: Devices) -> tuple[Any, Any]:
         """The logits ``[T, V]``, or one device's part of them, proved of all devices; and the size."""
         match, settings = _match(decision), _settings(decision)
-        product, across = match.product, () if placement is None else placement.rows
+        product = match.product
         # Of rows on several devices only logits are proved; what is added is the same for all, and keeps the order.
-        reads = decision.reads if placement is None else as_plain(decision.reads)
-        shards = decision.site.shards if across else 1
+        reads = decision.reads if decision.placement is None else as_plain(decision.reads)
         return certified_logits(
             *self._arguments(decision, given, views),
             lambda x, rows: dense_product(product, x, rows).astype(match.out_dtype),
@@ -135,9 +132,8 @@ class VocabKind(SiteKind):
             fill=settings.fill,  # type: ignore[arg-type]
             rounded_to=product.out.aval.dtype,
             input_bits=decision.input_bits,
-            across=across,
-            shards=shards,
-            **_sizes(decision, views, shards),
+            devices=devices,
+            **_sizes(decision, views, devices),
         )
 
     def criterion(self, match: VocabMatch, settings: Vocab) -> str:
@@ -187,11 +183,11 @@ def _settings(decision: Decision) -> Vocab:
     return settings
 
 
-def _sizes(decision: Decision, views: Views, shards: int) -> dict[str, Any]:
+def _sizes(decision: Decision, views: Views, devices: Devices) -> dict[str, Any]:
     match = _match(decision)
     return {
         "candidates": decision.count,
-        "vocab": match.units // shards,
+        "vocab": match.units // devices.count,
         "first_row": views.head.rows.rows()[1],
         "out_dtype": match.out_dtype,
     }

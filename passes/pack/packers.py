@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from hire_xform.lowering.engine.cyclic_rows import from_cyclic, to_cyclic
+from hire_xform.lowering.xla.devices import Devices
 from hire_xform.passes.ir.each_device import mesh_here, under_automatic_axes
 from hire_xform.passes.ir.trace_context import as_usual, concretely
 from hire_xform.passes.plan.decisions import PackKey
@@ -74,7 +75,7 @@ def shard_packer(steps: tuple[Step, ...], form: Form, mesh: Any, spec: Partition
 
     def finish(here: Any, rows: Any, *given: Any) -> Any:
         if cyclic is not None:
-            rows = to_cyclic(rows, names, cyclic.parts, axis=around, here=here[0])
+            rows = to_cyclic(rows, Devices(names, cyclic.parts), axis=around, here=here[0])
         if cyclic is not None and stacks > around:
             rows = jnp.expand_dims(rows, around)  # the one part that a device has
         if given:
@@ -122,7 +123,7 @@ def as_blocks(key: PackKey, shape: Sequence[int], rows: Any, sharding: NamedShar
     names = _names_at(spec, around)
 
     def run(rows: Any) -> Any:
-        back = functools.partial(from_cyclic, names=names, shards=cyclic.parts, axis=around)
+        back = functools.partial(from_cyclic, devices=Devices(names, cyclic.parts), axis=around)
         return jax.shard_map(back, mesh=mesh_here(sharding.mesh), in_specs=spec, out_specs=spec)(rows)
 
     blocks = Recipe(key.recipe.root, tuple(step for step in key.recipe.steps if step is not cyclic))

@@ -14,6 +14,7 @@ from typing import Any
 
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
+from hire_xform.lowering.xla.devices import Devices
 from hire_xform.passes.ir.each_device import is_explicit
 from hire_xform.passes.match.matches import Match
 from hire_xform.passes.weights.recipe import Recipe, Reshape, Root, Slice, Stack, Step, Transpose
@@ -44,6 +45,11 @@ class Placement:
     def size(self, names: Names) -> int:
         """Devices along some axes."""
         return math.prod(self.mesh.shape[name] for name in names)
+
+    @property
+    def devices(self) -> Devices:
+        """Those that its rows are split over."""
+        return Devices(self.rows, self.shards)
 
     @property
     def explicit(self) -> bool:

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hire_xform.lowering.prove.goals import Nucleus, TopSet, proved
-from hire_xform.lowering.prove.goals_across import proved_across
+from hire_xform.lowering.prove.goals import Nucleus, TopSet, proved, proved_across
+from hire_xform.lowering.xla.devices import Devices
 
 SHARDS, K, ROWS, TOKENS, DRAWS = 4, 3, 6, 400, 12
 
@@ -24,7 +24,7 @@ def case(seed, step):
 
 def across(goal, dtype, exact, error, upper):
     def one(*own):
-        return proved_across(goal, *own, dtype, ("devices",), SHARDS)
+        return proved_across(goal, *own, dtype, Devices(("devices",), SHARDS))
 
     found = np.asarray(jax.jit(jax.vmap(one, axis_name="devices"))(exact, error, upper))
     assert (found == found[0]).all()  # every device must branch alike

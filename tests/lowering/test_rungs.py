@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from test_certified_logits import V, dense, jitted_dense, made, trained_like
 
-from hire_xform.lowering.engine.certified_head import certified_logits
+from hire_xform.lowering.engine.head import certified_logits
 from hire_xform.lowering.engine.selection import rungs
 from hire_xform.lowering.predict.predictors import Quantized
 from hire_xform.lowering.prove.goals import Nucleus, TopSet, candidates_needed
