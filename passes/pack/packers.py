@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from hire_xform.lowering.engine.certified_ffn import largest_norm
 from hire_xform.lowering.engine.cyclic_rows import from_cyclic, to_cyclic
-from hire_xform.lowering.predict.predictors import PredictorSpec, pack_predictor
+from hire_xform.lowering.predict.predictors import Packed, Predictor, pack_predictor
 from hire_xform.lowering.primitives.ranks import pack_moments
 from hire_xform.lowering.prove.moment_bounds import pack_bounded_moments
 from hire_xform.lowering.prove.proofs import pack_proof
@@ -36,7 +36,7 @@ def packer(steps: tuple[Step, ...], form: Any) -> Any:
     if isinstance(form, RegroupedForm):
         return jax.jit(functools.partial(_regrouped, recipe, form.form))
     if isinstance(form, FittedForm):
-        return jax.jit(lambda leaf, covariance: _fit_each(form.form, recipe.apply(leaf), covariance))
+        return jax.jit(lambda leaf, *given: _fit_each(form, recipe.apply(leaf), *given))
     if form == "rows":
         return jax.jit(recipe.apply)
     return jax.jit(lambda leaf: recipe.apply(leaf, functools.partial(_finish, form)))
@@ -90,7 +90,7 @@ def shard_packer(steps: tuple[Step, ...], form: Any, mesh: Any, spec: PartitionS
         if cyclic is not None and stacks > around:
             rows = jnp.expand_dims(rows, around)  # the one part that a device has
         if isinstance(form, FittedForm):
-            return _fit_each(form.form, rows, *given)
+            return _fit_each(form, rows, *given)
         if form == "rows":
             return rows
         made = functools.partial(_finish, form)
@@ -159,9 +159,19 @@ def packed_spec(sharding: NamedSharding, shape: Sequence[int], key: PackKey) -> 
 
 @dataclass(frozen=True)
 class FittedForm:
-    """``Fitted`` without the inputs, which the packer is given: one program serves all."""
+    """A predictor, or its proof, without the arrays it is made with, which the packer is given: one program serves all.
 
-    form: PredictorSpec | Proving
+    First the second moments of the inputs, if it is fitted to them, then what the predictor holds.
+    """
+
+    form: Predictor | Proving
+    inputs: bool
+
+    def given(self, arrays: Sequence[Any]) -> tuple[Any, Packed | None]:
+        """The second moments, and what the predictor holds by name; None of what there is not."""
+        held = arrays[self.inputs :]
+        by_name = dict(zip(_predictor(self.form).arrays, held, strict=True)) if held else None
+        return arrays[0] if self.inputs else None, by_name
 
 
 @dataclass(frozen=True)
@@ -175,10 +185,10 @@ def _regrouped(recipe: Recipe, form: Any, leaf: Any, order: Any, *given: Any) ->
     if form == "order":
         return order
     static, form = (form.static, form.form) if isinstance(form, Predicted) else (0, form)
-    make = functools.partial(_fit, form.form) if given else functools.partial(_finish, form)
 
     def one(rows: Any, order: Any, *given: Any) -> Any:
-        return make(rows[order[static:]], *given)
+        numbers = order[static:]
+        return _fit(form, rows[numbers], given, numbers) if given else _finish(form, rows[numbers])
 
     for _ in range(order.ndim - 1):
         one = jax.vmap(one)
@@ -191,7 +201,9 @@ def bare_form(form: Any) -> Any:
         return RegroupedForm(bare_form(form.form))
     if isinstance(form, Predicted):
         return Predicted(bare_form(form.form), form.static)
-    return FittedForm(form.form) if isinstance(form, Fitted) else form
+    if isinstance(form, Fitted):
+        return FittedForm(form.form, inputs=True)
+    return FittedForm(form, inputs=False) if _held(form) else form
 
 
 def given_to(form: Any) -> tuple[Any, ...]:
@@ -200,7 +212,17 @@ def given_to(form: Any) -> tuple[Any, ...]:
         return (form.order.units, *given_to(form.form))
     if isinstance(form, Predicted):
         return given_to(form.form)
-    return (form.inputs.covariance,) if isinstance(form, Fitted) else ()
+    return (form.inputs.covariance, *_held(form.form)) if isinstance(form, Fitted) else _held(form)
+
+
+def _predictor(form: Any) -> Any:
+    return form.spec if isinstance(form, Proving) else form
+
+
+def _held(form: Any) -> tuple[Any, ...]:
+    """What the predictor of a form holds."""
+    spec = _predictor(form)
+    return tuple(spec.arrays.values()) if isinstance(spec, Predictor) else ()
 
 
 def _finish(form: Any, rows: Any) -> Any:
@@ -214,18 +236,23 @@ def _finish(form: Any, rows: Any) -> Any:
         return pack_moments(rows)
     if form == "bounded_moments":
         return pack_bounded_moments(rows)
-    return _fit(form, rows, None)
+    return _fit(FittedForm(form, inputs=False), rows, ())
 
 
-def _fit_each(form: PredictorSpec | Proving, rows: Any, covariance: Any) -> Any:
-    """Of each matrix of a stack, ``[*stack, n, d]``, with its own covariance: that of a matrix's parts is one."""
-    fit = functools.partial(_fit, form)
+def _fit_each(form: FittedForm, rows: Any, *given: Any) -> Any:
+    """Of each matrix of a stack, ``[*stack, n, d]``, with its own arrays: those of a matrix's parts are one."""
+    held = _predictor(form.form).stack_axes
+    stacks = [array.ndim - 2 if form.inputs and i == 0 else held for i, array in enumerate(given)]
+
+    def fit(rows: Any, *given: Any) -> Any:
+        return _fit(form, rows, given)
+
     for axis in range(rows.ndim - 2, 0, -1):
-        fit = jax.vmap(fit, in_axes=(0, 0 if axis <= covariance.ndim - 2 else None))
-    return fit(rows, covariance)
+        fit = jax.vmap(fit, in_axes=(0, *(0 if axis <= own else None for own in stacks)))
+    return fit(rows, *given)
 
 
-def _fit(form: PredictorSpec | Proving, rows: Any, covariance: Any) -> Any:
-    if isinstance(form, Proving):
-        return pack_proof(rows, form.spec, covariance)
-    return pack_predictor(rows, form, covariance)
+def _fit(form: FittedForm, rows: Any, given: Sequence[Any], numbers: Any = None) -> Any:
+    covariance, held = form.given(given)
+    pack = pack_proof if isinstance(form.form, Proving) else pack_predictor
+    return pack(rows, _predictor(form.form), covariance, held, numbers)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hire_xform.lowering.engine.subgraph import ffn_bytes, vocab_bytes
-from hire_xform.lowering.predict.predictors import Quantized, packed_shapes, predictor_bytes
+from hire_xform.lowering.predict.predictors import packed_shapes, predictor_bytes
 from hire_xform.lowering.primitives.ranks import moments_bytes
 from hire_xform.lowering.prove.moment_bounds import bounded_moments_bytes
 from hire_xform.lowering.prove.proofs import proof_bytes, proof_shapes
@@ -153,8 +153,7 @@ def why_slower(
     narrow = _narrow_cost(match, settings, machine, shards, static)
     if bits is not None and narrow > excess:
         speed = machine.int8 if bits == 8 else machine.int4
-        whole = isinstance(settings.spec, Quantized)
-        other = "; a predictor of low rank, which a calibration finds, may be faster" if whole else ""
+        other = f"; {settings.spec.instead}" if settings.spec.instead else ""
         return (
             f": on this CPU ({machine.name}) XLA's products of {bits} bits run at {speed:g} of the speed at which the "
             f"dense product reads{other}"
