@@ -109,8 +109,8 @@ def read(path: str | os.PathLike[str]) -> Calibration:
         return _calibration(told, arrays)
     except _UnknownPredictorError as error:
         raise ValueError(
-            f"Calibration.load: {path} names the predictor {error}, which is not defined here, or is damaged; import the "
-            "module that defines this subclass of hx.Predictor first"
+            f"Calibration.load: {path} names the predictor {error}, which is not defined here, or is damaged; import "
+            "the module that defines this subclass of hx.Predictor first"
         ) from None
     except Exception as error:  # Whatever a file can make Python say: a bad index, a text in place of a number.
         raise ValueError(f"Calibration.load: {path} is damaged: {type(error).__name__}: {error}") from None
