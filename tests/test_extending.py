@@ -6,6 +6,7 @@ docs/extending/ says the same in words.
 import dataclasses
 import doctest
 
+import devices
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +15,7 @@ from checks import assert_same, full_width, narrow
 
 import hire_xform as hx
 
+P = jax.sharding.PartitionSpec
 D, M, HIDDEN, LAYERS = 16, 64, 8, 3
 
 
@@ -193,6 +195,23 @@ def test_what_it_can_not_do_is_refused_by_its_name():
         needs_inputs = "second moments"
 
     assert "needs the second moments of this site's inputs; pass calibration=" in refusals(Needy(), active=0.5)
+
+
+def check_over_devices_each_packs_its_rows_and_arrays_of_whole_weights_are_refused():
+    mesh = devices.mesh_of(4)
+    specs = {"up": P(None, "model"), "down": P("model", None)}
+    placed = {n: jax.device_put(a, jax.sharding.NamedSharding(mesh, specs[n])) for n, a in block_params().items()}
+    x = normal(3, 1, D)
+    step = hx.sparsify(block, config=full_width(Signs()))
+    assert step.trace(placed, x).plan.sites[0].shards == 4
+    assert_same(step(placed, x), block(placed, x))
+    reason = "holds arrays of whole weights, and the rows of these are over several devices"
+    assert reason in refusals(wants(np.arange(8)), placed, active=0.5)
+
+
+def test_over_devices():
+    for name, raised in devices.outcomes(__name__).items():
+        assert not raised, f"{name}: {raised}"
 
 
 def test_wrong_predictors_are_told_what_is_wrong():
