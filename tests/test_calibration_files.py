@@ -67,7 +67,7 @@ def test_files_that_can_not_be_used_are_refused_with_the_reason(made, tmp_path):
     refused(content[:3], "truncated")
     refused(b"", "truncated")
     refused(content.replace(b'"version":"6"', b'"version":"5"'), "format version 5.*reads 6")
-    refused(content.replace(b"hire_xform.calibration.calibration", b"another_xx.calibration"), "no calibration")
+    refused(content.replace(b"hire_xform.calibration", b"another_xx.calibration"), "no calibration")
     refused(content.replace(b"criterion", b"critorion"), "damaged")
     length = struct.unpack("<Q", content[:8])[0]
     refused(content[: 8 + length // 2], "truncated")

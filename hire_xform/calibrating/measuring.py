@@ -20,7 +20,7 @@ from hire_xform.call.calls import Weights, abstract_call, arguments_of
 from hire_xform.call.folding import Marks, Totals, fold
 from hire_xform.call.stages import Traced, call_leaves
 from hire_xform.config import Config
-from hire_xform.lowering.predict.predictors import PredictorSpec
+from hire_xform.lowering.predict.predictors import Predictor
 from hire_xform.lowering.primitives.records import record_p
 from hire_xform.passes.ir import compat
 from hire_xform.passes.match.kinds import kind_of
@@ -70,7 +70,7 @@ class Measuring:
         self,
         batches: Iterable[Any],
         config: Config,
-        predictors: Sequence[PredictorSpec],
+        predictors: Sequence[Predictor],
         known: Sequence[Calibration | None],
     ) -> Calibration:
         """The curves of predictors where the settings state none.
@@ -110,7 +110,7 @@ class _CaptureTrace(DenseTrace):
 
     site: type[MeasuredSite] = MeasuredSite
 
-    def __init__(self, predictors: tuple[PredictorSpec, ...], *args: Any):
+    def __init__(self, predictors: tuple[Predictor, ...], *args: Any):
         self._predictors = predictors
         super().__init__(*args)
 
@@ -135,7 +135,7 @@ class _InputTrace(_CaptureTrace):
     site = MeasuredInputs
 
 
-def _stating(config: Config, predictor: PredictorSpec) -> Config:
+def _stating(config: Config, predictor: Predictor) -> Config:
     """The settings with a predictor wherever they have none."""
 
     def stated(settings: Any) -> Any:

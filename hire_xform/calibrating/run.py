@@ -21,13 +21,16 @@ from hire_xform.calibration.calibration import Calibration
 from hire_xform.call.calls import Weights
 from hire_xform.config import Config, Ffn, Rule, Vocab
 from hire_xform.errors import HireWarning
-from hire_xform.lowering.predict.predictors import LowRank, PredictorSpec, Projected, Quantized
+from hire_xform.lowering.predict.low_rank import LowRank
+from hire_xform.lowering.predict.predictors import Predictor
+from hire_xform.lowering.predict.projected import Projected
+from hire_xform.lowering.predict.quantized import Quantized
 from hire_xform.passes.plan.measurement import takes_inputs
 from hire_xform.passes.plan.settings import check_predictor
 
 _ANY_NUMBER = 1 << 62
 # Low rank in 8 bits costs a quarter of what it costs in f32 and loses little, so plain f32 factors are left out.
-PREDICTORS: tuple[PredictorSpec, ...] = (
+PREDICTORS: tuple[Predictor, ...] = (
     Quantized(8),
     Quantized(4),
     LowRank(0.125, bits=8),
@@ -38,7 +41,7 @@ PREDICTORS: tuple[PredictorSpec, ...] = (
     Projected(0.5, bits=8),
 )
 # Of sites that are all to be certified: quantised rows have the tightest bounds, coordinates the fewest bytes.
-CERTIFIED_PREDICTORS: tuple[PredictorSpec, ...] = (
+CERTIFIED_PREDICTORS: tuple[Predictor, ...] = (
     Quantized(8),
     LowRank(0.5, bits=8),
     LowRank(0.5625, bits=4),
@@ -57,7 +60,7 @@ def calibrate(
     max_kl: float | None = None,
     max_loss_increase: float | None = None,
     loss: Callable[..., Any] | None = None,
-    predictors: Sequence[PredictorSpec] | None = None,
+    predictors: Sequence[Predictor] | None = None,
     config: Config | None = None,
     fitted: Calibration | None = None,
     regroup: bool = True,
@@ -154,7 +157,8 @@ def calibrate(
     stated = [s.predictor for s in _all_settings(config)]
     if fitted is not None and not isinstance(fitted, Calibration):
         raise TypeError(f"calibrate: fitted={fitted!r}; expected what hx.calibrate returns, or None")
-    fits = fitted is None and any(takes_inputs(p) for s in stated for p in (predictors if s is None else (s,)))
+    asked = [p for s in stated for p in (predictors if s is None else (s,)) if takes_inputs(p)]
+    fits = fitted is None and bool(asked)
     grouped = regroup and any(isinstance(s, Ffn) and s.group_size > 1 for s in _all_settings(config))
     if name != "recall" and iter(batches) is batches:
         raise ValueError(
@@ -162,8 +166,9 @@ def calibrate(
             "expected a list, or the like"
         )
     if fits and iter(batches) is batches:
+        fitting = " and ".join(sorted({type(p).__name__ for p in asked}))
         raise ValueError(
-            f"calibrate: batches is a {type(batches).__name__}, which can be read once, but LowRank and Projected are "
+            f"calibrate: batches is a {type(batches).__name__}, which can be read once, but {fitting} are "
             "fitted in a first pass and measured in a second; expected a list, or the like, or "
             "predictors=[hx.Quantized(8)]"
         )
@@ -241,7 +246,7 @@ def _warn_beyond(found: Calibration) -> None:
             )
 
 
-def _checked_predictors(predictors: Any) -> tuple[PredictorSpec, ...]:
+def _checked_predictors(predictors: Any) -> tuple[Predictor, ...]:
     if not isinstance(predictors, (list, tuple)) or not predictors:
         raise TypeError(f"calibrate: predictors={predictors!r}; expected a list of at least one predictor")
     for one in predictors:

@@ -64,7 +64,7 @@ class Calibration:
         """Writes it as one safetensors file with a checksum; one of that name is replaced in one move.
 
         Raises:
-          ValueError: the path names no file.
+          ValueError: the path names no file, or a predictor can't be written.
           OSError: the file can't be written.
         """
         from hire_xform.calibration.calibration_file import write
@@ -77,7 +77,8 @@ class Calibration:
 
         Raises:
           FileNotFoundError: there is no such file.
-          ValueError: it is no calibration, is damaged, or of another version; the message says which.
+          ValueError: it is no calibration, is damaged, of another version, or names a predictor that is not defined;
+            the message says which.
         """
         from hire_xform.calibration.calibration_file import read
 

@@ -10,7 +10,7 @@ from functools import cached_property
 import numpy as np
 
 from hire_xform.calibration.curve import Curve, share_by
-from hire_xform.lowering.predict.predictors import PredictorSpec
+from hire_xform.lowering.predict.predictors import Predictor
 from hire_xform.passes.plan.forms import Inputs, Order
 from hire_xform.passes.plan.ladder import MOST, ladder_of
 from hire_xform.passes.plan.measurement import Chosen
@@ -76,9 +76,9 @@ class SiteCalibration:
     touched: np.ndarray | None
     order: np.ndarray | None
     often: np.ndarray | None
-    curves: Mapping[PredictorSpec, Curve]
+    curves: Mapping[Predictor, Curve]
     row_bytes: int
-    predictor: PredictorSpec
+    predictor: Predictor
     sizes: np.ndarray
     target: str
     recall: float | None
@@ -127,7 +127,7 @@ class SiteCalibration:
         how = f"besides, the {self.static:,} units that fire most are always computed and never predicted"
         return Order(_digest(often), often, how), tuple(sorted(counts))
 
-    def curve(self, predictor: PredictorSpec | None = None) -> Curve:
+    def curve(self, predictor: Predictor | None = None) -> Curve:
         """What was measured of a predictor; None is the one that was chosen.
 
         Raises:
@@ -138,25 +138,25 @@ class SiteCalibration:
             raise ValueError(f"{self.path}: {predictor} was not measured; expected one of {list(self.curves)}")
         return self.curves[predictor]
 
-    def _recall(self, predictor: PredictorSpec | None) -> np.ndarray:
+    def _recall(self, predictor: Predictor | None) -> np.ndarray:
         curve = self.curve(predictor)
         if self.static in curve.static:
             return share_by(curve.static[self.static][0])
         return curve.found_energy if self.criterion == "energy" else curve.found
 
-    def recall_at(self, size: int, predictor: PredictorSpec | None = None) -> np.ndarray:
+    def recall_at(self, size: int, predictor: Predictor | None = None) -> np.ndarray:
         """Measured recall of so many candidates (or groups of units), ``[*stack]``."""
         recall = self._recall(predictor)
         return recall[..., min(size, recall.shape[-1]) - 1]
 
-    def energy_at(self, size: int, predictor: PredictorSpec | None = None) -> np.ndarray:
+    def energy_at(self, size: int, predictor: Predictor | None = None) -> np.ndarray:
         """Share of a block's energy in the units chosen, were so many groups chosen, ``[*stack]``."""
         if self.kind == "vocab":
             raise ValueError(f"{self.path} is a vocabulary projection; energy is that of feed-forward blocks")
         found = self.curve(predictor).found_energy
         return found[..., min(size, found.shape[-1]) - 1]
 
-    def kl_at(self, size: int, predictor: PredictorSpec | None = None) -> np.ndarray:
+    def kl_at(self, size: int, predictor: Predictor | None = None) -> np.ndarray:
         """KL divergence of so many candidates and predicted others from the dense logits, nats a token, ``[*stack]``.
 
         Beyond the sizes it was measured for, that of the largest of them, which is more.
@@ -169,7 +169,7 @@ class SiteCalibration:
         total = kl[..., min(size, kl.shape[-1]) - 1] if size < self.units else np.zeros(self.stack)
         return np.asarray(total / np.maximum(self.tokens, 1))
 
-    def bytes_at(self, size: int, predictor: PredictorSpec | None = None) -> int:
+    def bytes_at(self, size: int, predictor: Predictor | None = None) -> int:
         """Weight bytes that one token reads of one layer with so many candidates (or groups of units)."""
         curve = self.curve(predictor)
         read = curve.static[self.static][1] if self.static in curve.static else curve.predictor_bytes
@@ -180,7 +180,7 @@ class SiteCalibration:
         """Share of tokens at which each unit is not zero, ``[*stack, m]``; None for a vocabulary."""
         return None if self.fired is None else self.fired / np.maximum(self.tokens, 1)[..., None]
 
-    def sizes_for(self, recall: float, predictor: PredictorSpec | None = None) -> np.ndarray:
+    def sizes_for(self, recall: float, predictor: Predictor | None = None) -> np.ndarray:
         """For each layer the fewest candidates (or groups) that reach a recall, int ``[*stack]``.
 
         Of a certified block whose model chooses its units, a recall of the tokens that fewer than all of them prove:
@@ -214,7 +214,7 @@ class SiteCalibration:
         """With the predictor and sizes of fewest bytes for what is asked for."""
         recall = self.recall
         assert recall is not None
-        found: dict[tuple[PredictorSpec, int], tuple[np.ndarray, float]] = {}
+        found: dict[tuple[Predictor, int], tuple[np.ndarray, float]] = {}
         for predictor, curve in self.curves.items():
             sizes, rows = self._sized_for(predictor)
             found[predictor, 0] = sizes, curve.predictor_bytes + rows
@@ -223,7 +223,7 @@ class SiteCalibration:
                 sizes = np.maximum(1 + np.argmax(share_by(wanted) >= recall - 1e-12, axis=-1), count + 1)
                 found[predictor, count] = sizes, predicted + self.row_bytes * float(sizes.mean())
 
-        def cost(way: tuple[PredictorSpec, int]) -> tuple[bool, float]:
+        def cost(way: tuple[Predictor, int]) -> tuple[bool, float]:
             sizes, read = found[way]
             return self._beyond(sizes, way[0]), read
 
@@ -240,12 +240,12 @@ class SiteCalibration:
         """True of a head whose logits, at the sizes chosen, are further from the dense ones than was asked for."""
         return self._beyond(self.sizes, self.predictor)
 
-    def _beyond(self, sizes: np.ndarray, predictor: PredictorSpec) -> bool:
+    def _beyond(self, sizes: np.ndarray, predictor: Predictor) -> bool:
         if self.head_kl is None:
             return False
         return any(self.kl_at(int(sizes[i]), predictor)[i] > self.head_kl for i in np.ndindex(*self.stack))
 
-    def _within_head_kl(self, sizes: np.ndarray, predictor: PredictorSpec) -> np.ndarray:
+    def _within_head_kl(self, sizes: np.ndarray, predictor: Predictor) -> np.ndarray:
         """The least sizes from these on whose logits are within ``head_kl``; these where none that was measured is."""
         kl = self.curve(predictor).kl
         if self.head_kl is None or kl is None:
@@ -254,7 +254,7 @@ class SiteCalibration:
         enough &= np.arange(1, kl.shape[-1] + 1) >= sizes[..., None]
         return np.where(enough.any(axis=-1), 1 + np.argmax(enough, axis=-1), sizes)
 
-    def _sized_for(self, predictor: PredictorSpec) -> tuple[np.ndarray, float]:
+    def _sized_for(self, predictor: Predictor) -> tuple[np.ndarray, float]:
         """For each layer the size that is asked for, and the mean bytes of rows that one token reads.
 
         Of a certified site the largest of its sizes, which is that at least, and what it is expected to read.
@@ -325,7 +325,7 @@ class SiteCalibration:
             how += f"; its logits are {self.kl_at(size, predictor).max():.2g} nats a token from the dense ones"
         return Chosen(predictor, size, how, sizes if self.stack else None, self._needs(predictor), self.static)
 
-    def _needs(self, predictor: PredictorSpec) -> np.ndarray | None:
+    def _needs(self, predictor: Predictor) -> np.ndarray | None:
         """How many tokens need 1, 2, ... rows (or groups) of a certified site, ``[*stack, n]``, where that is known."""
         return self.curves[predictor].wanted if self._proved and predictor in self.curves else None
 
@@ -348,7 +348,7 @@ class SiteCalibration:
             return settings.candidates_of(self.units)
         return max(1, round(settings.active_of(None) * (self.units // self.group_size)))
 
-    def _best_at(self, size: int) -> PredictorSpec:
+    def _best_at(self, size: int) -> Predictor:
         """For a size that is given: the fewest bytes of those that do what is asked for, or else the highest recall."""
         reached = {p: float(self.recall_at(size, p).min()) for p in self.curves}
         enough = [p for p in self.curves if self.recall is not None and reached[p] >= self.recall]

@@ -37,7 +37,17 @@ __all__ = ["da_top_k", "da_top_k_p"]
 def da_top_k(scores: jax.Array, k: int, shards: int = 1) -> tuple[jax.Array, jax.Array]:
     """The best ``ceil(k / shards)`` of each of ``shards`` contiguous blocks of ``ceil(n / shards)`` of the last axis.
 
-    Ties go to the lower index, NaN is larger than everything. Differentiable in ``scores``.
+    Ties go to the lower index, NaN is larger than everything. Differentiable in ``scores``; usable under ``jit``,
+    ``vmap``, ``scan``, ``shard_map`` and ``jax.export``. Where the last axis is split over as many devices as there are
+    ``shards``, or fewer, none sends a score::
+
+        >>> scores = jnp.array([3.0, 9.0, 1.0, 2.0, 8.0, 7.0])
+        >>> values, indices = hx.da_top_k(scores, 2)  # the best two of all
+        >>> print(values, indices)
+        [9. 8.] [1 4]
+        >>> values, indices = hx.da_top_k(scores, 4, shards=2)  # the best two of each half
+        >>> print(values, indices)
+        [9. 3. 8. 7.] [1 0 4 5]
 
     Args:
       scores: ``[..., n]``, real.
@@ -52,9 +62,12 @@ def da_top_k(scores: jax.Array, k: int, shards: int = 1) -> tuple[jax.Array, jax
 
     Raises:
       ValueError: ``k`` or ``shards`` does not fit ``n``, or ``scores`` is a scalar.
-      TypeError: ``scores`` is complex or boolean.
+      TypeError: ``scores`` is complex or boolean, or ``k`` or ``shards`` is no integer.
     """
     scores = jnp.asarray(scores)
+    for name, value in (("k", k), ("shards", shards)):
+        if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+            raise TypeError(f"da_top_k: {name}={value!r}; expected an integer, which is compiled in")
     # Here too, since an eager call runs the implementation without the abstract rule.
     _check(scores.shape, scores.dtype, k, shards)
     values, indices = _bind(_filled_up(scores, -scores.shape[-1] % shards), int(k), int(shards))

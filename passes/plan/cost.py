@@ -8,7 +8,6 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 import numpy as np
 
-from hire_xform.lowering.predict.predictors import Quantized
 from hire_xform.passes.match.kinds import kind_of
 from hire_xform.passes.match.matches import Match
 from hire_xform.passes.plan.forms import PackedPredictor
@@ -134,8 +133,7 @@ def why_slower(
     narrow = _narrow_cost(match, settings, machine, shards, static)
     if bits is not None and narrow > excess:
         speed = machine.int8 if bits == 8 else machine.int4
-        whole = isinstance(settings.spec, Quantized)
-        other = "; a predictor of low rank, which a calibration finds, may be faster" if whole else ""
+        other = f"; {settings.spec.instead}" if settings.spec.instead else ""
         return (
             f": on this CPU ({machine.name}) XLA's products of {bits} bits run at {speed:g} of the speed at which the "
             f"dense product reads{other}"

@@ -264,8 +264,8 @@ class Plan:
         """The plan as JSON: ``{"platform", "sites": [...], "refusals": [...], "unmatched_rules": [...]}``."""
         sites = []
         for site in self.sites:
-            entry = {k: v for k, v in asdict(site).items() if k != "settings"}
-            entry["settings"] = {**asdict(site.settings), "predictor": repr(site.settings.spec)}
+            entry = asdict(replace(site, settings=replace(site.settings, predictor=None)))
+            entry["settings"] = {**entry.pop("settings"), "predictor": repr(site.settings.spec)}
             sites.append(entry)
         found = {"platform": self.platform, "sites": sites, "refusals": [asdict(r) for r in self.refusals]}
         found["unmatched_rules"] = list(self.unmatched_rules)

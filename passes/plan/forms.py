@@ -14,10 +14,10 @@ import jax
 import jax.numpy as jnp
 
 from hire_xform.lowering.engine.certified_ffn import largest_norm
-from hire_xform.lowering.predict.predictors import PredictorSpec, pack_predictor, packed_shapes
+from hire_xform.lowering.predict.predictors import Predictor, pack_predictor, packed_shapes, predictor_bytes
 from hire_xform.lowering.primitives.ranks import moments_bytes, pack_moments
 from hire_xform.lowering.prove.moment_bounds import bounded_moments_bytes, pack_bounded_moments
-from hire_xform.lowering.prove.proofs import pack_proof, proof_shapes
+from hire_xform.lowering.prove.proofs import pack_proof, proof_bytes, proof_shapes
 
 
 @dataclass(frozen=True)
@@ -110,12 +110,13 @@ class _OfRows:
         if self.order is None:
             return self._made(rows, *given)
         order, *others = given
-        return self._made(rows[self._of(order)], *others)
+        order = self._packed(order)
+        return self._made(rows[order], *others, order=order)
 
-    def _of(self, order: Any) -> Any:
+    def _packed(self, order: Any) -> Any:
         return order
 
-    def _made(self, rows: Any) -> Any:
+    def _made(self, rows: Any, *given: Any, order: Any = None) -> Any:
         raise NotImplementedError
 
     def nbytes(self, n: int, d: int, dtype: Any) -> int:
@@ -132,7 +133,7 @@ class Rows(_OfRows):
         """Rows that lie as they lay."""
         return self.order is None
 
-    def _made(self, rows: Any) -> Any:
+    def _made(self, rows: Any, *given: Any, order: Any = None) -> Any:
         return rows
 
 
@@ -150,15 +151,17 @@ class PackedPredictor(_OfRows):
       static: rows that are always computed, the first in the order: it has no entry for them.
     """
 
-    spec: PredictorSpec
+    spec: Predictor
     proves: bool = False
     inputs: Inputs | None = None
     static: int = 0
 
     @property
     def given(self) -> tuple[tuple[Any, int], ...]:
-        """The order and the covariance."""
-        return super().given + (() if self.inputs is None else ((self.inputs.covariance, 2),))
+        """The order, the covariance, and what the predictor itself holds."""
+        fitted = () if self.inputs is None else ((self.inputs.covariance, 2),)
+        held = self.spec.arrays.values()
+        return (*super().given, *fitted, *((array, array.ndim - self.spec.stack_axes) for array in held))
 
     @property
     def bare(self) -> Any:
@@ -166,26 +169,28 @@ class PackedPredictor(_OfRows):
         bare = super().bare
         return bare if self.inputs is None else replace(bare, inputs=_ANY_INPUTS)
 
-    def _of(self, order: Any) -> Any:
+    def _packed(self, order: Any) -> Any:
         return order[self.static :]
 
-    def _made(self, rows: Any, covariance: Any = None) -> Any:
-        return (pack_proof if self.proves else pack_predictor)(rows, self.spec, covariance)
+    def _made(self, rows: Any, *given: Any, order: Any = None) -> Any:
+        covariance, held = (None, given) if self.inputs is None else (given[0], given[1:])
+        arrays = dict(zip(self.spec.arrays, held, strict=True)) if held else None
+        return (pack_proof if self.proves else pack_predictor)(rows, self.spec, covariance, arrays, order)
 
     def shapes(self, n: int, d: int, dtype: Any) -> dict[str, jax.ShapeDtypeStruct]:
         """Its arrays of an ``[n, d]`` matrix."""
         return (proof_shapes if self.proves else packed_shapes)(n, d, self.spec, dtype)
 
     def nbytes(self, n: int, d: int, dtype: Any) -> int:
-        """All of it."""
-        return sum(s.size * s.dtype.itemsize for s in self.shapes(n, d, dtype).values())
+        """What its scores, or its bounds, read."""
+        return (proof_bytes if self.proves else predictor_bytes)(n, d, self.spec, dtype)
 
 
 @dataclass(frozen=True)
 class LargestNorm(_OfRows):
     """A bound of the norms of all rows: one number."""
 
-    def _made(self, rows: Any) -> Any:
+    def _made(self, rows: Any, *given: Any, order: Any = None) -> Any:
         return largest_norm(rows)
 
 
@@ -193,7 +198,7 @@ class LargestNorm(_OfRows):
 class Norms(_OfRows):
     """The norm of each row, f32 ``[n]``."""
 
-    def _made(self, rows: Any) -> Any:
+    def _made(self, rows: Any, *given: Any, order: Any = None) -> Any:
         return jnp.sqrt(jnp.sum(jnp.square(rows.astype(jnp.float32)), axis=-1))
 
     def nbytes(self, n: int, d: int, dtype: Any) -> int:
@@ -207,7 +212,7 @@ class Moments(_OfRows):
 
     bounded: bool = False
 
-    def _made(self, rows: Any) -> Any:
+    def _made(self, rows: Any, *given: Any, order: Any = None) -> Any:
         return (pack_bounded_moments if self.bounded else pack_moments)(rows)
 
     def nbytes(self, n: int, d: int, dtype: Any) -> int:

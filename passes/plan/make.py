@@ -16,7 +16,7 @@ from hire_xform.passes.match.matches import Detection, FfnMatch, Match, VocabMat
 from hire_xform.passes.match.zeros import gate_of
 from hire_xform.passes.plan.cost import dense_cost, sparse_cost, why_slower
 from hire_xform.passes.plan.decisions import Decision, Plan, Refusal, Rung, Site
-from hire_xform.passes.plan.measurement import Measure, Measurement, unmeasured, with_choices
+from hire_xform.passes.plan.measurement import Measure, Measurement, unpredicted, with_choices
 from hire_xform.passes.plan.needs import needs_of, order_of, stack_need
 from hire_xform.passes.plan.placement import Placement
 from hire_xform.passes.plan.settings import Choice, Ffn, Vocab
@@ -96,7 +96,7 @@ def _decide(
     settings = _in_own_groups(match, settings)
     may_have_static = placement is None and kind_of(match).may_be_static(match, settings)
     settings, chosen = with_choices(settings, measurement, match.units, may_have_static)
-    if (why := unmeasured(settings, measurement)) is not None:
+    if (why := unpredicted(match, settings, measurement, placement is not None)) is not None:
         return why
     if not match.node.scope.iterations:
         return "the loop around it has no iterations"

@@ -9,10 +9,11 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from hire_xform.lowering.predict.predictors import LowRank, PredictorSpec, Projected
+from hire_xform.lowering.predict.predictors import Predictor
 from hire_xform.passes.match.matches import FfnMatch, Match
 from hire_xform.passes.plan.forms import Inputs, Order
 from hire_xform.passes.plan.settings import Ffn, Vocab
+from hire_xform.passes.weights.cut_weights import is_cut
 
 
 class Measurement(Protocol):
@@ -50,7 +51,7 @@ class Chosen:
       static: units that are always computed, the first in the order of ``static_sets``; ``size`` is of the others.
     """
 
-    predictor: PredictorSpec | None
+    predictor: Predictor | None
     size: int | None
     how: str
     sizes: np.ndarray | None = None
@@ -62,17 +63,38 @@ class Chosen:
 Measure = Callable[[Match, Sequence[str]], Measurement | None]
 
 
-def takes_inputs(spec: PredictorSpec) -> bool:
+def takes_inputs(spec: Predictor) -> bool:
     """True for a predictor that is fitted to its inputs where they are known."""
-    return isinstance(spec, (LowRank, Projected))
+    return spec.takes_inputs
 
 
-def unmeasured(settings: Vocab | Ffn, measurement: Measurement | None) -> str | None:
-    """Why a site's predictor can't be made without a calibration; None when it can."""
-    if isinstance(settings.spec, Projected) and measurement is None:
+def unpredicted(match: Match, settings: Vocab | Ffn, measurement: Measurement | None, split: bool) -> str | None:
+    """Why a site's predictor can't be made, or is not enough; None when it can.
+
+    Args:
+      match, settings: the site.
+      measurement: what a calibration says of it; None without one.
+      split: whether its rows are over several devices.
+    """
+    spec = settings.spec
+    if spec.needs_inputs and measurement is None:
         return (
-            f"predictor={settings.spec} needs the principal directions of this site's inputs; pass "
+            f"predictor={spec} needs the {spec.needs_inputs} of this site's inputs; pass "
             "calibration=hx.calibrate(fun, batches)"
+        )
+    if settings.certify and not spec.proves:
+        return (
+            f"predictor={spec} proves nothing of what it predicts, as certify=True asks; allow what is not proved with "
+            "certify=False, hx.approximate(), a size, or a calibration"
+        )
+    if not spec.arrays:
+        return None
+    if split or any(is_cut(product.origin.refs) for product in match.products):
+        return f"predictor={spec} holds arrays of whole weights, and the rows of these are over several devices"
+    if any(array.shape[: spec.stack_axes] != match.stack for array in spec.arrays.values()):
+        return (
+            f"predictor={spec} holds arrays whose leading stack_axes={spec.stack_axes} axes should be those of the "
+            f"weight, which is stacked {list(match.stack)}"
         )
     return None
 

@@ -7,7 +7,8 @@ import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from hire_xform.lowering.predict.predictors import LowRank, PredictorSpec, Projected, Quantized
+from hire_xform.lowering.predict.predictors import Predictor
+from hire_xform.lowering.predict.quantized import Quantized
 from hire_xform.lowering.prove.goals import Goal, Nucleus, TopSet, fewest_candidates
 
 
@@ -27,8 +28,13 @@ def _check_count(owner: str, field: str, value: Any) -> None:
 
 def check_predictor(owner: str, predictor: Any, or_else: str = "") -> None:
     """Raises the error for a value that is no predictor."""
-    if not isinstance(predictor, (Quantized, LowRank, Projected)):
-        expected = f"{or_else}hx.Quantized(bits), hx.LowRank(rank, bits) or hx.Projected(rank, bits)"
+    if not isinstance(predictor, Predictor):
+        known = "hx.Quantized(bits), hx.LowRank(rank, bits), hx.Projected(rank, bits)"
+        refuse(owner, "predictor", predictor, f"{or_else}{known} or a subclass of hx.Predictor")
+    try:
+        hash(predictor)
+    except TypeError as error:
+        expected = f"one that is hashable, such as a frozen dataclass of settings, or one with eq=False ({error})"
         refuse(owner, "predictor", predictor, expected)
 
 
@@ -66,7 +72,7 @@ class Vocab:
     candidates: int | None = None
     # How the other rows are scored, and the candidates found. None is what a calibration chose, without one
     # `Quantized(8)`.
-    predictor: PredictorSpec | None = None
+    predictor: Predictor | None = None
     # What stands for the other logits: the predictor's scores (the softmax normaliser stays right), or -inf.
     fill: str = "predicted"
     # True: prove for every input that what reads the logits (an arg max, a top-k) takes what it takes of the dense
@@ -88,7 +94,7 @@ class Vocab:
         _check_common("Vocab", self.predictor, self.certify, self.max_tokens)
 
     @property
-    def spec(self) -> PredictorSpec:
+    def spec(self) -> Predictor:
         """The predictor: the one that is stated or was chosen, or else the default."""
         return PREDICTOR if self.predictor is None else self.predictor
 
@@ -148,7 +154,7 @@ class Ffn:
     # Neighbouring units chosen together and read as one slab. Above 1 only for models trained or calibrated for it.
     group_size: int = 1
     # How the units are scored. None is what a calibration chose, without one `Quantized(8)`.
-    predictor: PredictorSpec | None = None
+    predictor: Predictor | None = None
     # True: prove for every input that the units left out are zero, or run the dense block. For ReLU, squared ReLU and
     # ReGLU, and for a model's own top-k or threshold, whose choice is proved to be the dense one; takes weights of f32,
     # bf16 or f16. None is True, unless an approximation is asked for: by `active`, by `activations="any"`, or by a
@@ -170,7 +176,7 @@ class Ffn:
         _check_common("Ffn", self.predictor, self.certify, self.max_tokens)
 
     @property
-    def spec(self) -> PredictorSpec:
+    def spec(self) -> Predictor:
         """The predictor: the one that is stated or was chosen, or else the default."""
         return PREDICTOR if self.predictor is None else self.predictor
 

@@ -11,7 +11,9 @@ from hire_xform.lowering.engine.bytes_read import ffn_bytes, vocab_bytes
 from hire_xform.lowering.engine.head import vocab_logits
 from hire_xform.lowering.engine.selection import choose
 from hire_xform.lowering.predict import predictors
-from hire_xform.lowering.predict.predictors import LowRank, Quantized, predict_scores, predictor_bytes
+from hire_xform.lowering.predict.low_rank import LowRank
+from hire_xform.lowering.predict.predictors import predict_scores, predictor_bytes
+from hire_xform.lowering.predict.quantized import Quantized
 
 Q8 = Quantized(8)
 # All directions kept in f32: predictions are the products themselves, up to rounding.
