@@ -30,7 +30,7 @@ from hire_xform.passes.plan.cost import bytes_read
 from hire_xform.passes.plan.decisions import Decision, Plan
 from hire_xform.passes.plan.measurement import Measure, input_numbers
 from hire_xform.passes.plan.settings import PREDICTOR
-from hire_xform.passes.weights.provenance import Root
+from hire_xform.passes.weights.recipe import Root
 
 # Sums over all batches, int64 or float64, by site path and name.
 Sums = dict[tuple[str, str], np.ndarray]

@@ -19,7 +19,7 @@ from hire_xform.passes.pack.packed import Packed, PackLayout
 from hire_xform.passes.plan.decisions import PackKey
 from hire_xform.passes.plan.forms import ROWS
 from hire_xform.passes.plan.placement import placement_of
-from hire_xform.passes.weights.provenance import Root
+from hire_xform.passes.weights.recipe import Root
 
 # Below this many bytes packing is over before a bar could be read.
 SHOW_FROM = 256 << 20

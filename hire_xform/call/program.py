@@ -16,7 +16,8 @@ from hire_xform.passes.ir.each_device import is_explicit
 from hire_xform.passes.ir.graph import Graph, walk
 from hire_xform.passes.match.detect import detect
 from hire_xform.passes.match.matches import Detection
-from hire_xform.passes.weights.provenance import Provenance, Root
+from hire_xform.passes.weights.provenance import Provenance
+from hire_xform.passes.weights.recipe import Root
 
 
 class Program:

@@ -32,7 +32,7 @@ from hire_xform.passes.rewrite.action import Action
 from hire_xform.passes.rewrite.actions import actions_of, rewritten
 from hire_xform.passes.rewrite.holding import Holding, Reader, decide_holding
 from hire_xform.passes.rewrite.rewriter import Rewriter
-from hire_xform.passes.weights.provenance import Root
+from hire_xform.passes.weights.recipe import Root
 
 
 @dataclass(eq=False)

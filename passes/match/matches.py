@@ -16,7 +16,7 @@ from hire_xform.passes.match.readers import Reader
 from hire_xform.passes.match.region import OwnSparsity, Region, Up
 from hire_xform.passes.weights.lookups import Lookup
 from hire_xform.passes.weights.products import Product, matrix, normal_form, widened_at_once
-from hire_xform.passes.weights.provenance import Recipe, Reshape, Root, Slice, Stack, Transpose
+from hire_xform.passes.weights.recipe import Recipe, Reshape, Root, Slice, Stack, Transpose
 
 
 @dataclass(frozen=True, eq=False, repr=False)

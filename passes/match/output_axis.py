@@ -12,8 +12,8 @@ from hire_xform.passes.ir import compat
 from hire_xform.passes.ir.axes import reshaped
 from hire_xform.passes.ir.graph import Node, Value, carried_inputs
 from hire_xform.passes.ir.pointwise import is_pointwise
+from hire_xform.passes.weights.origins import shape_of
 from hire_xform.passes.weights.products import Product
-from hire_xform.passes.weights.provenance import shape_of
 
 # A vocabulary's logits may go through a long chain of sampling; of any other product only the first few are told.
 MAX_STEPS, MAX_STEPS_NARROW = 256, 32

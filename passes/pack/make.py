@@ -20,8 +20,7 @@ from hire_xform.passes.pack.packers import as_blocks, pack_placed, packed_spec, 
 from hire_xform.passes.plan.decisions import PackKey
 from hire_xform.passes.plan.forms import Form
 from hire_xform.passes.plan.placement import placement_of
-from hire_xform.passes.weights.provenance import Reshape, Root, Stack, Step, Transpose
-from hire_xform.passes.weights.recipe import Cyclic
+from hire_xform.passes.weights.recipe import Cyclic, Reshape, Root, Stack, Step, Transpose
 
 
 def pack_array(key: PackKey, leaf: Any, rows: Any = None) -> Any:

@@ -14,7 +14,7 @@ from hire_xform.passes.plan.forms import PackedPredictor
 from hire_xform.passes.plan.machine import Machine, machine_here
 from hire_xform.passes.plan.settings import Ffn, Vocab
 from hire_xform.passes.weights.products import Product, normal_form
-from hire_xform.passes.weights.provenance import Transpose
+from hire_xform.passes.weights.recipe import Transpose
 
 # A row read out of order costs this many times what it costs in a streamed product. Measured by
 # `benchmarks/kernels.py` on a CPU; accelerators read rows of a kilobyte or more about as fast as anything else.

@@ -18,7 +18,8 @@ from hire_xform.passes.plan.levels import Levels
 from hire_xform.passes.plan.placement import Placement
 from hire_xform.passes.plan.settings import Ffn, Vocab
 from hire_xform.passes.prove.what_to_prove import NOTHING_READ, Reads
-from hire_xform.passes.weights.provenance import Recipe, Ref, Root
+from hire_xform.passes.weights.origins import Ref
+from hire_xform.passes.weights.recipe import Recipe, Root
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from hire_xform.passes.plan.sizes import UNCHOSEN, Reading, sizes_of
 from hire_xform.passes.prove.certifiable import ALL_BITS, input_bits, not_certifiable
 from hire_xform.passes.prove.what_to_prove import NOTHING_READ, reads_of
 from hire_xform.passes.weights.cut_weights import is_cut, parts_of_rows
-from hire_xform.passes.weights.provenance import Root
+from hire_xform.passes.weights.recipe import Root
 
 
 def make_plan(

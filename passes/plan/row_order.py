@@ -19,8 +19,8 @@ from hire_xform.passes.ir.pointwise import is_pointwise
 from hire_xform.passes.match.matches import VocabMatch
 from hire_xform.passes.match.top_k import top_k_of
 from hire_xform.passes.plan.decisions import Decision, PackKey, Plan, with_keys
-from hire_xform.passes.weights.provenance import Root, shape_of
-from hire_xform.passes.weights.recipe import Cyclic, Recipe
+from hire_xform.passes.weights.origins import shape_of
+from hire_xform.passes.weights.recipe import Cyclic, Recipe, Root
 
 # Whatever the order of what they reduce, but for the order of a sum.
 _REDUCTIONS = frozenset(

@@ -22,7 +22,7 @@ from hire_xform.passes.rewrite.cyclic_lookups import cyclic_lookups
 from hire_xform.passes.rewrite.merge_top_k import Merged, merge, merged
 from hire_xform.passes.rewrite.site import RewrittenSite
 from hire_xform.passes.weights.products import Product, normal_form
-from hire_xform.passes.weights.provenance import Root
+from hire_xform.passes.weights.recipe import Root
 
 
 @dataclass(frozen=True, eq=False, repr=False)

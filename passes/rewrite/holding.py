@@ -11,8 +11,7 @@ from hire_xform.passes.plan.row_order import as_contiguous
 from hire_xform.passes.rewrite.action import Action
 from hire_xform.passes.rewrite.rewriter import Rewriter
 from hire_xform.passes.weights.products import rounding_free
-from hire_xform.passes.weights.provenance import Root
-from hire_xform.passes.weights.recipe import Cyclic
+from hire_xform.passes.weights.recipe import Cyclic, Root
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from hire_xform.passes.ir.graph import Frame, Node
 from hire_xform.passes.rewrite.action import Action
-from hire_xform.passes.weights.provenance import IndexSlice
+from hire_xform.passes.weights.origins import IndexSlice
 
 
 def inlined_frames(actions: Iterable[Action]) -> frozenset[Frame]:

@@ -13,7 +13,7 @@ from jax.extend.core import primitives as prims
 from hire_xform.passes.ir import compat
 from hire_xform.passes.ir.graph import Frame, Graph, Node, Operand, Scope, Value, carried_inputs
 from hire_xform.passes.rewrite.action import Action
-from hire_xform.passes.weights.provenance import IndexSlice
+from hire_xform.passes.weights.origins import IndexSlice
 
 
 class Liveness:

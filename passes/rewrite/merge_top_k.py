@@ -28,7 +28,7 @@ from hire_xform.passes.match.top_k import top_k_of
 from hire_xform.passes.plan.decisions import Decision, Need
 from hire_xform.passes.plan.placement import Placement, names_of
 from hire_xform.passes.plan.row_order import cuts_end, readers
-from hire_xform.passes.weights.provenance import shape_of
+from hire_xform.passes.weights.origins import shape_of
 
 # What leaves the last axis as it is wherever it leaves its length.
 _MOVES = frozenset({prims.reshape_p, prims.squeeze_p, prims.broadcast_in_dim_p, prims.slice_p, prims.dynamic_slice_p})

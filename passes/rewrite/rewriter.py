@@ -27,7 +27,7 @@ from hire_xform.passes.rewrite.calls import constrained, with_own_derivative
 from hire_xform.passes.rewrite.environment import TOLD, Env, PackedView, Views, read
 from hire_xform.passes.rewrite.inlining import inlined_frames
 from hire_xform.passes.rewrite.liveness import Liveness
-from hire_xform.passes.weights.provenance import IndexSlice
+from hire_xform.passes.weights.origins import IndexSlice
 
 
 @dataclass(eq=False, repr=False)

@@ -21,7 +21,7 @@ from hire_xform.passes.match.matches import Detection, FfnMatch
 from hire_xform.passes.plan.decisions import Plan, Refusal, Site
 from hire_xform.passes.plan.settings import Choice, Ffn
 from hire_xform.passes.rewrite.action import Action, Context
-from hire_xform.passes.weights.provenance import Root
+from hire_xform.passes.weights.recipe import Root
 
 
 @dataclass(frozen=True, eq=False, repr=False)
