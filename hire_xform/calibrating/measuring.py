@@ -28,7 +28,7 @@ from hire_xform.passes.measure.capture import Measured, MeasuredInputs, Measured
 from hire_xform.passes.pack.packed import Packed
 from hire_xform.passes.plan.cost import bytes_read
 from hire_xform.passes.plan.decisions import Decision, Plan
-from hire_xform.passes.plan.measurement import Measure, input_numbers
+from hire_xform.passes.plan.measurement import Measure
 from hire_xform.passes.plan.settings import PREDICTOR
 from hire_xform.passes.weights.recipe import Root
 
@@ -220,7 +220,7 @@ class _Collected:
     def _site(self, path: str, decision: Measured, known: Calibration | None) -> SiteCalibration:
         match, settings, site = decision.match, decision.settings, decision.site
         own = {name: value for (p, name), value in self._sums.items() if p == path}
-        numbers = input_numbers(match)
+        numbers = match.input_numbers
         firsts = list(dict.fromkeys(numbers))
         criterion: str = kind_of(match).criterion(match, settings)
         if settings.certify:

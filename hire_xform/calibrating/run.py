@@ -138,7 +138,7 @@ def calibrate(
     name, value = _checked_target(recall=recall, max_kl=max_kl, max_loss_increase=max_loss_increase)
     if loss is not None and (name != "max_loss_increase" or not callable(loss)):
         raise TypeError(f"calibrate: loss={loss!r}; expected a function, and max_loss_increase with it")
-    if name == "max_kl" and any(isinstance(s, Vocab) and s.fill != "predicted" for s in _all_settings(config)):
+    if name == "max_kl" and any(s.fill == "-inf" for s in _all_settings(config)):
         raise ValueError('calibrate: max_kl with fill="-inf", of which the KL divergence is infinite')
     if head_kl is not None:
         _checked_positive("head_kl", head_kl)
@@ -159,7 +159,7 @@ def calibrate(
         raise TypeError(f"calibrate: fitted={fitted!r}; expected what hx.calibrate returns, or None")
     asked = [p for s in stated for p in (predictors if s is None else (s,)) if takes_inputs(p)]
     fits = fitted is None and bool(asked)
-    grouped = regroup and any(isinstance(s, Ffn) and s.group_size > 1 for s in _all_settings(config))
+    grouped = regroup and any(s.group_size > 1 for s in _all_settings(config))
     if name != "recall" and iter(batches) is batches:
         raise ValueError(
             f"calibrate: batches is a {type(batches).__name__}, which can be read once; {name} takes several passes; "
@@ -172,7 +172,9 @@ def calibrate(
             "fitted in a first pass and measured in a second; expected a list, or the like, or "
             "predictors=[hx.Quantized(8)]"
         )
-    often = name == "recall" and any(isinstance(s, Ffn) and not s.certify for s in _all_settings(config))
+    often = name == "recall" and any(
+        ffn is not None and not ffn.certify for ffn in (config.ffn, *(rule.ffn for rule in config.rules))
+    )
     first = fits or (fitted is None and (grouped or often) and iter(batches) is not batches)
     show = sys.stderr.isatty() if progress is None else progress
     measuring = Measuring(fun, Weights(weights_argnums, weights_argnames), jit_options)

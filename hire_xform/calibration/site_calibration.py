@@ -104,8 +104,7 @@ class SiteCalibration:
 
     def order_for(self, settings: Vocab | Ffn) -> Order | None:
         """The order in which the units of groups of this size are neighbours; None for that they have."""
-        same = isinstance(settings, Ffn) and settings.group_size == self.group_size
-        return self._order if same else None
+        return self._order if settings.group_size == self.group_size else None
 
     @property
     def by_rate(self) -> np.ndarray | None:
@@ -284,10 +283,11 @@ class SiteCalibration:
           settings: what is stated.
           static: whether some units may be always computed.
         """
-        own = isinstance(settings, Ffn) and settings.active is None and settings.predictor in (None, self.predictor)
+        stated = getattr(settings, settings.size_name)
+        own = stated is None and settings.predictor in (None, self.predictor)
         if self.static and not (static and own):
             return replace(self, static=0)._chosen(static=False).choose(settings, False)
-        if isinstance(settings, Ffn) and settings.group_size != self.group_size:
+        if settings.group_size != self.group_size:
             how = f"not calibrated with these groups but with groups of {self.group_size}; its size is the default"
             return Chosen(None, None, how)
         if (proved_criterion(settings) if settings.certify else "") != self._proved:
@@ -298,14 +298,11 @@ class SiteCalibration:
         tokens = int(self.tokens.min())
         if not tokens:
             return Chosen(None, None, "no token of the calibration reached it; its size is the default")
-        name, stated = (
-            ("candidates", settings.candidates) if isinstance(settings, Vocab) else ("active", settings.active)
-        )
         if stated is not None:
-            predictor = settings.predictor or self._best_at(self._stated_size(settings))
+            predictor = settings.predictor or self._best_at(settings.size_in(self.units))
             # A block is the same with fewer units where they will do; logits that are asked for are computed.
             needs = self._needs(predictor) if self.kind == "ffn" else None
-            return Chosen(predictor, None, f"calibrated, but {name}={stated} is given", needs=needs)
+            return Chosen(predictor, None, f"calibrated, but {settings.size_name}={stated} is given", needs=needs)
         predictor = settings.predictor or self.predictor
         if predictor == self.predictor:
             sizes = self.sizes - self.static
@@ -319,7 +316,7 @@ class SiteCalibration:
         what = "candidate" if self.kind == "vocab" else "unit" if self.group_size == 1 else "group"
         sized = f"{size:,} {what}{'s' * (size > 1)}"
         how = f"calibrated: {sized} for {self.target}, {tokens:,} tokens"
-        if isinstance(settings, Vocab) and settings.fill != self.fill and self.head_kl is not None:
+        if settings.fill != self.fill and self.head_kl is not None:
             how += f"; nats of fill={self.fill!r}, with which it was measured"
         if self._beyond(sizes, predictor):
             how += f"; its logits are {self.kl_at(size, predictor).max():.2g} nats a token from the dense ones"
@@ -342,11 +339,6 @@ class SiteCalibration:
     def _one_size(self) -> bool:
         """True of a certified block whose model chooses its units: it has one size, and proves after computing it."""
         return self.criterion.endswith(CHOICE)
-
-    def _stated_size(self, settings: Vocab | Ffn) -> int:
-        if isinstance(settings, Vocab):
-            return settings.candidates_of(self.units)
-        return max(1, round(settings.active_of(None) * (self.units // self.group_size)))
 
     def _best_at(self, size: int) -> Predictor:
         """For a size that is given: the fewest bytes of those that do what is asked for, or else the highest recall."""

@@ -36,7 +36,6 @@ from hire_xform.passes.match.matches import FfnMatch
 from hire_xform.passes.match.own_choice import OfChosen
 from hire_xform.passes.measure.capture import Measured, Recorded, numbered
 from hire_xform.passes.plan.decisions import Decision
-from hire_xform.passes.plan.measurement import input_numbers
 from hire_xform.passes.rewrite.canonical import dense_product, dense_up
 
 
@@ -58,7 +57,7 @@ def measured(decision: Measured, given: Sequence[Any], views: Any, ranks: bool) 
     result = dense_product(match.down, activation.astype(match.hidden.aval.dtype), down, contracted_first=True)
     recorded: Recorded = [{} for _ in parts.ups]
     recorded[0]["tokens"] = jnp.int32(match.tokens)
-    for i, number in enumerate(input_numbers(match)):
+    for i, number in enumerate(match.input_numbers):
         if number == i:
             recorded[i][f"covariance{i}"] = covariance(parts.ups[i].x)
     norms = jnp.sqrt(jnp.sum(jnp.square(down.astype(jnp.float32)), axis=-1))

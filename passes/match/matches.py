@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -82,6 +82,11 @@ class Match:
     def inputs(self) -> int:
         """Columns of the (first) weight, d."""
         return self.matrices[0].columns
+
+    @property
+    def input_numbers(self) -> list[int]:
+        """For each product that makes units, the first of them with the same inputs."""
+        return [0]
 
     @property
     def stack(self) -> tuple[int, ...]:
@@ -166,6 +171,18 @@ class FfnMatch(Match):
     def nodes(self) -> set[Node]:
         """The products, and all that lies between."""
         return super().nodes | self.region.nodes
+
+    @property
+    def input_numbers(self) -> list[int]:
+        """For each product into the units, the first of them with the same inputs."""
+        found: dict[Any, int] = {}
+        numbers: list[int] = []
+        for i, (up, own) in enumerate(zip(self.region.ups, self.matrices, strict=False)):
+            product = up.product
+            tokens = tuple(up.layout[d] for d in product.out_x_dims)
+            key = (product.x, product.x_contract, product.x_free, tokens, own.stack)
+            numbers.append(found.setdefault(key, i))
+        return numbers
 
     @cached_property
     def matrices(self) -> tuple[Matrix, ...]:

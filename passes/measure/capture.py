@@ -14,7 +14,7 @@ from hire_xform.passes.ir.each_device import whole_results
 from hire_xform.passes.match.kinds import kind_of
 from hire_xform.passes.plan.decisions import Decision, Need
 from hire_xform.passes.plan.forms import SiteForms, UnitOrder
-from hire_xform.passes.plan.measurement import Measurement, input_numbers
+from hire_xform.passes.plan.measurement import Measurement
 from hire_xform.passes.plan.needs import stack_need
 from hire_xform.passes.prove.what_to_prove import NOTHING_READ
 from hire_xform.passes.rewrite.action import Context
@@ -101,7 +101,7 @@ class MeasuredSite(SiteAction):
         alike = (
             type(self),
             ways,
-            tuple(input_numbers(decision.match)),
+            tuple(decision.match.input_numbers),
             decision.static_sets,
             decision.node.outputs[0].aval,
         )

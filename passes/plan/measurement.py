@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
 from hire_xform.lowering.predict.predictors import Predictor
-from hire_xform.passes.match.matches import FfnMatch, Match
+from hire_xform.passes.match.matches import Match
 from hire_xform.passes.plan.forms import Inputs, Order
 from hire_xform.passes.plan.settings import Ffn, Vocab
 from hire_xform.passes.weights.cut_weights import is_cut
@@ -114,20 +114,6 @@ def with_choices(
         return dataclasses.replace(settings, predictor=settings.spec), Chosen(None, None, "")
     chosen = measurement.choose(settings, static)
     settings = dataclasses.replace(settings, predictor=chosen.predictor or settings.spec)
-    if settings.size_stated or chosen.size is None:
+    if getattr(settings, settings.size_name) is not None or chosen.size is None:
         return settings, dataclasses.replace(chosen, sizes=None)
     return settings.with_size(chosen.size, units), chosen
-
-
-def input_numbers(match: Match) -> list[int]:
-    """For each product into the units, the first of them with the same inputs."""
-    if not isinstance(match, FfnMatch):
-        return [0]
-    found: dict[Any, int] = {}
-    numbers: list[int] = []
-    for i, (up, matrix) in enumerate(zip(match.region.ups, match.matrices, strict=False)):
-        product = up.product
-        tokens = tuple(up.layout[d] for d in product.out_x_dims)
-        key = (product.x, product.x_contract, product.x_free, tokens, matrix.stack)
-        numbers.append(found.setdefault(key, i))
-    return numbers

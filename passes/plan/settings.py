@@ -48,6 +48,10 @@ def _check_common(owner: str, predictor: Any, certify: Any, max_tokens: Any) -> 
     _check_count(owner, "max_tokens", max_tokens)
 
 
+def _certified(certify: Any) -> str:
+    return f", certify={certify!r}" if certify else ""
+
+
 # What `Vocab(candidates=None)` computes, and what `predictor=None` is without a calibration.
 CANDIDATES = 256
 PREDICTOR = Quantized(bits=8)
@@ -63,8 +67,9 @@ class Vocab:
       ValueError: a value is out of range; the message names it.
     """
 
-    # One row is one candidate.
+    # One row is one candidate. The field that states a size.
     group_size: ClassVar[int] = 1
+    size_name: ClassVar[str] = "candidates"
 
     # Rows of the vocabulary computed exactly for each token; more than there are means all of them. None is what a
     # calibration found, without one 256. Of a certified one it finds several sizes, of which each input takes the
@@ -108,14 +113,18 @@ class Vocab:
             return self
         return dataclasses.replace(self, certify=self.candidates is None if calibrated is None else calibrated)
 
-    @property
-    def size_stated(self) -> bool:
-        """Whether a number of candidates is given."""
-        return self.candidates is not None
-
     def with_size(self, size: int, units: int) -> Vocab:
         """With so many candidates, of so many rows."""
         return dataclasses.replace(self, candidates=size)
+
+    def size_in(self, units: int) -> int:
+        """The candidates of so many rows."""
+        return self.candidates_of(units)
+
+    @property
+    def in_words(self) -> str:
+        """For reports."""
+        return f"{self.spec}, fill={self.fill!r}{_certified(self.certify)}"
 
     def candidates_of(self, vocab: int, read: int = 1) -> int:
         """The rows of a vocabulary to compute for each token.
@@ -142,8 +151,9 @@ class Ffn:
       ValueError: a value is out of range; the message names it.
     """
 
-    # Units left out are left out.
+    # Nothing stands for units that are left out. The field that states a size.
     fill: ClassVar[str] = ""
+    size_name: ClassVar[str] = "active"
 
     # Share of the hidden units (or of their groups) computed for each token: a fraction, 0 < active <= 1. None is what
     # a calibration found; without one 0.25, but for blocks whose model keeps a top-k, or what is above a threshold:
@@ -191,14 +201,19 @@ class Ffn:
         proved = self.active is None and self.activations == "zeroing"
         return dataclasses.replace(self, certify=proved if calibrated is None else calibrated)
 
-    @property
-    def size_stated(self) -> bool:
-        """Whether a share is given."""
-        return self.active is not None
-
     def with_size(self, size: int, units: int) -> Ffn:
         """With the share that so many groups are of so many units."""
         return dataclasses.replace(self, active=size * self.group_size / units)
+
+    def size_in(self, units: int) -> int:
+        """The groups of so many units."""
+        return max(1, round(self.active_of(None) * (units // self.group_size)))
+
+    @property
+    def in_words(self) -> str:
+        """For reports."""
+        group = f", groups of {self.group_size}" if self.group_size > 1 else ""
+        return f"{self.spec}{group}{_certified(self.certify)}"
 
     def active_of(self, own_share: float | None) -> float:
         """The share of a block's units to compute.
