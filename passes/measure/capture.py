@@ -11,13 +11,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from hire_xform.lowering.engine.block import UpProduct, group_scores
-from hire_xform.lowering.engine.certified_choice import groups_needed
-from hire_xform.lowering.engine.certified_ffn import upper_gate
 from hire_xform.lowering.measure.cofiring import cofiring
 from hire_xform.lowering.measure.statistics import (
     covariance,
     groups_wanted,
-    open_units,
     proved_ranks,
     unit_ranks,
     unit_totals,
@@ -85,8 +82,8 @@ class Capture(Rewriter):
     Values are recorded (``lowering/primitives/records.py``) under the site's path: ``tokens``, of a block what
     ``unit_totals`` says, ``covariance0``, ... of the inputs of each product into the units, and for the predictor of
     each of a measurement's ``ways``, by its number, what ``vocab_ranks`` or ``unit_ranks`` say; where it is to be
-    certified ``proved_ranks`` or ``open_units``. Of units that may be always computed, by how many they are, ``wanted``
-    of a choice that takes them first.
+    certified ``proved_ranks`` or ``groups_wanted``. Of units that may be always computed, by how many they are,
+    ``wanted`` of a choice that takes them first.
     """
 
     # Whether predictors are run; without, nothing is recorded of them.
@@ -191,15 +188,12 @@ def _ffn(
     for number, (way, own) in enumerate(ways if ranks else ()):
         settings = way.settings
         assert isinstance(settings, Ffn)
-        if settings.certify and match.region.own is not None:
-            upper, needed = groups_needed(*choice_block(way, match, operands, own)[:2])
+        if settings.certify:
+            certified = certified_block if match.region.own is None else choice_block
+            block, given, _ = certified(way, match, operands, own)
+            upper, needed = block.needed(given)
             proved = unit_ranks(activation, norms, upper, settings.group_size)
             recorded[0].update(_numbered(proved | groups_wanted(needed, upper.shape[1]), number))
-            continue
-        if settings.certify:
-            gate = upper_gate(*certified_block(way, match, operands, own)[:2])
-            opened = unit_ranks(activation, norms, gate, settings.group_size) | open_units(gate)
-            recorded[0].update(_numbered(opened, number))
             continue
         predicted = ffn_parts(way, match, operands, own)
         scores = group_scores(

@@ -8,8 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from hire_xform.lowering.engine.certified_ffn import CertifiedBlock, certified_ffn
-from hire_xform.lowering.engine.engine import Operands
+from hire_xform.lowering.engine.certified_ffn import CertifiedBlock
+from hire_xform.lowering.engine.engine import Operands, proved_or_dense
 from hire_xform.lowering.engine.head import certified_logits
 from hire_xform.lowering.xla.devices import ONE, Devices
 from hire_xform.passes.match.matches import FfnMatch, VocabMatch
@@ -95,7 +95,7 @@ def certified_block(
     shards: int = 1,
     canonical: bool = False,
 ) -> tuple[CertifiedBlock, Operands, PackedView]:
-    """A block for ``certified_ffn``, or one device's part of it, its operands, and its down rows as packed.
+    """A block for ``proved_or_dense``, or one device's part of it, its operands, and its down rows as packed.
 
     ``canonical``: the operands are in canonical layout already.
     """
@@ -157,5 +157,5 @@ def certified_block(
 
 def _ffn(decision: Decision, match: FfnMatch, operands: Sequence[Any], views: Sequence[PackedView]) -> Any:
     block, given, down = certified_block(decision, match, operands, views)
-    result, rung = certified_ffn(block, given)
+    result, rung = proved_or_dense(block, given)
     return result_shape(match.down, down.filled(result)), rung

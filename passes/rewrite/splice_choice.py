@@ -8,8 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from hire_xform.lowering.engine.certified_choice import ChoiceBlock, certified_choice
-from hire_xform.lowering.engine.engine import Operands
+from hire_xform.lowering.engine.certified_choice import ChoiceBlock
+from hire_xform.lowering.engine.engine import Operands, proved_or_dense
 from hire_xform.passes.match.matches import FfnMatch
 from hire_xform.passes.match.own_choice import OfAll, OfChosen
 from hire_xform.passes.match.region import Region, Up, replay
@@ -31,7 +31,7 @@ from hire_xform.passes.rewrite.own_equations import own_block
 def choice_block(
     decision: Decision, match: FfnMatch, operands: Sequence[Any], views: Sequence[PackedView]
 ) -> tuple[ChoiceBlock, Operands, PackedView]:
-    """A block for ``certified_choice``, its operands, and the rows of its contracting product as packed."""
+    """A block for ``proved_or_dense``, its operands, and the rows of its contracting product as packed."""
     settings, region, tokens = decision.settings, match.region, match.tokens
     assert isinstance(settings, Ffn)
     given = iter(views)
@@ -98,5 +98,5 @@ def choice_result(
 ) -> tuple[Any, Any]:
     """The certified block's result, and whether the dense form was run."""
     block, given, down = choice_block(decision, match, operands, views)
-    result, fallback = certified_choice(block, given)
+    result, fallback = proved_or_dense(block, given)
     return result_shape(match.down, down.filled(result)), fallback

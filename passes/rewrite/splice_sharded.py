@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from hire_xform.lowering.engine.certified_ffn import certified_ffn
 from hire_xform.lowering.engine.cyclic_rows import from_cyclic, return_candidates
+from hire_xform.lowering.engine.engine import proved_or_dense
 from hire_xform.lowering.xla.devices import Devices
 from hire_xform.passes.ir.each_device import mesh_here, under_automatic_axes
 from hire_xform.passes.match.matches import FfnMatch, VocabMatch
@@ -95,7 +95,7 @@ def _block(
     """
     if decision.settings.certify:
         block, operands, down = certified_block(decision, match, given, views, placement.shards, canonical=True)
-        part, rung = certified_ffn(block, operands)
+        part, rung = proved_or_dense(block, operands)
         part = down.filled(part)
     else:
         parts = ffn_parts(decision, match, given, views, canonical=True)
