@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from hire_xform.lowering.engine.engine import Steps, selected
+from hire_xform.lowering.engine.engine import Observer, Steps, selected
 from hire_xform.lowering.engine.rows import combine_rows, select_rows_dot
 from hire_xform.lowering.engine.selection import choose, leaves_out
 from hire_xform.lowering.engine.static_units import static_units
@@ -55,6 +55,7 @@ def ffn(
     group_size: int = 1,
     out_dtype: jax.typing.DTypeLike,
     static: int = 0,
+    observe: Observer = lambda name, value: None,
 ) -> tuple[jax.Array, jax.Array]:
     """A feed-forward block, ``region(ups) @ down``, with only the chosen hidden units computed.
 
@@ -80,6 +81,8 @@ def ffn(
       out_dtype: dtype of the result.
       static: how many units, the first ones, are always computed. The predictors are of the others only. Takes groups
         of one unit and no ``score``.
+      observe: is told the ``scores`` of groups, the ``selection`` of them (of those predicted), the products into them
+        as ``computed``, and their ``activation``.
 
     Returns:
       ``[T, d_out]`` of ``out_dtype``, and a bool scalar: whether any token has a unit that is not zero, going by the
@@ -113,6 +116,7 @@ def ffn(
         scores=scores,
         compute=lambda index: chosen_products(ups, of_all(index), group_size),
         in_order=score is not None,
+        observe=observe,
     )
     index, hiddens = selected(steps, selection)
     with jax.named_scope("select"):
@@ -122,7 +126,9 @@ def ffn(
         wide = jnp.promote_types(out_dtype, jnp.float32) if static else out_dtype
         gather = gather_chosen(index, ups[0].x.shape[0], m, group_size)
         hiddens = [h.astype(up.dtype) for h, up in zip(hiddens, ups, strict=True)]
-        result = combined(region(hiddens, gather), down, index, first_row, group_size, wide)
+        activation = region(hiddens, gather)
+        observe("activation", activation)
+        result = combined(activation, down, index, first_row, group_size, wide)
         if static:
             products = [(up.x, up.rows, up.first_row, up.dtype) for up in ups]
             fixed = static_units(products, region, down, first_row, static).astype(wide)

@@ -29,7 +29,7 @@ from jax import lax
 
 from hire_xform.lowering.engine.block import Gather, chosen_products
 from hire_xform.lowering.engine.certified_ffn import Block
-from hire_xform.lowering.engine.engine import Operands, Steps, proved_or_dense
+from hire_xform.lowering.engine.engine import Operands, Steps
 from hire_xform.lowering.engine.selection import Selection, choose, entries
 from hire_xform.lowering.prove.bounds import norm, product_error, slack, tiny
 from hire_xform.lowering.prove.intervals import Interval, rounded
@@ -38,7 +38,7 @@ from hire_xform.lowering.prove.proofs import scores_with_bounds
 from hire_xform.lowering.xla.nan_max import largest_or_nan
 from hire_xform.lowering.xla.skinny_dot import skinny_dot
 
-__all__ = ["ChoiceBlock", "Largest", "certified_choice", "groups_needed"]
+__all__ = ["ChoiceBlock", "Largest"]
 
 
 class Largest(NamedTuple):
@@ -105,12 +105,13 @@ class ChoiceBlock(Block):
             scores = self.grouped(bounded.score.high)
 
         def compute(index: jax.Array) -> _Computed:
-            ups, close = self.ups(o), _bounded_closely(self, o)
+            ups = self.ups(o)
+            hiddens = chosen_products(ups, index, self.group_size)
             terms = [
-                chosen_products([up], index, self.group_size, magnitudes=True)[0] if own else None
-                for up, own in zip(ups, close, strict=True)
+                chosen_products([up], index, self.group_size, magnitudes=True)[0] if close else None
+                for up, close in zip(ups, _bounded_closely(self, o), strict=True)
             ]
-            return _Computed(chosen_products(ups, index, self.group_size), terms)
+            return _Computed(hiddens, terms)
 
         steps = Steps(
             scores=scores,
@@ -121,14 +122,31 @@ class ChoiceBlock(Block):
         )
         return steps, (choose(o.xs[0].shape[0], self.units // self.group_size, self.active),)
 
+    def needed(self, o: Operands) -> tuple[jax.Array, jax.Array]:
+        """All groups of a token that needs them to be told apart, or whose choice rounding alone could change."""
 
-def certified_choice(block: ChoiceBlock, operands: Operands) -> tuple[jax.Array, jax.Array]:
-    """A block whose candidates are proved to hold the units that the dense block keeps; else the dense block.
+        def all_units(values: jax.Array) -> jax.Array:
+            return values
 
-    Returns:
-      ``[T, d_out]``, and an int32 scalar: one where the dense block was run, else zero.
-    """
-    return proved_or_dense(block, operands)
+        assert o.largest_down is not None
+        sides, bounded = lax.stop_gradient(o.sides), _bounded(self, o)
+        terms = [
+            skinny_dot(*(jnp.abs(a.astype(jnp.float32)) for a in (x, self.own_rows(rows, first)))) if close else None
+            for x, rows, first, close in zip(o.xs, o.rows, o.first_rows, _bounded_closely(self, o), strict=True)
+        ]
+        exact, score = _exact(self, o, bounded, _Computed(self.dense_hiddens(o), terms), all_units)
+        upper = self.grouped(bounded.score.high)
+        largest = _largest(self.ranks, score, jnp.full_like(upper[:, :1], -jnp.inf))
+        zero, settled = self.proving.settle(exact, sides, all_units, bounded.moments, largest)
+        provable = jnp.all(zero | settled, axis=1) & (o.largest_down < jnp.inf)
+        zero, _ = self.proving.settle(bounded.hiddens, sides, all_units, bounded.moments, largest)
+        wanted = jnp.logical_not(zero.reshape(*upper.shape, self.group_size).all(axis=-1))
+        upper = jnp.where(jnp.isnan(upper), jnp.inf, upper)
+        for rank in self.ranks:
+            wanted |= upper > largest.at(rank).low
+        least = jnp.min(jnp.where(wanted, upper, jnp.inf), axis=1, keepdims=True)
+        count = jnp.maximum(jnp.sum(upper >= least, axis=1, dtype=jnp.int32), 1)
+        return upper, jnp.where(provable, count, upper.shape[1])
 
 
 class _Computed(NamedTuple):
@@ -205,38 +223,6 @@ def _exact(
         exact.append(rounded(Interval(value - near, value + near), dtype))
     score = block.proving.score(exact, lax.stop_gradient(o.sides), gather, bounded.moments)
     return exact, score.map(lambda end: jnp.broadcast_to(end, exact[0].low.shape))
-
-
-def groups_needed(block: ChoiceBlock, o: Operands) -> tuple[jax.Array, jax.Array]:
-    """For a calibration: how many candidates prove the choice, all units computed.
-
-    Returns:
-      Upper bounds of the groups' scores, f32 ``[T, n]``, by which candidates are taken, and about how many of them each
-      token needs, int32 ``[T]``, 1 to n: all n where rounding alone could change the choice.
-    """
-
-    def all_units(values: jax.Array) -> jax.Array:
-        return values
-
-    assert o.largest_down is not None
-    sides, bounded = lax.stop_gradient(o.sides), _bounded(block, o)
-    terms = [
-        skinny_dot(*(jnp.abs(a.astype(jnp.float32)) for a in (x, block.own_rows(rows, first)))) if close else None
-        for x, rows, first, close in zip(o.xs, o.rows, o.first_rows, _bounded_closely(block, o), strict=True)
-    ]
-    exact, score = _exact(block, o, bounded, _Computed(block.dense_hiddens(o), terms), all_units)
-    upper = block.grouped(bounded.score.high)
-    largest = _largest(block.ranks, score, jnp.full_like(upper[:, :1], -jnp.inf))
-    zero, settled = block.proving.settle(exact, sides, all_units, bounded.moments, largest)
-    provable = jnp.all(zero | settled, axis=1) & (o.largest_down < jnp.inf)
-    zero, _ = block.proving.settle(bounded.hiddens, sides, all_units, bounded.moments, largest)
-    wanted = jnp.logical_not(zero.reshape(*upper.shape, block.group_size).all(axis=-1))
-    upper = jnp.where(jnp.isnan(upper), jnp.inf, upper)
-    for rank in block.ranks:
-        wanted |= upper > largest.at(rank).low
-    least = jnp.min(jnp.where(wanted, upper, jnp.inf), axis=1, keepdims=True)
-    count = jnp.maximum(jnp.sum(upper >= least, axis=1, dtype=jnp.int32), 1)
-    return upper, jnp.where(provable, count, upper.shape[1])
 
 
 def _largest(ranks: Sequence[int], score: Interval, outside: jax.Array) -> Largest:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from hire_xform.lowering.engine.block import Gather, UpProduct, chosen_products, combined, gather_chosen
-from hire_xform.lowering.engine.engine import Operands, Steps, proved_or_dense
+from hire_xform.lowering.engine.engine import Operands, Steps
 from hire_xform.lowering.engine.selection import Selection, rungs
 from hire_xform.lowering.predict.predictors import PredictorSpec
 from hire_xform.lowering.prove.bounds import norm
@@ -24,7 +24,7 @@ from hire_xform.lowering.prove.intervals import rounded_up
 from hire_xform.lowering.prove.proofs import scores_with_bounds
 from hire_xform.lowering.xla.nan_max import largest_or_nan
 
-__all__ = ["Block", "CertifiedBlock", "certified_ffn", "largest_norm", "upper_gate"]
+__all__ = ["Block", "CertifiedBlock", "largest_norm"]
 
 # A region of some of the units, as in `lowering/engine/block.py`. Its side inputs are operands; and for each product
 # into the units it is given what is known of all of them, or None.
@@ -89,6 +89,14 @@ class Block:
         """The program's own block."""
         return self.dense(o) if o.leaves is None else self.own(o.xs, o.sides, o.leaves)
 
+    def needed(self, o: Operands) -> tuple[jax.Array, jax.Array]:
+        """For a calibration: about how many groups of units prove it, were they computed.
+
+        Returns:
+          What groups are chosen by, f32 ``[T, n]``, and how many of them each token needs, int32 ``[T]``, 1 to ``n``.
+        """
+        raise NotImplementedError
+
     def tangent(self, out: jax.Array, change: jax.Array) -> jax.Array:
         """That of the dense block."""
         return change
@@ -137,7 +145,7 @@ class CertifiedBlock(Block):
         """Chosen are the groups that are open: how many they are is known before any is read."""
         selections = rungs(o.xs[0].shape[0], self.units // self.group_size, (*self.smaller, self.active))
         with jax.named_scope("predict"):
-            gate = upper_gate(self, o)
+            gate = _upper_gate(self, o)
         with jax.named_scope("prove"):
             rung = _rung(self, o, gate, selections)
         steps = Steps(
@@ -149,23 +157,18 @@ class CertifiedBlock(Block):
         )
         return steps, selections
 
+    def needed(self, o: Operands) -> tuple[jax.Array, jax.Array]:
+        """For a calibration: upper bounds of the gate, and how many groups are open."""
+        gate = _upper_gate(self, o)
+        return gate, jnp.maximum(jnp.sum(_opened(gate), axis=1), 1)
+
 
 def largest_norm(rows: jax.Array) -> jax.Array:
     """An upper bound of the norm of every row of ``[n, d]``, f32 scalar; NaN or infinite where an entry is."""
     return largest_or_nan(norm(rows))
 
 
-def certified_ffn(block: CertifiedBlock, operands: Operands) -> tuple[jax.Array, jax.Array]:
-    """A block with the units left out that are proved zero, for every token; else the dense block.
-
-    Returns:
-      ``[T, d_out]``, and an int32 scalar: the number of the size that was computed, of ``smaller`` and then ``active``;
-      one more for the dense block.
-    """
-    return proved_or_dense(block, operands)
-
-
-def upper_gate(block: CertifiedBlock, o: Operands) -> jax.Array:
+def _upper_gate(block: CertifiedBlock, o: Operands) -> jax.Array:
     """Upper bounds of the gate of each group of units, f32 ``[T, units / group_size]``: at most zero proves zeros."""
     xs, sides = lax.stop_gradient((o.xs, o.sides))
     proof = o.proofs[block.gate]
@@ -177,14 +180,17 @@ def upper_gate(block: CertifiedBlock, o: Operands) -> jax.Array:
 
 def _rung(block: CertifiedBlock, o: Operands, gate: jax.Array, selections: Sequence[Selection]) -> jax.Array:
     """The number of the smallest selection that holds every open group, or how many there are: int32 scalar."""
-    # A NaN is no proof of a zero.
-    opened = jnp.logical_not(gate <= 0.0)
-    shared = selections[-1].mode == "shared"
+    opened, shared = _opened(gate), selections[-1].mode == "shared"
     needed = jnp.sum(jnp.any(opened, axis=0)) if shared else jnp.max(jnp.sum(opened, axis=1))
     rung = sum(((needed > s.size).astype(jnp.int32) for s in selections), jnp.int32(0))
     for finite in _stays_finite(block, o):
         rung = jnp.where(finite, rung, len(selections))
     return rung
+
+
+def _opened(gate: jax.Array) -> jax.Array:
+    """Which groups are not proved zero; a NaN is no proof."""
+    return jnp.logical_not(gate <= 0.0)
 
 
 def _stays_finite(block: CertifiedBlock, o: Operands) -> Iterator[jax.Array]:

@@ -24,10 +24,12 @@ from hire_xform.lowering.primitives.ranks import Moments
 from hire_xform.lowering.prove.proofs import Proof
 from hire_xform.lowering.xla.promotion import usual_promotion
 
-__all__ = ["Certified", "Operands", "Steps", "proved_or_dense", "selected", "without"]
+__all__ = ["Certified", "Observer", "Operands", "Steps", "proved_or_dense", "selected", "without"]
 
 # What was computed of chosen rows: a pytree of arrays ``[T, K]``.
 Made = Any
+# Is given what a configuration has, under a trace: "scores", "selection" (their index), "computed", "activation".
+Observer = Callable[[str, Any], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +43,7 @@ class Steps:
       result: what stands where the dense result stood, from the index and what was computed.
       proved: whether that is proved to do, a bool scalar, of the same two.
       rung: int32 scalar, where bounds alone prove it: the number of the selection to take, or how many there are.
+      observe: is told of what :func:`selected` sees. Not of what is certified, which is traced in a frame of its own.
     """
 
     scores: jax.Array
@@ -49,6 +52,7 @@ class Steps:
     result: Callable[[jax.Array, Made], jax.Array] = lambda index, made: made
     proved: Callable[[jax.Array, Made], jax.Array] | None = None
     rung: jax.Array | None = None
+    observe: Observer = lambda name, value: None
 
 
 class Operands(NamedTuple):
@@ -82,7 +86,10 @@ class Operands(NamedTuple):
 
 
 class Certified(Protocol):
-    """A configuration that proves what it leaves out."""
+    """A configuration that proves what it leaves out.
+
+    Under ``vmap`` over tokens and side inputs the tokens of all examples are taken together.
+    """
 
     @property
     def one_by_one(self) -> bool:
@@ -106,7 +113,10 @@ def selected(steps: Steps, selection: Selection) -> tuple[jax.Array, Made]:
     with jax.named_scope("select"):
         index = _select(steps, steps.scores, selection)
     with jax.named_scope("compute"):
-        return index, steps.compute(index)
+        made = steps.compute(index)
+    for name, value in (("scores", steps.scores), ("selection", index), ("computed", made)):
+        steps.observe(name, value)
+    return index, made
 
 
 def _select(steps: Steps, scores: jax.Array, selection: Selection) -> jax.Array:

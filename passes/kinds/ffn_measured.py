@@ -12,14 +12,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from hire_xform.lowering.engine.block import UpProduct, group_scores
-from hire_xform.lowering.engine.certified_choice import ChoiceBlock, groups_needed
-from hire_xform.lowering.engine.certified_ffn import CertifiedBlock, upper_gate
 from hire_xform.lowering.measure.cofiring import cofiring
 from hire_xform.lowering.measure.statistics import (
     covariance,
     first_in_order,
     groups_wanted,
-    open_units,
     unit_ranks,
     unit_totals,
 )
@@ -67,16 +64,10 @@ def measured(decision: Measured, given: Sequence[Any], views: Any, ranks: bool) 
         recorded[0]["together"] = cofiring(activation != 0 if match.region.zeroing else jnp.abs(activation) * norms)
     for number, (way, own) in enumerate(zip(decision.ways, views.ways, strict=True) if ranks else ()):
         settings = settings_of(way)
-        block = certified_block(way) if settings.certify else None
-        if isinstance(block, ChoiceBlock):
-            upper, needed = groups_needed(block, certified_operands(given, own))
+        if settings.certify:
+            upper, needed = certified_block(way).needed(certified_operands(given, own))
             proved = unit_ranks(activation, norms, upper, settings.group_size)
             recorded[0].update(numbered(proved | groups_wanted(needed, upper.shape[1]), number))
-            continue
-        if isinstance(block, CertifiedBlock):
-            gate = upper_gate(block, certified_operands(given, own))
-            opened = unit_ranks(activation, norms, gate, settings.group_size) | open_units(gate)
-            recorded[0].update(numbered(opened, number))
             continue
         predicted = ffn_parts(way, given, own)
         scores = group_scores(
