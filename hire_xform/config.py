@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from hire_xform.passes.ir.debugging import path_matches
 from hire_xform.passes.plan.settings import Choice, Ffn, Vocab, refuse
 
 __all__ = ["Config", "Ffn", "Rule", "Vocab", "approximate", "lossless"]
@@ -47,8 +47,7 @@ class Rule:
 
     def matches(self, path: str) -> bool:
         """True when the rule applies to a site at ``path``."""
-        pattern = "".join(".*" if c == "*" else "." if c == "?" else re.escape(c) for c in self.path_glob)
-        return re.fullmatch(pattern, path) is not None
+        return path_matches(self.path_glob, path)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -77,6 +77,7 @@ def _site_key(site: Site) -> tuple:
         site.rows,
         site.rungs,
         site.derivative,
+        site.evidence,
         site.proved,
         site.unproved,
         site.widened,
@@ -112,6 +113,8 @@ def _site(sites: list[Site]) -> list[str]:
         f"         {describe(site.settings)}" + (f"; activation: {site.activation}" if site.activation else ""),
         f"         weights: {', '.join(site.weights)}" + (" and alike" if len(sites) > 1 else ""),
     ]
+    if site.evidence:
+        lines.append(f"         its outputs are logits: {site.evidence}")
     if site.widened:
         lines.append(
             "         stored narrower; all of it is widened before the dense product, which its bytes leave out"

@@ -4,6 +4,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from checks import assert_same, full_width, kinds, named
 from jax.experimental import checkify
@@ -113,6 +114,25 @@ def test_packed_of_a_prefill_serves_no_decode_but_is_right():
     packed = step.trace(params, inputs(9)).pack(params)
     with pytest.warns(hx.HireWarning, match=r"dot_general.* dense.*hx.pack\(weights"):
         assert_same(step(packed, inputs(1)), net(params, inputs(1)))
+
+
+def test_packed_beside_plain_weights_serves_shapes_that_have_no_site():
+    """Of the plain weights one is not read: a program with no site asks for it no more than one with sites does."""
+
+    def two(p, q, x):
+        return (jax.nn.relu(x @ p["up"]) @ p["down"]) @ q["out"]
+
+    rng = np.random.default_rng(0)
+    up, down, out, unread, x = (
+        jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in [(8, 32), (32, 8), (8, 4), (4,), (64, 8)]
+    )
+    config = hx.Config(ffn=hx.Ffn(active=1.0, certify=False), rules=(hx.Rule("*", force=True),))
+    step = hx.sparsify(two, config=config, weights_argnums=(0, 1))
+    weights = {"up": up, "down": down}, {"out": out, "unread": unread}
+    packed = step.trace(*weights, x[:1]).pack(*weights)[0]
+    assert not step.trace(*weights, x).plan.sites
+    for tokens in (1, 64, 1):
+        assert_same(step(packed, weights[1], x[:tokens]), jax.jit(two)(*weights, x[:tokens]))
 
 
 def test_traced_plain_weights_ask_for_packed():

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -36,8 +36,8 @@ if TYPE_CHECKING:
     from hire_xform.call.stages import Traced
 
 
-class _NeedsPackingError(Exception):
-    """Raised while jit traces for new shapes whose plan reads packed forms that were not passed."""
+class _OtherWayError(Exception):
+    """Ends a trace whose program reads more than the way passes on, before anything of it is traced; see ``run``."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +96,18 @@ class _Current:
     watch: list[Any]
 
 
+@dataclass(frozen=True)
+class _Wants:
+    """What a traced program reads of plain weights: packed forms, and the positions of leaves read as they are."""
+
+    keys: tuple[PackKey, ...]
+    passed: frozenset[int]
+
+    def within(self, keys: Sequence[PackKey], passed: Sequence[int]) -> bool:
+        """Whether a way that passes these on serves it."""
+        return self.passed.issubset(passed) and set(self.keys).issubset(keys)
+
+
 class Entry:
     """Calls of one tree structure, leaf types and static values.
 
@@ -150,14 +162,22 @@ class Entry:
         self._current: _Current | None = None
 
     def run(self, leaves: list[Any], packed: list[Packed]) -> Any:
-        """One call; ``leaves`` are all leaves of it, in order, and ``packed`` its Packed arguments."""
+        """One call; ``leaves`` are all leaves of it, in order, and ``packed`` its Packed arguments.
+
+        With the weights of the last call, what jit is given is what the last call was given, and nothing of the shapes
+        is looked at here: jit does that. So it is jit that finds shapes (or settings, or a mesh) to be new, and calls
+        ``_body`` to trace. Where that finds that their program reads more than this way passes on, it has to go no
+        further: what it would trace would be compiled, run, and given what was donated. JAX has one means of leaving a
+        trace, an exception. The only other way is to look the shapes of all data up in Python at every call, which is
+        jit's own work done twice.
+        """
         weights = [leaves[i] for i in self._weights]
         current = self._current
         if current is None or tuple(map(id, weights)) != current.ids:
             current = self._prepare(leaves, weights, packed)
         try:
             return self._call(current, leaves, packed)
-        except _NeedsPackingError:
+        except _OtherWayError:
             return self._call(self._prepare(leaves, weights, packed), leaves, packed)
 
     def _call(self, current: _Current, leaves: list[Any], packed: list[Packed]) -> Any:
@@ -221,19 +241,23 @@ class Entry:
 
     def _way(self, situation: _Situation, traced: Traced) -> _Way:
         """The way in a situation, which serves this trace too."""
+        wants = self._wants(traced)
+        with self._lock:
+            known = self._ways.get(situation)
+            if known is not None and wants.within(known.keys, known.passed):
+                return known
+            keys, passed = (known.keys, known.passed) if known is not None else ((), ())
+            keys, passed = tuple(dict.fromkeys((*keys, *wants.keys))), tuple(sorted({*passed, *wants.passed}))
+            way = self._new_way(situation, keys, passed)
+            self._ways[situation] = way
+            return way
+
+    def _wants(self, traced: Traced) -> _Wants:
         here = set(self._weight_roots)
         keys = [k for k in traced.needed_keys() if k.recipe.root.kind == "const" or k.recipe.root in here]
         read = traced.plain_roots if traced.plan.sites or self._packed_keys else here
         passed = {i for i, root in zip(self._weights, self._weight_roots, strict=True) if root in read}
-        with self._lock:
-            known = self._ways.get(situation)
-            if known is not None and passed <= set(known.passed) and set(keys) <= set(known.keys):
-                return known
-            if known is not None:
-                keys, passed = [*known.keys, *keys], passed | set(known.passed)
-            way = self._new_way(situation, tuple(dict.fromkeys(keys)), tuple(sorted(passed)))
-            self._ways[situation] = way
-            return way
+        return _Wants(tuple(keys), frozenset(passed))
 
     def _new_way(self, situation: _Situation, keys: tuple[PackKey, ...], passed: tuple[int, ...]) -> _Way:
         body = functools.partial(self._body, situation, keys, passed)
@@ -291,10 +315,10 @@ class Entry:
         weights, forms, packed, _, _ = operands
         leaves = self._merged(situation, passed, *operands)
         traced = self._traced(leaves, situation)
+        if not self._wants(traced).within(keys, passed):
+            raise _OtherWayError
         here = dict(zip(self._weights, self._weight_roots, strict=True))
         plain = {here[i]: w for i, w in zip(passed, weights, strict=True)}
-        if not (set(here.values()) if not traced.plan.sites else traced.plain_roots & set(here.values())) <= set(plain):
-            raise _NeedsPackingError
         if not traced.plan.sites and not packed:
             args, kwargs = unwrap_statics(*self._rebuild(leaves))
             return self._owner.signature.fun(*args, **kwargs)
@@ -303,10 +327,6 @@ class Entry:
             for key, tree, arrays in zip(self._packed_keys, self._packed_trees, packed, strict=True)
         }
         given = dict(zip(keys, forms, strict=True))
-        for key in traced.needed_keys():
-            root = key.recipe.root
-            if (root.kind == "const" or root in here.values()) and key not in given:
-                raise _NeedsPackingError
         data = iter([leaves[i] for i in sorted(self._rest + self._donated)])
         given_data = [None if root is not None else next(data) for root in self._roots]
         return traced.evaluate(given_data, traced.supply(held, plain, given))

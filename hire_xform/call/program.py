@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import time
+from collections.abc import Iterator
 from functools import cached_property
 from typing import Any
 
@@ -12,8 +14,10 @@ from hire_xform.call.calls import Abstract, Signature, unwrap_statics
 from hire_xform.call.collector import collector_paused
 from hire_xform.call.in_place import changed_weights, warn_if_lost, weight_leaves
 from hire_xform.passes.ir import compat
+from hire_xform.passes.ir.debugging import debugging
 from hire_xform.passes.ir.each_device import is_explicit
 from hire_xform.passes.ir.graph import Graph, walk
+from hire_xform.passes.ir.verify import verify_graph
 from hire_xform.passes.match.detect import detect
 from hire_xform.passes.match.matches import Detection
 from hire_xform.passes.weights.provenance import Provenance
@@ -25,6 +29,7 @@ class Program:
 
     Attributes:
       jaxpr: the program.
+      seconds: how long each stage took, in their order.
     """
 
     def __init__(self, signature: Signature, call: Abstract):
@@ -42,20 +47,36 @@ class Program:
             out, tree = jax.tree.flatten(signature.fun(*args, **kwargs))
             shapes.append(tree)
             before = weight_leaves(signature, *call.rebuild(leaves))
+            after: dict[tuple[Any, ...], Any] = {}
             # Trees may refuse to be flattened once used, as Equinox's State does.
             with contextlib.suppress(Exception):
-                changed.update(changed_weights(before, weight_leaves(signature, args, kwargs), out))
+                after = weight_leaves(signature, args, kwargs)
+            changed.update(changed_weights(before, after, out))
             return [*out, *changed.values()]
 
+        self.seconds: dict[str, float] = {}
         with collector_paused():
-            self.jaxpr = jax.make_jaxpr(flat)(*[struct(a) for a in call.avals])
+            with self.timed("trace"):
+                self.jaxpr = jax.make_jaxpr(flat)(*[struct(a) for a in call.avals])
             self.out_tree = shapes[0]
             if changed:
                 warn_if_lost(signature, self.jaxpr, call.roots, list(changed))
                 self.jaxpr = compat.without_last_outputs(self.jaxpr, len(changed))
-            self._graph: Graph = walk(self.jaxpr)
-            self._provenance = Provenance(self._graph, call.roots)
-            self._detection: Detection = detect(self._graph, self._provenance)
+            with self.timed("graph"):
+                self._graph: Graph = walk(self.jaxpr)
+            if debugging():
+                verify_graph(self._graph)
+            with self.timed("weights"):
+                self._provenance = Provenance(self._graph, call.roots)
+            with self.timed("matches"):
+                self._detection: Detection = detect(self._graph, self._provenance)
+
+    @contextlib.contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        """Notes how long a stage takes."""
+        start = time.perf_counter()
+        yield
+        self.seconds[stage] = time.perf_counter() - start
 
     @property
     def rule_paths(self) -> list[str]:

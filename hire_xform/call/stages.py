@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -79,9 +80,14 @@ class Traced(Program):
         self._told = False
         with collector_paused():
             measured = [calibration.measure(self._detection.matches, self.name)] if calibration else []
-            plan = self._plan(config, platform, *measured)
+            with self.timed("plan"):
+                plan = self._plan(config, platform, *measured)
             unmatched = config.unmatched(self.rule_paths)
             self.plan: Plan = replace(plan, unmatched_rules=tuple(rule.path_glob for rule in unmatched))
+        if os.environ.get("HIRE_DUMP"):
+            from hire_xform.dump.stages import dump_stages  # which is for whoever develops the pass: rarely loaded
+
+            dump_stages(self)
 
     def _plan(self, config: Config, platform: str, *measured: Measure) -> Plan:
         measure = measured[0] if measured else _no_measurement

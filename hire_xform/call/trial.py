@@ -19,6 +19,7 @@ import numpy as np
 from hire_xform.call.counting import count_last
 from hire_xform.errors import HireWarning
 from hire_xform.passes.ir import compat
+from hire_xform.passes.ir.debugging import debugging
 from hire_xform.passes.ir.trace_context import as_usual
 from hire_xform.passes.plan.decisions import PackKey, Site
 from hire_xform.passes.plan.settings import Choice
@@ -80,7 +81,9 @@ class Trial:
         program, shape = jax.make_jaxpr(body, return_shape=True)(*operands)
         try:
             results, counts = count_last(program, jax.tree.leaves(operands), watched)
-        except Exception:  # marks stand where counts can't be added up: no call fails for that
+        except Exception as error:  # marks stand where counts can't be added up: no call fails for that
+            if debugging() and not isinstance(error, NotImplementedError):
+                raise
             return body(*operands), {}
         self._sites = tuple(site for path, site in watched.items() if path in counts)
         whole = jax.tree.unflatten(jax.tree.structure(shape), results)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 
-from hire_xform.call.stages import Traced
 from hire_xform.dump import page as dump_page
 from hire_xform.dump import text as dump_text
 from hire_xform.dump.listing import PHASES, Dump, Equation, Mark, Marker, list_program
 from hire_xform.passes.plan.decisions import Decision, Plan
+
+if TYPE_CHECKING:
+    from hire_xform.call.stages import Traced
 
 SHOWS = ("original", "sparse", "diff")
 FORMATS = ("text", "json", "html")

@@ -19,6 +19,17 @@ from hire_xform.passes.match.kinds import SiteKind, register_site_kind
 from hire_xform.passes.match.matches import FfnMatch
 from hire_xform.passes.match.zeros import gate_of
 from hire_xform.passes.measure.capture import Measured, Recorded
+from hire_xform.passes.plan.checks import (
+    MEANING,
+    Case,
+    can_be_certified,
+    chooses_on_one_device,
+    has_few_tokens,
+    has_whole_groups,
+    has_whole_groups_on_each_device,
+    is_placed,
+    is_wanted,
+)
 from hire_xform.passes.plan.decisions import Decision
 from hire_xform.passes.plan.forms import (
     ROWS,
@@ -38,10 +49,59 @@ from hire_xform.passes.weights.cut_weights import is_cut
 from hire_xform.passes.weights.products import Product
 
 
+def leaves_zeros(case: Case) -> str | None:
+    """Units of it can be left out, its activation being zero often, or as its user allows.
+
+    Certified, zeros are proved for each input, however rare they are: of a gate, or of the model's own choice.
+    """
+    match, settings = case.match, case.settings
+    region = match.region
+    proves = settings.certify and (region.own is not None or gate_of(region) is not None)
+    if settings.activations == "any" or region.zeroing or proves:
+        return None
+    if region.untried:
+        what = f"is not known to leave exact zeros ({region.untried})"
+    elif region.zero_share is None:
+        what = "does not leave exact zeros"
+    else:
+        often = f"about {region.zero_share:.0%}" if region.zero_share >= 0.01 else "under 1%"
+        what = f"is zero for {often.replace('%', ' %')} of ordinary inputs only"
+    return (
+        f"its activation ({region.activation}) {what}, so units left out would change the result; allow it with "
+        'activations="any"'
+    )
+
+
+def has_a_size(case: Case) -> str | None:
+    """How many of its units are computed is known, where the model itself chooses them."""
+    own, settings = case.own, case.settings
+    if own is None or own.share is not None or settings.active is not None:
+        return None
+    if settings.certify or case.runs_dense:
+        return None
+    return (
+        f"the model itself keeps {own.name}, so how many of its units are to be computed is not known; state it, "
+        "hx.Ffn(active=...), calibrate, or prove it for each input, hx.Ffn(certify=True)"
+    )
+
+
 class FfnKind(SiteKind):
     """See ``SiteKind``. Canonical values: ``[T, d]`` for each product into the units, then the side inputs."""
 
     name = "ffn"
+    checks = (
+        *(is_wanted, *MEANING, leaves_zeros, has_few_tokens, is_placed, has_whole_groups, has_a_size),
+        *(chooses_on_one_device, has_whole_groups_on_each_device, can_be_certified),
+    )
+
+    def count(self, case: Case) -> int:
+        """The groups of units, by the share of what the model itself keeps."""
+        assert isinstance(case.settings, Ffn)
+        return case.settings.groups_of(case.match.units, None if case.own is None else case.own.share)
+
+    def described(self, case: Case) -> dict[str, Any]:
+        """What is between the products."""
+        return {"activation": case.match.region.activation}
 
     def forms(self, match: FfnMatch, settings: Ffn) -> SiteForms[Form]:
         """Rows of all; a predictor of what is scored; what a proof takes of the others, and sums over all units."""

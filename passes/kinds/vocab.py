@@ -21,16 +21,51 @@ from hire_xform.passes.kinds.readings import as_plain, rank_of, readings_of
 from hire_xform.passes.match.kinds import SiteKind, register_site_kind
 from hire_xform.passes.match.matches import VocabMatch
 from hire_xform.passes.measure.capture import Measured, Recorded, numbered
+from hire_xform.passes.plan.checks import MEANING, SIZE, Case, can_be_certified, has_few_tokens, is_placed, is_wanted
 from hire_xform.passes.plan.decisions import Decision
 from hire_xform.passes.plan.forms import ROWS, Form, PackedPredictor, ProductForms, SiteForms
 from hire_xform.passes.plan.placement import Placement
 from hire_xform.passes.plan.settings import Vocab
+from hire_xform.passes.prove.what_to_prove import Reads, reads_of
 from hire_xform.passes.rewrite.action import Context
 from hire_xform.passes.rewrite.canonical import dense_product, flat_activation, product_key
 from hire_xform.passes.rewrite.environment import PackedView
 from hire_xform.passes.rewrite.own_equations import own_product
+from hire_xform.passes.weights.cut_weights import is_cut, parts_of_rows
 
 Views = SiteForms[PackedView]
+
+
+def is_known_for_logits(case: Case) -> str | None:
+    """Something says that a wide product's outputs are logits: a reader, a lookup, a rule or a calibration."""
+    match = case.match
+    if match.evidence or case.choice.named or case.measurement is not None:
+        return None
+    return _smallest(match) or (
+        "nothing says that its outputs are logits: no arg max, top-k or softmax that rises with them, and no weight of "
+        f"as many rows is looked up by id; if they are, hx.Rule({match.node.path!r}, vocab=hx.Vocab()) makes it a site"
+    )
+
+
+def has_provable_readers(case: Case) -> str | None:
+    """What reads its logits takes what can be proved of them, or what candidates can be chosen by."""
+    return case.found_reads if isinstance(case.found_reads, str) else None
+
+
+def has_enough_candidates(case: Case) -> str | None:
+    """Its candidates are as many as are read, and of the side that is."""
+    match, settings = case.match, case.settings
+    most = case.reads.most
+    if settings.certify and (settings.candidates or match.units) < min(most, match.units):
+        return f"candidates={settings.candidates} are fewer than the {most} largest, which are read"
+    return (_smallest(match) or None) if case.count < match.units else None
+
+
+def _smallest(match: VocabMatch) -> str:
+    """Why a projection is left of which the smallest outputs are wanted; empty where they are not."""
+    if not match.smallest:
+        return ""
+    return f"{match.smallest} reads the smallest of its outputs, where candidates are the largest"
 
 
 class VocabKind(SiteKind):
@@ -39,6 +74,27 @@ class VocabKind(SiteKind):
     name = "vocab"
     gathers = True
     splits_result = True
+    checks = (
+        *(is_wanted, is_known_for_logits, *MEANING, has_few_tokens, is_placed, *SIZE, can_be_certified),
+        *(has_provable_readers, has_enough_candidates),
+    )
+
+    def count(self, case: Case) -> int:
+        """The candidates. Each device of a shard_map that cuts the vocabulary takes its share."""
+        match, settings = case.match, case.settings
+        assert isinstance(settings, Vocab)
+        parts = parts_of_rows(match.matrices[0].rows, match.product.origin.refs)
+        return -(-settings.candidates_of(match.units * parts, case.reads.most) // parts)
+
+    def reads(self, case: Case) -> Reads | str:
+        """What reads the logits."""
+        split = case.placement is not None or is_cut(case.match.product.origin.refs)
+        return reads_of(case.match, case.settings, split)
+
+    def described(self, case: Case) -> dict[str, Any]:
+        """Why the outputs are taken for logits."""
+        otherwise = "a rule says so" if case.choice.named else "they were measured as such"
+        return {"evidence": case.match.evidence or otherwise}
 
     def forms(self, match: VocabMatch, settings: Vocab) -> SiteForms[Form]:
         """Rows, and their predictor."""

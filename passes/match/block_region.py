@@ -24,24 +24,34 @@ from hire_xform.passes.ir.axes import (
 )
 from hire_xform.passes.ir.graph import Node, Operand, Value
 from hire_xform.passes.ir.pointwise import HINTS, is_pointwise, known_number, leaves_zeros, literal_number
-from hire_xform.passes.match.probe import ENOUGH_ZEROS, Probe, own_sparsity
-from hire_xform.passes.match.region import Apply, Grouped, Kept, Kth, Number, Place, Region, Side, Total, Up
+from hire_xform.passes.match.ends import MAX_EQUATIONS, MIXING, end_of, outlives
+from hire_xform.passes.match.probe import ENOUGH_ZEROS, Probe, Untried, own_sparsity
+from hire_xform.passes.match.region import (
+    Apply,
+    Grouped,
+    Kept,
+    Kth,
+    Number,
+    OwnSparsity,
+    Place,
+    Region,
+    Side,
+    Total,
+    Unfollowed,
+    Up,
+)
 from hire_xform.passes.match.sums import NoPolynomialError, product_summed
 from hire_xform.passes.match.top_k import Placed, TopK, placed, smallest_of, sorted_rank, top_k_of
 from hire_xform.passes.weights.products import Product
 
-# A block's region has some ten to thirty equations; past this many the walk has wandered into something else.
-MAX_EQUATIONS = 96
 # From a value that is the same for all units back to the top-k or the sum that it may come from.
 MAX_TO_STATISTIC = 48
 
-_MIXING = frozenset({prims.top_k_p, prims.approx_top_k_p, prims.sort_p, prims.reduce_sum_p})
-_PLACING = frozenset({prims.scatter_p, prims.scatter_add_p, prims.reduce_max_p, prims.reduce_or_p, *_MIXING})
 _GROUPING = frozenset({prims.reduce_sum_p, prims.reduce_max_p})
 
 
-def trace_region(down: Product, layout: Layout, products: dict[Node, Product], probe: Probe) -> Region | None:
-    """The region that makes the activation of ``down``; None when no weight product is reached.
+def trace_region(down: Product, layout: Layout, products: dict[Node, Product], probe: Probe) -> Region | Unfollowed:
+    """The region that makes the activation of ``down``, or why no weight product is reached.
 
     Args:
       down: the product that contracts the hidden axis.
@@ -49,69 +59,51 @@ def trace_region(down: Product, layout: Layout, products: dict[Node, Product], p
       products: all weight products, by their equation.
       probe: tries regions on numbers.
     """
-    found = _trace(down, layout, products, True)
-    if found is not None and found.mixes:
-        own = own_sparsity(found.region, probe)
-        if own is not None:
-            found.region.own, found.region.zeroing = own, True
-            return found.region
-        # Mixes its units in a way that is not the choosing of some: as if it could not be followed.
+    mixing = ""
+    try:
+        found = _trace(down, layout, products, True)
+        if isinstance(found, _Builder) and found.mixes:
+            own = own_sparsity(found.region, probe)
+            if isinstance(own, OwnSparsity):
+                found.region.own, found.region.zeroing = own, True
+                return found.region
+            # Mixes its units in a way that is not the choosing of some: as if it could not be followed.
+            raise _NotFollowedError(own)
+    except _NotFollowedError as error:
+        mixing = str(error)
         found = _trace(down, layout, products, False)
-    if found is None:
-        return None
-    if found.region.zeroing:
-        found.region.zero_share = probe.zero_share(found.region)
-        found.region.zeroing = (found.region.zero_share or 0.0) >= ENOUGH_ZEROS
-    return found.region
+    if isinstance(found, Unfollowed):
+        return Unfollowed(mixing) if mixing else found
+    region = found.region
+    region.mixing = mixing
+    if region.zeroing:
+        share = probe.zero_share(region)
+        if isinstance(share, Untried):
+            region.zeroing, region.untried = False, share.reason
+        else:
+            region.zeroing, region.zero_share = (share or 0.0) >= ENOUGH_ZEROS, share
+    return region
 
 
-def _trace(down: Product, layout: Layout, products: dict[Node, Product], statistics: bool) -> _Builder | None:
+def _trace(down: Product, layout: Layout, products: dict[Node, Product], statistics: bool) -> _Builder | Unfollowed:
     builder = _Builder(products, _units(layout), down, statistics)
     try:
         root = builder.expand(down.x, layout)
-    except _NotFollowedError:
-        return _trace(down, layout, products, False) if statistics else None
-    except (UnsupportedLayoutError, _RegionTooLargeError):
-        return None
+    except _EndsError as error:
+        return error.why
     if not builder.region.ups:
-        return None
+        return end_of(builder.ends, down, products)
     builder.region.root = root
     builder.region.zeroing = builder.zero[root]
     return builder
 
 
-def may_follow_product(down: Product, products: dict[Node, Product]) -> bool:
-    """False when no weight product leads to ``down`` through pointwise and moving equations.
+class _EndsError(Exception):
+    """The way back ends, and why."""
 
-    A quick look before ``trace_region``, which says the same of most products of a model, attention's, at more cost.
-    """
-    seen: set[Value] = {down.x}
-    queue = [down.x]
-    while queue and len(seen) <= MAX_EQUATIONS:
-        value = queue.pop()
-        node = value.node
-        if node is None or _outlives(value, down):
-            continue
-        if node in products:
-            return True
-        if moves_only(node) or is_pointwise(node) or node.primitive in _PLACING:
-            for operand in node.inputs:
-                if isinstance(operand, Value) and operand not in seen:
-                    seen.add(operand)
-                    queue.append(operand)
-    return bool(queue)
-
-
-def _outlives(value: Value, down: Product) -> bool:
-    """True for a value read after the block, as the residual stream is: no region holds it."""
-    if value is down.x:
-        return False
-    order = down.node.order
-    return value.is_output or any(node.order > order for node in value.consumers)
-
-
-class _RegionTooLargeError(Exception):
-    pass
+    def __init__(self, why: Unfollowed):
+        super().__init__(str(why.reason))
+        self.why = why
 
 
 class _NotFollowedError(Exception):
@@ -129,6 +121,8 @@ class _Builder:
         self.zero: list[bool] = []
         self.number: list[float | None] = []
         self.visited = 0
+        # Values that differ by unit and come from outside.
+        self.ends: list[Value] = []
 
     @property
     def mixes(self) -> bool:
@@ -157,9 +151,9 @@ class _Builder:
     def _expand(self, value: Value, layout: Layout) -> int:
         self.visited += 1
         if self.visited > MAX_EQUATIONS:
-            raise _RegionTooLargeError
+            raise _EndsError(Unfollowed(f"more than {MAX_EQUATIONS} equations make what it contracts"))
         node = value.node
-        if node is None or value.const is not None or _outlives(value, self.down):
+        if node is None or value.const is not None or outlives(value, self.down):
             return self.side(value, layout)
         if not spaces(layout) & {"h", "k"} and not (self.statistics and self.reaches_statistic(value)):
             return self.side(value, layout)
@@ -172,7 +166,11 @@ class _Builder:
             operand = node.inputs[0]
             if not isinstance(operand, Value):
                 return self.side(value, layout, literal_number(operand))
-            return self.through(node, value, layout, operand, operand_layout(node, node.outputs.index(value), layout))
+            try:
+                before = operand_layout(node, node.outputs.index(value), layout)
+            except UnsupportedLayoutError as error:
+                raise _EndsError(Unfollowed(str(error), node)) from error
+            return self.through(node, value, layout, operand, before)
         if node.primitive is compat.OPTIMIZATION_BARRIER:
             return self.through(node, value, layout, node.inputs[node.outputs.index(value)], layout)
         if not is_pointwise(node):
@@ -217,10 +215,13 @@ class _Builder:
         return self.add(Up(product, layout), True)
 
     def side(self, value: Value, layout: Layout, number: float | None = None) -> int:
-        if "k" in spaces(layout):
-            raise _NotFollowedError
+        held = spaces(layout)
+        if "k" in held:
+            raise _NotFollowedError(f"the values of a top-k of its units are not followed back to it{_at(value.node)}")
+        if "h" in held:
+            self.ends.append(value)
         number = known_number(value) if number is None else number
-        return self.add(Side(value, layout), False, number=number, varies="h" in spaces(layout))
+        return self.add(Side(value, layout), False, number=number, varies="h" in held)
 
     def reaches_statistic(self, value: Value) -> bool:
         """Whether a value that is the same for all units may come from a top-k or a sum of as many units."""
@@ -231,7 +232,7 @@ class _Builder:
             if node is None or node in self.products:
                 continue
             operands = [o for o in node.inputs if isinstance(o, Value) and o.shape]
-            if node.primitive in _MIXING:
+            if node.primitive in MIXING:
                 if any(n > 1 and self.region.units % n == 0 for o in operands for n in o.shape):
                     return True
             elif moves_only(node) or is_pointwise(node) or node.primitive is prims.reduce_min_p:
@@ -244,7 +245,7 @@ class _Builder:
         top = top_k_of(node)
         if top is not None:
             if value is not node.outputs[0]:
-                raise _NotFollowedError
+                raise _NotFollowedError(f"the indices of a top-k of its units are put to other use{_at(node)}")
             dim = layout[top.axis]
             if any(a.space == "k" for a in dim.atoms):
                 taken = self.expand(top.operand, self.spread(layout, top.axis, top.operand))
@@ -254,7 +255,7 @@ class _Builder:
             axis = node.params["dimension"]
             operand, rank = node.inputs[0], sorted_rank(node, layout[axis].start)
             if layout[axis].atoms or rank is None or not isinstance(operand, Value):
-                raise _NotFollowedError
+                raise _NotFollowedError(f"its units are sorted{_at(node)}, and not one of them is taken")
             return self.kth(node, value, layout, operand, axis, rank)
         smallest = smallest_of(node)
         if smallest is not None and self.group_of(smallest.operand, smallest.axis):
@@ -286,7 +287,7 @@ class _Builder:
             return self.side(value, layout)
         found = self.expand(operand, self.spread(layout, axis, operand))
         if not self.depends[found]:
-            raise _NotFollowedError
+            raise _NotFollowedError(f"what is ranked{_at(node)} does not hang on its products")
         self.include(node, value)
         # Each value of a group stands at all its units.
         return self.add(Kth(found, rank * group), True, varies=False)
@@ -313,10 +314,10 @@ class _Builder:
         top: TopK = found.top
         group = self.group_of(top.operand, top.axis)
         if not group or layout != self.spread(layout, top.axis, top.operand):
-            raise _NotFollowedError
+            raise _NotFollowedError(f"the top-k whose units are kept{_at(top.node)} is not of all of them, in order")
         operand = self.expand(top.operand, layout)
         if not self.depends[operand]:
-            raise _NotFollowedError
+            raise _NotFollowedError(f"what is ranked{_at(top.node)} does not hang on its products")
         update = None
         if found.update is not None:
             kept = Dim((Atom("k", 1, top.k),), top.k)
@@ -340,7 +341,9 @@ class _Builder:
         try:
             product_summed(self.region.exprs, self.region.varies, inside)
         except NoPolynomialError as error:
-            raise _NotFollowedError from error
+            raise _NotFollowedError(
+                f"the sum over its units{_at(node)} is of no polynomial of second degree in one product: {error}"
+            ) from error
         self.include(node, value)
         return self.add(Total(inside, value.aval.dtype), True, varies=False)
 
@@ -365,6 +368,10 @@ def _stretched(operand: Operand, result: Value, layout: Layout) -> Layout:
         return ()
     sizes = zip(operand.shape, result.shape, layout, strict=True)
     return tuple(Dim((), 1) if have == 1 and want != 1 else dim for have, want, dim in sizes)
+
+
+def _at(node: Node | None) -> str:
+    return "" if node is None else f" ({node.primitive} at {node.source})"
 
 
 def _units(layout: Layout) -> int:

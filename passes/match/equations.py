@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from hire_xform.passes.ir.graph import Node, Operand, Value
-from hire_xform.passes.match.block_region import MAX_EQUATIONS
+from hire_xform.passes.match.ends import MAX_EQUATIONS
 from hire_xform.passes.match.matches import FfnMatch
 
 

@@ -9,11 +9,12 @@ from hire_xform.passes.ir import compat
 from hire_xform.passes.ir.axes import row_major, whole
 from hire_xform.passes.ir.graph import Frame, Node, Value
 from hire_xform.passes.ir.pointwise import STEPS
-from hire_xform.passes.match.block_region import may_follow_product, trace_region
+from hire_xform.passes.match.block_region import trace_region
+from hire_xform.passes.match.ends import ends_before_products
 from hire_xform.passes.match.matches import FfnMatch
 from hire_xform.passes.match.output_axis import follow
 from hire_xform.passes.match.probe import Probe
-from hire_xform.passes.match.region import Apply, Region, Up
+from hire_xform.passes.match.region import Apply, Region, Unfollowed, Up
 from hire_xform.passes.match.vocab import (
     BATCHED,
     Nearly,
@@ -26,32 +27,35 @@ from hire_xform.passes.weights.products import Product
 
 def ffn_ending_in(
     down: Product, by_node: dict[Node, Product], taken: set[Product], probe: Probe
-) -> FfnMatch | Nearly | None:
-    """The block that ends in ``down``, or what is nearly one; None when nothing points to one."""
-    if down in taken or not down.width or not down.contracted or not down.tokens:
-        return None
+) -> FfnMatch | Nearly | Unfollowed:
+    """The block that ends in ``down``, what is nearly one, or why nothing points to one."""
+    if down in taken:
+        return Unfollowed("it belongs to another block")
+    if not down.width or not down.contracted or not down.tokens:
+        return Unfollowed("it is empty")
     hidden = down.x
     if down.batched:
         return Nearly(down, BATCHED)
-    if not may_follow_product(down, by_node):
-        return None
+    if (end := ends_before_products(down, by_node)) is not None:
+        return end
     layout: list = [None] * len(hidden.shape)
     for dims, space in ((down.x_free, "t"), (sorted(down.x_contract), "h")):
         sizes = [hidden.shape[d] for d in dims]
         for d, atom in zip(dims, row_major(space, sizes), strict=True):
             layout[d] = whole([atom], hidden.shape[d])
     region = trace_region(down, tuple(layout), by_node, probe)
-    if region is None:
-        return None
+    if isinstance(region, Unfollowed):
+        return region
     leak = _leak(region, hidden, down) or _lost_derivative(region, down)
     if _is_linear(region):
         if leak is not None:
-            return None  # a residual stream, not nearly a block
+            return Unfollowed(f"a residual stream leads to it, not an activation: {leak}")
         if _factored(region, down):
             how = "nothing nonlinear lies between it and the product it follows: one matrix in two factors"
             return Nearly(down, how)
     ups = tuple(up.product for up in region.ups)
     if leak is not None:
+        leak += f"; this is no choice of the model's among its units: {region.mixing}" if region.mixing else ""
         return Nearly(down, leak, ups, not jnp.issubdtype(hidden.aval.dtype, jnp.floating))
     blocked = next((up.product for up in region.ups if up.product in taken), None)
     if blocked is not None:

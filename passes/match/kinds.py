@@ -13,9 +13,11 @@ if TYPE_CHECKING:
     from jax.sharding import PartitionSpec
 
     from hire_xform.passes.measure.capture import Measured
+    from hire_xform.passes.plan.checks import Case, Check
     from hire_xform.passes.plan.decisions import Decision
     from hire_xform.passes.plan.forms import Form, SiteForms
     from hire_xform.passes.plan.placement import Placement
+    from hire_xform.passes.prove.what_to_prove import Reads
     from hire_xform.passes.rewrite.action import Context
 
 
@@ -31,6 +33,8 @@ class SiteKind(Protocol):
       settings: what is chosen for its sites where a ``Config`` has no field of the kind's name; see
         ``passes/plan/settings.py`` for what every kind's settings have.
       gathers: whether chosen rows are gathered into an array first, which costs more than reading them in place.
+      checks: what a match goes through until it is a site, in order; none stands for ``COMMON`` of
+        ``passes/plan/checks.py``.
       splits_result: on several devices, whether each has its columns of the result, else all have the sum.
     """
 
@@ -38,6 +42,7 @@ class SiteKind(Protocol):
     settings: Any = None
     gathers: bool = False
     splits_result: bool = False
+    checks: tuple[Check, ...] = ()
 
     def find(self, product: Product, reason: str) -> Match | None:
         """A match that ends in a product which is in no other, or None.
@@ -52,6 +57,19 @@ class SiteKind(Protocol):
 
     def forms(self, match: Any, settings: Any) -> SiteForms[Form]:
         """What a site reads: rows, which are computed exactly, and what is read of them at every call."""
+
+    def count(self, case: Case) -> int:
+        """Rows, or groups of units, that a token may have: of those over all devices."""
+
+    def reads(self, case: Case) -> Reads | str:
+        """What is proved of what reads the result, where that is not the result itself; or why nothing can be."""
+        from hire_xform.passes.prove.what_to_prove import NOTHING_READ
+
+        return NOTHING_READ
+
+    def described(self, case: Case) -> dict[str, Any]:
+        """What a ``Site`` says that only sites of this kind have, by the names of its fields."""
+        return {}
 
     def tries(self, match: Any) -> bool:
         """Whether a certified site reads what it computes exactly before it knows whether the dense form must run."""

@@ -18,6 +18,7 @@ import numpy as np
 from jax.extend.core import primitives as prims
 
 from hire_xform.lowering.primitives.ranks import among_largest, kth_largest
+from hire_xform.passes.ir.debugging import debugging
 from hire_xform.passes.ir.known_numbers import known_scalar
 from hire_xform.passes.ir.pointwise import COMPARES, stretched_scalar
 from hire_xform.passes.ir.trace_context import concretely
@@ -56,13 +57,20 @@ _ORDINARY, _FAR = 1024, 256
 ENOUGH_ZEROS = 0.3
 
 
+@dataclass(frozen=True)
+class Untried:
+    """A trial that failed, and why."""
+
+    reason: str
+
+
 @dataclass(eq=False)
 class Probe:
     """Trials of one program's regions; regions that compute the same function are tried once."""
 
     _tried: dict[Any, Any] = field(default_factory=dict)
 
-    def zero_share(self, region: Region) -> float | None:
+    def zero_share(self, region: Region) -> float | Untried | None:
         """The share of ordinary units for which the activation is exactly zero; None where it never is.
 
         Ordinary units are of products that are normally distributed, of mean 0 and deviation 1. Side inputs, a learned
@@ -71,39 +79,46 @@ class Probe:
         if _is_plainly_gated(region):
             return 0.5
         key = ("zeros", region.signature(), tuple(map(_number, region.sides)))
-        return self._once(key, lambda: _zero_share(region), None)
+        return self._once(key, lambda: _zero_share(region))
 
     def profile(self, region: Region, score: int) -> Any:
-        """(score, activation) for each value tried, two f64 arrays; None when it can't be tried.
+        """(score, activation) for each value tried, two f64 arrays; ``Untried`` when it can't be tried.
 
         A list of them: where side inputs are not known, one for each number that they are taken to be.
         """
         key = ("profile", region.signature(), score, tuple(map(_number, region.sides)))
-        return self._once(key, lambda: _profile(region, score), None)
+        return self._once(key, lambda: _profile(region, score))
 
-    def _once(self, key: Any, trial: Callable[[], Any], failed: Any) -> Any:
+    def _once(self, key: Any, trial: Callable[[], Any]) -> Any:
         if key not in self._tried:
             try:
                 with concretely():
                     self._tried[key] = trial()
-            except Exception:  # whatever an equation raises on numbers it was not written for: not verified
-                self._tried[key] = failed
+            except Exception as error:  # whatever an equation raises on numbers it was not written for: not verified
+                if debugging():
+                    raise
+                first = str(error).strip().split("\n")[0]
+                self._tried[key] = Untried(f"tried on numbers, it raises {type(error).__name__}: {first}")
         return self._tried[key]
 
 
-def own_sparsity(region: Region, probe: Probe) -> OwnSparsity | None:
-    """The model's own choice of units in a region that has a top-k or totals; None when it is no such choice."""
+def own_sparsity(region: Region, probe: Probe) -> OwnSparsity | str:
+    """The model's own choice of units in a region that has a top-k or totals, or why it is no such choice."""
     chosen = {e.operand for e in region.exprs if isinstance(e, (Kth, Kept))}
     totals = {_summed(region, e) for e in region.exprs if isinstance(e, Total)}
-    if len(chosen) + len(totals) != 1 or _is_normalised(region):
-        return None
+    if len(chosen) + len(totals) != 1:
+        return f"{len(chosen) + len(totals)} of its values are ranked or summed over all units; a choice has one"
+    if _is_normalised(region):
+        return "units are scaled by what is taken from all of them, as a norm does"
     score = next(iter(chosen or totals))
     tried = probe.profile(region, score)
-    if tried is None:
-        return None
+    if isinstance(tried, Untried):
+        return tried.reason
     found = [_kept(*one) for one in tried]
-    if found[0] is None or not found[0].some or not all(one is None or one.largest for one in found):
-        return None
+    if found[0] is None or not found[0].some:
+        return "tried on numbers, it does not keep some units and leave others zero"
+    if not all(one is None or one.largest for one in found):
+        return "tried on numbers, the units it keeps are not those of the largest scores"
     sure = [one for one in found if one is not None and one.count]
     if totals:
         # Of a threshold the units are normally distributed, as its authors take them to be.
@@ -259,11 +274,11 @@ def _is_plainly_gated(region: Region) -> bool:
     return not any(isinstance(e, Number) or (isinstance(e, Side) and _number(e) is not None) for e in exprs)
 
 
-def _profile(region: Region, score: int) -> list[list[np.ndarray]] | None:
+def _profile(region: Region, score: int) -> list[list[np.ndarray]] | Untried:
     numbers = [i for i, e in enumerate(region.exprs) if isinstance(e, Up)]
     wanted = needed(region.exprs, score)
     for varied, number in enumerate(numbers):
         if number in wanted:
             values = [_values() if i == varied else np.ones((1, _COUNT)) for i in range(len(numbers))]
             return _run(region, values, [score, region.root], _UNKNOWN[: 1 if _all_known(region) else None])
-    return None
+    return Untried("its scores hang on no product")

@@ -130,6 +130,23 @@ class OwnSparsity:
     group: int = 1
 
 
+@dataclass(frozen=True, repr=False)
+class Unfollowed:
+    """Why the way back from what a product contracts leads to no region.
+
+    Attributes:
+      reason: a clause.
+      node: the equation at which the way ends, where it is one.
+    """
+
+    reason: str
+    node: Node | None = None
+
+    def __str__(self) -> str:
+        """The reason with the equation's source line, which takes long to find: it is told of few products."""
+        return self.reason if self.node is None else f"{self.reason} ({self.node.primitive} at {self.node.source})"
+
+
 @dataclass(eq=False, repr=False)
 class Region:
     """The region as a list of expressions, operands before their users.
@@ -144,7 +161,9 @@ class Region:
       zeroing: True when units of it are exactly zero over a range that many ordinary inputs are in (ReLU and its kin),
         or the model itself leaves them out.
       zero_share: the share of ordinary inputs that leave a zero; None where none does, or the model itself chooses.
+      untried: why ``zero_share`` is not known, its trial having failed; empty where it has not.
       own: the model's own choice of units, when there is one.
+      mixing: why what mixes the units is not followed as the model's own choice; empty where nothing does or it is.
     """
 
     units: int
@@ -155,7 +174,9 @@ class Region:
     nodes: set[Node] = field(default_factory=set)
     zeroing: bool = False
     zero_share: float | None = None
+    untried: str = ""
     own: OwnSparsity | None = None
+    mixing: str = ""
 
     @property
     def ups(self) -> list[Up]:

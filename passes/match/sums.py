@@ -11,7 +11,7 @@ from typing import Any
 
 from jax.extend.core import primitives as prims
 
-from hire_xform.passes.match.region import Apply, Expr, Up
+from hire_xform.passes.match.region import Apply, Expr, Side, Up
 
 _SAME = frozenset({prims.convert_element_type_p, prims.copy_p})
 _ADDS = frozenset({prims.add_p, prims.add_jaxvals_p})
@@ -38,7 +38,7 @@ def product_summed(exprs: Sequence[Expr], varies: Sequence[bool], number: int) -
 
     polynomial(exprs, varies, number, lambda _: 1.0, mean)
     if len(found) != 1:
-        raise NoPolynomialError
+        raise NoPolynomialError(f"it is made of {len(found)} products")
     return found.pop()
 
 
@@ -84,7 +84,7 @@ def polynomial(
     if isinstance(expr, Up):
         return None, 1.0, mean(number)
     if not isinstance(expr, Apply):
-        raise NoPolynomialError
+        raise NoPolynomialError("its coefficients differ by unit" if isinstance(expr, Side) else "it is chosen itself")
     operands = [polynomial(exprs, varies, o, value, mean) for o in expr.operands]
     p = expr.node.primitive
     if p in _SAME:
@@ -101,7 +101,7 @@ def polynomial(
         return _scaled(operands[0], 1.0 / operands[1][2])
     if p is prims.square_p or (p is prims.integer_pow_p and expr.node.params["y"] == 2):
         return _product(operands[0], operands[0])
-    raise NoPolynomialError
+    raise NoPolynomialError(f"{p} makes no polynomial")
 
 
 def _plus(a: Any, b: Any) -> Any:
@@ -122,6 +122,6 @@ def _scaled(p: Poly, by: Any) -> Poly:
 
 def _product(p: Poly, q: Poly) -> Poly:
     if (p[0] is not None and (q[0] is not None or q[1] is not None)) or (q[0] is not None and p[1] is not None):
-        raise NoPolynomialError
+        raise NoPolynomialError("its degree is above two")
     square = _plus(_plus(_times(p[1], q[1]), _times(p[0], q[2])), _times(p[2], q[0]))
     return square, _plus(_times(p[1], q[2]), _times(p[2], q[1])), _times(p[2], q[2])

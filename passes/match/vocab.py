@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from hire_xform.passes.ir.graph import Node
 from hire_xform.passes.match.matches import VocabMatch
 from hire_xform.passes.match.output_axis import Fate
 from hire_xform.passes.match.readers import readers_of
+from hire_xform.passes.match.region import Unfollowed
 from hire_xform.passes.weights.cut_weights import is_cut, parts_of_rows
 from hire_xform.passes.weights.products import Product
 
@@ -86,7 +89,11 @@ BATCHED = "its weight has a batch dimension (experts or stacked layers): one pro
 
 
 def not_vocabulary(
-    product: Product, fate: Fate, by_node: dict[Node, Product], leads: Nearly | None = None
+    product: Product,
+    fate: Fate,
+    by_node: dict[Node, Product],
+    leads: Nearly | None = None,
+    unfollowed: Mapping[Product, Unfollowed] = MappingProxyType({}),
 ) -> str | None:
     """Why a product outside any block is no vocabulary projection; None when it is one.
 
@@ -94,6 +101,7 @@ def not_vocabulary(
       product, fate: the product, and what becomes of its output.
       by_node: all products.
       leads: of one that leads to what is nearly a block, that.
+      unfollowed: of products that end no block, why nothing points to one.
     """
     if product.batched:
         return BATCHED
@@ -117,7 +125,11 @@ def not_vocabulary(
                 "stacked layers): one product for each, which is not followed"
             )
         if event[1] in by_node:
-            return f"its output is {how} another product at {where}, a weight's as well, but the two make no block"
+            why = unfollowed.get(by_node[event[1]])
+            there = "" if why is None else f": there, {why}"
+            return (
+                f"its output is {how} another product at {where}, a weight's as well, but the two make no block{there}"
+            )
         return f"its output is {how} another product at {where}, not pointwise and not a weight's"
     mixed = fate.first("mixed", "opaque")
     if mixed is not None and mixed[1] is not None:
@@ -128,7 +140,7 @@ def not_vocabulary(
     if not is_wide(product):
         return (
             f"its output is {product.width} wide for {product.contracted} inputs: too narrow for a vocabulary, and "
-            "not part of a feed-forward block"
+            "not part of a feed-forward block" + (f": {unfollowed[product]}" if product in unfollowed else "")
         )
     if not fate.events:
         return "its output is not used"

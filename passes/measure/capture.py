@@ -80,8 +80,8 @@ class MeasuredSite(SiteAction):
     Values are recorded (``lowering/primitives/records.py``) under the site's path: ``tokens``, of a block what
     ``unit_totals`` says, ``covariance0``, ... of the inputs of each product into the units, and for the predictor of
     each of a measurement's ``ways``, by its number, what ``vocab_ranks`` or ``unit_ranks`` say; where it is to be
-    certified ``proved_ranks`` or ``groups_wanted``. Of units that may be always computed, by how many they are, ``wanted``
-    of a choice that takes them first.
+    certified ``proved_ranks`` or ``groups_wanted``. Of units that may be always computed, by how many they are,
+    ``wanted`` of a choice that takes them first.
     """
 
     decision: Measured

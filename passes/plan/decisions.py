@@ -69,6 +69,7 @@ class Site:
         layers with sizes of their own those of each, one after the other. ``Sparsified.with_rungs`` counts them.
       static: hidden units that are always computed and never predicted; ``computed`` has them.
       derivative: which derivative it has where a custom_jvp or custom_vjp is in or around it; empty where none is.
+      evidence: of a vocabulary, why its outputs are taken for logits.
       proved: of a certified vocabulary, what is proved of its readers.
       unproved: its readers of which nothing is proved.
       widened: True where the dense product has weights that are stored narrower widened whole first, at every call.
@@ -96,6 +97,7 @@ class Site:
     rungs: tuple[Rung, ...] = ()
     static: int = 0
     derivative: str = ""
+    evidence: str = ""
     proved: tuple[str, ...] = ()
     unproved: tuple[str, ...] = ()
     widened: bool = False

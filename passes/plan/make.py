@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass, replace
 
-import numpy as np
-
-from hire_xform.lowering.engine.selection import choose
+from hire_xform.lowering.engine.selection import Selection, choose
+from hire_xform.passes.ir.debugging import Why, debugging
 from hire_xform.passes.ir.graph import Node
 from hire_xform.passes.match.derivatives import derivative_of
 from hire_xform.passes.match.kinds import kind_of
-from hire_xform.passes.match.matches import Detection, FfnMatch, Match, VocabMatch
-from hire_xform.passes.match.zeros import gate_of
+from hire_xform.passes.match.matches import Detection, Match
+from hire_xform.passes.plan.checks import COMMON, Case
 from hire_xform.passes.plan.cost import dense_cost, sparse_cost, why_slower
 from hire_xform.passes.plan.decisions import Decision, Plan, Refusal, Rung, Site
-from hire_xform.passes.plan.measurement import Measure, Measurement, unpredicted, with_choices
+from hire_xform.passes.plan.forms import Order
+from hire_xform.passes.plan.measurement import Measure
 from hire_xform.passes.plan.needs import needs_of, order_of, stack_need
 from hire_xform.passes.plan.placement import Placement
-from hire_xform.passes.plan.settings import Choice, Ffn, Vocab
-from hire_xform.passes.plan.sizes import UNCHOSEN, Reading, sizes_of
-from hire_xform.passes.prove.certifiable import ALL_BITS, input_bits, not_certifiable
-from hire_xform.passes.prove.what_to_prove import NOTHING_READ, reads_of
-from hire_xform.passes.weights.cut_weights import is_cut, parts_of_rows
-from hire_xform.passes.weights.recipe import Root
+from hire_xform.passes.plan.settings import Choice
+from hire_xform.passes.plan.sizes import UNCHOSEN, Reading, Sizes, sizes_of
+from hire_xform.passes.plan.verify import verify_plan
+from hire_xform.passes.prove.certifiable import ALL_BITS, input_bits
+from hire_xform.passes.weights.provenance import Root
 
 
 def make_plan(
@@ -49,157 +47,152 @@ def make_plan(
     """
     decisions: list[Decision] = []
     refusals: list[tuple[Node, Refusal]] = []
+    why = Why()
     for match in detection.matches:
-        kind = match.kind
-        choice = choose_settings(kind, match.node.path)
         names = tuple(name_of(p.origin.recipe.root) for p in match.products)
-        dense = sum(p.nbytes for p in match.products) * match.node.scope.iterations
-        found = _decide(match, kind, choice, platform, names, dense, measure(match, names), placed(match), runs_dense)
+        choice = choose_settings(match.kind, match.node.path)
+        case = Case(match, kind_of(match), choice, platform, names, measure(match, names), placed(match), runs_dense)
+        found = _decide(case, why)
         if isinstance(found, Decision):
             decisions.append(found)
             continue
         for product, name in zip(match.products, names, strict=True):
             size = product.nbytes * product.node.scope.iterations
             source = product.node.source
-            refusals.append((product.node, Refusal(product.path, source, found, kind, size, (name,))))
+            refusals.append((product.node, Refusal(product.path, source, found, match.kind, size, (name,))))
     for rejection in detection.rejections:
         node, read = rejection.node, rejection.weights_read
         size, weights = sum(read.values()), tuple(name_of(root) for root in read)
         source = node.source
         refusals.append((node, Refusal(node.path, source, rejection.reason, "", size, weights)))
     refusals.sort(key=lambda pair: detection.order[pair[0]])
-    return Plan(tuple(d.site for d in decisions), tuple(r for _, r in refusals), platform, tuple(decisions))
+    plan = Plan(tuple(d.site for d in decisions), tuple(r for _, r in refusals), platform, tuple(decisions))
+    if debugging():
+        verify_plan(detection, plan)
+    return plan
 
 
-def _decide(
-    match: Any,
-    kind: str,
-    choice: Choice,
-    platform: str,
-    names: tuple[str, ...],
-    dense: int,
-    measurement: Measurement | None,
-    placement: Placement | str | None,
-    runs_dense: bool,
-) -> Decision | str:
-    """A decision, or the reason to stay dense. Checks of meaning come first; the cost model is last."""
-    settings = choice.settings
-    if settings is None:
-        return choice.reason
-    if isinstance(match, VocabMatch) and not (match.evidence or choice.named or measurement is not None):
-        return _smallest(match) or (
-            "nothing says that its outputs are logits: no arg max, top-k or softmax that rises with them, and no "
-            "weight of as many rows is looked up by id; if they are, "
-            f"hx.Rule({match.node.path!r}, vocab=hx.Vocab()) makes it a site"
-        )
-    settings = settings.decided(None if measurement is None else measurement.certified)
-    settings = _in_own_groups(match, settings)
-    may_have_static = placement is None and kind_of(match).may_be_static(match, settings)
-    settings, chosen = with_choices(settings, measurement, match.units, may_have_static)
-    if (why := unpredicted(match, settings, measurement, placement is not None)) is not None:
-        return why
-    if not match.node.scope.iterations:
-        return "the loop around it has no iterations"
-    dtypes = {np.dtype(p.weight.aval.dtype).name for p in match.products}
-    if not dtypes <= {"float32", "bfloat16", "float16", "float64"}:
-        return f"its weights are {', '.join(sorted(dtypes))}; only floating-point weights are predicted"
-    if isinstance(match, FfnMatch) and isinstance(settings, Ffn):
-        why = _keeps_small_units(match, settings)
-        if why is not None:
-            return why
-    if settings.certify and (why := not_certifiable(match, platform)) is not None:
-        return f"{why}; allow what is not proved with hx.approximate(), a size, or a calibration"
-    if isinstance(placement, str):
-        return placement
-    reads = NOTHING_READ
-    if isinstance(match, VocabMatch):
-        split = placement is not None or is_cut(match.product.origin.refs)
-        found = reads_of(match, settings, split)
-        if isinstance(found, str):
-            return found
-        reads = found
-    shards = 1 if placement is None else placement.shards
-    if isinstance(match, VocabMatch):
-        assert isinstance(settings, Vocab)
-        product = match.product
-        tokens, units, inputs = product.tokens, product.width, product.contracted
-        # Each device of a shard_map that cuts the vocabulary takes its share.
-        parts = parts_of_rows(match.matrices[0].rows, product.origin.refs)
-        if settings.certify and (settings.candidates or units) < min(reads.most, units):
-            return f"candidates={settings.candidates} are fewer than the {reads.most} largest, which are read"
-        count, computed_each, activation = -(-settings.candidates_of(units * parts, reads.most) // parts), 1, ""
-        if count < units and (why := _smallest(match)):
-            return why
-    else:
-        assert isinstance(settings, Ffn)
-        tokens, units, inputs = match.tokens, match.units, match.region.ups[0].product.contracted
-        activation = match.region.activation
-        own = match.region.own
-        if own is not None and settings.group_size % own.group:
-            return (
-                f"group_size={settings.group_size} is no multiple of the {own.group} units that the model itself keeps "
-                "or leaves out together"
-            )
-        if units % settings.group_size:
-            return f"group_size={settings.group_size} does not divide its {units} hidden units"
-        if own is not None and own.share is None and settings.active is None and not (settings.certify or runs_dense):
-            return (
-                f"the model itself keeps {own.name}, so how many of its units are to be computed is not known; state "
-                "it, hx.Ffn(active=...), calibrate, or prove it for each input, hx.Ffn(certify=True)"
-            )
-        computed_each = settings.group_size
-        count = settings.groups_of(units, own.share if own is not None else None)
-    if tokens > settings.max_tokens:
-        return f"{tokens} tokens in one call, more than max_tokens={settings.max_tokens}; a prefill runs dense"
-    if isinstance(match, FfnMatch) and shards > 1 and match.region.own is not None:
-        return f"the model itself chooses among all its units, which are sharded over {placement}"
-    if isinstance(match, FfnMatch) and placement is not None and settings.certify and match.region.own is not None:
-        return "the model itself chooses among its units, which is certified without explicit axes only"
-    if units // shards % computed_each:
-        return f"group_size={computed_each} does not divide the {units // shards} hidden units of each device"
-    # From here on of one device, which has its share of the units, and of the tokens where data is sharded too.
-    here = tokens if placement is None else tokens // placement.size(placement.tokens)
-    count = -(-count // shards)
-    static = chosen.static
-    groups = (units // shards - static) // computed_each
-    selection = choose(here, groups, count)
-    computed = selection.rows_read(here) * computed_each + static
-    iterations = match.node.scope.iterations
-    order = None if placement is not None else order_of(match, settings, measurement)
-    if static and measurement is not None:
-        order = measurement.static_sets()[0]
-    told_more = "" if order is None else f"; {order.how}"
-    read = Reading(match, settings, here, groups, computed_each, shards, static)
-    sizes = sizes_of(read, chosen if placement is None else UNCHOSEN, count)
-    predicted, exact = sizes.predicted, sizes.exact
-    sparse = (predicted + exact) * iterations * shards
+def _decide(case: Case, why: Why) -> Decision | str:
+    """A decision, or the reason to stay dense: checks, then the size and what it costs."""
+    path = case.match.node.path
+    told = why.asks_for(*(product.path for product in case.match.products))
+
+    def tell(check: str, outcome: str) -> None:
+        if told:
+            why.write(path, f"{case.match.kind} {check}", outcome)
+
+    for check in case.kind.checks or COMMON:
+        reason = check(case)
+        tell(check.__name__.replace("_", " "), reason or "yes")
+        if reason:
+            return reason
+    sized = _size(case)
+    reason = _slower(case, sized)
+    tell("is faster", reason or f"yes: {sized.sparse_cost:,.0f} bytes' worth of time, dense {sized.dense_cost:,}")
+    if reason:
+        return reason
+    decision = _describe(case, sized)
+    tell("site", f"{decision.site.computed:,} of {decision.site.units:,} exact")
+    return decision
+
+
+@dataclass(frozen=True)
+class _Sized:
+    """The size of a site, and what it costs.
+
+    Attributes:
+      tokens: of one execution, on one device; so are all counts here.
+      count: rows, or groups of units, that each token may have of those predicted.
+      selection: how tokens share them.
+      computed: rows computed exactly.
+      static: units that are always computed.
+      order: an order of its units that is not theirs.
+      sizes: the sizes it may take.
+      taken: how often each is expected to be.
+      dense_bytes, sparse_bytes: weight bytes read per call, over all devices.
+      dense_cost, sparse_cost: what they cost, as bytes read.
+    """
+
+    tokens: int
+    count: int
+    selection: Selection
+    computed: int
+    static: int
+    order: Order | None
+    sizes: Sizes
+    taken: list[tuple[float, int, bool]]
+    dense_bytes: int
+    sparse_bytes: int
+    dense_cost: int
+    sparse_cost: float
+
+
+def _size(case: Case) -> _Sized:
+    match, settings, placement, shards = case.match, case.settings, case.placement, case.shards
+    # Of one device, which has its share of the units, and of the tokens where data is sharded too.
+    tokens = case.tokens if placement is None else case.tokens // placement.size(placement.tokens)
+    count, static = -(-case.count // shards), case.chosen.static
+    groups = (match.units // shards - static) // case.group_size
+    selection = choose(tokens, groups, count)
+    computed = selection.rows_read(tokens) * case.group_size + static
+    order = None if placement is not None else order_of(match, settings, case.measurement)
+    if static and case.measurement is not None:
+        order = case.measurement.static_sets()[0]
+    read = Reading(match, settings, tokens, groups, case.group_size, shards, static)
+    sizes = sizes_of(read, case.chosen if placement is None else UNCHOSEN, count)
     taken = sizes.taken(read.tried)
-    cost = iterations * sparse_cost(match, settings, here, predicted, taken, platform, shards, static)
-    dense_as_read = dense_cost(match, platform) * iterations
-    if cost * shards >= dense_as_read and not choice.force:
-        excess = (cost - dense_as_read / shards) / iterations
-        why = why_slower(match, settings, excess, taken, platform, shards, static)
-        return (
-            f"it reads {dense:,} bytes dense and {sparse:,} sparse{_over(placement)}, which would not be faster on "
-            f"{platform}{why}; a Rule with force=True overrides this"
-        )
+    iterations = match.node.scope.iterations
+    cost = iterations * sparse_cost(match, settings, tokens, sizes.predicted, taken, case.platform, shards, static)
+    return _Sized(
+        tokens,
+        count,
+        selection,
+        computed,
+        static,
+        order,
+        sizes,
+        taken,
+        dense_bytes=sum(p.nbytes for p in match.products) * iterations,
+        sparse_bytes=(sizes.predicted + sizes.exact) * iterations * shards,
+        dense_cost=dense_cost(match, case.platform) * iterations,
+        sparse_cost=cost * shards,
+    )
+
+
+def _slower(case: Case, sized: _Sized) -> str | None:
+    """Why a site would not be faster; None where it would be, or a rule forces it."""
+    if sized.sparse_cost < sized.dense_cost or case.choice.force:
+        return None
+    shards, static = case.shards, sized.static
+    excess = (sized.sparse_cost - sized.dense_cost) / shards / case.match.node.scope.iterations
+    why = why_slower(case.match, case.settings, excess, sized.taken, case.platform, shards, static)
+    over = "" if case.placement is None else f", over {case.placement}"
+    return (
+        f"it reads {sized.dense_bytes:,} bytes dense and {sized.sparse_bytes:,} sparse{over}, which would not be "
+        f"faster on {case.platform}{why}; a Rule with force=True overrides this"
+    )
+
+
+def _describe(case: Case, sized: _Sized) -> Decision:
+    match, settings, placement, shards = case.match, case.settings, case.placement, case.shards
+    order, sizes, static, reads = sized.order, sized.sizes, sized.static, case.reads
+    ordered = "" if order is None else f"; {order.how}"
     site = Site(
-        kind=kind,
+        kind=match.kind,
         path=match.node.path,
         source=match.node.source,
-        tokens=tokens,
-        dense_bytes=dense,
-        sparse_bytes=sparse,
+        tokens=case.tokens,
+        dense_bytes=sized.dense_bytes,
+        sparse_bytes=sized.sparse_bytes,
         settings=settings,
-        weights=names,
-        inputs=inputs,
-        units=units,
-        computed=computed * shards,
-        shared=selection.mode == "shared",
-        activation=activation,
-        own=match.region.own.name if isinstance(match, FfnMatch) and match.region.own is not None else "",
-        forced=choice.force,
-        calibrated=chosen.how + told_more + sizes.how,
+        weights=case.names,
+        inputs=match.inputs,
+        units=match.units,
+        computed=sized.computed * shards,
+        shared=sized.selection.mode == "shared",
+        own="" if case.own is None else case.own.name,
+        forced=case.choice.force,
+        calibrated=case.chosen.how + ordered + sizes.how,
         shards=shards,
         placed="" if placement is None else str(placement),
         rungs=tuple(Rung(r.computed * shards, r.bytes * shards, r.share) for r in sizes.rungs),
@@ -207,61 +200,23 @@ def _decide(
         derivative=derivative_of(match),
         proved=reads.proved,
         unproved=reads.unproved,
-        widened=dense_as_read > dense,
+        widened=sized.dense_cost > sized.dense_bytes,
+        **case.kind.described(case),
     )
-    forms = needs_of(match, settings, None if measurement is None else measurement.inputs, shards, order, static)
+    inputs = None if case.measurement is None else case.measurement.inputs
+    forms = needs_of(match, settings, inputs, shards, order, static)
     if sizes.levels is not None:
-        forms = dataclasses.replace(forms, level=stack_need(match, sizes.levels))
-    bits = input_bits(match, platform) or ALL_BITS
+        forms = replace(forms, level=stack_need(match, sizes.levels))
     return Decision(
         match,
         site,
         settings,
-        count,
+        sized.count,
         forms,
-        bits,
+        input_bits(match, case.platform) or ALL_BITS,
         placement,
         sizes.levels,
         smaller=sizes.smaller,
         static=static,
         reads=reads,
     )
-
-
-def _keeps_small_units(match: FfnMatch, settings: Ffn) -> str | None:
-    """Why units of a block can't be left out, its activation not being zero often; None where they can.
-
-    Certified, zeros are proved for each input, however rare they are: of a gate, or of the model's own choice.
-    """
-    region = match.region
-    proves = settings.certify and (region.own is not None or gate_of(region) is not None)
-    if settings.activations == "any" or region.zeroing or proves:
-        return None
-    if region.zero_share is None:
-        what = "does not leave exact zeros"
-    else:
-        often = f"about {region.zero_share:.0%}" if region.zero_share >= 0.01 else "under 1%"
-        what = f"is zero for {often.replace('%', ' %')} of ordinary inputs only"
-    return (
-        f"its activation ({region.activation}) {what}, so units left out would change the result; allow it with "
-        'activations="any"'
-    )
-
-
-def _in_own_groups(match: Match, settings: Vocab | Ffn) -> Vocab | Ffn:
-    """Settings that choose the groups that the model itself keeps, where they state none."""
-    own = match.region.own if isinstance(match, FfnMatch) else None
-    if own is None or own.group == 1 or not isinstance(settings, Ffn) or settings.group_size > 1:
-        return settings
-    return dataclasses.replace(settings, group_size=own.group)
-
-
-def _smallest(match: VocabMatch) -> str:
-    """Why a projection is left of which the smallest outputs are wanted; empty where they are not."""
-    if not match.smallest:
-        return ""
-    return f"{match.smallest} reads the smallest of its outputs, where candidates are the largest"
-
-
-def _over(placement: Placement | None) -> str:
-    return "" if placement is None else f", over {placement}"
