@@ -198,5 +198,5 @@ def _packed(traced: Traced) -> list[str]:
             arrays = jax.tree.leaves(packed.form(form))
             held = size(sum(math.prod(a.shape) * a.dtype.itemsize for a in arrays))
             name = traced.name(Root.of(key, form.recipe.root.index))
-            lines.append(f"  {form.form!r} of {name}: {', '.join(map(type_text, arrays))}  {held}")
+            lines.append(f"  {form.form} of {name}: {', '.join(map(type_text, arrays))}  {held}")
     return lines or ["nothing is packed"]

@@ -61,7 +61,7 @@ class Match:
     @property
     def last(self) -> Product:
         """The product whose result is replaced."""
-        return self.matrices[-1].product
+        raise NotImplementedError
 
     @property
     def node(self) -> Node:
@@ -71,7 +71,7 @@ class Match:
     @property
     def products(self) -> list[Product]:
         """All its products, each once."""
-        return list(dict.fromkeys(matrix.product for matrix in self.matrices))
+        return [self.last]
 
     @property
     def nodes(self) -> set[Node]:
@@ -113,6 +113,11 @@ class VocabMatch(Match):
     readers: tuple[Reader, ...] = ()
     evidence: str = ""
     smallest: str = ""
+
+    @property
+    def last(self) -> Product:
+        """Its one product."""
+        return self.product
 
     @cached_property
     def matrices(self) -> tuple[Matrix, ...]:
@@ -166,6 +171,16 @@ class FfnMatch(Match):
     def own(self) -> OwnSparsity | None:  # type: ignore[override]
         """The model's own choice of units."""
         return self.region.own
+
+    @property
+    def last(self) -> Product:
+        """The contracting product."""
+        return self.down
+
+    @property
+    def products(self) -> list[Product]:
+        """All its products, each once."""
+        return list(dict.fromkeys([*(up.product for up in self.region.ups), self.down]))
 
     @property
     def nodes(self) -> set[Node]:

@@ -99,8 +99,8 @@ class Case:
     @cached_property
     def found_reads(self) -> Reads | str:
         """What is proved of the readers of logits, or why nothing is."""
-        found: Reads | str = self.kind.reads(self)
-        return found
+        found: Reads | str | None = self.kind.reads(self)
+        return NOTHING_READ if found is None else found
 
     @property
     def reads(self) -> Reads:

@@ -116,6 +116,10 @@ class _OfRows:
     def _packed(self, order: Any) -> Any:
         return order
 
+    def __str__(self) -> str:
+        """For reports."""
+        return type(self).__name__.lower()
+
     def _made(self, rows: Any, *given: Any, order: Any = None) -> Any:
         raise NotImplementedError
 
@@ -176,6 +180,10 @@ class PackedPredictor(_OfRows):
         covariance, held = (None, given) if self.inputs is None else (given[0], given[1:])
         arrays = dict(zip(self.spec.arrays, held, strict=True)) if held else None
         return (pack_proof if self.proves else pack_predictor)(rows, self.spec, covariance, arrays, order)
+
+    def __str__(self) -> str:
+        """For reports."""
+        return f"{self.spec} with bounds" if self.proves else str(self.spec)
 
     def shapes(self, n: int, d: int, dtype: Any) -> dict[str, jax.ShapeDtypeStruct]:
         """Its arrays of an ``[n, d]`` matrix."""

@@ -6,9 +6,11 @@ import pytest
 
 import hire_xform as hx
 from hire_xform.passes.ir.debugging import path_matches
+from hire_xform.passes.kinds import vocab
+from hire_xform.passes.kinds.ffn import FfnKind
 from hire_xform.passes.plan import checks
-from hire_xform.passes.plan.checks import CHECKS
 
+CHECKS = FfnKind.checks
 FORCED = hx.Config(
     ffn=hx.Ffn(active=0.5, certify=False),
     vocab=hx.Vocab(candidates=8, certify=False),
@@ -89,7 +91,7 @@ def test_a_plan_s_checks_end_at_the_one_that_refuses(monkeypatch, capsys):
 
 def test_tokens_are_counted_before_anything_is_proved(monkeypatch):
     """A prefill's readers are not asked for, which takes long."""
-    monkeypatch.setattr(checks, "reads_of", lambda *_: pytest.fail("a prefill's readers were looked at"))
+    monkeypatch.setattr(vocab, "reads_of", lambda *_: pytest.fail("a prefill's readers were looked at"))
     monkeypatch.setattr(checks, "not_certifiable", lambda *_: pytest.fail("a prefill was to be certified"))
     p = {
         name: jnp.ones(shape)
