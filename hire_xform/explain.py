@@ -101,7 +101,7 @@ def _paths(items: list) -> str:
 def _site(sites: list[Site]) -> list[str]:
     site = sites[0]
     dense, sparse = (sum(getattr(s, f"{kind}_bytes") for s in sites) for kind in ("dense", "sparse"))
-    what = "logits" if site.kind == "vocab" else "hidden units"
+    what = {"vocab": "logits", "ffn": "hidden units"}.get(site.kind, "rows")
     for_whom = f"{site.tokens} token" + ("s" if site.tokens > 1 else "")
     shared = ", one set shared by all" if site.shared and site.tokens > 1 else ""
     expected = " expected" if site.rungs and site.rungs[0].share is not None else ""
