@@ -28,7 +28,7 @@ from hire_xform.passes.measure.capture import Measured, MeasuredInputs, Measured
 from hire_xform.passes.pack.packed import Packed
 from hire_xform.passes.plan.cost import bytes_read
 from hire_xform.passes.plan.decisions import Decision, Plan
-from hire_xform.passes.plan.measurement import Measure
+from hire_xform.passes.plan.measurement import MeasurementOf
 from hire_xform.passes.plan.settings import PREDICTOR
 from hire_xform.passes.weights.recipe import Root
 
@@ -36,7 +36,7 @@ from hire_xform.passes.weights.recipe import Root
 Sums = dict[tuple[str, str], np.ndarray]
 
 
-class Measuring:
+class Calibrator:
     """Measures the sites of one function."""
 
     def __init__(self, fun: Callable, weights: Weights, jit_options: dict[str, Any]):
@@ -118,11 +118,11 @@ class _CaptureTrace(DenseTrace):
         """A site that is measured."""
         return self.site(decision)
 
-    def _plan(self, config: Config, platform: str, *measured: Measure) -> Plan:
+    def _plan(self, config: Config, platform: str, *measured: MeasurementOf) -> Plan:
         plan_of = super()._plan
         plans = [plan_of(_stating(config, p), platform, *measured) for p in self._predictors]
         ways = zip(*(plan.decisions for plan in plans), strict=True)
-        measure: Measure = measured[0] if measured else lambda match, names: None
+        measure: MeasurementOf = measured[0] if measured else lambda match, names: None
         made = [Measured.of(own) for own in ways]
         if self.site.ranks:
             made = [one.with_static_sets(measure(one.match, one.site.weights)) for one in made]

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hire_xform.calibrating.measuring import DenseTrace, Measuring, program, taken_apart
+from hire_xform.calibrating.measuring import Calibrator, DenseTrace, program, taken_apart
 from hire_xform.calibration.calibration import Calibration
 from hire_xform.call.calls import arguments_of
 from hire_xform.call.folding import Marks, Totals
@@ -20,7 +20,7 @@ from hire_xform.config import Config
 from hire_xform.lowering.primitives.records import record_p
 from hire_xform.passes.measure.rehearse import Rehearsed, RehearsedSite, RehearsedSizes
 from hire_xform.passes.plan.decisions import Decision, PackKey, Plan
-from hire_xform.passes.plan.measurement import Measure
+from hire_xform.passes.plan.measurement import MeasurementOf
 
 # Of a batch's result and its arguments, the loss.
 Loss = Callable[..., Any]
@@ -33,7 +33,7 @@ class _RehearsalTrace(DenseTrace):
         """A site that is rehearsed."""
         return RehearsedSite(decision)
 
-    def _plan(self, config: Config, platform: str, *measured: Measure) -> Plan:
+    def _plan(self, config: Config, platform: str, *measured: MeasurementOf) -> Plan:
         plan = super()._plan(config, platform, *measured)
         return dataclasses.replace(plan, decisions=tuple(Rehearsed.of(d) for d in plan.decisions))
 
@@ -45,7 +45,7 @@ class Rehearsal:
     time, which is what decoding reads.
     """
 
-    def __init__(self, measuring: Measuring, config: Config, batches: Sequence[Any], loss: Loss | None):
+    def __init__(self, measuring: Calibrator, config: Config, batches: Sequence[Any], loss: Loss | None):
         """For a function and its batches; ``loss`` is None where the KL divergence is measured."""
         self._measuring, self._config, self._batches, self._loss = measuring, config, batches, loss
         self._steps: dict[Any, Any] = {}

@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from hire_xform.api import check_function
 from hire_xform.calibrating.choose import chosen_for_cost
-from hire_xform.calibrating.measuring import Measuring
+from hire_xform.calibrating.measuring import Calibrator
 from hire_xform.calibrating.rehearsing import Rehearsal
 from hire_xform.calibration.calibration import Calibration
 from hire_xform.call.calls import Weights
@@ -177,7 +177,7 @@ def calibrate(
     )
     first = fits or (fitted is None and (grouped or often) and iter(batches) is not batches)
     show = sys.stderr.isatty() if progress is None else progress
-    measuring = Measuring(fun, Weights(weights_argnums, weights_argnames), jit_options)
+    measuring = Calibrator(fun, Weights(weights_argnums, weights_argnames), jit_options)
     known: Sequence[Calibration | None] = (fitted,) * 3
     if first:
         known = measuring.inputs(_shown(batches, "inputs", show), _everywhere(config, _unfitted))

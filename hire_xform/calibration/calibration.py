@@ -11,7 +11,7 @@ import numpy as np
 
 from hire_xform.calibration.site_calibration import SiteCalibration
 from hire_xform.passes.match.matches import Match
-from hire_xform.passes.plan.measurement import Measure
+from hire_xform.passes.plan.measurement import MeasurementOf
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -84,7 +84,7 @@ class Calibration:
 
         return read(path)
 
-    def measure(self, matches: Sequence[Match], name_of: Callable[[Any], str]) -> Measure:
+    def measurement_of(self, matches: Sequence[Match], name_of: Callable[[Any], str]) -> MeasurementOf:
         """What is known of the matches of a program: by weights and shapes, and by path among several alike.
 
         Raises:

@@ -276,7 +276,7 @@ class SiteCalibration:
             sizes[layer], read[layer] = ladder.counts[-1], ladder.read
         return sizes, float(read.mean())
 
-    def choose(self, settings: Vocab | Ffn, static: bool) -> Chosen:
+    def advise(self, settings: Vocab | Ffn, static: bool) -> Chosen:
         """What these settings should have where they state nothing; the size is the largest of all layers'.
 
         Args:
@@ -286,7 +286,7 @@ class SiteCalibration:
         stated = getattr(settings, settings.size_name)
         own = stated is None and settings.predictor in (None, self.predictor)
         if self.static and not (static and own):
-            return replace(self, static=0)._chosen(static=False).choose(settings, False)
+            return replace(self, static=0)._chosen(static=False).advise(settings, False)
         if settings.group_size != self.group_size:
             how = f"not calibrated with these groups but with groups of {self.group_size}; its size is the default"
             return Chosen(None, None, how)

@@ -26,7 +26,7 @@ from hire_xform.passes.pack.make import pack_shapes, unpack_rows
 from hire_xform.passes.pack.packed import Packed, PackLayout
 from hire_xform.passes.plan.decisions import Decision, Need, PackKey, Plan
 from hire_xform.passes.plan.make import make_plan
-from hire_xform.passes.plan.measurement import Measure
+from hire_xform.passes.plan.measurement import MeasurementOf
 from hire_xform.passes.plan.placement import place
 from hire_xform.passes.plan.row_order import distribute_rows
 from hire_xform.passes.rewrite.action import Action
@@ -79,7 +79,7 @@ class Traced(Program):
         self._rewriters: dict[Any, Rewriter] = {}
         self._told = False
         with collector_paused():
-            measured = [calibration.measure(self._detection.matches, self.name)] if calibration else []
+            measured = [calibration.measurement_of(self._detection.matches, self.name)] if calibration else []
             with self.timed("plan"):
                 plan = self._plan(config, platform, *measured)
             unmatched = config.unmatched(self.rule_paths)
@@ -89,7 +89,7 @@ class Traced(Program):
 
             dump_stages(self)
 
-    def _plan(self, config: Config, platform: str, *measured: Measure) -> Plan:
+    def _plan(self, config: Config, platform: str, *measured: MeasurementOf) -> Plan:
         measure = measured[0] if measured else _no_measurement
         plan = make_plan(self._detection, config.choose, platform, self.name, measure, self._place, self.runs_dense)
         return distribute_rows(plan, self._read_as_they_are)

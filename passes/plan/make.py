@@ -15,7 +15,7 @@ from hire_xform.passes.plan.checks import COMMON, Case
 from hire_xform.passes.plan.cost import dense_cost, sparse_cost, why_slower
 from hire_xform.passes.plan.decisions import Decision, Plan, Refusal, Rung, Site
 from hire_xform.passes.plan.forms import Order
-from hire_xform.passes.plan.measurement import Measure
+from hire_xform.passes.plan.measurement import MeasurementOf
 from hire_xform.passes.plan.needs import needs_of, order_of, stack_need
 from hire_xform.passes.plan.placement import Placement
 from hire_xform.passes.plan.settings import Choice
@@ -30,7 +30,7 @@ def make_plan(
     choose_settings: Callable[[str, str], Choice],
     platform: str,
     name_of: Callable[[Root], str],
-    measure: Measure = lambda match, names: None,
+    measure: MeasurementOf = lambda match, names: None,
     placed: Callable[[Match], Placement | str | None] = lambda match: None,
     runs_dense: bool = False,
 ) -> Plan:

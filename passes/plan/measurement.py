@@ -33,7 +33,7 @@ class Measurement(Protocol):
     def static_sets(self) -> tuple[Order | None, tuple[int, ...]]:
         """The order of a block's units by how often they fire, and how many of the first may be always computed."""
 
-    def choose(self, settings: Vocab | Ffn, static: bool) -> Chosen:
+    def advise(self, settings: Vocab | Ffn, static: bool) -> Chosen:
         """What a site with these settings should have where they state nothing; ``static``: some units always."""
 
 
@@ -60,7 +60,7 @@ class Chosen:
 
 
 # Of a match and the names of its weights, what was measured.
-Measure = Callable[[Match, Sequence[str]], Measurement | None]
+MeasurementOf = Callable[[Match, Sequence[str]], Measurement | None]
 
 
 def takes_inputs(spec: Predictor) -> bool:
@@ -112,7 +112,7 @@ def with_choices(
     """
     if measurement is None:
         return dataclasses.replace(settings, predictor=settings.spec), Chosen(None, None, "")
-    chosen = measurement.choose(settings, static)
+    chosen = measurement.advise(settings, static)
     settings = dataclasses.replace(settings, predictor=chosen.predictor or settings.spec)
     if getattr(settings, settings.size_name) is not None or chosen.size is None:
         return settings, dataclasses.replace(chosen, sizes=None)
