@@ -222,7 +222,7 @@ class _Collected:
         own = {name: value for (p, name), value in self._sums.items() if p == path}
         numbers = match.input_numbers
         firsts = list(dict.fromkeys(numbers))
-        criterion: str = kind_of(match).criterion(match, settings)
+        criterion = kind_of(match).criterion(match, settings)
         if settings.certify:
             criterion = proved_criterion(settings) + (CHOICE if match.own is not None else "")
         group_size = settings.group_size

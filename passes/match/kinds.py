@@ -163,7 +163,7 @@ def register_site_kind(kind: SiteKind) -> SiteKind:
     return kind
 
 
-def kind_of(match: Match) -> Any:
+def kind_of(match: Match) -> SiteKind:
     """The kind of a match."""
     return _KINDS[match.kind]
 

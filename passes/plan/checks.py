@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from hire_xform.passes.match.kinds import SiteKind
 from hire_xform.passes.match.region import OwnSparsity
 from hire_xform.passes.plan.measurement import Chosen, Measurement, unpredicted, with_choices
 from hire_xform.passes.plan.placement import Placement
@@ -38,7 +39,7 @@ class Case:
     """
 
     match: Any
-    kind: Any
+    kind: SiteKind
     choice: Choice
     platform: str
     names: tuple[str, ...]
@@ -81,8 +82,7 @@ class Case:
     @property
     def own(self) -> OwnSparsity | None:
         """The model's own choice of units."""
-        own: OwnSparsity | None = self.match.own
-        return own
+        return self.match.own
 
     @property
     def tokens(self) -> int:
@@ -99,7 +99,7 @@ class Case:
     @cached_property
     def found_reads(self) -> Reads | str:
         """What is proved of the readers of logits, or why nothing is."""
-        found: Reads | str | None = self.kind.reads(self)
+        found = self.kind.reads(self)
         return NOTHING_READ if found is None else found
 
     @property
@@ -110,8 +110,7 @@ class Case:
     @cached_property
     def count(self) -> int:
         """Rows, or groups of units, that a token may have: all of those over all devices."""
-        count: int = self.kind.count(self)
-        return count
+        return self.kind.count(self)
 
 
 # Why a match stays dense; None where it is no reason to.

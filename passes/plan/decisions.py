@@ -218,8 +218,7 @@ class Decision:
 
         Where its user wants units left out whatever they are, or its model itself chooses among them, none is missed.
         """
-        short: bool = kind_of(self.match).may_be_short(self.match, self.settings)
-        return short
+        return kind_of(self.match).may_be_short(self.match, self.settings)
 
     @property
     def marks(self) -> int:

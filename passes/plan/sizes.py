@@ -72,8 +72,7 @@ class Reading:
     @property
     def tried(self) -> bool:
         """Whether what is computed exactly is read before it is known whether the dense form must be run."""
-        tried: bool = kind_of(self.match).tries(self.match)
-        return tried
+        return kind_of(self.match).tries(self.match)
 
     @property
     def chooses(self) -> bool:

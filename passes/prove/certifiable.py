@@ -23,8 +23,7 @@ def not_certifiable(match: Match, platform: str) -> str | None:
             return f"certify=True is proved for float32, bfloat16 and float16; this has {other}"
     if input_bits(match, platform) is None:
         return f"certify=True does not know what precision={_precision(match)} rounds to on {platform}"
-    why: str | None = kind_of(match).unproved(match, platform)
-    return why
+    return kind_of(match).unproved(match, platform)
 
 
 def input_bits(match: Match, platform: str) -> int | None:

@@ -60,8 +60,7 @@ class SiteAction(Action):
     @property
     def operands(self) -> Sequence[Operand]:
         """What its subgraph reads."""
-        operands: Sequence[Operand] = kind_of(self.decision.match).operands(self.decision)
-        return operands
+        return kind_of(self.decision.match).operands(self.decision)
 
     @property
     def nodes(self) -> Sequence[Node]:
@@ -71,13 +70,11 @@ class SiteAction(Action):
     @property
     def reached_by(self) -> Sequence[Node]:
         """What its subgraph reads of equations further on."""
-        nodes: Sequence[Node] = kind_of(self.decision.match).reached_by(self.decision)
-        return nodes
+        return kind_of(self.decision.match).reached_by(self.decision)
 
     def values(self, context: Context) -> list[Any]:
         """The values that its subgraph reads."""
-        values: list[Any] = kind_of(self.decision.match).values(self.decision, context)
-        return values
+        return kind_of(self.decision.match).values(self.decision, context)
 
 
 class RewrittenSite(SiteAction):
