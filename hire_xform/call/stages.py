@@ -85,7 +85,7 @@ class Traced(Program):
             unmatched = config.unmatched(self.rule_paths)
             self.plan: Plan = replace(plan, unmatched_rules=tuple(rule.path_glob for rule in unmatched))
         if os.environ.get("HIRE_DUMP"):
-            from hire_xform.dump.stages import dump_stages  # which is for whoever develops the pass: rarely loaded
+            from hire_xform.dump.stage_files import dump_stages  # which is for whoever develops the pass: rarely loaded
 
             dump_stages(self)
 

@@ -1,6 +1,6 @@
 """Aids for whoever develops the pass, switched on by environment variables: ``HIRE_DEBUG`` and ``HIRE_WHY``.
 
-``docs/debugging.md`` shows them; ``HIRE_DUMP`` is in ``hire_xform/dump/stages.py``.
+``docs/debugging.md`` shows them; ``HIRE_DUMP`` is in ``hire_xform/dump/stage_files.py``.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from hire_xform.passes.kinds.readings import as_plain, rank_of, readings_of
 from hire_xform.passes.match.kinds import SiteKind, register_site_kind
 from hire_xform.passes.match.matches import VocabMatch
 from hire_xform.passes.measure.capture import Measured, Recorded, numbered
-from hire_xform.passes.plan.checks import MEANING, SIZE, Case, can_be_certified, has_few_tokens, is_placed, is_wanted
+from hire_xform.passes.plan.checks import MEANING, Case, can_be_certified, has_few_tokens, is_placed, is_wanted
 from hire_xform.passes.plan.decisions import Decision
 from hire_xform.passes.plan.forms import ROWS, Form, PackedPredictor, ProductForms, SiteForms
 from hire_xform.passes.plan.placement import Placement
@@ -75,7 +75,7 @@ class VocabKind(SiteKind):
     gathers = True
     splits_result = True
     checks = (
-        *(is_wanted, is_known_for_logits, *MEANING, has_few_tokens, is_placed, *SIZE, can_be_certified),
+        *(is_wanted, is_known_for_logits, *MEANING, has_few_tokens, is_placed, can_be_certified),
         *(has_provable_readers, has_enough_candidates),
     )
 

@@ -52,7 +52,7 @@ def detect(graph: Graph, provenance: Provenance) -> Detection:
         if product in taken:
             continue
         fate = follow(product, narrow=not is_wide(product))
-        reason = not_vocabulary(product, fate, by_node, leads.get(product), unfollowed)
+        reason = not_vocabulary(product, fate, by_node, leads.get(product), reasons.get(product), unfollowed)
         why.tell(product.path, "is a vocabulary projection by its shape", "yes" if reason is None else f"no: {reason}")
         if reason is None and (reason := larger_summand(product, fate)) is not None:
             reasons[product] = reason

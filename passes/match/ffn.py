@@ -49,13 +49,13 @@ def ffn_ending_in(
     leak = _leak(region, hidden, down) or _lost_derivative(region, down)
     if _is_linear(region):
         if leak is not None:
-            return Unfollowed(f"a residual stream leads to it, not an activation: {leak}")
+            return Unfollowed(f"it follows other products through sums only, as on a residual stream, and {leak}")
         if _factored(region, down):
             how = "nothing nonlinear lies between it and the product it follows: one matrix in two factors"
             return Nearly(down, how)
     ups = tuple(up.product for up in region.ups)
     if leak is not None:
-        leak += f"; this is no choice of the model's among its units: {region.mixing}" if region.mixing else ""
+        leak += f"; nor is that the model's own choice of units: {region.mixing}" if region.mixing else ""
         return Nearly(down, leak, ups, not jnp.issubdtype(hidden.aval.dtype, jnp.floating))
     blocked = next((up.product for up in region.ups if up.product in taken), None)
     if blocked is not None:

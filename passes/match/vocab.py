@@ -93,6 +93,7 @@ def not_vocabulary(
     fate: Fate,
     by_node: dict[Node, Product],
     leads: Nearly | None = None,
+    nearly: str | None = None,
     unfollowed: Mapping[Product, Unfollowed] = MappingProxyType({}),
 ) -> str | None:
     """Why a product outside any block is no vocabulary projection; None when it is one.
@@ -101,6 +102,7 @@ def not_vocabulary(
       product, fate: the product, and what becomes of its output.
       by_node: all products.
       leads: of one that leads to what is nearly a block, that.
+      nearly: of one that nearly ends a block, why it does not.
       unfollowed: of products that end no block, why nothing points to one.
     """
     if product.batched:
@@ -124,6 +126,8 @@ def not_vocabulary(
                 f"its output is {how} {event[1].path} at {where}, whose weight has a batch dimension (experts or "
                 "stacked layers): one product for each, which is not followed"
             )
+        if event[1] in by_node and nearly is not None:
+            return nearly
         if event[1] in by_node:
             why = unfollowed.get(by_node[event[1]])
             there = "" if why is None else f": there, {why}"

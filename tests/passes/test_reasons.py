@@ -22,6 +22,13 @@ def residual(p, x):
     return x + x @ p["square"]
 
 
+def two_blocks(p, x):
+    """The output of the first goes on a residual stream, to the second's product."""
+    u = relu(x @ p["w1"])
+    x = x + (u / u.sum(-1, keepdims=True)) @ p["back"]
+    return relu(x @ p["wg"]) @ p["w2"]
+
+
 # Per case: the program, what a refusal says, and how many do: the product that ends no block, and the one before it.
 REASONS = {
     "mixed": (between(lambda u: jnp.cumsum(u, axis=-1)), "not followed back to a product (cumsum at ", 1),
@@ -44,12 +51,12 @@ REASONS = {
     "argument": (lambda p, x: x @ p["square"], "made of what enters the program", 1),
     "residual_stream": (
         residual,
-        "a residual stream leads to it, not an activation: what it contracts is also read",
+        "through sums only, as on a residual stream, and what it contracts is also read by add at ",
         1,
     ),
     "normed_by_a_sum": (
         between(lambda u: u / u.sum(-1, keepdims=True)),
-        "no choice of the model's among its units: the sum over its units (reduce_sum at ",
+        "nor is that the model's own choice of units: the sum over its units (reduce_sum at ",
         1,
     ),
     "cubes": (
@@ -90,6 +97,13 @@ def test_a_reason_that_detection_knew_is_told(name):
         assert all(f"{words}{__file__}" in r or "test_near_misses.py" in r for r in reasons if words in r)
 
 
+def test_why_a_product_nearly_ends_a_block_is_told_whatever_product_comes_later():
+    plan = hx.sparsify(two_blocks, config=full_width()).trace(weights(), tokens()).plan
+    (down,) = [refusal for refusal in plan.refusals if refusal.path == "dot_general[1]"]
+    assert "an activation on the way to it is also read by reduce_sum at " in down.reason
+    assert [site.path for site in plan.sites] == ["dot_general[3]"]
+
+
 def block(p, x):
     return relu(x @ p["w1"]) @ p["w2"]
 
@@ -123,7 +137,7 @@ def test_a_failed_trial_of_a_choice_is_told(failing, monkeypatch):
     monkeypatch.delenv("HIRE_DEBUG", raising=False)
     choice = between(lambda u: jnp.where(u >= lax.top_k(u, 8)[0][:, -1:], u, 0))
     reasons = [r.reason for r in hx.sparsify(choice, config=full_width()).trace(weights(), tokens()).plan.refusals]
-    assert any("among its units: tried on numbers, it raises ZeroDivisionError" in reason for reason in reasons)
+    assert any("own choice of units: tried on numbers, it raises ZeroDivisionError" in reason for reason in reasons)
 
 
 def test_debugging_raises_what_a_trial_raises(failing, monkeypatch):

@@ -52,7 +52,7 @@ def test_a_site_is_told_from_detection_to_the_plan_in_order(monkeypatch, capsys)
     checks = [check for _, check, _ in lines[1:]]
     names = [f"ffn {check.__name__.replace('_', ' ')}" for check in CHECKS]
     assert checks == [*names, "ffn is faster", "ffn site"]
-    assert all(outcome == "yes" for *_, outcome in lines[1 : 1 + len(CHECKS)])
+    assert all(outcome == "yes" for *_, outcome in lines[1 : 1 + len(names)])
     assert lines[-1][2] == "16 of 32 exact"
 
 
