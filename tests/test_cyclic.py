@@ -89,8 +89,8 @@ def check_rows_go_round_and_come_back():
             dealt, back = jax.jit(
                 jax.shard_map(
                     lambda own, along=along: (
-                        to_cyclic(own, devices),
-                        from_cyclic(to_cyclic(own[None], devices, axis=1), devices, axis=1)[0],
+                        to_cyclic(own, along),
+                        from_cyclic(to_cyclic(own[None], along, axis=1), along, axis=1)[0],
                     ),
                     mesh=mesh,
                     in_specs=P(names),

@@ -6,9 +6,12 @@ Where several devices have parts of the rows no score travels. With A the k-th l
 logits are at least (k is 1 for an arg max), k of them are at least A. If no more than k rows *can* be at least A, those
 are the k largest. Each device sends its own k largest lower bounds, and then how many of its rows can be at least A:
 4 k and 4 bytes for each token. A nucleus takes its largest lower bound and two sums. Derived here. All devices get the
-same answer, so that they branch alike.
+same answer, so that they branch alike. Where the dense product may be rounded to 16 bits or not, exactly k rows must be
+able to be the rounded A. Rounding keeps order, so that what can't be the rounded A can't be A: the same k rows are the
+k largest both ways. Rows that tie once they are rounded are no k largest of the unrounded ones.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import jax
@@ -95,17 +98,12 @@ def proved(
       ordered: of a set, whether the order of its members is proved as well; on one device.
       devices: those that have parts of the rows. All else is of this one's part, and the answer is that of all.
     """
-    if devices != ONE:
-        wide = jnp.promote_types(out_dtype, jnp.float32)
-        if out_dtype.itemsize < 4:
-            # Nothing that a rounding to 16 bits can do is more than what is added here.
-            apart = float(jnp.finfo(out_dtype).eps)
-            error, others = error + apart * jnp.abs(exact), others + apart * jnp.abs(others)
-        return proved_across(goal, exact, error, others, wide, devices)
-    index = jnp.broadcast_to(index, exact.shape)
-    dtypes = dict.fromkeys((jnp.dtype(out_dtype), jnp.promote_types(out_dtype, jnp.float32)))
+    dtypes = tuple(dict.fromkeys((jnp.dtype(out_dtype), jnp.promote_types(out_dtype, jnp.float32))))
     if isinstance(goal, Nucleus):
-        return jnp.stack([_nucleus(exact, error, others, dtype, goal.eps, ONE) for dtype in dtypes]).all(axis=0)
+        return _nucleus(exact, error, others, dtypes, goal.eps, devices)
+    if devices != ONE:
+        return proved_across(goal, exact, error, others, out_dtype, devices, also_unrounded=len(dtypes) > 1)
+    index = jnp.broadcast_to(index, exact.shape)
     outside = largest_or_nan(others, 1)
     if isinstance(goal, TopSet):
         k, vocab = goal.k, others.shape[1]
@@ -149,7 +147,13 @@ def _top_set(
 
 
 def proved_across(
-    goal: Goal, exact: jax.Array, error: jax.Array, others: jax.Array, out_dtype: jnp.dtype, devices: Devices
+    goal: Goal,
+    exact: jax.Array,
+    error: jax.Array,
+    others: jax.Array,
+    out_dtype: jnp.dtype,
+    devices: Devices,
+    also_unrounded: bool = False,
 ) -> jax.Array:
     """For each token whether what is asked for is proved of the rows of all devices, bool ``[T]``.
 
@@ -157,9 +161,10 @@ def proved_across(
       goal, exact, error, others: as for :func:`proved`, of one device's part.
       out_dtype: what the dense product is rounded to.
       devices: all of them.
+      also_unrounded: of a dense product that is not rounded, too, and the same.
     """
     if isinstance(goal, Nucleus):
-        return _nucleus(exact, error, others, out_dtype, goal.eps, devices)
+        return _nucleus(exact, error, others, (out_dtype,), goal.eps, devices)
     k, (candidates, rows) = fewest_candidates(goal), (exact.shape[1], others.shape[1])
     if k > devices.count * candidates:
         return jnp.full(exact.shape[:1], candidates == rows)
@@ -171,7 +176,7 @@ def proved_across(
     # What is not a candidate is not known to be A; nor is a NaN known to be below it.
     unknown = jnp.logical_not(largest_or_nan(others, 1) < floor) | jnp.logical_not(finite)
     can = high >= floor[:, None]
-    if k > 1:
+    if k > 1 or also_unrounded:
         count = jnp.where(unknown, k + 1, jnp.sum(can, axis=1))
         return devices.total(count) == k
     # Rows that are all A for sure tie in the dense product too, where the lowest id of them is the arg max, as it is of
@@ -190,18 +195,30 @@ def _kth_largest(low: jax.Array, k: int, devices: Devices) -> jax.Array:
 
 
 def _nucleus(
-    exact: jax.Array, error: jax.Array, others: jax.Array, out_dtype: jnp.dtype, eps: float, devices: Devices
+    exact: jax.Array,
+    error: jax.Array,
+    others: jax.Array,
+    dtypes: Sequence[jnp.dtype],
+    eps: float,
+    devices: Devices,
 ) -> jax.Array:
-    """With I at least the candidates' sum of exponentials and O at most the others': O / (I + O) is at most eps."""
-    low = (exact - error).astype(out_dtype).astype(jnp.float32)
-    finite = jnp.all(jnp.isfinite(low) & jnp.isfinite((exact + error).astype(out_dtype)), axis=1)
-    low = jnp.where(finite[:, None], low, -jnp.inf)
-    peak = devices.largest(jnp.max(low, axis=1))[:, None]
-    inside = jnp.sum(jnp.exp(low - peak), axis=1)
-    outside = jnp.sum(jnp.exp(others.astype(out_dtype).astype(jnp.float32) - peak), axis=1)
+    """With I at least the candidates' sum of exponentials and O at most the others': O / (I + O) is at most eps.
+
+    Of products rounded to each of the dtypes.
+    """
+
+    def rounded(values: jax.Array) -> jax.Array:
+        return jnp.stack([values.astype(dtype).astype(jnp.float32) for dtype in dtypes])
+
+    low = rounded(exact - error)
+    finite = jnp.all(jnp.isfinite(low) & jnp.isfinite(rounded(exact + error)), axis=-1)
+    low = jnp.where(finite[..., None], low, -jnp.inf)
+    peak = devices.largest(jnp.max(low, axis=-1))[..., None]
+    inside = jnp.sum(jnp.exp(low - peak), axis=-1)
+    outside = jnp.sum(jnp.exp(rounded(others) - peak), axis=-1)
     inside, outside = devices.total(jnp.stack([inside, jnp.where(finite, outside, jnp.inf)]))
     rounding = sum_rounding(devices.count * others.shape[1])
-    return outside * (1.0 + rounding) * (1.0 - eps) <= eps * inside
+    return jnp.all(outside * (1.0 + rounding) * (1.0 - eps) <= eps * inside, axis=0)
 
 
 def sum_rounding(vocab: int) -> float:
