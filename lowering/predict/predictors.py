@@ -21,6 +21,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
+from hire_xform.lowering.primitives.scores import predicted_scores
 from hire_xform.lowering.prove.bounds import ScoresWithBounds
 
 __all__ = [
@@ -265,10 +266,7 @@ def predict_scores(x: jax.Array, packed: Packed, spec: Predictor, n: int) -> jax
     Raises:
       ValueError: the predictor gives scores of another shape.
     """
-    scores = spec.scores(x, packed, n)
-    if scores.shape != (x.shape[0], n):
-        raise ValueError(f"predictor {spec!r}: its scores have shape {scores.shape}; expected {(x.shape[0], n)}")
-    return scores.astype(jnp.float32)
+    return predicted_scores(x, packed, spec, n)
 
 
 def predictor_named(name: str) -> type[Predictor] | None:
