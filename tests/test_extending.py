@@ -236,6 +236,64 @@ def test_wrong_predictors_are_told_what_is_wrong():
         hx.sparsify(block, config=narrow(predictor=hx.Predictor()))(params, x)
 
 
+# --- a kernel for one step
+
+
+@pytest.fixture
+def kernel():
+    """`kernel(step, rule, **more)` registers a kernel for CPUs, for this test."""
+    removed = []
+
+    def register(step, rule, **more):
+        removed.append(hx.register_kernel(step, "cpu", rule, **more))
+
+    yield register
+    for remove in removed:
+        remove()
+    jax.clear_caches()
+
+
+def gathered(h, rows, index, *, group_size, out_dtype):
+    """Sums of chosen rows as one would write them at first, and doubled, so that one sees them."""
+    assert group_size == 1
+    return (2 * h @ rows[index]).astype(out_dtype)
+
+
+def test_a_kernel_of_the_users_own_runs_a_step(kernel):
+    params, x = block_params(), normal(3, 1, D)
+    config = full_width()
+    assert_same(hx.sparsify(block, config=config)(params, x), block(params, x))
+    assert hx.backends()["hire_combine_rows"]["cpu"] == "portable"
+    kernel("hire_combine_rows", gathered)
+    assert hx.backends()["hire_combine_rows"] == dict.fromkeys(("cuda", "rocm", "tpu"), "portable") | {
+        "cpu": "gathered"
+    }
+    step = hx.sparsify(block, config=config)
+    assert_same(step(params, x), 2 * block(params, x))
+    packed = step.trace(params, x).pack(params)
+    assert_same(jax.vmap(step, (None, 0))(packed, x[None]), 2 * block(params, x)[None])
+    stacked = hx.sparsify(layers, config=config)
+    want = x
+    for layer in range(LAYERS):
+        want = want + 2 * block(jax.tree.map(lambda a, at=layer: a[at], block_params(LAYERS)), want)
+    assert_same(stacked(block_params(LAYERS), x), want)
+
+
+def test_where_a_kernel_does_not_serve_the_portable_form_runs(kernel):
+    seen = []
+
+    def serves(h, rows, index, *, group_size, out_dtype):
+        seen.append((h.shape, rows.shape, index.shape))
+        return h.shape[0] == 1
+
+    kernel("hire_combine_rows", gathered, serves=serves)
+    params, x = block_params(), normal(3, 2, D)
+    step = hx.sparsify(block, config=full_width())
+    assert_same(step(params, x), block(params, x))
+    assert_same(step(params, x[:1]), 2 * block(params, x[:1]))
+    assert seen == [((2, M), (M, D), (M,)), ((1, M), (M, D), (M,))]
+
+
 def test_da_top_k_is_public_and_its_example_runs():
     found = doctest.DocTestFinder().find(hx.da_top_k, "da_top_k", globs={"hx": hx, "jnp": jnp})
     assert found[0].examples
