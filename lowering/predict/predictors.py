@@ -194,6 +194,7 @@ class Predictor:
         return f"{type(self).__name__}({held})"
 
 
+# What the engine's signatures call it.
 PredictorSpec = Predictor
 
 
