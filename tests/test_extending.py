@@ -176,6 +176,42 @@ def test_a_file_that_names_an_unknown_predictor_says_so(tmp_path):
         hx.Calibration.load(saved)
 
 
+class Exact(hx.Predictor):
+    """The rows themselves, f32; what floating point makes of products is all that there is to bound."""
+
+    proves = True
+
+    def pack(self, rows, given):
+        return {"rows": rows}
+
+    def scores(self, x, packed, n):
+        return x @ packed["rows"].T
+
+    def pack_proof(self, rows, given):
+        return {"rows": rows, "norms": jnp.linalg.norm(rows, axis=1) * (1 + 1e-5)}
+
+    def bounds(self, x, proof, input_bits):
+        x = x.astype(jnp.float32)
+        scores = x @ proof["rows"].T
+        # Twice what Higham has for a sum of D products, in f32 inputs as a CPU keeps them.
+        assert input_bits == 24
+        error = 4e-7 * D * jnp.linalg.norm(x, axis=1, keepdims=True) * proof["norms"] + 1e-30
+        return scores, scores + error, 2 * error
+
+
+def test_one_that_proves_may_be_certified():
+    params, x = block_params(), normal(3, 1, D)
+    params["up"] = params["up"].at[0].set(-4.0)  # most units are zero, for inputs that begin with a one
+    x = x.at[0, 0].set(1.0)
+    config = hx.Config(ffn=hx.Ffn(active=0.5, certify=True, predictor=Exact()), rules=(hx.Rule("*", force=True),))
+    step = hx.sparsify(block, config=config)
+    (site,) = step.trace(params, x).plan.sites
+    assert site.settings.certify
+    assert_same(step(params, x), block(params, x))
+    counts = step.with_rungs(params, x)[1][site.path]
+    assert counts.tolist() == [1, 0]  # proved, not run dense
+
+
 def refusals(predictor, params=None, fun=block, **ffn):
     params = block_params() if params is None else params
     config = hx.Config(ffn=hx.Ffn(predictor=predictor, **ffn), rules=(hx.Rule("*", force=True),))

@@ -1,7 +1,7 @@
 """``hire_scores`` and ``hire_bounds``: products with every row, predicted from little, and what no product is above."""
 
-from collections.abc import Mapping
-from typing import Any, Protocol
+from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ class _Scores(Protocol):
 
 
 class _Bounds(Protocol):
-    def bounds(self, x: jax.Array, proof: Mapping[str, jax.Array], input_bits: int) -> Any:
+    def bounds(self, x: jax.Array, proof: Mapping[str, jax.Array], input_bits: int) -> Sequence[jax.Array]:
         """The same with bounds."""
 
 
@@ -64,10 +64,11 @@ def bounded_scores(
     names = tuple(proof)
 
     def portable(x: jax.Array, *arrays: jax.Array) -> list[jax.Array]:
-        found = spec.bounds(x, dict(zip(names, arrays, strict=True)), input_bits)
-        return [found.scores, found.upper, found.exact_error]
+        return list(spec.bounds(x, dict(zip(names, arrays, strict=True)), input_bits))
 
-    return tuple(bind_step(bounds_p, portable, x, *proof.values(), names=names, spec=spec, input_bits=input_bits))
+    made = bind_step(bounds_p, portable, x, *proof.values(), names=names, spec=spec, input_bits=input_bits)
+    scores, upper, exact_error = made
+    return scores, upper, exact_error
 
 
 # A kernel: rule(x, *arrays, names, spec, n) -> what predicted_scores returns; `names` are those of the arrays.
