@@ -20,6 +20,7 @@ from hire_xform.lowering.predict.predictors import Predictor
 from hire_xform.lowering.predict.projected import Projected
 from hire_xform.lowering.predict.quantized import Quantized
 from hire_xform.lowering.primitives.da_top_k import da_top_k
+from hire_xform.lowering.primitives.kernels import backends, register_kernel
 from hire_xform.lowering.prove.goals import Nucleus, TopSet
 from hire_xform.mesh_plan import Device, MeshPlan, MeshRow, ModelShapes, plan_mesh
 from hire_xform.passes.kinds import SiteKind, register_site_kind
@@ -59,11 +60,13 @@ __all__ = [
     "TracedWeightsError",
     "Vocab",
     "approximate",
+    "backends",
     "calibrate",
     "da_top_k",
     "lossless",
     "pack",
     "plan_mesh",
+    "register_kernel",
     "register_site_kind",
     "sparsify",
     "topk_ffn",

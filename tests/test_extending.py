@@ -176,6 +176,42 @@ def test_a_file_that_names_an_unknown_predictor_says_so(tmp_path):
         hx.Calibration.load(saved)
 
 
+class Exact(hx.Predictor):
+    """The rows themselves, f32; what floating point makes of products is all that there is to bound."""
+
+    proves = True
+
+    def pack(self, rows, given):
+        return {"rows": rows}
+
+    def scores(self, x, packed, n):
+        return x @ packed["rows"].T
+
+    def pack_proof(self, rows, given):
+        return {"rows": rows, "norms": jnp.linalg.norm(rows, axis=1) * (1 + 1e-5)}
+
+    def bounds(self, x, proof, input_bits):
+        x = x.astype(jnp.float32)
+        scores = x @ proof["rows"].T
+        # Twice what Higham has for a sum of D products, in f32 inputs as a CPU keeps them.
+        assert input_bits == 24
+        error = 4e-7 * D * jnp.linalg.norm(x, axis=1, keepdims=True) * proof["norms"] + 1e-30
+        return scores, scores + error, 2 * error
+
+
+def test_one_that_proves_may_be_certified():
+    params, x = block_params(), normal(3, 1, D)
+    params["up"] = params["up"].at[0].set(-4.0)  # most units are zero, for inputs that begin with a one
+    x = x.at[0, 0].set(1.0)
+    config = hx.Config(ffn=hx.Ffn(active=0.5, certify=True, predictor=Exact()), rules=(hx.Rule("*", force=True),))
+    step = hx.sparsify(block, config=config)
+    (site,) = step.trace(params, x).plan.sites
+    assert site.settings.certify
+    assert_same(step(params, x), block(params, x))
+    counts = step.with_rungs(params, x)[1][site.path]
+    assert counts.tolist() == [1, 0]  # proved, not run dense
+
+
 def refusals(predictor, params=None, fun=block, **ffn):
     params = block_params() if params is None else params
     config = hx.Config(ffn=hx.Ffn(predictor=predictor, **ffn), rules=(hx.Rule("*", force=True),))
@@ -234,6 +270,64 @@ def test_wrong_predictors_are_told_what_is_wrong():
         hx.sparsify(block, config=narrow(predictor=Short()))(params, x)
     with pytest.raises(NotImplementedError, match=r"Predictor: expected a method pack\(rows, given\)"):
         hx.sparsify(block, config=narrow(predictor=hx.Predictor()))(params, x)
+
+
+# --- a kernel for one step
+
+
+@pytest.fixture
+def kernel():
+    """`kernel(step, rule, **more)` registers a kernel for CPUs, for this test."""
+    removed = []
+
+    def register(step, rule, **more):
+        removed.append(hx.register_kernel(step, "cpu", rule, **more))
+
+    yield register
+    for remove in removed:
+        remove()
+    jax.clear_caches()
+
+
+def gathered(h, rows, index, *, group_size, out_dtype):
+    """Sums of chosen rows as one would write them at first, and doubled, so that one sees them."""
+    assert group_size == 1
+    return (2 * h @ rows[index]).astype(out_dtype)
+
+
+def test_a_kernel_of_the_users_own_runs_a_step(kernel):
+    params, x = block_params(), normal(3, 1, D)
+    config = full_width()
+    assert_same(hx.sparsify(block, config=config)(params, x), block(params, x))
+    assert hx.backends()["hire_combine_rows"]["cpu"] == "portable"
+    kernel("hire_combine_rows", gathered)
+    assert hx.backends()["hire_combine_rows"] == dict.fromkeys(("cuda", "rocm", "tpu"), "portable") | {
+        "cpu": "gathered"
+    }
+    step = hx.sparsify(block, config=config)
+    assert_same(step(params, x), 2 * block(params, x))
+    packed = step.trace(params, x).pack(params)
+    assert_same(jax.vmap(step, (None, 0))(packed, x[None]), 2 * block(params, x)[None])
+    stacked = hx.sparsify(layers, config=config)
+    want = x
+    for layer in range(LAYERS):
+        want = want + 2 * block(jax.tree.map(lambda a, at=layer: a[at], block_params(LAYERS)), want)
+    assert_same(stacked(block_params(LAYERS), x), want)
+
+
+def test_where_a_kernel_does_not_serve_the_portable_form_runs(kernel):
+    seen = []
+
+    def serves(h, rows, index, *, group_size, out_dtype):
+        seen.append((h.shape, rows.shape, index.shape))
+        return h.shape[0] == 1
+
+    kernel("hire_combine_rows", gathered, serves=serves)
+    params, x = block_params(), normal(3, 2, D)
+    step = hx.sparsify(block, config=full_width())
+    assert_same(step(params, x), block(params, x))
+    assert_same(step(params, x[:1]), 2 * block(params, x[:1]))
+    assert seen == [((2, M), (M, D), (M,)), ((1, M), (M, D), (M,))]
 
 
 def test_da_top_k_is_public_and_its_example_runs():

@@ -41,7 +41,7 @@ from jax import lax
 
 from hire_xform.lowering.predict.factors import factor_dtype, leading_directions, matmul, shrunk
 from hire_xform.lowering.predict.few_bits import CLIPS, closest, fine_scores, pack_nibbles, quantize
-from hire_xform.lowering.prove.bounds import ScoresWithBounds, U, norm, slack, tiny
+from hire_xform.lowering.prove.bounds import U, norm, slack, tiny
 from hire_xform.lowering.xla.blocks import fold_row_blocks, map_row_blocks, rows_together
 
 __all__ = ["coordinate_scores", "coordinate_shapes", "pack_coordinates"]
@@ -191,7 +191,7 @@ def _rounded_up(values: jax.Array) -> jax.Array:
 
 def coordinate_scores(
     x: jax.Array, packed: Packed, rank: int, bits: int | None, *, input_bits: int
-) -> ScoresWithBounds:
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Predicts products with every row and bounds them; see the head of this file.
 
     Args:
@@ -199,6 +199,9 @@ def coordinate_scores(
       packed: from :func:`pack_coordinates`.
       rank, bits: as for that.
       input_bits: significant bits that the dense product keeps of its f32 inputs.
+
+    Returns:
+      What ``Predictor.bounds`` does.
     """
     x = x.astype(jnp.float32)
     d = x.shape[1]
@@ -230,7 +233,7 @@ def coordinate_scores(
     # The sums above are rounded, too: by some u of their largest term.
     upper = upper + 8.0 * U * (jnp.abs(upper) + jnp.abs(held))
     of_sums = slack(d, input_bits) * row[None, :] * size[:, None] + tiny(d)
-    return ScoresWithBounds(scores, lax.stop_gradient(upper), 2.0 * of_sums)
+    return scores, lax.stop_gradient(upper), 2.0 * of_sums
 
 
 def _parts(z: jax.Array, packed: Packed, rank: int, bits: int | None) -> Iterator[tuple[jax.Array, Any, Any, float]]:

@@ -10,7 +10,6 @@ from hire_xform.lowering.predict.coordinates import coordinate_scores, coordinat
 from hire_xform.lowering.predict.factors import factor_dtype, leading_directions, matmul
 from hire_xform.lowering.predict.few_bits import fine_scores, pack_nibbles, quantize, quantize_clipped
 from hire_xform.lowering.predict.predictors import Given, Packed, Predictor
-from hire_xform.lowering.prove.bounds import ScoresWithBounds
 from hire_xform.lowering.xla.blocks import fold_row_blocks, map_row_blocks, rows_together
 from hire_xform.lowering.xla.skinny_dot import skinny_dot
 
@@ -157,7 +156,7 @@ class Factored(Predictor):
         rank = self.rank_for(*rows.shape)
         return pack_coordinates(rows, rank, self.bits, lambda gram: self.coordinates(gram, given.inputs))
 
-    def bounds(self, x: jax.Array, proof: Packed, input_bits: int) -> ScoresWithBounds:
+    def bounds(self, x: jax.Array, proof: Packed, input_bits: int) -> tuple[jax.Array, jax.Array, jax.Array]:
         """As ``coordinates.py`` proves them."""
         rank = self.rank_for(proof["size"].shape[0], x.shape[1])
         return coordinate_scores(x, dict(proof), rank, self.bits, input_bits=input_bits)

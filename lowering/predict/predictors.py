@@ -21,7 +21,8 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from hire_xform.lowering.prove.bounds import ScoresWithBounds
+from hire_xform.lowering.primitives.scores import predicted_scores
+from hire_xform.lowering.xla.promotion import usual_promotion
 
 __all__ = [
     "Given",
@@ -140,13 +141,18 @@ class Predictor:
         """As :meth:`pack`, with what :meth:`bounds` reads; for predictors that prove."""
         raise NotImplementedError(f"{type(self).__name__}: expected a method pack_proof(rows, given)")
 
-    def bounds(self, x: jax.Array, proof: Packed, input_bits: int) -> ScoresWithBounds:
-        """Scores, what no product is above, and how far two products may be apart; for predictors that prove.
+    def bounds(self, x: jax.Array, proof: Packed, input_bits: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Scores with proved bounds, for predictors that prove.
 
         Args:
           x: ``[T, d]``, f32 or 16 bits.
           proof: from :meth:`pack_proof`.
           input_bits: significant bits that the dense product keeps of its f32 inputs.
+
+        Returns:
+          ``scores``, ``upper`` and ``exact_error``, f32 ``[T, n]`` each, of ``ScoresWithBounds``: no dense product, in
+          f32 and any order of summation, is above ``upper``, nor as far below ``scores``; two such of the same row and
+          token are within ``exact_error``. NaN where nothing is known.
         """
         raise NotImplementedError(f"{type(self).__name__}: expected a method bounds(x, proof, input_bits)")
 
@@ -193,6 +199,7 @@ class Predictor:
         return f"{type(self).__name__}({held})"
 
 
+# What the engine's signatures call it.
 PredictorSpec = Predictor
 
 
@@ -203,10 +210,11 @@ def _shapes(
     struct = jax.ShapeDtypeStruct
     inputs = struct((d, d), jnp.float32) if spec.takes_inputs else None
     arrays = {name: struct(a.shape[spec.stack_axes :], a.dtype) for name, a in spec.arrays.items()}
-    made = jax.eval_shape(
-        lambda rows, inputs, arrays, numbers: dict(pack(rows, Given(inputs, arrays, numbers))),
-        *(struct((n, d), dtype), inputs, arrays, struct((n,), jnp.int32)),
-    )
+    with usual_promotion():
+        made = jax.eval_shape(
+            lambda rows, inputs, arrays, numbers: dict(pack(rows, Given(inputs, arrays, numbers))),
+            *(struct((n, d), dtype), inputs, arrays, struct((n,), jnp.int32)),
+        )
     return {name: struct(a.shape, a.dtype) for name, a in made.items()}
 
 
@@ -265,10 +273,7 @@ def predict_scores(x: jax.Array, packed: Packed, spec: Predictor, n: int) -> jax
     Raises:
       ValueError: the predictor gives scores of another shape.
     """
-    scores = spec.scores(x, packed, n)
-    if scores.shape != (x.shape[0], n):
-        raise ValueError(f"predictor {spec!r}: its scores have shape {scores.shape}; expected {(x.shape[0], n)}")
-    return scores.astype(jnp.float32)
+    return predicted_scores(x, packed, spec, n)
 
 
 def predictor_named(name: str) -> type[Predictor] | None:

@@ -19,7 +19,7 @@ from jax import lax
 
 from hire_xform.lowering.predict.few_bits import entries, fine_scores, pack_nibbles, quantize, quantized_scores
 from hire_xform.lowering.predict.predictors import Given, Packed, Predictor
-from hire_xform.lowering.prove.bounds import ScoresWithBounds, U, norm, slack, tiny
+from hire_xform.lowering.prove.bounds import U, norm, slack, tiny
 from hire_xform.lowering.xla.blocks import map_row_blocks, rows_together
 
 __all__ = ["Quantized"]
@@ -75,7 +75,7 @@ class Quantized(Predictor):
         error = norm(exact - kept) * (1.0 + 4.0 * U) + 2.0 * U * norm(exact)
         return {**packed, "error": error, "size": norm(kept)}
 
-    def bounds(self, x: jax.Array, proof: Packed, input_bits: int) -> ScoresWithBounds:
+    def bounds(self, x: jax.Array, proof: Packed, input_bits: int) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Scores of tokens in two limbs, bounded as at the head of this file."""
         x = x.astype(jnp.float32)
         d = x.shape[1]
@@ -89,4 +89,4 @@ class Quantized(Predictor):
         upper = lax.stop_gradient(scores) + (error * size + row * left) * (1.0 + 8.0 * U) + rounding
         # The sum above is rounded, too: by at most 4 u of its largest term.
         upper = upper + 4.0 * U * jnp.abs(upper)
-        return ScoresWithBounds(scores, upper, 2.0 * rounding)
+        return scores, upper, 2.0 * rounding

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import jax
 
+from hire_xform.lowering.primitives.scores import bounded_scores
 from hire_xform.lowering.prove.bounds import ScoresWithBounds
 
 if TYPE_CHECKING:
@@ -61,4 +62,4 @@ def scores_with_bounds(x: jax.Array, proof: Proof, spec: Predictor, *, input_bit
       spec: the predictor.
       input_bits: significant bits that the dense product keeps of its f32 inputs.
     """
-    return spec.bounds(x, proof, input_bits)
+    return ScoresWithBounds(*bounded_scores(x, proof, spec, input_bits))
