@@ -127,6 +127,11 @@ def test_the_operands_of_a_while():
     assert [len(compat.close(j)[0].invars) for j in (parts.cond_jaxpr, parts.body_jaxpr)] == [1, 2]
 
 
+def test_primitives_by_name():
+    found = compat.primitives_named("exp no_such_primitive")
+    assert found == {compat.public_primitive("exp_p")} == {first(jnp.exp, WEIGHT).primitive}
+
+
 def test_primitives_without_public_names():
     sizes, groups = jnp.array([2], jnp.int32), jnp.ones((1, 3, 4))
     assert first(jax.lax.optimization_barrier, WEIGHT).primitive is compat.OPTIMIZATION_BARRIER

@@ -1,24 +1,25 @@
-"""Follows the token and hidden axes of a feed-forward block backwards through reshapes, transposes and slices.
+"""Follows the token and hidden axes of a feed-forward block backwards, by the links of the equations on the way.
 
 The flattened hidden units ``0 .. m-1`` and the flattened tokens ``0 .. T-1`` are two index spaces. Each dimension of a
 value holds some digits (``Atom``) of those indices; a ``Layout`` says which, for every dimension. Given the layout an
-equation's result must have, ``operand_layouts`` gives those of its operands, or raises ``Unsupported`` where the
-equation does not move whole units about.
+equation's result must have, ``operand_layouts`` gives those of its operands, or raises ``UnsupportedLayoutError`` where
+the equation does not move whole units about.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
-from jax.extend.core import primitives as prims
 
-from hire_xform.passes.ir import compat
+from hire_xform.passes.ir.axis_rules import links_of
+from hire_xform.passes.ir.graph import Node
+from hire_xform.passes.ir.links import How
 
 
 class UnsupportedLayoutError(Exception):
@@ -90,34 +91,43 @@ def spaces(layout: Layout) -> set[str]:
     return {a.space for dim in layout for a in dim.atoms}
 
 
-def broadcast(layout: Layout, operand_shape: Sequence[int], dims: Sequence[int]) -> Layout:
-    """Layout of ``broadcast_in_dim``'s operand; stretched dimensions carry nothing."""
-    return tuple(Dim((), 1) if size == 1 else layout[d] for size, d in zip(operand_shape, dims, strict=True))
+def operand_layouts(node: Node, result: int, layout: Layout) -> list[Layout]:
+    """The layouts that an equation's operands must have for its result number ``result`` to have ``layout``.
+
+    Args:
+      node: an equation that acts on each element alone, or moves elements only.
+      result: the number of the result.
+      layout: its layout.
+
+    Raises:
+      UnsupportedLayoutError: whole units are not moved.
+    """
+    shapes: list[Any] = [tuple(atom.aval.shape) for atom in node.eqn.invars]
+    found: list[dict[int, Dim]] = [{d: Dim((), 1) for d, size in enumerate(shape) if size == 1} for shape in shapes]
+    for link in links_of(node) or ():
+        if link.result != result or link.how is How.STRETCHED:
+            continue
+        shape, dims = shapes[link.operand], [layout[d] for d in link.after]
+        first = link.before[0]
+        if link.how is How.CUT:
+            dim = dims[0] if dims else Dim((), 1)
+            start, step = link.start + link.step * dim.start, link.step * dim.step
+            dims = [dataclasses.replace(dim, extent=shape[first], start=start, step=step)]
+        elif len(link.before) > 1 or len(dims) > 1:
+            dims = _reshaped(dims, [shape[d] for d in link.before])
+        found[link.operand].update(zip(link.before, dims, strict=True))
+    if any(len(known) < len(shape) for known, shape in zip(found, shapes, strict=True)):
+        raise UnsupportedLayoutError("it is not known where an axis goes")
+    return [tuple(known[d] for d in range(len(known))) for known in found]
 
 
-def transpose(layout: Layout, perm: Sequence[int]) -> Layout:
-    """Layout of ``transpose``'s operand."""
-    found: list[Any] = [None] * len(perm)
-    for i, p in enumerate(perm):
-        found[p] = layout[i]
-    return tuple(found)
-
-
-def cut(layout: Layout, shape: Sequence[int], start: Sequence[int], strides: Sequence[int]) -> Layout:
-    """Layout of a static slice's operand of the given shape."""
-    return tuple(
-        dataclasses.replace(dim, extent=size, start=at + by * dim.start, step=by * dim.step)
-        for dim, size, at, by in zip(layout, shape, start, strides, strict=True)
-    )
-
-
-def reshape(layout: Layout, operand_shape: Sequence[int]) -> Layout:
-    """Layout of ``reshape``'s operand.
+def _reshaped(dims: Sequence[Dim], operand_shape: Sequence[int]) -> list[Dim]:
+    """What a reshape's operand has in place of some neighbouring dimensions of its result.
 
     Raises:
       UnsupportedLayoutError: a sliced dimension would be split, or digits do not fall on dimension boundaries.
     """
-    result = [d for d in layout if d.extent != 1]
+    result = [d for d in dims if d.extent != 1]
     found: list[Dim] = []
     at = 0
     for size in operand_shape:
@@ -139,7 +149,7 @@ def reshape(layout: Layout, operand_shape: Sequence[int]) -> Layout:
             result[at] = whole(rest, have // size)
         else:
             raise UnsupportedLayoutError("a reshape mixes the hidden axis with others")
-    return tuple(found)
+    return found
 
 
 def _fuse(group: Sequence[Dim]) -> Dim:
@@ -243,81 +253,3 @@ def _spread(value: Any, atoms: Sequence[Atom], tokens: int, units: int) -> Any:
         shape.append(1)
         target.append(span)
     return jnp.broadcast_to(value.reshape(shape), target)
-
-
-def moves_only(node: Any) -> bool:
-    """True for equations that only move elements: layouts, static slices, splits."""
-    if node.primitive is prims.broadcast_in_dim_p:
-        return len(node.inputs) == 1
-    return node.primitive in _RULES
-
-
-def operand_layout(node: Any, result: int, layout: Layout) -> Layout:
-    """The layout that a moving equation's operand must have for its result number ``result`` to have ``layout``.
-
-    Raises:
-      UnsupportedLayoutError: whole units are not moved.
-    """
-    return _RULES[node.primitive](node, result, layout)
-
-
-def _of_reshape(node: Any, result: int, layout: Layout) -> Layout:
-    if node.primitive is prims.reshape_p and node.params.get("dimensions") is not None:
-        raise UnsupportedLayoutError("a reshape with a dimension order")
-    return reshape(layout, node.inputs[0].aval.shape)
-
-
-def _of_transpose(node: Any, result: int, layout: Layout) -> Layout:
-    return transpose(layout, node.params["permutation"])
-
-
-def _of_broadcast(node: Any, result: int, layout: Layout) -> Layout:
-    return broadcast(layout, node.inputs[0].aval.shape, node.params["broadcast_dimensions"])
-
-
-def _of_slice(node: Any, result: int, layout: Layout) -> Layout:
-    start = node.params["start_indices"]
-    return cut(layout, node.inputs[0].aval.shape, start, node.params["strides"] or (1,) * len(start))
-
-
-def _of_split(node: Any, result: int, layout: Layout) -> Layout:
-    axis, sizes = node.params["axis"], [int(s) for s in node.params["sizes"]]
-    shape = node.inputs[0].aval.shape
-    start = [0] * len(shape)
-    start[axis] = sum(sizes[:result])
-    return cut(layout, shape, start, (1,) * len(shape))
-
-
-def _of_unstack(node: Any, result: int, layout: Layout) -> Layout:
-    axis, shape = node.params["axis"], node.inputs[0].aval.shape
-    return (*layout[:axis], Dim((), shape[axis], start=result), *layout[axis:])
-
-
-_RULES: dict[Any, Callable[[Any, int, Layout], Layout]] = {
-    prims.reshape_p: _of_reshape,
-    prims.squeeze_p: _of_reshape,  # its "dimensions" are the axes dropped, which shapes tell as well
-    prims.transpose_p: _of_transpose,
-    prims.broadcast_in_dim_p: _of_broadcast,
-    prims.slice_p: _of_slice,
-    compat.SPLIT: _of_split,
-    compat.UNSTACK: _of_unstack,
-}
-
-
-def reshaped(before: tuple[int, ...], after: tuple[int, ...], dims: frozenset[int]) -> frozenset[int]:
-    """Dimensions after a reshape that hold any part of the given dimensions before it."""
-    if 0 in before:
-        return frozenset()
-    found: set[int] = set()
-    i = j = 0
-    while i < len(before) and j < len(after):
-        left, right = [i], [j]
-        while math.prod(before[k] for k in left) != math.prod(after[k] for k in right):
-            if math.prod(before[k] for k in left) < math.prod(after[k] for k in right):
-                left.append(left[-1] + 1)
-            else:
-                right.append(right[-1] + 1)
-        if dims & set(left):
-            found |= set(right)
-        i, j = left[-1] + 1, right[-1] + 1
-    return frozenset(found)

@@ -255,6 +255,11 @@ def public_primitive(name: str) -> Any | None:
     return getattr(prims, name, None)
 
 
+def primitives_named(names: str) -> frozenset[Any]:
+    """The primitives of some names without their ``_p``, apart by blanks, as far as a version has them."""
+    return frozenset(p for name in names.split() if (p := public_primitive(f"{name}_p")) is not None)
+
+
 @contextlib.contextmanager
 def _kept_mesh(manager: Any, mesh: Any) -> Iterator[None]:
     with manager, jax.sharding.use_abstract_mesh(mesh):

@@ -1,9 +1,8 @@
-"""Which equations act on each element alone, and which activations leave exact zeros."""
+"""What is known of the values of pointwise equations: literal numbers, and activations that leave exact zeros."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 from jax.extend.core import primitives as prims
@@ -12,19 +11,6 @@ from hire_xform.passes.ir import compat
 from hire_xform.passes.ir.compat import Literal
 from hire_xform.passes.ir.graph import Node, Operand, Value
 
-# Every operand is a scalar or has the result's rank, axes of length one stretched to the result's (JAX 0.10 writes
-# `mul [3,40] [3,1]` without a broadcast), and each result element depends on the operands' element there alone.
-_POINTWISE_NAMES = (
-    "abs add add_jaxvals acos acosh and asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt ceil clamp "
-    "convert_element_type copy cos cosh digamma div eq erf erf_inv erfc exp exp2 expm1 floor ge gt integer_pow "
-    "is_finite le lgamma log log1p logistic lt max min mul name ne neg nextafter not or pow real reduce_precision rem "
-    "round rsqrt select_n sharding_constraint shift_left shift_right_arithmetic shift_right_logical sign sin sinh sqrt "
-    "square stop_gradient sub tan tanh xor"
-)
-POINTWISE = frozenset(
-    p for p in (compat.public_primitive(f"{name}_p") for name in _POINTWISE_NAMES.split()) if p is not None
-) | {compat.PVARY, compat.RESHARD}
-
 # Flat almost everywhere, or of no derivative: one through them is zero.
 STEPS = frozenset(
     {prims.sign_p, prims.round_p, prims.floor_p, prims.ceil_p, prims.stop_gradient_p, prims.bitcast_convert_type_p}
@@ -32,15 +18,6 @@ STEPS = frozenset(
 
 # Layout and placement hints that the replay of a region on fewer units must leave out: they name whole shapes.
 HINTS = frozenset({prims.sharding_constraint_p, compat.RESHARD})
-
-
-def is_pointwise(node: Node) -> bool:
-    """True for an equation that acts on each element alone and has no effect."""
-    if node.primitive is prims.bitcast_convert_type_p:
-        # The bits of each element (as signbit reads them), unless it is cut in parts or several are joined.
-        bits: Any = node.inputs[0].aval
-        return tuple(bits.shape) == node.outputs[0].shape
-    return (node.primitive in POINTWISE or node.primitive is compat.OPTIMIZATION_BARRIER) and not node.eqn.effects
 
 
 def literal_number(operand: Operand) -> float | None:
@@ -128,38 +105,7 @@ def leaves_zeros(
 
 COMPARES = frozenset({prims.gt_p, prims.ge_p, prims.lt_p, prims.le_p})
 
-_ZERO_TO_ZERO: frozenset[Any] = frozenset({compat.PVARY, compat.RESHARD}) | frozenset(
-    p
-    for p in (
-        compat.public_primitive(f"{name}_p")
-        for name in [
-            "abs",
-            "cbrt",
-            "ceil",
-            "convert_element_type",
-            "copy",
-            "erf",
-            "expm1",
-            "floor",
-            "log1p",
-            "name",
-            "neg",
-            "real",
-            "reduce_precision",
-            "round",
-            "sharding_constraint",
-            "sign",
-            "sin",
-            "sinh",
-            "sqrt",
-            "square",
-            "stop_gradient",
-            "tan",
-            "tanh",
-            "asin",
-            "asinh",
-            "atan",
-        ]
-    )
-    if p is not None
+_ZERO_TO_ZERO = {compat.PVARY, compat.RESHARD} | compat.primitives_named(
+    "abs cbrt ceil convert_element_type copy erf expm1 floor log1p name neg real reduce_precision round "
+    "sharding_constraint sign sin sinh sqrt square stop_gradient tan tanh asin asinh atan"
 )

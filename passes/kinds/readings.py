@@ -13,7 +13,7 @@ from jax.extend.core import primitives as prims
 from hire_xform.lowering.prove.goals import Goal
 from hire_xform.lowering.prove.intervals import Interval
 from hire_xform.lowering.prove.readings import Reading, goal_of, openness
-from hire_xform.passes.ir.axes import moves_only
+from hire_xform.passes.ir.axis_rules import moves_only
 from hire_xform.passes.ir.graph import Value
 from hire_xform.passes.prove.chains import Chain, margin_of
 from hire_xform.passes.prove.what_to_prove import Reads

@@ -7,6 +7,7 @@ top-k and a threshold at mean and deviation are taken for what they are: the mod
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from jax.extend.core import primitives as prims
@@ -17,13 +18,13 @@ from hire_xform.passes.ir.axes import (
     Dim,
     Layout,
     UnsupportedLayoutError,
-    moves_only,
-    operand_layout,
+    operand_layouts,
     spaces,
     whole,
 )
+from hire_xform.passes.ir.axis_rules import is_pointwise, moves_only
 from hire_xform.passes.ir.graph import Node, Operand, Value
-from hire_xform.passes.ir.pointwise import HINTS, is_pointwise, known_number, leaves_zeros, literal_number
+from hire_xform.passes.ir.pointwise import HINTS, known_number, leaves_zeros, literal_number
 from hire_xform.passes.match.ends import MAX_EQUATIONS, MIXING, end_of, outlives
 from hire_xform.passes.match.probe import ENOUGH_ZEROS, Probe, Untried, own_sparsity
 from hire_xform.passes.match.region import (
@@ -166,17 +167,14 @@ class _Builder:
             operand = node.inputs[0]
             if not isinstance(operand, Value):
                 return self.side(value, layout, literal_number(operand))
-            try:
-                before = operand_layout(node, node.outputs.index(value), layout)
-            except UnsupportedLayoutError as error:
-                raise _EndsError(Unfollowed(str(error), node)) from error
+            before = _layouts_before(node, node.outputs.index(value), layout)[0]
             return self.through(node, value, layout, operand, before)
         if node.primitive is compat.OPTIMIZATION_BARRIER:
             return self.through(node, value, layout, node.inputs[node.outputs.index(value)], layout)
         if not is_pointwise(node):
             return self.side(value, layout)
         mark = len(self.region.exprs)
-        operands = tuple(self.expand(o, _stretched(o, value, layout)) for o in node.inputs)
+        operands = tuple(map(self.expand, node.inputs, _layouts_before(node, 0, layout)))
         depends = [self.depends[o] for o in operands]
         if not any(depends):
             # Nothing below hangs on the products: the value itself is what comes from outside.
@@ -362,12 +360,11 @@ class _Builder:
         self.memo = {key: number for key, number in self.memo.items() if number < mark}
 
 
-def _stretched(operand: Operand, result: Value, layout: Layout) -> Layout:
-    """Layout of a pointwise equation's operand: a scalar's is empty; axes of length one carry nothing if stretched."""
-    if not isinstance(operand, Value) or not operand.shape:
-        return ()
-    sizes = zip(operand.shape, result.shape, layout, strict=True)
-    return tuple(Dim((), 1) if have == 1 and want != 1 else dim for have, want, dim in sizes)
+def _layouts_before(node: Node, number: int, layout: Layout) -> Sequence[Layout]:
+    try:
+        return operand_layouts(node, number, layout)
+    except UnsupportedLayoutError as error:
+        raise _EndsError(Unfollowed(str(error), node)) from error
 
 
 def _at(node: Node | None) -> str:

@@ -6,9 +6,8 @@ from collections.abc import Sequence
 
 from jax.extend.core import primitives as prims
 
-from hire_xform.passes.ir.axes import moves_only
+from hire_xform.passes.ir.axis_rules import is_pointwise, moves_only
 from hire_xform.passes.ir.graph import Node, Value
-from hire_xform.passes.ir.pointwise import is_pointwise
 from hire_xform.passes.match.region import Unfollowed
 from hire_xform.passes.weights.products import Product
 

@@ -3,44 +3,21 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from jax.extend.core import primitives as prims
-
-from hire_xform.passes.ir import compat
-from hire_xform.passes.ir.axes import reshaped
+from hire_xform.passes.ir.axis_rules import Kind, kind_of, links_of
 from hire_xform.passes.ir.graph import Node, Value, carried_inputs
-from hire_xform.passes.ir.pointwise import is_pointwise
-from hire_xform.passes.weights.origins import shape_of
+from hire_xform.passes.ir.links import How, Link, forwards
 from hire_xform.passes.weights.products import Product
 
 # A vocabulary's logits may go through a long chain of sampling; of any other product only the first few are told.
 MAX_STEPS, MAX_STEPS_NARROW = 256, 32
 
-_REDUCTIONS = dict.fromkeys(
-    (
-        prims.reduce_sum_p,
-        prims.reduce_max_p,
-        prims.reduce_min_p,
-        prims.reduce_prod_p,
-        prims.reduce_and_p,
-        prims.reduce_or_p,
-        prims.argmax_p,
-        prims.argmin_p,
-    ),
-    "axes",
-)
-_CUMULATIVE = {prims.cumsum_p, prims.cummax_p, prims.cummin_p, prims.cumprod_p, prims.cumlogsumexp_p}
-# Their first operand comes out again, changed in places; what is written is among the others.
-_STORES = {
-    prims.dynamic_update_slice_p,
-    prims.scatter_p,
-    prims.scatter_add_p,
-    prims.scatter_mul_p,
-    prims.scatter_min_p,
-    prims.scatter_max_p,
-}
+# What takes an axis as a whole, and what is told of it otherwise.
+_TAKE = frozenset({How.REDUCED, How.LOCATED, How.ORDERED})
+_EVENTS = {How.MIXED: "mixed", How.STORED: "stored", How.PLACED: "moved", How.PICKED: "gathered"}
 
 
 @dataclass
@@ -75,210 +52,116 @@ def follow(product: Product, narrow: bool) -> Fate:
     """Follows the output axis of a product through the program, up to ``MAX_STEPS`` equations, fewer if ``narrow``."""
     limit = MAX_STEPS_NARROW if narrow else MAX_STEPS
     fate = Fate(narrow)
-    start = frozenset(product.out_w_dims)
-    queue: deque[tuple[Value, frozenset[int]]] = deque([(product.out, start)])
-    fate.axes[product.out] = start
+    queue: deque[Value] = deque()
+
+    def arrive(results: list[tuple[Value, frozenset[int]]], drawn: bool) -> None:
+        for result, dims in results:
+            if dims and result not in fate.axes:
+                fate.axes[result] = dims
+                queue.append(result)
+                if drawn:
+                    fate.drawn.add(result)
+
+    arrive([(product.out, frozenset(product.out_w_dims))], False)
     steps = 0
     while queue:
-        value, dims = queue.popleft()
-        for result, result_dims in _outwards(value, dims, fate):
-            if result not in fate.axes:
-                fate.axes[result] = result_dims
-                queue.append((result, result_dims))
-                if value in fate.drawn:
-                    fate.drawn.add(result)
+        value = queue.popleft()
+        dims = fate.axes[value]
+        arrive(_outwards(value, dims, fate), value in fate.drawn)
         for node in value.consumers:
             steps += 1
             if steps > limit:
                 fate.events.append(("opaque", node))
                 return fate
-            for result, result_dims in _step(node, value, dims, fate):
-                if result_dims and result not in fate.axes:
-                    fate.axes[result] = result_dims
-                    queue.append((result, result_dims))
-                    if value in fate.drawn:
-                        fate.drawn.add(result)
+            arrive(_step(node, value, dims, fate), value in fate.drawn)
     return fate
 
 
 def _step(node: Node, value: Value, dims: frozenset[int], fate: Fate) -> list[tuple[Value, frozenset[int]]]:
     """Results that still hold the axis, and where; anything else becomes an event."""
-    p = node.primitive
-    if is_pointwise(node):
-        if p is compat.OPTIMIZATION_BARRIER:
-            return [(r, dims) for r, o in zip(node.outputs, node.inputs, strict=True) if o is value]
-        fate.joins.setdefault(node, set()).update(i for i, o in enumerate(node.inputs) if o is value)
-        if any(node.outputs[0].shape[d] != value.shape[d] for d in dims):
-            # One entry drawn from the axis, as a cutoff, meets all others.
-            fate.events.append(("reduced" if value in fate.drawn else "opaque", node))
-            return []
-        return [(node.outputs[0], dims)]
-    if p in _REDUCTIONS:
-        axes = set(node.params["axes"])
-        if axes & dims:
-            _in_parts(value, dims, axes, fate)
-            fate.events.append(("reduced", node))
-            return []
-        return [(node.outputs[0], _without(dims, axes))]
-    if p is prims.all_gather_p:
-        return _gathered(node, dims, fate)
-    if p is prims.dot_general_p:
-        return _through_product(node, value, dims, fate)
-    moved = _moved(node, value, dims, fate)
-    if moved is not None:
-        return moved
-    if p is prims.sort_p:
-        _in_parts(value, dims, {node.params["dimension"]}, fate)
-        return _drawn(node, [(r, dims) for r, o in zip(node.outputs, node.inputs, strict=True) if o is value], fate)
-    if p in (prims.top_k_p, prims.approx_top_k_p):
-        return _drawn(node, [(node.outputs[0], dims)], fate)
-    if p in _CUMULATIVE:
-        if node.params["axis"] not in dims:
-            return [(node.outputs[0], dims)]
-        if fate.first("reduced") is not None:
-            # Of probabilities or of sorted scores: a softmax or a sort has come before.
-            return _drawn(node, [(node.outputs[0], dims)], fate)
-        fate.events.append(("mixed", node))
-        return [(node.outputs[0], dims)]
-    if p in (prims.gather_p, prims.dynamic_slice_p):
-        return _picked(node, value, dims, fate)
-    if p in _STORES:
-        return _stored(node, value, dims, fate)
     if node.children:
         return _into_scopes(node, value, dims, fate)
-    fate.events.append(("reduced" if value in fate.drawn else "opaque", node))
-    return []
-
-
-def _gathered(node: Node, dims: frozenset[int], fate: Fate) -> list[tuple[Value, frozenset[int]]]:
-    """All devices' parts: one after another along an axis, or stacked along a new one."""
-    at, tiled = node.params["all_gather_dimension"], node.params["tiled"]
-    if tiled:
-        if at in dims:
-            fate.events.append(("moved", node))
-        return [(node.outputs[0], dims)]
-    return [(node.outputs[0], frozenset(d + (d >= at) for d in dims))]
-
-
-def _drawn(node: Node, results: list[tuple[Value, frozenset[int]]], fate: Fate) -> list[tuple[Value, frozenset[int]]]:
-    fate.events.append(("reduced", node))
-    fate.drawn.update(result for result, _ in results)
-    return results
-
-
-def _picked(node: Node, value: Value, dims: frozenset[int], fate: Fate) -> list[tuple[Value, frozenset[int]]]:
-    """Some tokens of many, with the axis whole, is still the axis; else some entries of the axis are read from it."""
-    sizes = node.params["slice_sizes"]
-    if node.inputs[0] is not value:
-        fate.events.append(("gathered", node))
+    links = links_of(node)
+    drawn = value in fate.drawn
+    if links is None:
+        fate.events.append(("reduced" if drawn else "opaque", node))
         return []
-    result = node.outputs[0]
-    if node.primitive is prims.dynamic_slice_p:
-        found = dims
-    else:
-        numbers = node.params["dimension_numbers"]
-        dropped = {*numbers.collapsed_slice_dims, *numbers.operand_batching_dims}
-        kept = [d for d in range(len(value.shape)) if d not in dropped]
-        found = frozenset(numbers.offset_dims[i] for i, d in enumerate(kept) if d in dims)
-        if dims & set(numbers.collapsed_slice_dims):
-            # One entry for each index: the axis is now where the indices are.
-            found |= frozenset(range(len(result.shape))) - frozenset(numbers.offset_dims)
-    if any(sizes[d] != value.shape[d] for d in dims):
+    own = [link for link in links if node.inputs[link.operand] is value]
+    hit = [link for link in own if not dims.isdisjoint(link.before)]
+    hows = {link.how for link in hit}
+    if any(link.how is How.CONTRACTED for link in links):
+        fate.events.append(("contracted" if How.CONTRACTED in hows else "multiplied", node))
+        return []
+    if kind_of(node) is Kind.POINTWISE:
+        fate.joins.setdefault(node, set()).update(i for i, o in enumerate(node.inputs) if o is value)
+        if How.STRETCHED in hows:
+            # One entry drawn from the axis, as a cutoff, meets all others.
+            fate.events.append(("reduced" if drawn else "opaque", node))
+            return []
+    ordered = any(link.how is How.ORDERED for link in own)
+    taken = {d for link in own if link.how in _TAKE for d in link.before}
+    if not dims.isdisjoint(taken):
+        _in_parts(value, dims, taken, fate)
+    if hows & {How.REDUCED, How.LOCATED} or ordered:
+        fate.events.append(("reduced", node))
+        if not ordered:
+            return []
+    # Cumulative sums are of probabilities, or of sorted scores, where a softmax or a sort has come before.
+    summed = How.MIXED in hows and fate.first("reduced") is not None
+    fate.events += [(_EVENTS[how], node) for how in hows if how in _EVENTS and not (how is How.MIXED and summed)]
+    fate.events += [("reduced", node)] * summed
+    results = {node.outputs[n]: forwards([k for k in hit if k.result == n], dims) for n in {k.result for k in hit}}
+    if ordered or summed or How.PICKED in hows:
+        fate.drawn.update(result for result, held in results.items() if held)
+    for link in hit:
+        if link.how is How.CUT:
+            _cut(node, value, link, fate)
+    if not drawn and (_is_joined(links, hit) or _is_split(node, value, dims, hit)):
+        fate.intact = False  # what was drawn may be cut as it likes
+    return list(results.items())
+
+
+def _is_joined(links: Iterable[Link], hit: Iterable[Link]) -> bool:
+    """True where the axis becomes part of one that other operands are parts of as well."""
+    places = {link.after: link.operand for link in hit if link.how is How.PLACED}
+    return any(link.operand != places.get(link.after, link.operand) for link in links if link.how is How.PLACED)
+
+
+def _is_split(node: Node, value: Value, dims: frozenset[int], hit: Iterable[Link]) -> bool:
+    """True where the axis becomes several, as heads. Merged with others, as beams with tokens, it is whole inside."""
+    same = [link for link in hit if link.how is How.SAME and link.result == 0]
+    shape = node.outputs[0].shape
+    have = sum(value.shape[d] > 1 for link in same for d in link.before if d in dims)
+    return sum(shape[e] > 1 for link in same for e in link.after) > have
+
+
+def _cut(node: Node, value: Value, link: Link, fate: Fate) -> None:
+    """One entry that is cut out is drawn; parts are gates, heads or classes. A vocabulary is cut once, to its size."""
+    result, (d,) = node.outputs[link.result], link.before
+    have, left = value.shape[d], result.shape[link.after[0]] if link.after else 0
+    if left == 1:
         fate.events.append(("gathered", node))
         fate.drawn.add(result)
-    return [(result, found)]
+    elif value not in fate.drawn and (
+        len(node.outputs) > 1 or (left and have % left == 0) or len(_parts(value, d)) > 1
+    ):
+        fate.intact = False
 
 
-def _stored(node: Node, value: Value, dims: frozenset[int], fate: Fate) -> list[tuple[Value, frozenset[int]]]:
-    """The array that is written to, changed in places; or what is written, somewhere in that array."""
-    result = node.outputs[0]
-    if node.inputs[0] is value:
-        return [(result, dims)]
-    fate.events.append(("stored", node))
-    if node.primitive is prims.dynamic_update_slice_p:
-        return [(result, dims)] if node.inputs[1] is value else []
-    if node.inputs[-1] is not value:
-        return []
-    numbers = node.params["dimension_numbers"]
-    dropped = {*numbers.inserted_window_dims, *numbers.operand_batching_dims}
-    kept = [d for d in range(len(result.shape)) if d not in dropped]
-    window = dict(zip(numbers.update_window_dims, kept, strict=True))
-    found = {window[d] for d in dims if d in window}
-    if any(d not in window for d in dims):
-        found |= set(numbers.scatter_dims_to_operand_dims)
-    return [(result, frozenset(found))]
-
-
-def _without(dims: frozenset[int], removed: set[int]) -> frozenset[int]:
-    return frozenset(d - sum(r < d for r in removed) for d in dims)
-
-
-def _moved(node: Node, value: Value, dims: frozenset[int], fate: Fate) -> list[tuple[Value, frozenset[int]]] | None:
-    p, params = node.primitive, node.params
-    if p is prims.transpose_p:
-        return [(node.outputs[0], frozenset(i for i, d in enumerate(params["permutation"]) if d in dims))]
-    if p is prims.broadcast_in_dim_p and len(node.inputs) == 1:
-        return [(node.outputs[0], frozenset(params["broadcast_dimensions"][d] for d in dims))]
-    whole = value in fate.drawn  # what was drawn may be cut as it likes
-    if p is prims.slice_p or p is compat.SPLIT:
-        for result in node.outputs:
-            for d in dims:
-                have, left = value.shape[d], result.shape[d]
-                if left == 1 < have:
-                    fate.events.append(("gathered", node))
-                    fate.drawn.add(result)
-                elif left < have and (p is compat.SPLIT or (left and have % left == 0) or _cut_twice(value, d)):
-                    # Parts are gates, heads or classes of two kinds; a vocabulary is cut once, to its true size.
-                    fate.intact = fate.intact and whole
-        return [(r, dims) for r in node.outputs]
-    if p in (prims.reshape_p, prims.squeeze_p):
-        found = reshaped(value.shape, node.outputs[0].shape, dims)
-        result = node.outputs[0]
-        if sum(result.shape[d] > 1 for d in found) > sum(value.shape[d] > 1 for d in dims):
-            # Split, as heads are. Merged with others, as beams are with their tokens, it is whole inside.
-            fate.intact = fate.intact and whole
-        return [(node.outputs[0], found)]
-    if p is prims.concatenate_p:
-        if params["dimension"] in dims:
-            fate.intact = fate.intact and whole
-            fate.events.append(("moved", node))
-        return [(node.outputs[0], dims)]
-    if p is prims.rev_p or (p is prims.pad_p and node.inputs[0] is value):
-        if any(d in params["dimensions"] if p is prims.rev_p else any(params["padding_config"][d]) for d in dims):
-            fate.events.append(("moved", node))
-        return [(node.outputs[0], dims)]
-    if p is compat.STACK:
-        return [(node.outputs[0], frozenset(d + (d >= params["axis"]) for d in dims))]
-    if p is compat.UNSTACK:
-        if params["axis"] in dims:
-            fate.intact = fate.intact and whole
-        return [(r, _without(dims, {params["axis"]})) for r in node.outputs]
-    return None
-
-
-def _cut_twice(value: Value, axis: int) -> bool:
-    """True when several slices of a value take different parts of an axis."""
-    cuts = [n.params for n in value.consumers if _cuts(n, axis)]
-    return len({(cut["start_indices"][axis], cut["limit_indices"][axis]) for cut in cuts}) > 1
-
-
-def _cuts(node: Node, axis: int) -> bool:
-    return node.primitive is prims.slice_p and node.outputs[0].shape[axis] not in (1, shape_of(node.inputs[0])[axis])
+def _parts(value: Value, axis: int) -> set[tuple[int, int, int]]:
+    """The different parts of an axis, of more than one entry, that are cut from a value."""
+    found: set[tuple[int, int, int]] = set()
+    for node in value.consumers:
+        for link in links_of(node) or ():
+            if link.how is How.CUT and link.before == (axis,) and link.after:
+                found.add((link.start, link.step, node.outputs[link.result].shape[link.after[0]]))
+    return {part for part in found if part[2] != 1}
 
 
 def _in_parts(value: Value, dims: frozenset[int], along: set[int], fate: Fate) -> None:
     """Notes that part of a split axis is treated as one, as each of several codebooks is."""
     if value not in fate.drawn and any(value.shape[d] > 1 for d in dims - along):
         fate.intact = False
-
-
-def _through_product(node: Node, value: Value, dims: frozenset[int], fate: Fate) -> list[tuple[Value, frozenset[int]]]:
-    (lc, rc), (lb, rb) = node.params["dimension_numbers"]
-    for contract, batch, operand in ((lc, lb, node.inputs[0]), (rc, rb, node.inputs[1])):
-        if operand is value:
-            kind = "contracted" if dims & set(contract) else "multiplied" if dims & set(batch) else None
-            fate.events.append((kind or "multiplied", node))
-    return []
 
 
 def _into_scopes(node: Node, value: Value, dims: frozenset[int], fate: Fate) -> list[tuple[Value, frozenset[int]]]:

@@ -16,9 +16,9 @@ from typing import Literal
 from jax.extend.core import primitives as prims
 
 from hire_xform.passes.ir import compat
-from hire_xform.passes.ir.axes import moves_only
+from hire_xform.passes.ir.axis_rules import is_pointwise, moves_only
 from hire_xform.passes.ir.graph import Graph, Node, Operand, Value, carry_of
-from hire_xform.passes.ir.pointwise import is_pointwise, known_number
+from hire_xform.passes.ir.pointwise import known_number
 from hire_xform.passes.match.output_axis import Fate
 from hire_xform.passes.match.top_k import top_k_of
 from hire_xform.passes.weights.origins import shape_of
@@ -146,36 +146,9 @@ def _is_float(value: Value) -> bool:
 
 # --- whether what is read rises with the logits ---
 
-_RISING = frozenset(
-    {
-        prims.add_p,
-        prims.add_jaxvals_p,
-        prims.asinh_p,
-        prims.atan_p,
-        prims.cbrt_p,
-        prims.clamp_p,
-        prims.convert_element_type_p,
-        prims.copy_p,
-        prims.erf_p,
-        prims.exp_p,
-        prims.exp2_p,
-        prims.expm1_p,
-        prims.log_p,
-        prims.log1p_p,
-        prims.logistic_p,
-        prims.max_p,
-        prims.min_p,
-        prims.name_p,
-        prims.reduce_precision_p,
-        prims.select_n_p,
-        prims.sharding_constraint_p,
-        prims.sinh_p,
-        prims.sqrt_p,
-        prims.stop_gradient_p,
-        prims.tanh_p,
-        compat.PVARY,
-        compat.RESHARD,
-    }
+_RISING = {compat.PVARY, compat.RESHARD} | compat.primitives_named(
+    "add add_jaxvals asinh atan cbrt clamp convert_element_type copy erf exp exp2 expm1 log log1p logistic max min "
+    "name reduce_precision select_n sharding_constraint sinh sqrt stop_gradient tanh"
 )
 _FALLING = frozenset({prims.neg_p, prims.erfc_p})
 

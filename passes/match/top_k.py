@@ -10,7 +10,9 @@ from dataclasses import dataclass, field
 
 from jax.extend.core import primitives as prims
 
+from hire_xform.passes.ir.axis_rules import links_of, moves_only
 from hire_xform.passes.ir.graph import Node, Operand, Value
+from hire_xform.passes.ir.links import How
 from hire_xform.passes.ir.pointwise import known_number
 from hire_xform.passes.weights.origins import shape_of
 
@@ -167,12 +169,8 @@ def _from_indices(piece: Operand, nodes: list[Node]) -> TopK | None:
             return top
         passed.append(node)
         operand = node.inputs[0] if node.inputs else None
-        if node.primitive is prims.broadcast_in_dim_p and len(node.inputs) == 1:
-            rank = len(shape_of(operand)) if operand is not None else 0
-            if tuple(node.params["broadcast_dimensions"]) != tuple(range(rank)) or rank < len(piece.shape) - 1:
-                return None
-        elif node.primitive is prims.reshape_p:
-            if operand is None or piece.shape not in ((*shape_of(operand), 1), shape_of(operand)):
+        if moves_only(node):
+            if not _stays(node):
                 return None
         elif (wrapped := _wrapped(node)) is not None:
             operand, more = wrapped
@@ -183,6 +181,13 @@ def _from_indices(piece: Operand, nodes: list[Node]) -> TopK | None:
             return None
         piece = operand
     return None
+
+
+def _stays(node: Node) -> bool:
+    """True for an equation that leaves all axes where they are, and adds at most one behind them."""
+    rank, links = len(shape_of(node.inputs[0])), links_of(node) or ()
+    places = [(link.before, link.after) for link in links if link.how is not How.CUT]
+    return places == [((d,), (d,)) for d in range(rank)] and len(node.outputs[0].shape) <= rank + 1
 
 
 def _wrapped(node: Node) -> tuple[Operand, list[Node]] | None:
@@ -214,16 +219,9 @@ def _counts_along(operand: Operand) -> int | None:
     wrapped = _wrapped(node)
     if wrapped is not None:
         return _counts_along(wrapped[0])
-    if not node.inputs:
-        return None
-    axis = _counts_along(node.inputs[0])
-    if axis is None:
-        return None
-    size = shape_of(node.inputs[0])[axis]
-    if node.primitive is prims.broadcast_in_dim_p and len(node.inputs) == 1:
-        axis = int(node.params["broadcast_dimensions"][axis])
-        return axis if operand.shape[axis] == size else None
-    if node.primitive in (prims.reshape_p, prims.squeeze_p):
-        long = [d for d, n in enumerate(operand.shape) if n != 1]
-        return long[0] if long and [operand.shape[d] for d in long] == [size] else None
+    axis = _counts_along(node.inputs[0]) if moves_only(node) else None
+    for link in links_of(node) or ():
+        if axis in link.before and link.how is How.SAME and node.outputs[link.result] is operand:
+            long = [d for d in link.after if operand.shape[d] != 1]
+            return long[0] if [operand.shape[d] for d in long] == [shape_of(node.inputs[0])[axis]] else None
     return None

@@ -39,9 +39,14 @@ class Levels(Whole):
         smaller = self.smaller or ((),) * len(self.counts)
         return tuple((*below, count) for below, count in zip(smaller, self.counts, strict=True))
 
-    def pack(self, leaf: Any, *given: Any) -> Any:
+    @property
+    def array(self) -> np.ndarray:
         """The numbers as they are read."""
-        return jnp.asarray(np.asarray(self.numbers, np.int32).reshape(self.shape))
+        return np.asarray(self.numbers, np.int32).reshape(self.shape)
+
+    def pack(self, leaf: Any, *given: Any) -> Any:
+        """The numbers."""
+        return jnp.asarray(self.array)
 
 
 def levels_of(sizes: np.ndarray, most: int = MOST) -> Levels:

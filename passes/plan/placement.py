@@ -16,8 +16,9 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDev
 
 from hire_xform.lowering.xla.devices import Devices
 from hire_xform.passes.ir.each_device import is_explicit
+from hire_xform.passes.ir.links import How, Link
 from hire_xform.passes.match.matches import Match
-from hire_xform.passes.weights.recipe import Recipe, Reshape, Root, Slice, Stack, Step, Transpose
+from hire_xform.passes.weights.recipe import Recipe, Reshape, Root, Stack, Step
 
 # Mesh axes, outermost first.
 Names = tuple[str, ...]
@@ -121,44 +122,34 @@ def placed_rows(sharding: NamedSharding, shape: Sequence[int], recipe: Recipe) -
     stacked: list[Names] = []
     for step in recipe.steps:
         if isinstance(step, Stack):
-            stacked.append(axes.pop(0))
-            now = now[1:]
-        elif isinstance(step, Transpose):
-            axes, now = [axes[d] for d in step.perm], tuple(now[d] for d in step.perm)
-        elif isinstance(step, Slice):
-            if any(names and before != after for names, before, after in zip(axes, now, step.shape, strict=True)):
+            stacked.append(axes[0])
+            axes[0] = ()
+        links, after = step.axes(now)
+        found: list[Names] = [()] * len(after)
+        for link in links:
+            named = [d for d in link.before if axes[d]]
+            if named and link.how is How.CUT:
                 return "it is one part of a weight that is sharded along the axis it is cut from"
-            now = step.shape
-        elif isinstance(step, Reshape):  # `Cyclic` moves rows between devices, each of which has as many as before
-            moved = _reshaped(now, step.shape, axes, sharding.mesh.shape)
-            if moved is None:
-                return "a reshape mixes its sharded axis with others"
-            axes, now = moved, step.shape
+            if len(named) == 1:
+                into = _outermost(link, named[0], now, after, math.prod(sharding.mesh.shape[n] for n in axes[named[0]]))
+                if into is not None:
+                    found[into], axes[named[0]] = axes[named[0]], ()
+        if any(axes):
+            return "a reshape mixes its sharded axis with others"
+        axes, now = found, after
     return [*stacked, *axes]
 
 
-def _reshaped(before: Sequence[int], after: Sequence[int], axes: list[Names], sizes: Any) -> list[Names] | None:
-    """Mesh axes of dimensions after a reshape: one that is split, or outermost of those merged, keeps its own."""
-    found: list[Names] = [()] * len(after)
-    if 0 in before:
-        return found if not any(axes) else None
-    i = j = 0
-    while i < len(before) or j < len(after):
-        left, right = list(range(i, min(i + 1, len(before)))), list(range(j, min(j + 1, len(after))))
-        while (a := math.prod(before[k] for k in left)) != (b := math.prod(after[k] for k in right)):
-            if a < b:
-                left.append(i + len(left))
-            else:
-                right.append(j + len(right))
-        wide = [k for k in left if before[k] > 1]
-        named = [k for k in left if axes[k]]
-        if named:
-            into = [k for k in right if after[k] > 1]
-            if named != wide[:1] or not into or after[into[0]] % math.prod(sizes[n] for n in axes[named[0]]):
-                return None
-            found[into[0]] = axes[named[0]]
-        i, j = i + len(left), j + len(right)
-    return found
+def _outermost(link: Link, dim: int, before: Sequence[int], after: Sequence[int], parts: int) -> int | None:
+    """Where a dimension that is cut in parts is: one that is split, or outermost of those merged, keeps its own.
+
+    Rows that are distributed cyclically move between devices, each of which has as many as before.
+    """
+    if len(link.before) == len(link.after) == 1:
+        return link.after[0]
+    into = next((e for e in link.after if after[e] > 1), None)
+    leads = dim == next((d for d in link.before if before[d] > 1), None)
+    return into if leads and into is not None and after[into] % parts == 0 else None
 
 
 def in_parts(recipe: Recipe, rows: int, columns: int, shards: int) -> Recipe:

@@ -11,21 +11,11 @@ import dataclasses
 from collections.abc import Callable, Iterable
 from typing import Literal
 
-from jax.extend.core import primitives as prims
-
-from hire_xform.passes.ir import compat
-from hire_xform.passes.ir.graph import Frame, Node, Operand, Value
-from hire_xform.passes.ir.pointwise import is_pointwise
+from hire_xform.passes.ir.graph import Frame, Node
 from hire_xform.passes.match.matches import VocabMatch
-from hire_xform.passes.match.top_k import top_k_of
+from hire_xform.passes.match.whole_axis import cuts_end, is_uniform, joined_by, reads_of, selects
 from hire_xform.passes.plan.decisions import Decision, PackKey, Plan, with_keys
-from hire_xform.passes.weights.origins import shape_of
 from hire_xform.passes.weights.recipe import Cyclic, Recipe, Root
-
-# Whatever the order of what they reduce, but for the order of a sum.
-_REDUCTIONS = frozenset(
-    {prims.reduce_max_p, prims.reduce_min_p, prims.reduce_sum_p, prims.reduce_and_p, prims.reduce_or_p}
-)
 
 
 def readers(match: VocabMatch) -> list[Node] | str:
@@ -34,32 +24,27 @@ def readers(match: VocabMatch) -> list[Node] | str:
     if tuple(product.out_w_dims) != (len(product.out.shape) - 1,):
         return "the vocabulary is not the last axis of its logits"
     around = _derivatives(product.node)
-    carried, waiting, joins, found = {product.out}, [product.out], [], []
-    while waiting:
-        value = waiting.pop()
+    carried, kept, found = {product.out}, [], []
+    for value, reads in reads_of(product.out):
         if value.is_output:
             return "its logits are returned" if value.scope.node is None else f"its logits leave a {value.scope.kind}"
-        for node in value.consumers:
+        for node, results in reads.items():
             if _derivatives(node) != around:
                 return f"its logits go into a derivative rule of its own at {node.source}"
             if selects(node, value):
                 found.append(node)
-                continue
-            if cuts_end(node):
+            elif cuts_end(node):
                 (short,) = node.outputs
                 if short.is_output or not all(selects(n, short) and _derivatives(n) == around for n in short.consumers):
                     return f"slice at {node.source} cuts its logits, and not only an arg max or a top-k reads the rest"
                 found += short.consumers
-                continue
-            results = _carried(node, value)
-            if results is None:
+            elif results is None:
                 return f"{node.primitive} at {node.source} reads its logits by their place"
-            if is_pointwise(node):
-                joins.append(node)
-            waiting += [result for result in results if result not in carried]
-            carried.update(results)
-    for node in joins:
-        if not all(_is_uniform(operand) or operand in carried for operand in node.inputs):
+            else:
+                kept += [(node, result) for result in results]
+                carried.update(results)
+    for node, result in kept:
+        if not all(operand in carried or is_uniform(operand, axis) for operand, axis in joined_by(node, result)):
             return f"{node.primitive} at {node.source} joins its logits with what differs along the vocabulary"
     return list(dict.fromkeys(found))
 
@@ -67,63 +52,6 @@ def readers(match: VocabMatch) -> list[Node] | str:
 def _derivatives(node: Node) -> set[Frame]:
     """The calls with a derivative of their own around an equation: that rule would see logits in the other order."""
     return {frame for frame in node.frame.ancestors() if frame.kind == "custom"}
-
-
-def cuts_end(node: Node) -> bool:
-    """True for a slice that cuts the end of the last axis off, as padding of a vocabulary, and nothing else."""
-    if node.primitive is not prims.slice_p:
-        return False
-    before, after = shape_of(node.inputs[0]), node.outputs[0].shape
-    starts, strides = node.params["start_indices"], node.params["strides"]
-    whole = before[:-1] == after[:-1] and after[-1:] != before[-1:]
-    return whole and not any(starts) and (strides is None or set(strides) == {1})
-
-
-def selects(node: Node, value: Value) -> bool:
-    """True for an arg max or a top-k along the last axis."""
-    last = len(value.shape) - 1
-    if node.primitive is prims.argmax_p:
-        return tuple(node.params["axes"]) == (last,)
-    top = top_k_of(node) if node.primitive is prims.top_k_p else None
-    return top is not None and top.axis == last
-
-
-def _carried(node: Node, value: Value) -> list[Value] | None:
-    """The results of an equation whose last axis is the value's; None if its order matters to any of them."""
-    p, params, last = node.primitive, node.params, len(value.shape) - 1
-    if p is compat.OPTIMIZATION_BARRIER:
-        return [r for r, o in zip(node.outputs, node.inputs, strict=True) if o is value]
-    if is_pointwise(node):
-        return list(node.outputs)
-    result = node.outputs[0] if len(node.outputs) == 1 else None
-    if result is None or any(operand is value for operand in node.inputs[1:]):
-        return None
-    if p in _REDUCTIONS or p is prims.argmax_p:
-        return [] if last in params["axes"] else [result]
-    if not result.shape or result.shape[-1] != value.shape[-1]:
-        return None
-    if p is prims.broadcast_in_dim_p:
-        return [result] if params["broadcast_dimensions"][last] == len(result.shape) - 1 else None
-    if p is prims.transpose_p:
-        return [result] if params["permutation"][-1] == last else None
-    if p in (prims.reshape_p, prims.slice_p, prims.dynamic_slice_p):
-        return [result]  # row-major, and as long as before: the whole axis
-    if p is prims.squeeze_p:
-        return [result] if last not in params["dimensions"] else None
-    return None
-
-
-def _is_uniform(operand: Operand) -> bool:
-    """True for a value that is the same all along its last axis."""
-    if not isinstance(operand, Value) or not operand.shape or operand.shape[-1] == 1:
-        return True
-    node = operand.node
-    if node is None:
-        return False
-    if node.primitive is prims.broadcast_in_dim_p:
-        dims = tuple(node.params["broadcast_dimensions"])
-        return len(operand.shape) - 1 not in dims or _is_uniform(node.inputs[0])
-    return is_pointwise(node) and all(_is_uniform(o) for o in node.inputs)
 
 
 def as_cyclic(decision: Decision, how: Literal["kept", "candidates", "logits"]) -> Decision:

@@ -9,9 +9,9 @@ from typing import Any
 from jax.extend.core import primitives as prims
 
 from hire_xform.passes.ir import compat
-from hire_xform.passes.ir.axes import moves_only
+from hire_xform.passes.ir.axis_rules import is_pointwise, moves_only
 from hire_xform.passes.ir.graph import Node, Operand, Value, carry_of, dtype_of
-from hire_xform.passes.ir.pointwise import COMPARES, is_pointwise, stretched_number
+from hire_xform.passes.ir.pointwise import COMPARES, stretched_number
 from hire_xform.passes.match.output_axis import Fate
 from hire_xform.passes.match.readers import Reader
 from hire_xform.passes.prove.chains import Chain, Step, keeps_values

@@ -19,7 +19,7 @@ from jax.extend.core import primitives as prims
 from hire_xform.lowering.prove import intervals
 from hire_xform.lowering.prove.intervals import Interval
 from hire_xform.passes.ir import compat
-from hire_xform.passes.ir.axes import moves_only
+from hire_xform.passes.ir.axis_rules import moves_only
 from hire_xform.passes.ir.graph import Node, Operand, Value, dtype_of
 from hire_xform.passes.ir.pointwise import HINTS
 from hire_xform.passes.match.readers import Reader

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from jax.extend.core import primitives as prims
 
-from hire_xform.passes.ir.axes import moves_only
+from hire_xform.passes.ir.axis_rules import moves_only
 from hire_xform.passes.ir.graph import Operand, Value
 from hire_xform.passes.ir.pointwise import known_number
 from hire_xform.passes.prove.chains import keeps_values

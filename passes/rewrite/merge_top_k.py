@@ -22,16 +22,13 @@ from hire_xform.lowering.xla.devices import Devices
 from hire_xform.passes.ir import compat
 from hire_xform.passes.ir.each_device import mesh_here, under_automatic_axes
 from hire_xform.passes.ir.graph import Node, Value
-from hire_xform.passes.ir.pointwise import is_pointwise
 from hire_xform.passes.match.matches import VocabMatch
 from hire_xform.passes.match.top_k import top_k_of
+from hire_xform.passes.match.whole_axis import cuts_end, reads_of
 from hire_xform.passes.plan.decisions import Decision, Need
 from hire_xform.passes.plan.placement import Placement, names_of
-from hire_xform.passes.plan.row_order import cuts_end, readers
+from hire_xform.passes.plan.row_order import readers
 from hire_xform.passes.weights.origins import shape_of
-
-# What leaves the last axis as it is wherever it leaves its length.
-_MOVES = frozenset({prims.reshape_p, prims.squeeze_p, prims.broadcast_in_dim_p, prims.slice_p, prims.dynamic_slice_p})
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -68,7 +65,7 @@ def merged(decisions: Iterable[Decision]) -> list[Merged]:
             reading = readers(match)
             assert not isinstance(reading, str), reading
         else:
-            reading = [node for node in _all_readers(match.product.out, match.product.width) if _is_merged(node)]
+            reading = [node for node in _all_readers(match.product.out) if _is_merged(node)]
         for node in reading:
             operand = _source(node.inputs[0])
             if decision.cyclic == "kept" or _lies_with(operand, placement):
@@ -78,21 +75,11 @@ def merged(decisions: Iterable[Decision]) -> list[Merged]:
     return list(found.values())
 
 
-def _all_readers(logits: Value, vocab: int) -> Iterable[Node]:
-    """What reads logits whose last axis is the vocabulary, or all but its end, through what keeps it."""
-    seen = {logits}
-    waiting = [logits]
-    while waiting:
-        value = waiting.pop()
-        if not value.shape or value.shape[-1] != vocab:
-            continue
-        for node in value.consumers:
-            yield node
-            if cuts_end(node):
-                yield from node.outputs[0].consumers
-            elif is_pointwise(node) or node.primitive in _MOVES:
-                waiting += [result for result in node.outputs if result not in seen]
-                seen.update(node.outputs)
+def _all_readers(logits: Value) -> Iterable[Node]:
+    """What reads logits whose last axis is the vocabulary, or all but its end."""
+    for _, reads in reads_of(logits):
+        for node in reads:
+            yield from (node, *node.outputs[0].consumers) if cuts_end(node) else (node,)
 
 
 def _is_merged(node: Node) -> bool:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from hire_xform.passes.ir.axes import reshaped
+from hire_xform.passes.ir.links import forwards
 from hire_xform.passes.weights.origins import Ref, ShardSlice
-from hire_xform.passes.weights.recipe import Recipe, Reshape, Slice, Stack, Step, Transpose
+from hire_xform.passes.weights.recipe import Recipe, Stack
 
 
 def is_cut(refs: Sequence[Ref]) -> bool:
@@ -31,22 +31,10 @@ def parts_of_rows(recipe: Recipe, refs: Sequence[Ref]) -> int:
                 for i, other in zip(stacks, refs, strict=True)
                 if isinstance(other, ShardSlice) and other.scope is ref.scope
             )
-            if 0 in _places(recipe.steps[own + 1 :], ref.shape, ref.dim):
+            dims, shape = frozenset({ref.dim}), ref.shape
+            for step in recipe.steps[own + 1 :]:
+                links, shape = step.axes(shape)
+                dims = forwards(links, dims)
+            if 0 in dims:
                 parts *= ref.parts
     return parts
-
-
-def _places(steps: Sequence[Step], shape: tuple[int, ...], dim: int) -> frozenset[int]:
-    """Dimensions that hold any part of dimension ``dim`` after some steps."""
-    dims = frozenset({dim})
-    for step in steps:
-        if isinstance(step, Transpose):
-            dims = frozenset(i for i, d in enumerate(step.perm) if d in dims)
-            shape = tuple(shape[d] for d in step.perm)
-        elif isinstance(step, Reshape):
-            dims, shape = reshaped(shape, step.shape, dims), step.shape
-        elif isinstance(step, Slice):
-            shape = step.shape
-        elif isinstance(step, Stack):
-            dims, shape = frozenset(d - 1 for d in dims if d), shape[1:]
-    return dims

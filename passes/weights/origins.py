@@ -14,7 +14,9 @@ from jax import lax
 from jax.extend.core import primitives as prims
 
 from hire_xform.passes.ir import compat
+from hire_xform.passes.ir.axis_rules import links_of
 from hire_xform.passes.ir.graph import Node, Operand, Scope, Value, dtype_of
+from hire_xform.passes.ir.links import How
 from hire_xform.passes.weights.recipe import Convert, Recipe, Reshape, Slice, Stack, Step, Transpose, represents
 
 
@@ -122,18 +124,28 @@ def _same(node: Node, origin: Origin) -> list[Origin]:
     return [origin]
 
 
-def _reshape(node: Node, origin: Origin) -> list[Origin] | None:
-    if node.params.get("dimensions") is not None:
-        return None
-    return _extended(origin, Reshape(node.outputs[0].shape))
-
-
-def _squeeze(node: Node, origin: Origin) -> list[Origin]:
-    return _extended(origin, Reshape(node.outputs[0].shape))
-
-
-def _transpose(node: Node, origin: Origin) -> list[Origin]:
-    return _extended(origin, Transpose(tuple(node.params["permutation"])))
+def moved(node: Node, origin: Origin) -> list[Origin] | None:
+    """Cut, then transposed, then reshaped, as far as it is either; None where elements are repeated."""
+    shape, links = shape_of(node.inputs[0]), links_of(node) or ()
+    found = []
+    for number, result in enumerate(node.outputs):
+        own = [link for link in links if link.result == number]
+        own.sort(key=lambda link: link.after[0] if link.after else link.before[0] - 0.5)
+        start, left, strides = [0] * len(shape), list(shape), [1] * len(shape)
+        for link in own:
+            if link.how is How.CUT:
+                (d,), size = link.before, result.shape[link.after[0]] if link.after else 1
+                start[d], strides[d], left[d] = link.start, link.step, size
+        limit = [s + (n - 1) * by + 1 if n else s for s, n, by in zip(start, left, strides, strict=True)]
+        perm = [d for link in own for d in link.before]
+        perm += [d for d in range(len(shape)) if d not in perm]
+        if math.prod(left) != math.prod(result.shape):
+            return None
+        steps: list[Step] = [] if left == list(shape) else [Slice(tuple(start), tuple(limit), tuple(strides))]
+        steps += [] if perm == sorted(perm) else [Transpose(tuple(perm))]
+        steps += [] if tuple(left[d] for d in perm) == result.shape else [Reshape(result.shape)]
+        found += _extended(origin, *steps)
+    return found
 
 
 def _convert(node: Node, origin: Origin) -> list[Origin] | None:
@@ -146,40 +158,6 @@ def _convert(node: Node, origin: Origin) -> list[Origin] | None:
     if represents(target, origin.stored):
         return _extended(origin, Convert(target, exact=True))
     return _extended(dataclasses.replace(origin, stored=target), Convert(target))
-
-
-def _broadcast(node: Node, origin: Origin) -> list[Origin] | None:
-    # Only axes of length one are added: the same elements in the same order.
-    if len(node.inputs) != 1 or math.prod(node.outputs[0].shape) != math.prod(shape_of(node.inputs[0])):
-        return None
-    return _extended(origin, Reshape(node.outputs[0].shape))
-
-
-def _slice(node: Node, origin: Origin) -> list[Origin]:
-    start, limit = tuple(node.params["start_indices"]), tuple(node.params["limit_indices"])
-    strides = node.params["strides"] or (1,) * len(start)
-    return _extended(origin, Slice(start, limit, tuple(strides)))
-
-
-def _split(node: Node, origin: Origin) -> list[Origin]:
-    axis, found, at = node.params["axis"], [], 0
-    shape = shape_of(node.inputs[0])
-    for size in (int(s) for s in node.params["sizes"]):
-        start, limit = [0] * len(shape), list(shape)
-        start[axis], limit[axis] = at, at + size
-        found.extend(_extended(origin, Slice(tuple(start), tuple(limit), (1,) * len(shape))))
-        at += size
-    return found
-
-
-def _unstack(node: Node, origin: Origin) -> list[Origin]:
-    axis, shape, found = node.params["axis"], shape_of(node.inputs[0]), []
-    for i, result in enumerate(node.outputs):
-        start, limit = [0] * len(shape), list(shape)
-        start[axis], limit[axis] = i, i + 1
-        cut = Slice(tuple(start), tuple(limit), (1,) * len(shape))
-        found.extend(_extended(origin, cut, Reshape(result.shape)))
-    return found
 
 
 def _dynamic_slice(node: Node, origin: Origin) -> list[Origin] | None:
@@ -229,14 +207,7 @@ def picks_matrix(node: Node) -> bool:
 
 
 RULES: dict[Any, Rule] = {
-    prims.reshape_p: _reshape,
-    prims.squeeze_p: _squeeze,
-    prims.transpose_p: _transpose,
     prims.convert_element_type_p: _convert,
-    prims.broadcast_in_dim_p: _broadcast,
-    prims.slice_p: _slice,
-    compat.SPLIT: _split,
-    compat.UNSTACK: _unstack,
     prims.dynamic_slice_p: _dynamic_slice,
     prims.gather_p: _gather,
     prims.copy_p: _same,

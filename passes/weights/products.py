@@ -12,8 +12,8 @@ from jax.extend.core import primitives as prims
 from jax.lax import Precision
 
 from hire_xform.passes.ir import compat
+from hire_xform.passes.ir.axis_rules import is_pointwise
 from hire_xform.passes.ir.graph import Graph, Node, Operand, Value, used_nodes
-from hire_xform.passes.ir.pointwise import POINTWISE
 from hire_xform.passes.weights.origins import Origin
 from hire_xform.passes.weights.provenance import Provenance
 from hire_xform.passes.weights.recipe import Convert, Recipe, Reshape, Root, Slice, Transpose
@@ -204,7 +204,7 @@ def find_products(graph: Graph, provenance: Provenance) -> tuple[list[Product], 
                 loose.append(other)
         elif node.primitive is prims.while_p:
             loose.extend(_in_condition(node, provenance))
-        elif not node.children and node.primitive not in POINTWISE:
+        elif not node.children and not is_pointwise(node):
             loose.extend(_unentered(node, provenance))
     return products, loose
 

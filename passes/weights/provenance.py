@@ -16,9 +16,10 @@ import numpy as np
 from jax.extend.core import primitives as prims
 
 from hire_xform.passes.ir import compat
+from hire_xform.passes.ir.axis_rules import moves_only
 from hire_xform.passes.ir.compat import Literal
 from hire_xform.passes.ir.graph import Graph, Node, Operand, Scope, Value, carried_inputs, dtype_of
-from hire_xform.passes.weights.origins import RULES, Origin, ScanSlice, picks_matrix, shape_of, sharded, stacked
+from hire_xform.passes.weights.origins import RULES, Origin, ScanSlice, moved, picks_matrix, shape_of, sharded, stacked
 from hire_xform.passes.weights.recipe import Recipe, Root, Stack
 
 
@@ -160,7 +161,7 @@ class Provenance:
                 self._set(result, self.origin(operand))
             return
         origin = self.origin(node.inputs[0]) if node.inputs else None
-        rule = RULES.get(node.primitive)
+        rule = moved if moves_only(node) else RULES.get(node.primitive)
         if origin is not None and rule is not None:
             results = rule(node, origin)
             if results is not None:

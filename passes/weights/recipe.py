@@ -11,6 +11,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from hire_xform.passes.ir.links import How, Link, permuted, regrouped, sliced, straight
+
+Shape = tuple[int, ...]
+
 
 @dataclass(frozen=True)
 class Root:
@@ -37,11 +41,23 @@ class Root:
         return self.kind[4:] if self.kind.startswith("arg:") else int(self.kind[3:])
 
 
+class _Step:
+    """A step, as far as it leaves axes where they are."""
+
+    def axes(self, shape: Shape) -> tuple[list[Link], Shape]:
+        """Where the axes of an array of some shape go, and the shape that it makes of it."""
+        return straight(range(len(shape))), shape
+
+
 @dataclass(frozen=True)
-class Transpose:
+class Transpose(_Step):
     """Axis permutation."""
 
     perm: tuple[int, ...]
+
+    def axes(self, shape: Shape) -> tuple[list[Link], Shape]:
+        """Where axes go."""
+        return permuted(self.perm), tuple(shape[d] for d in self.perm)
 
     def apply(self, x: Any) -> Any:
         """The step on an array."""
@@ -49,10 +65,14 @@ class Transpose:
 
 
 @dataclass(frozen=True)
-class Reshape:
+class Reshape(_Step):
     """Row-major reshape."""
 
     shape: tuple[int, ...]
+
+    def axes(self, shape: Shape) -> tuple[list[Link], Shape]:
+        """Where axes go."""
+        return regrouped(shape, self.shape), self.shape
 
     def apply(self, x: Any) -> Any:
         """The step on an array."""
@@ -60,7 +80,7 @@ class Reshape:
 
 
 @dataclass(frozen=True)
-class Convert:
+class Convert(_Step):
     """Change of dtype. ``exact``: it rounds nothing, since it has every value of the dtype that is stored."""
 
     dtype: Any
@@ -82,7 +102,7 @@ def represents(target: Any, source: Any) -> bool:
 
 
 @dataclass(frozen=True)
-class Slice:
+class Slice(_Step):
     """Static strided slice."""
 
     start: tuple[int, ...]
@@ -95,23 +115,35 @@ class Slice:
         ends = zip(self.start, self.limit, self.strides, strict=True)
         return tuple(-(-(limit - start) // stride) for start, limit, stride in ends)
 
+    def axes(self, shape: Shape) -> tuple[list[Link], Shape]:
+        """Where axes go."""
+        return sliced(shape, self.shape, self.start, self.strides), self.shape
+
     def apply(self, x: Any) -> Any:
         """The step on an array."""
         return lax.slice(x, self.start, self.limit, self.strides)
 
 
 @dataclass(frozen=True)
-class Stack:
+class Stack(_Step):
     """The leading axis is a stack of matrices, of which the program sees one at a time. ``size`` is its length."""
 
     size: int
 
+    def axes(self, shape: Shape) -> tuple[list[Link], Shape]:
+        """Where axes go: the first is no longer there."""
+        return [Link((d,), (d - 1,)) for d in range(1, len(shape))], shape[1:]
+
 
 @dataclass(frozen=True)
-class Cyclic:
+class Cyclic(_Step):
     """Rows distributed cyclically over equal parts: row ``i`` is row ``i // parts`` of part ``i % parts``."""
 
     parts: int
+
+    def axes(self, shape: Shape) -> tuple[list[Link], Shape]:
+        """Where axes go."""
+        return [Link((0,), (0,), How.PLACED, step=0), *straight(range(1, len(shape)))], shape
 
     def apply(self, x: Any) -> Any:
         """The step on an array."""
