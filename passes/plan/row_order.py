@@ -12,15 +12,16 @@ from collections.abc import Callable, Iterable
 from typing import Literal
 
 from hire_xform.passes.ir.graph import Frame, Node
-from hire_xform.passes.match.matches import VocabMatch
+from hire_xform.passes.match.kinds import kind_of
+from hire_xform.passes.match.matches import Match
 from hire_xform.passes.match.whole_axis import cuts_end, is_uniform, joined_by, reads_of, selects
 from hire_xform.passes.plan.decisions import Decision, PackKey, Plan, with_keys
 from hire_xform.passes.weights.recipe import Cyclic, Recipe, Root
 
 
-def readers(match: VocabMatch) -> list[Node] | str:
+def readers(match: Match) -> list[Node] | str:
     """The arg maxes and top-ks that logits go into, if nothing that reads them minds their order; else what does."""
-    product = match.product
+    product = match.last
     if tuple(product.out_w_dims) != (len(product.out.shape) - 1,):
         return "the vocabulary is not the last axis of its logits"
     around = _derivatives(product.node)
@@ -90,7 +91,7 @@ def other_rows(decision: Decision) -> Decision | None:
 def may_be_cyclic(decision: Decision) -> bool:
     """True for a vocabulary whose rows are over several devices."""
     placement = decision.placement
-    return isinstance(decision.match, VocabMatch) and placement is not None and placement.shards > 1
+    return kind_of(decision.match).splits_result and placement is not None and placement.shards > 1
 
 
 def _drops_others(decision: Decision) -> bool:
@@ -110,7 +111,6 @@ def distribute_rows(plan: Plan, read_elsewhere: Callable[[Plan], Iterable[Root]]
     for decision in plan.decisions:
         if not may_be_cyclic(decision):
             continue
-        assert isinstance(decision.match, VocabMatch)
         found = readers(decision.match)
         if isinstance(found, str) and not _drops_others(decision):
             told[decision] = found

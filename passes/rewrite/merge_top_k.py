@@ -22,7 +22,7 @@ from hire_xform.lowering.xla.devices import Devices
 from hire_xform.passes.ir import compat
 from hire_xform.passes.ir.each_device import mesh_here, under_automatic_axes
 from hire_xform.passes.ir.graph import Node, Value
-from hire_xform.passes.match.matches import VocabMatch
+from hire_xform.passes.match.kinds import kind_of
 from hire_xform.passes.match.top_k import top_k_of
 from hire_xform.passes.match.whole_axis import cuts_end, reads_of
 from hire_xform.passes.plan.decisions import Decision, Need
@@ -59,13 +59,13 @@ def merged(decisions: Iterable[Decision]) -> list[Merged]:
     found: dict[Node, Merged] = {}
     for decision in decisions:
         match, placement = decision.match, decision.placement
-        if not isinstance(match, VocabMatch) or placement is None or placement.shards == 1:
+        if not kind_of(match).splits_result or placement is None or placement.shards == 1:
             continue
         if decision.cyclic == "kept":
             reading = readers(match)
             assert not isinstance(reading, str), reading
         else:
-            reading = [node for node in _all_readers(match.product.out) if _is_merged(node)]
+            reading = [node for node in _all_readers(match.last.out) if _is_merged(node)]
         for node in reading:
             operand = _source(node.inputs[0])
             if decision.cyclic == "kept" or _lies_with(operand, placement):
