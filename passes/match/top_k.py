@@ -222,6 +222,6 @@ def _counts_along(operand: Operand) -> int | None:
     axis = _counts_along(node.inputs[0]) if moves_only(node) else None
     for link in links_of(node) or ():
         if axis in link.before and link.how is How.SAME and node.outputs[link.result] is operand:
-            long = [d for d in link.after if operand.shape[d] != 1]
-            return long[0] if [operand.shape[d] for d in long] == [shape_of(node.inputs[0])[axis]] else None
+            found = [d for d in link.after if operand.shape[d] != 1 or len(link.after) == 1]
+            return found[0] if [operand.shape[d] for d in found] == [shape_of(node.inputs[0])[axis]] else None
     return None

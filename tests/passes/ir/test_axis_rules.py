@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, assume, find, given, settings
+from hypothesis import HealthCheck, Phase, assume, find, given, settings
 from hypothesis import strategies as st
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
@@ -24,7 +24,8 @@ from hire_xform.passes.weights.recipe import Convert, Cyclic, Reshape, Slice, St
 QUICK = settings(
     max_examples=12, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck)
 )
-PLACES = {How.SAME, How.EACH, How.WRITTEN, How.CUT, How.PLACED}
+UNTIL = settings(QUICK, max_examples=300, phases=[Phase.generate])
+WEAK = {How.MIXED, How.ORDERED, How.PICKED, How.STORED, How.CONTRACTED, How.REDUCED, How.LOCATED}
 COPIES = {How.SAME, How.CUT, How.PLACED, How.ORDERED, How.PICKED}
 P = PartitionSpec
 
@@ -139,8 +140,10 @@ def see_order(fun, operands, links):
             np.testing.assert_allclose(after[link.result], before[link.result], rtol=1e-6)
 
 
-def claims_less(fun, operands, links, how):
+def claims_less(primitive, fun, operands, how):
     """Whether some entry does hang on others than the one at its place, along axes of this kind."""
+    eqn = equation_of(fun, operands)
+    links = registered()[primitive].links(eqn) if eqn is not None and eqn.primitive is primitive else []
     for link in links:
         if link.how is not how:
             continue
@@ -223,10 +226,10 @@ def broadcast(draw):
 
 @st.composite
 def slices(draw):
-    x = draw(numbers())
-    start = [draw(st.integers(0, n - 1)) for n in x.shape]
+    x = draw(numbers(tuple(draw(st.lists(st.integers(3, 5), min_size=1, max_size=2)))))
+    start = [draw(st.integers(0, 1)) for _ in x.shape]
     limit = [draw(st.integers(s + 1, n)) for s, n in zip(start, x.shape, strict=True)]
-    strides = [draw(st.integers(1, 2)) for _ in start]
+    strides = [draw(st.integers(1, 3)) for _ in start]
     return lambda x: lax.slice(x, start, limit, None if set(strides) == {1} else strides), [x]
 
 
@@ -467,34 +470,9 @@ def test_entries_go_where_the_rule_says(primitive):
 
     check()
     assert seen
-
-
-WEAK = {How.MIXED, How.ORDERED, How.PICKED, How.STORED, How.CONTRACTED, How.REDUCED, How.LOCATED}
-CLAIMS = [
-    *((p, How.MIXED) for p in (prims.cumsum_p, prims.cumprod_p, prims.cummax_p, prims.cummin_p, prims.cumlogsumexp_p)),
-    *((p, How.ORDERED) for p in (prims.sort_p, prims.top_k_p, prims.approx_top_k_p)),
-    *((p, How.PICKED) for p in (prims.gather_p, prims.dynamic_slice_p)),
-    *((p, How.STORED) for p in (prims.scatter_p, prims.scatter_add_p, prims.dynamic_update_slice_p)),
-    *((p, How.REDUCED) for p in (prims.reduce_sum_p, prims.reduce_prod_p, prims.reduce_max_p, prims.reduce_min_p)),
-    *((p, How.REDUCED) for p in (prims.reduce_and_p, prims.reduce_or_p)),
-    (prims.dot_general_p, How.CONTRACTED),
-    *((p, How.LOCATED) for p in (prims.argmax_p, prims.argmin_p)),
-]
-
-
-@pytest.mark.parametrize(("primitive", "how"), CLAIMS, ids=str)
-def test_a_rule_claims_no_less_than_is_so(primitive, how):
-    """Where entries are said to be mixed, picked, ordered or added up, some do hang on others than the one there."""
-
-    def shows(case):
-        eqn = equation_of(*case)
-        return (
-            eqn is not None
-            and eqn.primitive is primitive
-            and claims_less(*case, registered()[primitive].links(eqn), how)
-        )
-
-    find(OTHERS[primitive], shows, settings=settings(QUICK, max_examples=200))
+    # Nor does it say less than is so: of what is mixed, picked or added up, some hangs on others than the one there.
+    for how in seen & WEAK:
+        find(OTHERS[primitive], lambda case, how=how: claims_less(primitive, *case, how), settings=UNTIL)
 
 
 # --- pointwise ---
