@@ -99,6 +99,8 @@ def test_a_kernel_takes_the_place_of_the_portable_form_in_every_context(kernel, 
     value, change = jax.jvp(lambda x: select_rows_dot(x, rows, index), (x,), (x,))
     np.testing.assert_allclose(value, 2 * want, rtol=1e-5)
     np.testing.assert_allclose(change, want, rtol=1e-5)
+    both = export.export(fresh(), platforms=("cpu", "tpu"))(*operands)
+    np.testing.assert_allclose(both.call(*operands), 2 * want, rtol=1e-5)
     # It is for CPUs: others are lowered as they were.
     text = export.export(fresh(), platforms=("tpu",))(*operands).mlir_module()
     assert "dense<2.0" not in text
