@@ -8,7 +8,7 @@ PYTEST_ARGS ?=
 # What is installed here runs on the CPU; the TPU's compiler, beside it for the tests, would otherwise look for a TPU.
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: demo test fast tpu random lint typecheck bench models quality wheel clean
+.PHONY: demo test fast other tpu random lint typecheck bench models quality wheel clean
 
 # One stamp a set of extras: installing again only when pyproject.toml changed.
 $(VENV)/.created:
@@ -44,6 +44,10 @@ test: $(VENV)/.tpu
 
 fast: $(VENV)/.test
 	$(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal -m "not slow" $(PYTEST_ARGS)
+
+# On a further version of JAX, once the whole suite has run on one: the fast tests of what may differ between versions.
+other: $(VENV)/.test
+	$(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal -m "not slow" --other-jax $(PYTEST_ARGS)
 
 # Only what is compiled for TPUs that are not here.
 tpu: $(VENV)/.tpu

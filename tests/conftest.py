@@ -2,6 +2,7 @@
 
 import gc
 import os
+from collections import Counter
 from collections.abc import Iterator
 from importlib import metadata
 
@@ -10,6 +11,8 @@ import pytest
 # The suite compiles many small programs and runs each once: let XLA's CPU backend compile quickly (up to three times as
 # fast) rather than well. What is set outside comes last and wins; HIRE_TEST_OPTIMISED=1 leaves XLA as users have it.
 _QUICK = ["--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true"]
+# One LLVM module a program: at these sizes each further one costs more than it saves.
+_QUICK.append("--xla_cpu_parallel_codegen_split_count=1")
 if metadata.version("jaxlib").startswith("0.10."):
     # Unknown to later versions, which end the process at a flag they don't know.
     _QUICK.append("--xla_cpu_use_fusion_emitters=false")
@@ -21,6 +24,54 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["HIRE_CPU"] = "avx512_vnni"
 # What passes make is verified, and nothing that they raise is handled silently: under 1 % of the suite's time.
 os.environ.setdefault("HIRE_DEBUG", "1")
+
+
+# Traces make many objects that live on and few cycles: those are looked for less often.
+gc.set_threshold(10_000, 20, 20)
+
+
+# Of a test: its place among the cases of its function.
+_NUMBER = pytest.StashKey[int]()
+
+
+def pytest_addoption(parser) -> None:
+    parser.addoption(
+        "--other-jax",
+        action="store_true",
+        help="a further version of JAX: leave out what the marker any_jax says is the same on every one",
+    )
+
+
+def _every(why: str, every: int | None = None) -> int | None:
+    """The arguments of ``any_jax``, so that a marker without a reason or with a slip of the pen is an error."""
+    return every
+
+
+def pytest_collection_modifyitems(config, items) -> None:
+    """Leaves out, with ``--other-jax``, what ``any_jax`` marks; of ``every=n``, all but the first of every n cases."""
+    seen: Counter[str] = Counter()
+    kept, left_out = [], []
+    for item in items:
+        function = item.nodeid.split("[")[0]
+        item.stash[_NUMBER] = number = seen[function]
+        seen[function] += 1
+        mark = item.get_closest_marker("any_jax")
+        every = 1 if mark is None else _every(*mark.args, **mark.kwargs)
+        (left_out if every is None or number % every else kept).append(item)
+    if not config.getoption("--other-jax"):
+        return
+    items[:] = kept
+    config.hook.pytest_deselected(items=left_out)
+
+
+@pytest.fixture
+def evaluated(request) -> bool:
+    """Whether a case compiles and runs what it finds: on a further version of JAX every third.
+
+    What is found hangs on the jaxpr, which each version spells in its own way. What is spliced in then is the same
+    subgraph, whatever the spelling was.
+    """
+    return not request.config.getoption("--other-jax") or request.node.stash[_NUMBER] % 3 == 0
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -26,11 +26,10 @@ def outcomes(module, environment=None):
     ``environment`` has further variables for the process, set before it imports JAX.
     """
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={DEVICES}"
-    paths = [os.path.dirname(sys.modules[module].__file__), os.path.dirname(__file__)]
     done = subprocess.run(
         [sys.executable, "-c", f"import devices; devices.run_checks({module!r})"],
         env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
-        | {"PYTHONPATH": os.pathsep.join([*paths, os.environ.get("PYTHONPATH", "")])}
+        | {"PYTHONPATH": os.pathsep.join(sys.path)}
         | (environment or {}),
         capture_output=True,
         text=True,

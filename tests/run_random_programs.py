@@ -21,6 +21,7 @@ LOT = 500
 
 def run_lot(seed: int, examples: int, evaluate: int) -> None:
     """One lot, in this process; prints its tally as the last line."""
+    sys.path.append(str(Path(__file__).parent / "end_to_end"))
     import conftest  # noqa: F401 - XLA compiles quickly
     import jax
     import test_random_programs as tests

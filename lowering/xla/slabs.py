@@ -69,7 +69,7 @@ def _gather_where_they_lie(slabs: jax.Array, index: jax.Array) -> jax.Array:
     """``slabs[index]``, on TPU in a loop of two steps.
 
     XLA's TPU backend takes a gather for one that reads its whole operand, and where that fits into VMEM it fetches all
-    of it ahead. What a loop reads it leaves in HBM (seen in programs compiled for v5e; tests/test_tpu_compiler.py).
+    of it ahead. What a loop reads it leaves in HBM (seen in programs compiled for v5e; ``test_tpu_compiler.py``).
     """
     plainly = functools.partial(read_part, _gather)
     if index.shape[0] < 2:

@@ -1,8 +1,8 @@
 """The only module that names something of JAX that differs between versions.
 
-Each entry says which versions it serves, and has its test in ``tests/test_compat.py``, which runs on every supported
-JAX. Nothing outside this file may depend on the JAX version or touch a private module, and no entry here needs a
-private module either.
+Each entry says which versions it serves, and has its test in ``tests/passes/ir/test_compat.py``, which runs on every
+supported JAX. Nothing outside this file may depend on the JAX version or touch a private module, and no entry here
+needs a private module either.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from hire_xform.passes.plan.settings import Choice
 from hire_xform.passes.plan.sizes import UNCHOSEN, Reading, Sizes, sizes_of
 from hire_xform.passes.plan.verify import verify_plan
 from hire_xform.passes.prove.certifiable import ALL_BITS, input_bits
-from hire_xform.passes.weights.provenance import Root
+from hire_xform.passes.weights.recipe import Root
 
 
 def make_plan(

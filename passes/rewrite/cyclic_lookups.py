@@ -52,16 +52,19 @@ class CyclicLookup(Action):
         return self.node.inputs[1:]
 
     def emit(self, context: Context) -> Sequence[Any]:
-        """The rows of the ids, where these lie."""
-        rows = context.view(self.rows).whole()
-        ids, *others = [context.read(o) for o in self.operands]
+        """The rows of the ids."""
+        return [self.found(context.view(self.rows).whole(), [context.read(o) for o in self.operands])]
+
+    def found(self, rows: Any, operands: Sequence[Any]) -> Any:
+        """Of packed rows those that the operands ask for, where these lie."""
+        ids, *others = operands
         vocab, parts = rows.shape[0], self.parts
         if self.node.primitive is prims.dynamic_slice_p:
             ids = jnp.clip(ids, 0, vocab - 1)
         places = (ids % parts) * (vocab // parts) + ids // parts
         places = jnp.where((ids >= 0) & (ids < vocab), places, ids).astype(ids.dtype)
         (found,) = compat.bind(self.node.eqn, [rows, places, *others])
-        return [found.astype(self.node.outputs[0].aval.dtype)]
+        return found.astype(self.node.outputs[0].aval.dtype)
 
 
 def cyclic_lookups(lookups: Iterable[Lookup], decisions: Iterable[Decision]) -> list[CyclicLookup]:

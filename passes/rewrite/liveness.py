@@ -25,7 +25,7 @@ class Liveness:
       changed: scopes in which something is done, at any depth.
     """
 
-    def __init__(self, graph: Graph, actions: dict[Node, Action], inlined: Container[Frame]):
+    def __init__(self, graph: Graph, actions: dict[Node, Action], inlined: Container[Frame] = ()):
         """For a graph, what is done where, and the calls that are evaluated where they are called."""
         self._actions = actions
         self._inlined = inlined

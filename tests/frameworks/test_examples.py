@@ -25,7 +25,7 @@ SCRIPTS = {
 def test_every_script_is_run_or_named_here():
     written = {path.name for path in EXAMPLES.glob("*.py")}
     assert set(SCRIPTS) <= written
-    # Two train for an hour, with what two others hold; the last is run by tests/test_processes.py.
+    # Two train for an hour, with what two others hold; the last is run by tests/sharded/test_processes.py.
     training = {"train_tiny_lm.py", "finetune_tiny_lm.py", "tiny_lm_training.py", "library_corpus.py"}
     others = training | {"sharded_decoder.py"}
     assert written - set(SCRIPTS) <= others
