@@ -18,8 +18,12 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from hire_xform.lowering.engine.subgraph import UpProduct, ffn, ffn_bytes, vocab_bytes, vocab_logits
-from hire_xform.lowering.predict.predictors import LowRank, PredictorSpec, Quantized, pack_predictor
+from hire_xform.lowering.engine.block import UpProduct, ffn
+from hire_xform.lowering.engine.bytes_read import ffn_bytes, vocab_bytes
+from hire_xform.lowering.engine.head import vocab_logits
+from hire_xform.lowering.predict.low_rank import LowRank
+from hire_xform.lowering.predict.predictors import PredictorSpec, pack_predictor
+from hire_xform.lowering.predict.quantized import Quantized
 
 
 def median_ms(fun: Callable[..., Any], calls: Sequence[tuple[Any, ...]], repeats: int) -> float:

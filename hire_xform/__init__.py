@@ -15,9 +15,15 @@ from hire_xform.call.sharing import pack
 from hire_xform.call.stages import Traced
 from hire_xform.config import Config, Ffn, Rule, Vocab, approximate, lossless
 from hire_xform.errors import HireWarning, PackedMismatchError, TracedWeightsError
-from hire_xform.lowering.predict.predictors import LowRank, Projected, Quantized
+from hire_xform.lowering.predict.low_rank import LowRank
+from hire_xform.lowering.predict.predictors import Predictor
+from hire_xform.lowering.predict.projected import Projected
+from hire_xform.lowering.predict.quantized import Quantized
+from hire_xform.lowering.primitives.da_top_k import da_top_k
+from hire_xform.lowering.primitives.kernels import backends, register_kernel
 from hire_xform.lowering.prove.goals import Nucleus, TopSet
 from hire_xform.mesh_plan import Device, MeshPlan, MeshRow, ModelShapes, plan_mesh
+from hire_xform.passes.kinds import SiteKind, register_site_kind
 from hire_xform.passes.pack.packed import Packed
 from hire_xform.passes.plan.decisions import Plan, Refusal, Site
 from hire_xform.train.topk_ffn import TopkFfn, TracedTopk, topk_ffn
@@ -38,12 +44,14 @@ __all__ = [
     "Packed",
     "PackedMismatchError",
     "Plan",
+    "Predictor",
     "Projected",
     "Quantized",
     "Refusal",
     "Rule",
     "Site",
     "SiteCalibration",
+    "SiteKind",
     "Sparsified",
     "TopSet",
     "TopkFfn",
@@ -52,10 +60,14 @@ __all__ = [
     "TracedWeightsError",
     "Vocab",
     "approximate",
+    "backends",
     "calibrate",
+    "da_top_k",
     "lossless",
     "pack",
     "plan_mesh",
+    "register_kernel",
+    "register_site_kind",
     "sparsify",
     "topk_ffn",
 ]

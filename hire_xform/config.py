@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hire_xform.passes.ir.debugging import path_matches
+from hire_xform.passes.match.kinds import kind_named
 from hire_xform.passes.plan.settings import Choice, Ffn, Vocab, refuse
 
 __all__ = ["Config", "Ffn", "Rule", "Vocab", "approximate", "lossless"]
@@ -76,8 +77,10 @@ class Config:
         object.__setattr__(self, "rules", tuple(self.rules))
 
     def choose(self, kind: str, path: str) -> Choice:
-        """The settings of a site of a kind ("ffn" or "vocab") at a path."""
-        settings: Any = getattr(self, kind)
+        """The settings of a site of a kind ("ffn", "vocab", or one that is registered) at a path."""
+        known = kind_named(kind)
+        stated: Any = getattr(self, kind, None if known is None else known.settings)
+        settings = stated
         reason = f"{kind}=None in the Config leaves it dense"
         force = named = False
         for rule in self.rules:
@@ -86,9 +89,9 @@ class Config:
             if rule.skip:
                 settings, force, reason = None, False, f"Rule({rule.path_glob!r}, skip=True) leaves it dense"
                 continue
-            own = getattr(rule, kind)
+            own = getattr(rule, kind, None)
             named = named or own is not None
-            settings = own if own is not None else (settings if settings is not None else getattr(self, kind))
+            settings = own if own is not None else (settings if settings is not None else stated)
             force = force or rule.force
         return Choice(settings=settings, force=force, named=named, reason=reason)
 

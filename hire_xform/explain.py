@@ -39,11 +39,7 @@ def explain(plan: Plan) -> str:
 
 def describe(settings: Vocab | Ffn) -> str:
     """Settings in a few words."""
-    certified = f", certify={settings.certify!r}" if settings.certify else ""
-    if isinstance(settings, Vocab):
-        return f"{settings.spec}, fill={settings.fill!r}{certified}"
-    group = f", groups of {settings.group_size}" if settings.group_size > 1 else ""
-    return f"{settings.spec}{group}{certified}"
+    return settings.in_words
 
 
 def _proved(site: Site) -> str:
@@ -105,7 +101,7 @@ def _paths(items: list) -> str:
 def _site(sites: list[Site]) -> list[str]:
     site = sites[0]
     dense, sparse = (sum(getattr(s, f"{kind}_bytes") for s in sites) for kind in ("dense", "sparse"))
-    what = "logits" if site.kind == "vocab" else "hidden units"
+    what = {"vocab": "logits", "ffn": "hidden units"}.get(site.kind, "rows")
     for_whom = f"{site.tokens} token" + ("s" if site.tokens > 1 else "")
     shared = ", one set shared by all" if site.shared and site.tokens > 1 else ""
     expected = " expected" if site.rungs and site.rungs[0].share is not None else ""
@@ -177,7 +173,7 @@ def explain_top_groups(plan: Plan) -> str:
     lines = [f"{count} with a top-k of groups of hidden units for each token"]
     for sites in _grouped(plan.sites, _site_key):
         site = sites[0]
-        group = site.settings.group_size if isinstance(site.settings, Ffn) else 1
+        group = site.settings.group_size
         lines += [
             f"  {site.kind:5s}  {_paths(sites)}",
             f"         {site.source}",

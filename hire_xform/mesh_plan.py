@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from hire_xform.explain import size
+from hire_xform.lowering.engine.bytes_read import ffn_bytes, vocab_bytes
 from hire_xform.lowering.engine.selection import choose
-from hire_xform.lowering.engine.subgraph import ffn_bytes, vocab_bytes
 from hire_xform.lowering.predict.predictors import predictor_bytes
 from hire_xform.passes.plan.cost import FIXED_BYTES, ROW_COST
 from hire_xform.passes.plan.settings import Ffn, Vocab, refuse

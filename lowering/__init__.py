@@ -1,6 +1,6 @@
 """What is spliced into a program: predictors, selection, exact products of chosen rows, and the subgraphs of them.
 
-In reading order: ``xla``, ``primitives``, ``predict``, ``prove``, ``engine``, ``measure``; each imports only those
+In reading order: ``xla``, ``primitives``, ``prove``, ``predict``, ``engine``, ``measure``; each imports only those
 before it. Nothing here knows the program it is spliced into. Everything is portable JAX: traceable, differentiable in
 the activations, and usable under ``vmap``, ``scan``, ``jit`` and ``jax.export``.
 """

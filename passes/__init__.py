@@ -1,5 +1,5 @@
 """Jaxpr in, jaxpr out.
 
-In reading order: ``ir``, ``weights``, ``match``, ``prove``, ``plan``, ``pack``, ``rewrite``, ``measure``; each imports
-only those before it. Nothing here knows the kernels of a platform, files or the command line.
+In reading order: ``ir``, ``weights``, ``match``, ``prove``, ``plan``, ``pack``, ``rewrite``, ``measure``, ``kinds``;
+each imports only those before it. Nothing here knows the kernels of a platform, files or the command line.
 """

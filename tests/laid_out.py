@@ -7,8 +7,9 @@ import jax
 
 from hire_xform.passes.ir import compat
 from hire_xform.passes.ir.graph import Graph, Node, Value, walk
+from hire_xform.passes.weights.origins import Origin
 from hire_xform.passes.weights.products import Loose, Product, find_products
-from hire_xform.passes.weights.provenance import Origin, Provenance
+from hire_xform.passes.weights.provenance import Provenance
 from hire_xform.passes.weights.recipe import Root
 
 

@@ -20,23 +20,23 @@ from hire_xform.call.calls import Weights, abstract_call, arguments_of
 from hire_xform.call.folding import Marks, Totals, fold
 from hire_xform.call.stages import Traced, call_leaves
 from hire_xform.config import Config
-from hire_xform.lowering.predict.predictors import PredictorSpec
+from hire_xform.lowering.predict.predictors import Predictor
 from hire_xform.lowering.primitives.records import record_p
 from hire_xform.passes.ir import compat
-from hire_xform.passes.match.matches import FfnMatch
-from hire_xform.passes.measure.capture import Capture, CaptureInputs, Measured
+from hire_xform.passes.match.kinds import kind_of
+from hire_xform.passes.measure.capture import Measured, MeasuredInputs, MeasuredSite
 from hire_xform.passes.pack.packed import Packed
 from hire_xform.passes.plan.cost import bytes_read
 from hire_xform.passes.plan.decisions import Decision, Plan
-from hire_xform.passes.plan.measurement import Measure, Regrouped, input_numbers, site_stack
-from hire_xform.passes.plan.settings import PREDICTOR, Ffn, Vocab
-from hire_xform.passes.weights.provenance import Root
+from hire_xform.passes.plan.measurement import MeasurementOf
+from hire_xform.passes.plan.settings import PREDICTOR
+from hire_xform.passes.weights.recipe import Root
 
 # Sums over all batches, int64 or float64, by site path and name.
 Sums = dict[tuple[str, str], np.ndarray]
 
 
-class Measuring:
+class Calibrator:
     """Measures the sites of one function."""
 
     def __init__(self, fun: Callable, weights: Weights, jit_options: dict[str, Any]):
@@ -70,7 +70,7 @@ class Measuring:
         self,
         batches: Iterable[Any],
         config: Config,
-        predictors: Sequence[PredictorSpec],
+        predictors: Sequence[Predictor],
         known: Sequence[Calibration | None],
     ) -> Calibration:
         """The curves of predictors where the settings state none.
@@ -108,19 +108,23 @@ class DenseTrace(Traced):
 class _CaptureTrace(DenseTrace):
     """A trace whose program is dense and records statistics; of several predictors where none is stated."""
 
-    rewriter_class: type[Capture] = Capture
+    site: type[MeasuredSite] = MeasuredSite
 
-    def __init__(self, predictors: tuple[PredictorSpec, ...], *args: Any):
+    def __init__(self, predictors: tuple[Predictor, ...], *args: Any):
         self._predictors = predictors
         super().__init__(*args)
 
-    def _plan(self, config: Config, platform: str, *measured: Measure) -> Plan:
+    def action_of(self, decision: Decision, has_leaf: Any) -> MeasuredSite:
+        """A site that is measured."""
+        return self.site(decision)
+
+    def _plan(self, config: Config, platform: str, *measured: MeasurementOf) -> Plan:
         plan_of = super()._plan
         plans = [plan_of(_stating(config, p), platform, *measured) for p in self._predictors]
         ways = zip(*(plan.decisions for plan in plans), strict=True)
-        measure: Measure = measured[0] if measured else lambda match, names: None
+        measure: MeasurementOf = measured[0] if measured else lambda match, names: None
         made = [Measured.of(own) for own in ways]
-        if self.rewriter_class.ranks:
+        if self.site.ranks:
             made = [one.with_static_sets(measure(one.match, one.site.weights)) for one in made]
         return dataclasses.replace(plans[0], decisions=tuple(made))
 
@@ -128,10 +132,10 @@ class _CaptureTrace(DenseTrace):
 class _InputTrace(_CaptureTrace):
     """A trace whose program is dense and records what predictors are fitted to."""
 
-    rewriter_class = CaptureInputs
+    site = MeasuredInputs
 
 
-def _stating(config: Config, predictor: PredictorSpec) -> Config:
+def _stating(config: Config, predictor: Predictor) -> Config:
     """The settings with a predictor wherever they have none."""
 
     def stated(settings: Any) -> Any:
@@ -216,17 +220,13 @@ class _Collected:
     def _site(self, path: str, decision: Measured, known: Calibration | None) -> SiteCalibration:
         match, settings, site = decision.match, decision.settings, decision.site
         own = {name: value for (p, name), value in self._sums.items() if p == path}
-        numbers = input_numbers(match)
+        numbers = match.input_numbers
         firsts = list(dict.fromkeys(numbers))
-        criterion = "argmax"
-        if isinstance(match, FfnMatch):
-            criterion = "units" if match.region.zeroing else "energy"
+        criterion = kind_of(match).criterion(match, settings)
         if settings.certify:
-            criterion = proved_criterion(settings)
-            if isinstance(match, FfnMatch) and match.region.own is not None:
-                criterion += CHOICE
-        group_size = settings.group_size if isinstance(settings, Ffn) else 1
-        predicted = [bytes_read(way.match, way.settings, 1, 1, group_size) for way in decision.ways]
+            criterion = proved_criterion(settings) + (CHOICE if match.own is not None else "")
+        group_size = settings.group_size
+        predicted = [bytes_read(way.match, way.settings, group_size) for way in decision.ways]
         curves = {
             way.settings.spec: Curve(
                 wanted=own[f"wanted{i}"],
@@ -236,7 +236,7 @@ class _Collected:
                 static={
                     count: (
                         own[f"static{count}_{i}"],
-                        bytes_read(match, way.settings, 1, 1, 1 + count, static=count)[0],
+                        bytes_read(match, way.settings, 1 + count, static=count)[0],
                     )
                     for count in decision.static_sets
                 },
@@ -250,11 +250,7 @@ class _Collected:
         before = None if known is None else known.sites[path]
         if before is not None and before.order is not None:
             order, touched = before.order, before.touched
-            if (
-                fired is not None
-                and energy is not None
-                and any(isinstance(n.key.form, Regrouped) for n in decision.needs)
-            ):
+            if fired is not None and energy is not None and decision.ways[0].forms.order is not None:
                 # These were summed in the order that units are grouped by.
                 back = np.argsort(order, axis=-1)
                 fired, energy = np.take_along_axis(fired, back, axis=-1), np.take_along_axis(energy, back, axis=-1)
@@ -263,8 +259,8 @@ class _Collected:
             share = own["touched"] / groups
             touched = np.stack([share if touched is None else touched[..., 0], share], axis=-1)
         if "together" in own:
-            order = np.zeros((*site_stack(match), site.units), np.int32)
-            for layer in np.ndindex(*site_stack(match)):
+            order = np.zeros((*match.stack, site.units), np.int32)
+            for layer in np.ndindex(*match.stack):
                 order[layer] = grouped_order(own["together"][layer], group_size)
         covariances = [self._mean(own["tokens"], own[f"covariance{i}"]) for i in firsts]
         return SiteCalibration(
@@ -273,7 +269,7 @@ class _Collected:
             weights=site.weights,
             width=site.inputs,
             units=site.units,
-            stack=site_stack(match),
+            stack=match.stack,
             group_size=group_size,
             criterion=criterion,
             tokens=own["tokens"],
@@ -287,10 +283,10 @@ class _Collected:
             curves=curves,
             row_bytes=predicted[0][1],
             predictor=settings.spec,
-            sizes=np.ones(site_stack(match), np.int64),
+            sizes=np.ones(match.stack, np.int64),
             target="",
             recall=None,
-            fill=settings.fill if isinstance(settings, Vocab) else "",
+            fill=settings.fill,
         )
 
     @staticmethod
@@ -303,7 +299,7 @@ class _Collected:
 
 
 def _shape(decision: Decision) -> tuple[Any, ...]:
-    return decision.site.kind, decision.site.inputs, decision.site.units, site_stack(decision.match)
+    return decision.site.kind, decision.site.inputs, decision.site.units, decision.match.stack
 
 
 def taken_apart(step: Sparsified, number: int, batch: Any) -> tuple[Traced, list[Any], dict[Root, Any]]:

@@ -11,16 +11,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hire_xform.calibrating.measuring import DenseTrace, Measuring, program, taken_apart
+from hire_xform.calibrating.measuring import Calibrator, DenseTrace, program, taken_apart
 from hire_xform.calibration.calibration import Calibration
 from hire_xform.call.calls import arguments_of
 from hire_xform.call.folding import Marks, Totals
 from hire_xform.call.stages import Traced
 from hire_xform.config import Config
 from hire_xform.lowering.primitives.records import record_p
-from hire_xform.passes.measure.rehearse import Rehearse, Rehearsed, Sizes
-from hire_xform.passes.plan.decisions import PackKey, Plan
-from hire_xform.passes.plan.measurement import Measure
+from hire_xform.passes.measure.rehearse import Rehearsed, RehearsedSite, RehearsedSizes
+from hire_xform.passes.plan.decisions import Decision, PackKey, Plan
+from hire_xform.passes.plan.measurement import MeasurementOf
 
 # Of a batch's result and its arguments, the loss.
 Loss = Callable[..., Any]
@@ -29,9 +29,11 @@ Loss = Callable[..., Any]
 class _RehearsalTrace(DenseTrace):
     """A trace whose program is dense, with what the sparse form leaves out left out."""
 
-    rewriter_class = Rehearse
+    def action_of(self, decision: Decision, has_leaf: Any) -> RehearsedSite:
+        """A site that is rehearsed."""
+        return RehearsedSite(decision)
 
-    def _plan(self, config: Config, platform: str, *measured: Measure) -> Plan:
+    def _plan(self, config: Config, platform: str, *measured: MeasurementOf) -> Plan:
         plan = super()._plan(config, platform, *measured)
         return dataclasses.replace(plan, decisions=tuple(Rehearsed.of(d) for d in plan.decisions))
 
@@ -43,7 +45,7 @@ class Rehearsal:
     time, which is what decoding reads.
     """
 
-    def __init__(self, measuring: Measuring, config: Config, batches: Sequence[Any], loss: Loss | None):
+    def __init__(self, measuring: Calibrator, config: Config, batches: Sequence[Any], loss: Loss | None):
         """For a function and its batches; ``loss`` is None where the KL divergence is measured."""
         self._measuring, self._config, self._batches, self._loss = measuring, config, batches, loss
         self._steps: dict[Any, Any] = {}
@@ -94,10 +96,10 @@ class Rehearsal:
         self, step: Any, traced: Traced, data: list[Any], plain: dict[Any, Any], sizes: Mapping[str, np.ndarray]
     ) -> tuple[list[Any], Totals]:
         keys = traced.needed_keys()
-        made = step.memory.forms([k for k in keys if not isinstance(k.form, Sizes)], plain, traced)
+        made = step.memory.forms([k for k in keys if not isinstance(k.form, RehearsedSizes)], plain, traced)
 
         def form(key: PackKey) -> Any:
-            return jnp.asarray(sizes[key.form.path], jnp.int32) if isinstance(key.form, Sizes) else made[key]
+            return jnp.asarray(sizes[key.form.path], jnp.int32) if isinstance(key.form, RehearsedSizes) else made[key]
 
         return self._programs[traced](data, list(plain.values()), [form(k) for k in keys])
 

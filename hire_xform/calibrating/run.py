@@ -15,19 +15,22 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from hire_xform.api import check_function
 from hire_xform.calibrating.choose import chosen_for_cost
-from hire_xform.calibrating.measuring import Measuring
+from hire_xform.calibrating.measuring import Calibrator
 from hire_xform.calibrating.rehearsing import Rehearsal
 from hire_xform.calibration.calibration import Calibration
 from hire_xform.call.calls import Weights
 from hire_xform.config import Config, Ffn, Rule, Vocab
 from hire_xform.errors import HireWarning
-from hire_xform.lowering.predict.predictors import LowRank, PredictorSpec, Projected, Quantized
+from hire_xform.lowering.predict.low_rank import LowRank
+from hire_xform.lowering.predict.predictors import Predictor
+from hire_xform.lowering.predict.projected import Projected
+from hire_xform.lowering.predict.quantized import Quantized
 from hire_xform.passes.plan.measurement import takes_inputs
 from hire_xform.passes.plan.settings import check_predictor
 
 _ANY_NUMBER = 1 << 62
 # Low rank in 8 bits costs a quarter of what it costs in f32 and loses little, so plain f32 factors are left out.
-PREDICTORS: tuple[PredictorSpec, ...] = (
+PREDICTORS: tuple[Predictor, ...] = (
     Quantized(8),
     Quantized(4),
     LowRank(0.125, bits=8),
@@ -38,7 +41,7 @@ PREDICTORS: tuple[PredictorSpec, ...] = (
     Projected(0.5, bits=8),
 )
 # Of sites that are all to be certified: quantised rows have the tightest bounds, coordinates the fewest bytes.
-CERTIFIED_PREDICTORS: tuple[PredictorSpec, ...] = (
+CERTIFIED_PREDICTORS: tuple[Predictor, ...] = (
     Quantized(8),
     LowRank(0.5, bits=8),
     LowRank(0.5625, bits=4),
@@ -57,7 +60,7 @@ def calibrate(
     max_kl: float | None = None,
     max_loss_increase: float | None = None,
     loss: Callable[..., Any] | None = None,
-    predictors: Sequence[PredictorSpec] | None = None,
+    predictors: Sequence[Predictor] | None = None,
     config: Config | None = None,
     fitted: Calibration | None = None,
     regroup: bool = True,
@@ -135,7 +138,7 @@ def calibrate(
     name, value = _checked_target(recall=recall, max_kl=max_kl, max_loss_increase=max_loss_increase)
     if loss is not None and (name != "max_loss_increase" or not callable(loss)):
         raise TypeError(f"calibrate: loss={loss!r}; expected a function, and max_loss_increase with it")
-    if name == "max_kl" and any(isinstance(s, Vocab) and s.fill != "predicted" for s in _all_settings(config)):
+    if name == "max_kl" and any(s.fill == "-inf" for s in _all_settings(config)):
         raise ValueError('calibrate: max_kl with fill="-inf", of which the KL divergence is infinite')
     if head_kl is not None:
         _checked_positive("head_kl", head_kl)
@@ -154,23 +157,27 @@ def calibrate(
     stated = [s.predictor for s in _all_settings(config)]
     if fitted is not None and not isinstance(fitted, Calibration):
         raise TypeError(f"calibrate: fitted={fitted!r}; expected what hx.calibrate returns, or None")
-    fits = fitted is None and any(takes_inputs(p) for s in stated for p in (predictors if s is None else (s,)))
-    grouped = regroup and any(isinstance(s, Ffn) and s.group_size > 1 for s in _all_settings(config))
+    asked = [p for s in stated for p in (predictors if s is None else (s,)) if takes_inputs(p)]
+    fits = fitted is None and bool(asked)
+    grouped = regroup and any(s.group_size > 1 for s in _all_settings(config))
     if name != "recall" and iter(batches) is batches:
         raise ValueError(
             f"calibrate: batches is a {type(batches).__name__}, which can be read once; {name} takes several passes; "
             "expected a list, or the like"
         )
     if fits and iter(batches) is batches:
+        fitting = " and ".join(sorted({type(p).__name__ for p in asked}))
         raise ValueError(
-            f"calibrate: batches is a {type(batches).__name__}, which can be read once, but LowRank and Projected are "
+            f"calibrate: batches is a {type(batches).__name__}, which can be read once, but {fitting} are "
             "fitted in a first pass and measured in a second; expected a list, or the like, or "
             "predictors=[hx.Quantized(8)]"
         )
-    often = name == "recall" and any(isinstance(s, Ffn) and not s.certify for s in _all_settings(config))
+    often = name == "recall" and any(
+        ffn is not None and not ffn.certify for ffn in (config.ffn, *(rule.ffn for rule in config.rules))
+    )
     first = fits or (fitted is None and (grouped or often) and iter(batches) is not batches)
     show = sys.stderr.isatty() if progress is None else progress
-    measuring = Measuring(fun, Weights(weights_argnums, weights_argnames), jit_options)
+    measuring = Calibrator(fun, Weights(weights_argnums, weights_argnames), jit_options)
     known: Sequence[Calibration | None] = (fitted,) * 3
     if first:
         known = measuring.inputs(_shown(batches, "inputs", show), _everywhere(config, _unfitted))
@@ -241,7 +248,7 @@ def _warn_beyond(found: Calibration) -> None:
             )
 
 
-def _checked_predictors(predictors: Any) -> tuple[PredictorSpec, ...]:
+def _checked_predictors(predictors: Any) -> tuple[Predictor, ...]:
     if not isinstance(predictors, (list, tuple)) or not predictors:
         raise TypeError(f"calibrate: predictors={predictors!r}; expected a list of at least one predictor")
     for one in predictors:

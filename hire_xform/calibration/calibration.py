@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from hire_xform.calibration.site_calibration import SiteCalibration
-from hire_xform.passes.match.matches import FfnMatch, VocabMatch
-from hire_xform.passes.plan.measurement import Measure, site_stack
+from hire_xform.passes.match.matches import Match
+from hire_xform.passes.plan.measurement import MeasurementOf
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -64,7 +64,7 @@ class Calibration:
         """Writes it as one safetensors file with a checksum; one of that name is replaced in one move.
 
         Raises:
-          ValueError: the path names no file.
+          ValueError: the path names no file, or a predictor can't be written.
           OSError: the file can't be written.
         """
         from hire_xform.calibration.calibration_file import write
@@ -77,13 +77,14 @@ class Calibration:
 
         Raises:
           FileNotFoundError: there is no such file.
-          ValueError: it is no calibration, is damaged, or of another version; the message says which.
+          ValueError: it is no calibration, is damaged, of another version, or names a predictor that is not defined;
+            the message says which.
         """
         from hire_xform.calibration.calibration_file import read
 
         return read(path)
 
-    def measure(self, matches: Sequence[VocabMatch | FfnMatch], name_of: Callable[[Any], str]) -> Measure:
+    def measurement_of(self, matches: Sequence[Match], name_of: Callable[[Any], str]) -> MeasurementOf:
         """What is known of the matches of a program: by weights and shapes, and by path among several alike.
 
         Raises:
@@ -113,10 +114,8 @@ class Calibration:
         return lambda match, names: found.get(match.node.path)
 
 
-def _shape(match: VocabMatch | FfnMatch) -> tuple[Any, ...]:
-    if isinstance(match, VocabMatch):
-        return "vocab", match.product.contracted, match.product.width, site_stack(match)
-    return "ffn", match.region.ups[0].product.contracted, match.units, site_stack(match)
+def _shape(match: Match) -> tuple[Any, ...]:
+    return match.kind, match.inputs, match.units, match.stack
 
 
 def _shape_of(site: SiteCalibration) -> tuple[Any, ...]:

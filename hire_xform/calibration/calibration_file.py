@@ -17,10 +17,9 @@ from hire_xform.calibration.calibration import Calibration
 from hire_xform.calibration.curve import Curve
 from hire_xform.calibration.site_calibration import SiteCalibration
 from hire_xform.files import write_whole
-from hire_xform.lowering.predict.predictors import LowRank, PredictorSpec, Projected, Quantized
+from hire_xform.lowering.predict.predictors import Predictor, predictor_named
 
 FORMAT, VERSION = "hire_xform.calibration", 6
-_SPECS: dict[str, Any] = {spec.__name__: spec for spec in (Quantized, LowRank, Projected)}
 _TEXTS = (
     *("kind", "path", "width", "units", "group_size", "criterion"),
     *("row_bytes", "target", "recall", "head_kl", "fill", "static"),
@@ -34,7 +33,7 @@ def write(calibration: Calibration, path: str | os.PathLike[str]) -> None:
     """Writes a calibration; a file of that name is replaced in one move.
 
     Raises:
-      ValueError: the path names no file.
+      ValueError: the path names no file, or a predictor can't be written.
       OSError: the file can't be written.
     """
     if not Path(path).name:
@@ -78,7 +77,7 @@ def read(path: str | os.PathLike[str]) -> Calibration:
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: it is no calibration, is damaged, or of another version.
+      ValueError: it is no calibration, is damaged, of another version, or names a predictor that is not defined.
     """
     path = Path(path)
     if not path.is_file():
@@ -108,6 +107,11 @@ def read(path: str | os.PathLike[str]) -> Calibration:
     try:
         told = json.loads(header["calibration"])
         return _calibration(told, arrays)
+    except _UnknownPredictorError as error:
+        raise ValueError(
+            f"Calibration.load: {path} names the predictor {error}, which is not defined here, or is damaged; import "
+            "the module that defines this subclass of hx.Predictor first"
+        ) from None
     except Exception as error:  # Whatever a file can make Python say: a bad index, a text in place of a number.
         raise ValueError(f"Calibration.load: {path} is damaged: {type(error).__name__}: {error}") from None
 
@@ -210,15 +214,34 @@ def _site(number: int, entry: dict[str, Any], arrays: dict[str, np.ndarray]) -> 
     return SiteCalibration(**made, **found, predictor=predictor, curves=curves)
 
 
-def _told_curve(spec: PredictorSpec, curve: Curve) -> dict[str, Any]:
+def _told_curve(spec: Predictor, curve: Curve) -> dict[str, Any]:
     static = [(count, read) for count, (_, read) in curve.static.items()]
     return {**_told(spec), "predictor_bytes": curve.predictor_bytes, "static": static}
 
 
-def _told(spec: PredictorSpec) -> dict[str, Any]:
-    return {"type": type(spec).__name__, **vars(spec)}
+# What stands beside a predictor's settings in an entry.
+_BESIDE = ("type", "predictor_bytes", "static")
 
 
-def _spec(entry: dict[str, Any]) -> PredictorSpec:
-    fields = {name: value for name, value in entry.items() if name not in ("type", "predictor_bytes", "static")}
-    return _SPECS[entry["type"]](**fields)
+def _told(spec: Predictor) -> dict[str, Any]:
+    try:
+        settings = json.loads(json.dumps(spec.settings()))
+        if any(name in _BESIDE for name in settings) or predictor_named(type(spec).__name__) is not type(spec):
+            raise ValueError(f"a name that is taken: of {type(spec).__name__}, or of {', '.join(settings)}")
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"Calibration.save: predictor {spec!r} can't be written: {error}; expected settings() of plain values that "
+            "its constructor takes"
+        ) from None
+    return {"type": type(spec).__name__, **settings}
+
+
+class _UnknownPredictorError(Exception):
+    """A file names a predictor that is not defined here."""
+
+
+def _spec(entry: dict[str, Any]) -> Predictor:
+    kind = predictor_named(entry["type"])
+    if kind is None:
+        raise _UnknownPredictorError(repr(entry["type"]))
+    return kind(**{name: value for name, value in entry.items() if name not in _BESIDE})

@@ -10,9 +10,10 @@ from functools import cached_property
 import numpy as np
 
 from hire_xform.calibration.curve import Curve, share_by
-from hire_xform.lowering.predict.predictors import PredictorSpec
+from hire_xform.lowering.predict.predictors import Predictor
+from hire_xform.passes.plan.forms import Inputs, Order
 from hire_xform.passes.plan.ladder import MOST, ladder_of
-from hire_xform.passes.plan.measurement import Chosen, Inputs, Order
+from hire_xform.passes.plan.measurement import Chosen
 from hire_xform.passes.plan.settings import Ffn, Vocab
 
 # Share of the tokens that a certified site's largest size is to prove, at least. What it does not prove reads all rows,
@@ -75,9 +76,9 @@ class SiteCalibration:
     touched: np.ndarray | None
     order: np.ndarray | None
     often: np.ndarray | None
-    curves: Mapping[PredictorSpec, Curve]
+    curves: Mapping[Predictor, Curve]
     row_bytes: int
-    predictor: PredictorSpec
+    predictor: Predictor
     sizes: np.ndarray
     target: str
     recall: float | None
@@ -103,8 +104,7 @@ class SiteCalibration:
 
     def order_for(self, settings: Vocab | Ffn) -> Order | None:
         """The order in which the units of groups of this size are neighbours; None for that they have."""
-        same = isinstance(settings, Ffn) and settings.group_size == self.group_size
-        return self._order if same else None
+        return self._order if settings.group_size == self.group_size else None
 
     @property
     def by_rate(self) -> np.ndarray | None:
@@ -126,7 +126,7 @@ class SiteCalibration:
         how = f"besides, the {self.static:,} units that fire most are always computed and never predicted"
         return Order(_digest(often), often, how), tuple(sorted(counts))
 
-    def curve(self, predictor: PredictorSpec | None = None) -> Curve:
+    def curve(self, predictor: Predictor | None = None) -> Curve:
         """What was measured of a predictor; None is the one that was chosen.
 
         Raises:
@@ -137,25 +137,25 @@ class SiteCalibration:
             raise ValueError(f"{self.path}: {predictor} was not measured; expected one of {list(self.curves)}")
         return self.curves[predictor]
 
-    def _recall(self, predictor: PredictorSpec | None) -> np.ndarray:
+    def _recall(self, predictor: Predictor | None) -> np.ndarray:
         curve = self.curve(predictor)
         if self.static in curve.static:
             return share_by(curve.static[self.static][0])
         return curve.found_energy if self.criterion == "energy" else curve.found
 
-    def recall_at(self, size: int, predictor: PredictorSpec | None = None) -> np.ndarray:
+    def recall_at(self, size: int, predictor: Predictor | None = None) -> np.ndarray:
         """Measured recall of so many candidates (or groups of units), ``[*stack]``."""
         recall = self._recall(predictor)
         return recall[..., min(size, recall.shape[-1]) - 1]
 
-    def energy_at(self, size: int, predictor: PredictorSpec | None = None) -> np.ndarray:
+    def energy_at(self, size: int, predictor: Predictor | None = None) -> np.ndarray:
         """Share of a block's energy in the units chosen, were so many groups chosen, ``[*stack]``."""
         if self.kind == "vocab":
             raise ValueError(f"{self.path} is a vocabulary projection; energy is that of feed-forward blocks")
         found = self.curve(predictor).found_energy
         return found[..., min(size, found.shape[-1]) - 1]
 
-    def kl_at(self, size: int, predictor: PredictorSpec | None = None) -> np.ndarray:
+    def kl_at(self, size: int, predictor: Predictor | None = None) -> np.ndarray:
         """KL divergence of so many candidates and predicted others from the dense logits, nats a token, ``[*stack]``.
 
         Beyond the sizes it was measured for, that of the largest of them, which is more.
@@ -168,7 +168,7 @@ class SiteCalibration:
         total = kl[..., min(size, kl.shape[-1]) - 1] if size < self.units else np.zeros(self.stack)
         return np.asarray(total / np.maximum(self.tokens, 1))
 
-    def bytes_at(self, size: int, predictor: PredictorSpec | None = None) -> int:
+    def bytes_at(self, size: int, predictor: Predictor | None = None) -> int:
         """Weight bytes that one token reads of one layer with so many candidates (or groups of units)."""
         curve = self.curve(predictor)
         read = curve.static[self.static][1] if self.static in curve.static else curve.predictor_bytes
@@ -179,7 +179,7 @@ class SiteCalibration:
         """Share of tokens at which each unit is not zero, ``[*stack, m]``; None for a vocabulary."""
         return None if self.fired is None else self.fired / np.maximum(self.tokens, 1)[..., None]
 
-    def sizes_for(self, recall: float, predictor: PredictorSpec | None = None) -> np.ndarray:
+    def sizes_for(self, recall: float, predictor: Predictor | None = None) -> np.ndarray:
         """For each layer the fewest candidates (or groups) that reach a recall, int ``[*stack]``.
 
         Of a certified block whose model chooses its units, a recall of the tokens that fewer than all of them prove:
@@ -213,7 +213,7 @@ class SiteCalibration:
         """With the predictor and sizes of fewest bytes for what is asked for."""
         recall = self.recall
         assert recall is not None
-        found: dict[tuple[PredictorSpec, int], tuple[np.ndarray, float]] = {}
+        found: dict[tuple[Predictor, int], tuple[np.ndarray, float]] = {}
         for predictor, curve in self.curves.items():
             sizes, rows = self._sized_for(predictor)
             found[predictor, 0] = sizes, curve.predictor_bytes + rows
@@ -222,7 +222,7 @@ class SiteCalibration:
                 sizes = np.maximum(1 + np.argmax(share_by(wanted) >= recall - 1e-12, axis=-1), count + 1)
                 found[predictor, count] = sizes, predicted + self.row_bytes * float(sizes.mean())
 
-        def cost(way: tuple[PredictorSpec, int]) -> tuple[bool, float]:
+        def cost(way: tuple[Predictor, int]) -> tuple[bool, float]:
             sizes, read = found[way]
             return self._beyond(sizes, way[0]), read
 
@@ -239,12 +239,12 @@ class SiteCalibration:
         """True of a head whose logits, at the sizes chosen, are further from the dense ones than was asked for."""
         return self._beyond(self.sizes, self.predictor)
 
-    def _beyond(self, sizes: np.ndarray, predictor: PredictorSpec) -> bool:
+    def _beyond(self, sizes: np.ndarray, predictor: Predictor) -> bool:
         if self.head_kl is None:
             return False
         return any(self.kl_at(int(sizes[i]), predictor)[i] > self.head_kl for i in np.ndindex(*self.stack))
 
-    def _within_head_kl(self, sizes: np.ndarray, predictor: PredictorSpec) -> np.ndarray:
+    def _within_head_kl(self, sizes: np.ndarray, predictor: Predictor) -> np.ndarray:
         """The least sizes from these on whose logits are within ``head_kl``; these where none that was measured is."""
         kl = self.curve(predictor).kl
         if self.head_kl is None or kl is None:
@@ -253,7 +253,7 @@ class SiteCalibration:
         enough &= np.arange(1, kl.shape[-1] + 1) >= sizes[..., None]
         return np.where(enough.any(axis=-1), 1 + np.argmax(enough, axis=-1), sizes)
 
-    def _sized_for(self, predictor: PredictorSpec) -> tuple[np.ndarray, float]:
+    def _sized_for(self, predictor: Predictor) -> tuple[np.ndarray, float]:
         """For each layer the size that is asked for, and the mean bytes of rows that one token reads.
 
         Of a certified site the largest of its sizes, which is that at least, and what it is expected to read.
@@ -276,17 +276,18 @@ class SiteCalibration:
             sizes[layer], read[layer] = ladder.counts[-1], ladder.read
         return sizes, float(read.mean())
 
-    def choose(self, settings: Vocab | Ffn, static: bool) -> Chosen:
+    def advise(self, settings: Vocab | Ffn, static: bool) -> Chosen:
         """What these settings should have where they state nothing; the size is the largest of all layers'.
 
         Args:
           settings: what is stated.
           static: whether some units may be always computed.
         """
-        own = isinstance(settings, Ffn) and settings.active is None and settings.predictor in (None, self.predictor)
+        stated = getattr(settings, settings.size_name)
+        own = stated is None and settings.predictor in (None, self.predictor)
         if self.static and not (static and own):
-            return replace(self, static=0)._chosen(static=False).choose(settings, False)
-        if isinstance(settings, Ffn) and settings.group_size != self.group_size:
+            return replace(self, static=0)._chosen(static=False).advise(settings, False)
+        if settings.group_size != self.group_size:
             how = f"not calibrated with these groups but with groups of {self.group_size}; its size is the default"
             return Chosen(None, None, how)
         if (proved_criterion(settings) if settings.certify else "") != self._proved:
@@ -297,14 +298,11 @@ class SiteCalibration:
         tokens = int(self.tokens.min())
         if not tokens:
             return Chosen(None, None, "no token of the calibration reached it; its size is the default")
-        name, stated = (
-            ("candidates", settings.candidates) if isinstance(settings, Vocab) else ("active", settings.active)
-        )
         if stated is not None:
-            predictor = settings.predictor or self._best_at(self._stated_size(settings))
+            predictor = settings.predictor or self._best_at(settings.size_in(self.units))
             # A block is the same with fewer units where they will do; logits that are asked for are computed.
             needs = self._needs(predictor) if self.kind == "ffn" else None
-            return Chosen(predictor, None, f"calibrated, but {name}={stated} is given", needs=needs)
+            return Chosen(predictor, None, f"calibrated, but {settings.size_name}={stated} is given", needs=needs)
         predictor = settings.predictor or self.predictor
         if predictor == self.predictor:
             sizes = self.sizes - self.static
@@ -318,13 +316,13 @@ class SiteCalibration:
         what = "candidate" if self.kind == "vocab" else "unit" if self.group_size == 1 else "group"
         sized = f"{size:,} {what}{'s' * (size > 1)}"
         how = f"calibrated: {sized} for {self.target}, {tokens:,} tokens"
-        if isinstance(settings, Vocab) and settings.fill != self.fill and self.head_kl is not None:
+        if settings.fill != self.fill and self.head_kl is not None:
             how += f"; nats of fill={self.fill!r}, with which it was measured"
         if self._beyond(sizes, predictor):
             how += f"; its logits are {self.kl_at(size, predictor).max():.2g} nats a token from the dense ones"
         return Chosen(predictor, size, how, sizes if self.stack else None, self._needs(predictor), self.static)
 
-    def _needs(self, predictor: PredictorSpec) -> np.ndarray | None:
+    def _needs(self, predictor: Predictor) -> np.ndarray | None:
         """How many tokens need 1, 2, ... rows (or groups) of a certified site, ``[*stack, n]``, where that is known."""
         return self.curves[predictor].wanted if self._proved and predictor in self.curves else None
 
@@ -342,12 +340,7 @@ class SiteCalibration:
         """True of a certified block whose model chooses its units: it has one size, and proves after computing it."""
         return self.criterion.endswith(CHOICE)
 
-    def _stated_size(self, settings: Vocab | Ffn) -> int:
-        if isinstance(settings, Vocab):
-            return settings.candidates_of(self.units)
-        return max(1, round(settings.active_of(None) * (self.units // self.group_size)))
-
-    def _best_at(self, size: int) -> PredictorSpec:
+    def _best_at(self, size: int) -> Predictor:
         """For a size that is given: the fewest bytes of those that do what is asked for, or else the highest recall."""
         reached = {p: float(self.recall_at(size, p).min()) for p in self.curves}
         enough = [p for p in self.curves if self.recall is not None and reached[p] >= self.recall]

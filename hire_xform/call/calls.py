@@ -17,7 +17,7 @@ from hire_xform.passes.ir.each_device import is_explicit
 from hire_xform.passes.ir.static_values import value_key
 from hire_xform.passes.pack.packed import Packed, PackedToken
 from hire_xform.passes.plan.placement import device_of, placement_of, platform_of, token_axes_of
-from hire_xform.passes.weights.provenance import Root
+from hire_xform.passes.weights.recipe import Root
 
 # What jax.jit traces; any other leaf (a function, a string, a dtype) is static.
 ARRAY_TYPES = (jax.Array, np.ndarray, np.generic, bool, int, float, complex, jax.ShapeDtypeStruct)

@@ -29,7 +29,7 @@ from hire_xform.passes.ir import compat
 from hire_xform.passes.pack.packed import Packed, PackedToken
 from hire_xform.passes.plan.decisions import PackKey
 from hire_xform.passes.plan.placement import placement_of, token_axes_of
-from hire_xform.passes.weights.provenance import Root
+from hire_xform.passes.weights.recipe import Root
 
 if TYPE_CHECKING:
     from hire_xform.api import Sparsified

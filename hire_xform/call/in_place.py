@@ -11,7 +11,8 @@ import jax
 from hire_xform.call.calls import Signature
 from hire_xform.errors import HireWarning
 from hire_xform.passes.ir.graph import Value, walk
-from hire_xform.passes.weights.provenance import Provenance, Root
+from hire_xform.passes.weights.provenance import Provenance
+from hire_xform.passes.weights.recipe import Root
 
 
 def weight_leaves(signature: Signature, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[tuple[Any, ...], Any]:

@@ -17,7 +17,7 @@ from hire_xform.call.stages import Traced
 from hire_xform.errors import HireWarning
 from hire_xform.passes.ir import compat
 from hire_xform.passes.plan.decisions import PackKey
-from hire_xform.passes.weights.provenance import Root
+from hire_xform.passes.weights.recipe import Root
 
 # A weight leaf that was packed this many times is reported once.
 REPACK_LIMIT = 3

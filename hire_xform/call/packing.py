@@ -17,8 +17,9 @@ from hire_xform.passes.ir.static_values import value_key
 from hire_xform.passes.pack.make import pack_array, packing_bytes
 from hire_xform.passes.pack.packed import Packed, PackLayout
 from hire_xform.passes.plan.decisions import PackKey
+from hire_xform.passes.plan.forms import ROWS
 from hire_xform.passes.plan.placement import placement_of
-from hire_xform.passes.weights.provenance import Root
+from hire_xform.passes.weights.recipe import Root
 
 # Below this many bytes packing is over before a bar could be read.
 SHOW_FROM = 256 << 20
@@ -38,10 +39,10 @@ def pack_keys(keys: Sequence[PackKey], leaf_of: Callable[[Root], Any], progress:
 
     def pack(key: PackKey) -> None:
         # One after the other: the temporaries of one form are gone before those of the next are there.
-        rows = made.get(replace(key, form="rows"))
+        rows = made.get(replace(key, form=ROWS))
         made[key] = jax.block_until_ready(pack_array(key, leaf_of(key.recipe.root), rows))
 
-    keys = sorted(keys, key=lambda key: key.form != "rows")
+    keys = sorted(keys, key=lambda key: not key.is_rows)
     if not progress or not keys:
         for key in keys:
             pack(key)

@@ -20,7 +20,8 @@ from hire_xform.passes.ir.graph import Graph, walk
 from hire_xform.passes.ir.verify import verify_graph
 from hire_xform.passes.match.detect import detect
 from hire_xform.passes.match.matches import Detection
-from hire_xform.passes.weights.provenance import Provenance, Root
+from hire_xform.passes.weights.provenance import Provenance
+from hire_xform.passes.weights.recipe import Root
 
 
 class Program:

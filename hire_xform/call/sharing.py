@@ -11,7 +11,7 @@ from hire_xform.call.stages import Traced
 from hire_xform.passes.ir.static_values import value_key
 from hire_xform.passes.pack.packed import PackLayout
 from hire_xform.passes.rewrite.holding import decide_holding
-from hire_xform.passes.weights.provenance import Root
+from hire_xform.passes.weights.recipe import Root
 
 
 def pack(weights: Any, traced: Traced | Sequence[Traced], *, progress: bool | None = None) -> Any:

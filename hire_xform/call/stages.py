@@ -24,15 +24,16 @@ from hire_xform.errors import HireWarning, PackedMismatchError
 from hire_xform.passes.ir.graph import Node
 from hire_xform.passes.pack.make import pack_shapes, unpack_rows
 from hire_xform.passes.pack.packed import Packed, PackLayout
-from hire_xform.passes.plan.decisions import Need, PackKey, Plan
+from hire_xform.passes.plan.decisions import Decision, Need, PackKey, Plan
 from hire_xform.passes.plan.make import make_plan
-from hire_xform.passes.plan.measurement import Measure
+from hire_xform.passes.plan.measurement import MeasurementOf
 from hire_xform.passes.plan.placement import place
 from hire_xform.passes.plan.row_order import distribute_rows
-from hire_xform.passes.rewrite.actions import Treatment, treatments
+from hire_xform.passes.rewrite.action import Action
+from hire_xform.passes.rewrite.actions import actions_of, rewritten
 from hire_xform.passes.rewrite.holding import Holding, Reader, decide_holding
 from hire_xform.passes.rewrite.rewriter import Rewriter
-from hire_xform.passes.weights.provenance import Root
+from hire_xform.passes.weights.recipe import Root
 
 
 @dataclass(eq=False)
@@ -60,7 +61,6 @@ class Traced(Program):
       jaxpr: the original program.
     """
 
-    rewriter_class: type[Rewriter] = Rewriter
     # Whether the program stays dense, sites being measured only.
     runs_dense = False
 
@@ -79,7 +79,7 @@ class Traced(Program):
         self._rewriters: dict[Any, Rewriter] = {}
         self._told = False
         with collector_paused():
-            measured = [calibration.measure(self._detection.matches, self.name)] if calibration else []
+            measured = [calibration.measurement_of(self._detection.matches, self.name)] if calibration else []
             with self.timed("plan"):
                 plan = self._plan(config, platform, *measured)
             unmatched = config.unmatched(self.rule_paths)
@@ -89,7 +89,7 @@ class Traced(Program):
 
             dump_stages(self)
 
-    def _plan(self, config: Config, platform: str, *measured: Measure) -> Plan:
+    def _plan(self, config: Config, platform: str, *measured: MeasurementOf) -> Plan:
         measure = measured[0] if measured else _no_measurement
         plan = make_plan(self._detection, config.choose, platform, self.name, measure, self._place, self.runs_dense)
         return distribute_rows(plan, self._read_as_they_are)
@@ -98,9 +98,13 @@ class Traced(Program):
         """The weights that the program of a plan reads besides its packed forms, lookups in cyclic rows being there."""
         cyclic = {need.key.recipe.root for d in plan.decisions if d.cyclic for need in d.needs}
         keys = {need.key for d in plan.decisions for need in d.needs}
-        todo = treatments(self._detection, plan, lambda root: root not in cyclic, lambda key: key in keys)
+        todo = self._actions(lambda root: root not in cyclic, lambda key: key in keys, plan)
         needed = self._rewriter(todo).needed_inputs()
         return [root for root, read in zip(self.call.roots, needed, strict=True) if root is not None and read]
+
+    def action_of(self, decision: Decision, has_leaf: Callable[[Root], bool]) -> Action:
+        """What is done in the place of a site, given which leaves are there."""
+        return rewritten(decision, has_leaf)
 
     @cached_property
     def _is_placed(self) -> bool:
@@ -200,7 +204,7 @@ class Traced(Program):
     def reader(self) -> Reader:
         """The rewritten program as it reads weights; their arguments are numbered as ``pack`` takes them."""
         slots = {Root.of(key, 0).kind: slot for slot, key in enumerate(self.signature.weights)}
-        return Reader(self._detection, self.plan, self.call.roots, slots, self._rewriter)
+        return Reader(self._actions, self.plan, self.call.roots, slots, self._rewriter)
 
     @cached_property
     def _holdings(self) -> dict[int, Holding]:
@@ -211,24 +215,27 @@ class Traced(Program):
         """The layouts of the weights arguments, in their order, when they hold what is given for the number of each."""
         return [self._layout(key, holdings.get(n, Holding())) for n, key in enumerate(self.signature.weights)]
 
-    def _rewriter(self, todo: dict[Node, Treatment]) -> Rewriter:
-        """The rewriter of some treatments, made once."""
-        signature = tuple(
-            (node, type(one), getattr(one, "cyclic", None), getattr(one, "leaves", None)) for node, one in todo.items()
-        )
-        known = self._rewriters.get(signature)
-        return known or self._rewriters.setdefault(signature, self.rewriter_class(self._graph, todo))
+    def _actions(
+        self, has_leaf: Callable[[Root], bool], has_key: Callable[[PackKey], bool], plan: Plan | None = None
+    ) -> dict[Node, Action]:
+        """What is done where by the plan, given which leaves and packed forms are there."""
+        return actions_of(self._detection, plan or self.plan, has_leaf, has_key, self.action_of)
+
+    def _rewriter(self, todo: dict[Node, Action]) -> Rewriter:
+        """The rewriter of some actions, made once."""
+        key = tuple((node, action.key) for node, action in todo.items())
+        return self._rewriters.get(key) or self._rewriters.setdefault(key, Rewriter(self._graph, todo))
 
     def needed_keys(self) -> list[PackKey]:
         """Packed forms the plan reads, rows that are plain leaves left out."""
         keys = dict.fromkeys(n.key for d in self.plan.decisions for n in d.needs)
-        return [k for k in keys if not (k.form == "rows" and k.recipe.is_leaf)]
+        return [k for k in keys if not k.is_leaf]
 
     @cached_property
     def plain_roots(self) -> frozenset[Root]:
         """Weights that a call with plain weights reads as they are, packed forms being there."""
         keys = set(self.needed_keys())
-        todo = treatments(self._detection, self.plan, lambda root: True, lambda key: key in keys)
+        todo = self._actions(lambda root: True, lambda key: key in keys)
         needed = self._rewriter(todo).needed_inputs()
         found = {root for root, read in zip(self.call.roots, needed, strict=True) if root is not None and read}
         found |= {n.key.recipe.root for one in todo.values() for n in one.needs if n.key not in keys}
@@ -245,7 +252,7 @@ class Traced(Program):
             held = layouts.get(key.recipe.root.argument)
             return held is None or held.number_of(key.anywhere) is not None
 
-        todo = treatments(self._detection, self.plan, has_leaf, has_key)
+        todo = self._actions(has_leaf, has_key)
         read = zip(self.call.roots, self._rewriter(todo).needed_inputs(), strict=True)
         whole = [root for root, needed in read if root is not None and needed and not has_leaf(root)]
         return all(root.index in dict(layouts[root.argument].restored) for root in whole)
@@ -269,7 +276,7 @@ class Traced(Program):
         def has_leaf(root: Root) -> bool:
             return root.kind == "const" or supply.leaf(root) is not None
 
-        todo = treatments(self._detection, self.plan, has_leaf, lambda key: supply.form(key) is not None)
+        todo = self._actions(has_leaf, lambda key: supply.form(key) is not None)
         rewriter = self._rewriter(todo)
         operands = []
         for leaf, root, needed in zip(leaves, self.call.roots, rewriter.needed_inputs(), strict=True):

@@ -16,7 +16,7 @@ from hire_xform.call.stages import Traced
 from hire_xform.errors import TracedWeightsError
 from hire_xform.passes.pack.make import pack_array
 from hire_xform.passes.plan.decisions import PackKey
-from hire_xform.passes.weights.provenance import Root
+from hire_xform.passes.weights.recipe import Root
 
 __all__ = ["pack_traced", "traced_weights_p"]
 

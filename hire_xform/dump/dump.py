@@ -10,7 +10,6 @@ import jax
 from hire_xform.dump import page as dump_page
 from hire_xform.dump import text as dump_text
 from hire_xform.dump.listing import PHASES, Dump, Equation, Mark, Marker, list_program
-from hire_xform.passes.match.matches import FfnMatch
 from hire_xform.passes.plan.decisions import Decision, Plan
 
 if TYPE_CHECKING:
@@ -90,10 +89,7 @@ def _before_marker(plan: Plan) -> Marker:
 
 def _paths(decision: Decision) -> set[str]:
     """The equations that a site replaces."""
-    nodes = {product.node for product in decision.match.products}
-    if isinstance(decision.match, FfnMatch):
-        nodes |= decision.match.region.nodes
-    return {node.path for node in nodes}
+    return {node.path for node in decision.match.nodes}
 
 
 def _after_marker(plan: Plan) -> Marker:

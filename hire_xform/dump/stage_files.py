@@ -11,7 +11,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 
@@ -20,7 +20,7 @@ from hire_xform.dump.listing import type_text
 from hire_xform.dump.text import plural, short_reason, short_source
 from hire_xform.explain import explain, size
 from hire_xform.passes.ir.graph import Graph, Operand, Scope, Value
-from hire_xform.passes.match.matches import Detection, FfnMatch, VocabMatch
+from hire_xform.passes.match.matches import Detection, Match
 from hire_xform.passes.match.region import Apply, Expr, Number, Side, Up
 from hire_xform.passes.pack.packed import Packed
 from hire_xform.passes.weights.provenance import Root
@@ -141,21 +141,26 @@ def _weights(traced: Traced) -> list[str]:
 def _matches(found: Detection) -> list[str]:
     """Each match with its region, and each rejection with its reason."""
     lines = [f"matches: {len(found.matches)}, rejections: {len(found.rejections)}"]
+    told = {"ffn": _block, "vocab": _vocabulary}
     for match in found.matches:
-        lines += ["", *(_block(match) if isinstance(match, FfnMatch) else _vocabulary(match))]
+        lines += ["", *told.get(match.kind, _match)(match)]
     if found.rejections:
         lines += [""]
     return lines + [f"rejected {r.node.path}: {short_reason(r.reason)}" for r in found.rejections]
 
 
-def _vocabulary(match: VocabMatch) -> list[str]:
+def _match(match: Match) -> list[str]:
+    return [f"{match.kind} {match.node.path}: {match.units:,} rows"]
+
+
+def _vocabulary(match: Any) -> list[str]:
     lines = [
         f"vocab {match.node.path}: {match.units:,} rows; logits: {short_reason(match.evidence) or 'nothing says so'}"
     ]
     return lines + [f"  read by {reader.kind}: {short_reason(reader.where)}" for reader in match.readers]
 
 
-def _block(match: FfnMatch) -> list[str]:
+def _block(match: Any) -> list[str]:
     region = match.region
     zeros = f"zeros: {'none' if region.zero_share is None else f'{region.zero_share:.2f}'}"
     own = f"; the model's own choice: {region.own.name}" if region.own is not None else ""
@@ -193,5 +198,5 @@ def _packed(traced: Traced) -> list[str]:
             arrays = jax.tree.leaves(packed.form(form))
             held = size(sum(math.prod(a.shape) * a.dtype.itemsize for a in arrays))
             name = traced.name(Root.of(key, form.recipe.root.index))
-            lines.append(f"  {form.form!r} of {name}: {', '.join(map(type_text, arrays))}  {held}")
+            lines.append(f"  {form.form} of {name}: {', '.join(map(type_text, arrays))}  {held}")
     return lines or ["nothing is packed"]

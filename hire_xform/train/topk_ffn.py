@@ -15,10 +15,10 @@ from hire_xform.call.stages import call_leaves
 from hire_xform.config import Config, Rule
 from hire_xform.errors import HireWarning
 from hire_xform.explain import explain_top_groups
+from hire_xform.passes.kinds.top_groups import plan_top_groups
 from hire_xform.passes.plan.decisions import Plan
 from hire_xform.passes.plan.settings import Ffn, refuse
 from hire_xform.passes.rewrite.rewriter import Rewriter
-from hire_xform.passes.rewrite.top_groups import plan_top_groups
 
 
 def topk_ffn(

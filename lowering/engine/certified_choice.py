@@ -19,28 +19,26 @@ is bounded in ``passes/prove/sum_bounds.py``. Too many open units, and whatever 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from hire_xform.lowering.engine.proved_or_dense import proved_or_dense
-from hire_xform.lowering.engine.rows import combine_rows
-from hire_xform.lowering.engine.selection import choose, select
-from hire_xform.lowering.engine.subgraph import Gather, UpProduct, chosen_products, gather_chosen
-from hire_xform.lowering.predict.predictors import PredictorSpec
-from hire_xform.lowering.primitives.ranks import Moments
+from hire_xform.lowering.engine.block import Gather, chosen_products
+from hire_xform.lowering.engine.certified_ffn import Block
+from hire_xform.lowering.engine.engine import Operands, Steps
+from hire_xform.lowering.engine.selection import Selection, choose, entries
 from hire_xform.lowering.prove.bounds import norm, product_error, slack, tiny
 from hire_xform.lowering.prove.intervals import Interval, rounded
 from hire_xform.lowering.prove.moment_bounds import UnitMoments, bounded_moments
-from hire_xform.lowering.prove.proofs import Proof, scores_with_bounds
+from hire_xform.lowering.prove.proofs import scores_with_bounds
 from hire_xform.lowering.xla.nan_max import largest_or_nan
 from hire_xform.lowering.xla.skinny_dot import skinny_dot
 
-__all__ = ["ChoiceBlock", "ChoiceOperands", "Largest", "certified_choice", "groups_needed"]
+__all__ = ["ChoiceBlock", "Largest"]
 
 
 class Largest(NamedTuple):
@@ -89,99 +87,73 @@ class Proving(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ChoiceBlock:
-    """What is static of a certified block whose model chooses units itself.
+class ChoiceBlock(Block):
+    """A block whose model chooses its units itself.
 
     Attributes:
-      units: hidden units, m.
-      region: what the model does to the units: ``region(hiddens, sides, gather, moments)``.
-      proving: the same on intervals.
+      proving: what the model does to the units, on intervals. Its score hangs on the products that have a proof.
       ranks: of which ranks the model takes the largest score, its k among them; none for a threshold.
-      dense_region: what the model does to all of them: ``dense_region(hiddens, sides)``.
-      dense_up: the dense product number ``i`` into the units: ``dense_up(i, x, rows)``, ``[T, m]``.
-      dense_down: the dense contracting product, ``[T, d_out]``.
-      own: the block as the program has it, of the original weights: ``own(xs, sides, leaves)``; ``[T, d_out]``.
-      spec: the predictor of the products that the score hangs on.
-      active: groups of units each token may have computed.
-      group_size: units in a group; where the model chooses groups, a multiple of theirs.
-      up_dtypes: dtypes of the products into the units. Whether the dense program rounds to them is not known.
-      hidden_dtypes: dtypes in which ``region`` is given them.
-      out_dtype: dtype of the result.
-      input_bits: significant bits that the dense products keep of f32 inputs.
     """
 
-    units: int
-    region: Callable[[list[jax.Array], list[jax.Array], Gather, list], jax.Array]
     proving: Proving
     ranks: tuple[int, ...]
-    dense_region: Callable[[list[jax.Array], list[jax.Array]], jax.Array]
-    dense_up: Callable[[int, jax.Array, jax.Array], jax.Array]
-    dense_down: Callable[[jax.Array, jax.Array], jax.Array]
-    own: Callable[[list[jax.Array], list[jax.Array], Any], jax.Array]
-    spec: PredictorSpec
-    active: int
-    group_size: int
-    up_dtypes: tuple[jnp.dtype, ...]
-    hidden_dtypes: tuple[jnp.dtype, ...]
-    out_dtype: jnp.dtype
-    input_bits: int = 24
+
+    def steps(self, o: Operands) -> tuple[Steps, Sequence[Selection]]:
+        """Candidates are the groups whose score can be largest; they are proved to do once they are computed."""
+        with jax.named_scope("predict"):
+            bounded = _bounded(self, o)
+            scores = self.grouped(bounded.score.high)
+
+        def compute(index: jax.Array) -> _Computed:
+            ups = self.ups(o)
+            hiddens = chosen_products(ups, index, self.group_size)
+            terms = [
+                chosen_products([up], index, self.group_size, magnitudes=True)[0] if close else None
+                for up, close in zip(ups, _bounded_closely(self, o), strict=True)
+            ]
+            return _Computed(hiddens, terms)
+
+        steps = Steps(
+            scores=scores,
+            compute=compute,
+            in_order=True,
+            result=lambda index, made: self.sparse(o, index, made.hiddens, bounded.moments),
+            proved=lambda index, made: _proved(self, o, bounded, made, index),
+        )
+        return steps, (choose(o.xs[0].shape[0], self.units // self.group_size, self.active),)
+
+    def needed(self, o: Operands) -> tuple[jax.Array, jax.Array]:
+        """All groups of a token that needs them to be told apart, or whose choice rounding alone could change."""
+
+        def all_units(values: jax.Array) -> jax.Array:
+            return values
+
+        assert o.largest_down is not None
+        sides, bounded = lax.stop_gradient(o.sides), _bounded(self, o)
+        terms = [
+            skinny_dot(*(jnp.abs(a.astype(jnp.float32)) for a in (x, self.own_rows(rows, first)))) if close else None
+            for x, rows, first, close in zip(o.xs, o.rows, o.first_rows, _bounded_closely(self, o), strict=True)
+        ]
+        exact, score = _exact(self, o, bounded, _Computed(self.dense_hiddens(o), terms), all_units)
+        upper = self.grouped(bounded.score.high)
+        largest = _largest(self.ranks, score, jnp.full_like(upper[:, :1], -jnp.inf))
+        zero, settled = self.proving.settle(exact, sides, all_units, bounded.moments, largest)
+        provable = jnp.all(zero | settled, axis=1) & (o.largest_down < jnp.inf)
+        zero, _ = self.proving.settle(bounded.hiddens, sides, all_units, bounded.moments, largest)
+        wanted = jnp.logical_not(zero.reshape(*upper.shape, self.group_size).all(axis=-1))
+        upper = jnp.where(jnp.isnan(upper), jnp.inf, upper)
+        for rank in self.ranks:
+            wanted |= upper > largest.at(rank).low
+        least = jnp.min(jnp.where(wanted, upper, jnp.inf), axis=1, keepdims=True)
+        count = jnp.maximum(jnp.sum(upper >= least, axis=1, dtype=jnp.int32), 1)
+        return upper, jnp.where(provable, count, upper.shape[1])
 
 
-class ChoiceOperands(NamedTuple):
-    """The arrays of such a block: ``u`` products into the units, and for each of them an entry in the lists.
+class _Computed(NamedTuple):
+    """For each product the computed units, ``[T, K]``, and the same of magnitudes where the norms' bound won't do."""
 
-    Attributes:
-      xs: the tokens, ``[T, d]``.
-      sides: side inputs in canonical form: ``[T or 1, m or 1]``, or scalars.
-      rows: ``[m, d]``, or taller matrices.
-      first_rows: where the rows begin in them.
-      down: ``[m, d_out]``, or taller.
-      first_down: where its rows begin.
-      proofs: what is kept of the rows, with bounds; None where the score does not hang on them.
-      largest: the largest norm of a row, f32 scalars, where there is no proof.
-      moments: from ``pack_bounded_moments``; None where the model takes no mean of them.
-      largest_down: the largest norm of a row of ``down``.
-      leaves: the original weights, a pytree; None where they are not there, and the fallback reads the rows.
-    """
-
-    xs: list[jax.Array]
-    sides: list[jax.Array]
-    rows: list[jax.Array]
-    first_rows: list[jax.Array]
-    down: jax.Array
-    first_down: jax.Array
-    proofs: list[Proof | None]
-    largest: list[jax.Array | None]
-    moments: list[Moments | None]
-    largest_down: jax.Array
-    leaves: Any = None
-
-
-def certified_choice(block: ChoiceBlock, operands: ChoiceOperands) -> tuple[jax.Array, jax.Array]:
-    """A block whose candidates are proved to hold the units that the dense block keeps; else the dense block.
-
-    Under ``vmap`` over tokens and side inputs the tokens of all examples are taken together.
-
-    Returns:
-      ``[T, d_out]``, and a bool scalar: whether the dense block was run.
-    """
-    return proved_or_dense(lambda o: _attempt(block, o), lambda o: _dense(block, o), operands)
-
-
-def _dense(block: ChoiceBlock, o: ChoiceOperands) -> jax.Array:
-    activation = block.dense_region(_dense_hiddens(block, o), o.sides)
-    return block.dense_down(activation, _own(block, o.down, o.first_down))
-
-
-def _dense_hiddens(block: ChoiceBlock, o: ChoiceOperands) -> list[jax.Array]:
-    return [
-        block.dense_up(i, x, _own(block, rows, first))
-        for i, (x, rows, first) in enumerate(zip(o.xs, o.rows, o.first_rows, strict=True))
-    ]
-
-
-def _own(block: ChoiceBlock, rows: jax.Array, first: jax.Array) -> jax.Array:
-    return rows if rows.shape[0] == block.units else lax.dynamic_slice_in_dim(rows, first, block.units)
+    hiddens: list[jax.Array]
+    terms: list[jax.Array | None]
 
 
 class _Bounded(NamedTuple):
@@ -193,7 +165,7 @@ class _Bounded(NamedTuple):
     score: Interval
 
 
-def _bounded(block: ChoiceBlock, o: ChoiceOperands) -> _Bounded:
+def _bounded(block: ChoiceBlock, o: Operands) -> _Bounded:
     hiddens, apart, found = [], [], []
     xs, sides = lax.stop_gradient((o.xs, o.sides))
     tokens = xs[0].shape[0]
@@ -215,68 +187,14 @@ def _bounded(block: ChoiceBlock, o: ChoiceOperands) -> _Bounded:
     return _Bounded(hiddens, apart, found, full)
 
 
-def _grouped(block: ChoiceBlock, values: jax.Array) -> jax.Array:
-    """The largest of each group of units, ``[T, units / group_size]``; of NaNs a NaN."""
-    return largest_or_nan(values.reshape(values.shape[0], -1, block.group_size), -1)
-
-
-def _attempt(block: ChoiceBlock, o: ChoiceOperands) -> tuple[jax.Array, jax.Array]:
-    tokens, groups = o.xs[0].shape[0], block.units // block.group_size
-    selection = choose(tokens, groups, block.active)
-    with jax.named_scope("predict"):
-        bounded = _bounded(block, o)
-    with jax.named_scope("select"):
-        # In ascending order, as ties of a top-k are broken.
-        index = jnp.sort(select(_grouped(block, bounded.score.high), selection), axis=-1)
-    ups = [
-        UpProduct(x=x, rows=rows, first_row=_start(rows, first, block), packed=None, spec=block.spec, dtype=dtype)
-        for x, rows, first, dtype in zip(o.xs, o.rows, o.first_rows, block.hidden_dtypes, strict=True)
-    ]
-    with jax.named_scope("compute"):
-        hiddens = chosen_products(ups, index, block.group_size)
-        terms = [
-            chosen_products([up], index, block.group_size, magnitudes=True)[0] if close else None
-            for up, close in zip(ups, _bounded_closely(block, o), strict=True)
-        ]
-    gather = gather_chosen(index, tokens, block.units, block.group_size)
-    with jax.named_scope("prove"):
-        fallback = jnp.logical_not(_proved(block, o, bounded, hiddens, terms, index, gather))
-
-    def sparse() -> jax.Array:
-        own = [h.astype(up.dtype) for h, up in zip(hiddens, ups, strict=True)]
-        activation = block.region(own, o.sides, gather, bounded.moments)
-        start = _start(o.down, o.first_down, block)
-        down_index = index if isinstance(start, int) else index + start // block.group_size
-        return combine_rows(
-            activation, o.down, down_index, group_size=block.group_size, preferred_element_type=block.out_dtype
-        )
-
-    return lax.cond(fallback, lambda: _fallback(block, o), sparse), fallback
-
-
-def _fallback(block: ChoiceBlock, o: ChoiceOperands) -> jax.Array:
-    return _dense(block, o) if o.leaves is None else block.own(o.xs, o.sides, o.leaves)
-
-
-def _start(rows: jax.Array, first: jax.Array, block: ChoiceBlock) -> jax.Array | int:
-    return 0 if rows.shape[0] == block.units else first
-
-
-def _proved(
-    block: ChoiceBlock,
-    o: ChoiceOperands,
-    bounded: _Bounded,
-    hiddens: list[jax.Array],
-    terms: list[jax.Array | None],
-    index: jax.Array,
-    gather: Gather,
-) -> jax.Array:
+def _proved(block: ChoiceBlock, o: Operands, bounded: _Bounded, made: _Computed, index: jax.Array) -> jax.Array:
     """Whether what is certified holds for every token, a bool scalar; a NaN proves nothing."""
-    tokens, sides = o.xs[0].shape[0], lax.stop_gradient(o.sides)
-    exact, score = _exact(block, o, bounded, hiddens, terms, gather)
-    others = _grouped(block, bounded.score.high)
-    at = (slice(None), index) if index.ndim == 1 else (jnp.arange(tokens)[:, None], index)
-    chosen = jnp.zeros(others.shape, bool).at[at].set(True, unique_indices=True, mode="promise_in_bounds")
+    tokens, sides, gather = o.xs[0].shape[0], lax.stop_gradient(o.sides), block.gather(o, index)
+    assert o.largest_down is not None
+    exact, score = _exact(block, o, bounded, made, gather)
+    others = block.grouped(bounded.score.high)
+    chosen = jnp.zeros(others.shape, bool)
+    chosen = chosen.at[entries(index, others)].set(True, unique_indices=True, mode="promise_in_bounds")
     outside = largest_or_nan(jnp.where(chosen, -jnp.inf, others), 1, keepdims=True)
     largest = _largest(block.ranks, score, outside)
     zero, settled = block.proving.settle(exact, sides, gather, bounded.moments, largest)
@@ -289,67 +207,22 @@ def _proved(
     return proved & (o.largest_down < jnp.inf)
 
 
-def _bounded_closely(block: ChoiceBlock, o: ChoiceOperands) -> list[bool]:
+def _bounded_closely(block: ChoiceBlock, o: Operands) -> list[bool]:
     """For each product whether computed units are bounded by their own terms: where the choice hangs on it."""
     return [proof is not None and block.proving.compares for proof in o.proofs]
 
 
 def _exact(
-    block: ChoiceBlock,
-    o: ChoiceOperands,
-    bounded: _Bounded,
-    hiddens: Sequence[jax.Array],
-    terms: Sequence[jax.Array | None],
-    gather: Gather,
+    block: ChoiceBlock, o: Operands, bounded: _Bounded, made: _Computed, gather: Gather
 ) -> tuple[list[Interval], Interval]:
-    """What dense products of computed units can be, and their score.
-
-    Args:
-      block, o, bounded: the block.
-      hiddens: for each product the computed units, ``[T, K]``.
-      terms: the same of magnitudes; None where the norms' bound will do.
-      gather: brings what is known of all units to these.
-    """
+    """What dense products of computed units can be, and their score; ``gather`` brings values of all units to these."""
     exact = []
-    for x, value, own, off, dtype in zip(
-        o.xs, lax.stop_gradient(hiddens), lax.stop_gradient(terms), bounded.apart, block.up_dtypes, strict=True
-    ):
+    for x, value, own, off, dtype in zip(o.xs, *lax.stop_gradient(made), bounded.apart, block.up_dtypes, strict=True):
         near = gather(off) if own is None else product_error(own, x.shape[1], block.input_bits)
         value = value.astype(jnp.float32)
         exact.append(rounded(Interval(value - near, value + near), dtype))
     score = block.proving.score(exact, lax.stop_gradient(o.sides), gather, bounded.moments)
     return exact, score.map(lambda end: jnp.broadcast_to(end, exact[0].low.shape))
-
-
-def groups_needed(block: ChoiceBlock, o: ChoiceOperands) -> tuple[jax.Array, jax.Array]:
-    """For a calibration: how many candidates prove the choice, all units computed.
-
-    Returns:
-      Upper bounds of the groups' scores, f32 ``[T, n]``, by which candidates are taken, and about how many of them each
-      token needs, int32 ``[T]``, 1 to n: all n where rounding alone could change the choice.
-    """
-
-    def all_units(values: jax.Array) -> jax.Array:
-        return values
-
-    sides, bounded = lax.stop_gradient(o.sides), _bounded(block, o)
-    terms = [
-        skinny_dot(*(jnp.abs(a.astype(jnp.float32)) for a in (x, _own(block, rows, first)))) if close else None
-        for x, rows, first, close in zip(o.xs, o.rows, o.first_rows, _bounded_closely(block, o), strict=True)
-    ]
-    exact, score = _exact(block, o, bounded, _dense_hiddens(block, o), terms, all_units)
-    upper = _grouped(block, bounded.score.high)
-    largest = _largest(block.ranks, score, jnp.full_like(upper[:, :1], -jnp.inf))
-    zero, settled = block.proving.settle(exact, sides, all_units, bounded.moments, largest)
-    provable = jnp.all(zero | settled, axis=1) & (o.largest_down < jnp.inf)
-    zero, _ = block.proving.settle(bounded.hiddens, sides, all_units, bounded.moments, largest)
-    wanted = jnp.logical_not(zero.reshape(*upper.shape, block.group_size).all(axis=-1))
-    upper = jnp.where(jnp.isnan(upper), jnp.inf, upper)
-    for rank in block.ranks:
-        wanted |= upper > largest.at(rank).low
-    least = jnp.min(jnp.where(wanted, upper, jnp.inf), axis=1, keepdims=True)
-    count = jnp.maximum(jnp.sum(upper >= least, axis=1, dtype=jnp.int32), 1)
-    return upper, jnp.where(provable, count, upper.shape[1])
 
 
 def _largest(ranks: Sequence[int], score: Interval, outside: jax.Array) -> Largest:

@@ -8,14 +8,14 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
 from hire_xform.lowering.primitives.da_top_k import da_top_k
 
-__all__ = ["Selection", "choose", "leaves_out", "rungs", "select"]
+__all__ = ["Selection", "choose", "entries", "leaves_out", "rungs", "select"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,12 +34,7 @@ class Selection:
         return self.size if self.mode == "shared" else tokens * self.size
 
 
-def _in_shards(size: int, n_groups: int, shards: int) -> int:
-    """``size`` rounded up to equal shares of the shards."""
-    return min(n_groups, shards * math.ceil(size / shards))
-
-
-def choose(tokens: int, n_groups: int, k: int, shards: int = 1) -> Selection:
+def choose(tokens: int, n_groups: int, k: int) -> Selection:
     """Decides between a set for each token and one shared set, by rows read.
 
     ``tokens`` sets of ``k`` read ``tokens * k`` rows. Their union, if the tokens choose independently, has an expected
@@ -51,7 +46,6 @@ def choose(tokens: int, n_groups: int, k: int, shards: int = 1) -> Selection:
       tokens: ``T >= 1``.
       n_groups: rows, or groups of rows, to choose from.
       k: how many each token wants, ``1 <= k <= n_groups``.
-      shards: equal blocks that each give their share (see ``da_top_k``); sizes are rounded up to them.
 
     Returns:
       The selection's mode and compiled size.
@@ -63,15 +57,12 @@ def choose(tokens: int, n_groups: int, k: int, shards: int = 1) -> Selection:
         raise ValueError(f"choose: tokens={tokens}; expected at least 1")
     if not 1 <= k <= n_groups:
         raise ValueError(f"choose: k={k}; expected 1 <= k <= {n_groups}")
-    if shards < 1 or n_groups % shards:
-        raise ValueError(f"choose: shards={shards}; expected a divisor of {n_groups}")
-    own = _in_shards(k, n_groups, shards)
-    if tokens == 1 or own == n_groups:
-        return Selection(mode="shared", size=own, k=own)
-    union = _in_shards(_union(tokens, n_groups, own), n_groups, shards)
-    if union <= 0.9 * tokens * own:
-        return Selection(mode="shared", size=union, k=own)
-    return Selection(mode="per_token", size=own, k=own)
+    if tokens == 1 or k == n_groups:
+        return Selection(mode="shared", size=k, k=k)
+    union = min(n_groups, _union(tokens, n_groups, k))
+    if union <= 0.9 * tokens * k:
+        return Selection(mode="shared", size=union, k=k)
+    return Selection(mode="per_token", size=k, k=k)
 
 
 def _union(tokens: int, n_groups: int, k: int) -> int:
@@ -100,7 +91,7 @@ def rungs(tokens: int, n_groups: int, counts: Sequence[int]) -> tuple[Selection,
     return (*(Selection(mode="shared", size=s, k=k) for s, k in zip(sizes, counts[:-1], strict=True)), last)
 
 
-def select(scores: jax.Array, selection: Selection, shards: int = 1) -> jax.Array:
+def select(scores: jax.Array, selection: Selection) -> jax.Array:
     """The rows (or groups) to compute exactly.
 
     A shared set of several tokens holds each token's own best ``k`` whenever their union is no larger than the set.
@@ -110,16 +101,18 @@ def select(scores: jax.Array, selection: Selection, shards: int = 1) -> jax.Arra
     Args:
       scores: f32 ``[T, n_groups]``.
       selection: from :func:`choose` for these sizes.
-      shards: as given to :func:`choose`.
 
     Returns:
       int32 ``[size]`` for a shared selection, else ``[T, size]``. No entry appears twice.
     """
     if selection.mode == "per_token":
-        return da_top_k(scores, selection.size, shards)[1]
-    if scores.shape[0] == 1:
-        return da_top_k(scores[0], selection.size, shards)[1]
-    return da_top_k(_merge(scores, selection.k, shards), selection.size, shards)[1]
+        return da_top_k(scores, selection.size)[1]
+    return da_top_k(scores[0] if scores.shape[0] == 1 else _merge(scores, selection.k), selection.size)[1]
+
+
+def entries(index: jax.Array, values: jax.Array) -> tuple[Any, ...]:
+    """Where an index of :func:`select` points to in ``values [T, n]``, as ``values.at`` takes it."""
+    return (slice(None), index) if index.ndim == 1 else (jnp.arange(values.shape[0])[:, None], index)
 
 
 def leaves_out(scores: jax.Array, index: jax.Array) -> jax.Array:
@@ -141,14 +134,13 @@ def leaves_out(scores: jax.Array, index: jax.Array) -> jax.Array:
     return jnp.any(jnp.sum(wanted, axis=-1) > jnp.sum(held, axis=-1))
 
 
-def _merge(scores: jax.Array, k: int, shards: int) -> jax.Array:
+def _merge(scores: jax.Array, k: int) -> jax.Array:
     """One f32 ``[n]`` ranking for all tokens: members of any token's top k in (1, 2] by rank, all others at most 0."""
-    values, index = da_top_k(scores, k, shards)
+    values, index = da_top_k(scores, k)
     # Others: how far below the k-th best, in units of the token's own spread, finite whatever the scores hold.
     last = jnp.min(jnp.where(jnp.isnan(values), jnp.inf, values), axis=1, keepdims=True)
     spread = jnp.mean(jnp.abs(values - last), axis=1, keepdims=True)
     margin = jnp.minimum((scores - last) / jnp.where(spread > 0.0, spread, 1.0), 0.0)
     merged = jnp.max(jnp.where(jnp.isnan(margin), 0.0, margin), axis=0)
-    own = index.shape[1] // shards
-    rank = jnp.tile(2.0 - jnp.arange(own, dtype=jnp.float32) / own, shards)
+    rank = 2.0 - jnp.arange(k, dtype=jnp.float32) / k
     return merged.at[index].max(jnp.broadcast_to(rank, index.shape), mode="promise_in_bounds")

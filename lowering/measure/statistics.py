@@ -16,7 +16,6 @@ __all__ = [
     "covariance",
     "first_in_order",
     "groups_wanted",
-    "open_units",
     "proved_ranks",
     "unit_ranks",
     "unit_totals",
@@ -111,18 +110,6 @@ def proved_ranks(
     needed = candidates_needed(goal, logits, ranked, exact_error)
     wanted = jnp.zeros(logits.shape[1], jnp.int32).at[needed - 1].add(1)
     return {"wanted": wanted, "kl": _divergences(logits.astype(jnp.float32), scores, ranked, fill)}
-
-
-def open_units(gate: jax.Array) -> dict[str, jax.Array]:
-    """Totals of a certified feed-forward block.
-
-    Args:
-      gate: ``[T, n]``, upper bounds of what makes a group of units zero where it is at most zero.
-
-    Returns:
-      ``wanted``: int32 ``[n]``, the tokens that have 1 (or none), 2, ... groups open.
-    """
-    return groups_wanted(jnp.maximum(jnp.sum(jnp.logical_not(gate <= 0.0), axis=1), 1), gate.shape[1])
 
 
 def groups_wanted(needed: jax.Array, groups: int) -> dict[str, jax.Array]:

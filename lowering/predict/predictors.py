@@ -1,270 +1,265 @@
-"""Compressed copies of a matrix that say, cheaply, which of its rows give the largest products.
+"""What predicts a product with every row of a matrix from little: the protocol, and what the other rooms call.
 
-A predictor is a *spec* (what to keep: :class:`Quantized`, :class:`LowRank`, :class:`Projected`) and a dictionary of
-arrays made from the matrix once (:func:`pack_predictor`). :func:`predict_scores` reads only that dictionary:
+A :class:`Predictor` is a *spec*, what to keep, and packs a dictionary of arrays from the matrix once. Its scores read
+only that dictionary:
 
     spec = Quantized(8)
     packed = pack_predictor(rows, spec)                  # rows [n, d]
     scores = predict_scores(x, packed, spec, n)          # x [T, d] -> f32 [T, n], close to x @ rows.T
 
-Rows that hold a NaN or an infinity get NaN scores for themselves and leave the others' scores alone, so a selection
-that takes NaN as the largest (``da_top_k`` does) always computes such rows exactly.
+Each predictor is one file of this package.
 """
 
-import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from functools import partial
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
-from hire_xform.lowering.predict.factors import matmul, principal_directions, weighted_factors
-from hire_xform.lowering.predict.quantized import (
-    entries,
-    fine_scores,
-    pack_nibbles,
-    quantize,
-    quantize_clipped,
-    quantized_scores,
-)
-from hire_xform.lowering.xla.blocks import fold_row_blocks, map_row_blocks, rows_together
-from hire_xform.lowering.xla.skinny_dot import skinny_dot
+from hire_xform.lowering.primitives.scores import predicted_scores
+from hire_xform.lowering.xla.promotion import usual_promotion
 
 __all__ = [
-    "LowRank",
+    "Given",
     "Packed",
+    "Predictor",
     "PredictorSpec",
-    "Projected",
-    "Quantized",
     "pack_predictor",
     "packed_shapes",
     "predict_scores",
     "predictor_bytes",
+    "predictor_named",
 ]
 
-# The arrays of one packed predictor, by name; see `packed_shapes`.
+# The arrays of one packed predictor, by name.
 Packed = Mapping[str, jax.Array]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Quantized:
-    """Every entry in 8 or 4 bits, symmetric, with one f32 scale per row (HiRE-Q of arXiv 2402.09360 is 4 bits)."""
+@dataclass(frozen=True)
+class Given:
+    """What a predictor is packed with, besides the rows.
 
-    # Bits of an entry: 8 or 4. Two 4-bit entries share a byte.
-    bits: int = field(kw_only=False)
-
-    def __post_init__(self) -> None:
-        """Refuses a value out of range."""
-        if isinstance(self.bits, bool) or self.bits not in (4, 8):
-            raise ValueError(f"Quantized: bits={self.bits!r} is not supported; expected 8 or 4")
-
-
-@dataclass(frozen=True, kw_only=True)
-class LowRank:
-    """The best rank-r approximation, kept as two factors (HiRE-LR of arXiv 2402.09360).
-
-    With a calibration, the best for the inputs the model really sees: see :func:`pack_predictor`.
+    Attributes:
+      inputs: f32 ``[d, d]``, the mean of ``x x'`` over inputs ``x``, of any scale; None where nothing is known of them,
+        or the predictor does not ask (``takes_inputs``).
+      arrays: what the predictor holds (``Predictor.arrays``), of this matrix: without stack axes.
+      numbers: int32 ``[n]``, which row of the whole matrix each row is: some may be left out, and others moved.
     """
 
-    # Directions kept: an int >= 1, or a float in (0, 1] for that fraction of the columns (rounded up).
-    rank: int | float = field(kw_only=False)
-    # None keeps the tall factor in the matrix's own dtype (f32, or bf16); 8 quantises both factors as
-    # `Quantized(8)` does. 4 keeps of the tall one an eighth of the directions, the leading ones, in 8 bits and the
-    # others in 4: of trained matrices the leading ones make most of every product.
-    bits: int | None = None
-
-    def __post_init__(self) -> None:
-        """Refuses a value out of range."""
-        _check_rank("LowRank", self.rank, self.bits)
-
-    def rank_for(self, n: int, d: int) -> int:
-        """The number of directions kept of an ``[n, d]`` matrix, never more than its full rank."""
-        return min(_directions(self.rank, d), n)
+    inputs: jax.Array | None
+    arrays: Packed
+    numbers: jax.Array
 
 
-@dataclass(frozen=True, kw_only=True)
-class Projected:
-    """The rows on the principal directions of the inputs, as a calibration saw them; needs one.
+class Predictor:
+    """What predicts the products of a token with every row of a matrix: subclass it to bring your own.
 
-    Where trained models' inputs live near a subspace of few dimensions, little is lost by it.
+    Two methods are enough, ``pack`` and ``scores``::
+
+        class Signs(hx.Predictor):  # a bit would do
+            def pack(self, rows, given):
+                return {"signs": jnp.sign(rows).astype(jnp.int8), "size": jnp.mean(jnp.abs(rows), axis=1)}
+
+            def scores(self, x, packed, n):
+                return (x @ packed["signs"].T.astype(x.dtype)) * packed["size"]
+
+        config = hx.Config(ffn=hx.Ffn(active=0.25, predictor=Signs()))
+
+    Scores only have to rank rows as the products would: what is chosen by them is computed exactly. Of a block with a
+    gate, each product is predicted for itself. With ``fill="predicted"`` a vocabulary's scores are its other logits, so
+    there they have to be close, too.
+
+    A predictor is part of what a program is compiled for, so it is hashable, and equal to one that packs and scores
+    alike: a frozen dataclass of plain settings, or any object that is equal to itself alone, such as one that holds
+    arrays. Those of a trained network, say, which is to score the units of one block, are its :attr:`arrays`.
     """
 
-    # Directions kept: an int >= 1, or a float in (0, 1] for that fraction of the columns (rounded up).
-    rank: int | float = field(kw_only=False)
-    # None keeps the projected rows in the matrix's own dtype (f32, or bf16); 8 keeps them, and the directions, as
-    # `Quantized(8)` does; 4 keeps seven eighths of the rows' coordinates in 4 bits, as of `LowRank`.
+    # Whether it is packed with second moments of the inputs, where a calibration has them.
+    takes_inputs: ClassVar[bool] = False
+    # What of the inputs it can't do without, for messages, such as "principal directions"; empty where it can.
+    needs_inputs: ClassVar[str] = ""
+    # Whether it bounds what its scores may be off by (`pack_proof`, `bounds`), which certified sites are made of.
+    proves: ClassVar[bool] = False
+    # What a report says besides where its integer products are what makes a site slow; see `bits`.
+    instead: ClassVar[str] = ""
+    # How many axes of `arrays` are those of a stack of matrices: 1 for the layers of a scan.
+    stack_axes: int = 0
+    # Bits of its integer products; None where they are of floating point.
     bits: int | None = None
 
-    def __post_init__(self) -> None:
-        """Refuses a value out of range."""
-        _check_rank("Projected", self.rank, self.bits)
+    @property
+    def arrays(self) -> Packed:
+        """What it holds besides settings, by name, stack axes first; it is then of the weights of one site.
 
-    def rank_for(self, n: int, d: int) -> int:
-        """The number of directions kept of an ``[n, d]`` matrix."""
-        return _directions(self.rank, d)
+        Keep them where they may stay: as long as a step, or its ``Packed``.
+        """
+        return {}
 
+    def pack(self, rows: jax.Array, given: Given) -> Packed:
+        """Makes of a matrix what its scores will read. It is traced, one matrix of a stack at a time.
 
-def _check_rank(owner: str, rank: int | float, bits: int | None) -> None:
-    if isinstance(rank, bool) or not isinstance(rank, (int, float)):
-        raise ValueError(f"{owner}: rank={rank!r} is not a number; expected an int >= 1 or a float in (0, 1]")
-    if isinstance(rank, int) and rank < 1:
-        raise ValueError(f"{owner}: rank={rank!r} is too small; expected an int >= 1 or a float in (0, 1]")
-    if isinstance(rank, float) and not 0.0 < rank <= 1.0:
-        raise ValueError(
-            f"{owner}: rank={rank!r} is not a fraction of the columns; expected an int >= 1 or a float in (0, 1]"
+        Args:
+          rows: ``[n, d]``, floating.
+          given: what else is known.
+
+        Returns:
+          Arrays by name.
+        """
+        raise NotImplementedError(f"{type(self).__name__}: expected a method pack(rows, given)")
+
+    def scores(self, x: jax.Array, packed: Packed, n: int) -> jax.Array:
+        """The predicted ``x @ rows.T``.
+
+        A token or a row that holds a NaN or an infinity should have NaN scores, and leave those of others alone: what
+        is NaN is always chosen. The derivative with respect to ``x``, if the program has one, should be that of what is
+        predicted, since rounding has none.
+
+        Args:
+          x: ``[T, d]``, floating.
+          packed: from :meth:`pack`.
+          n: rows of the matrix.
+
+        Returns:
+          ``[T, n]``, floating.
+        """
+        raise NotImplementedError(f"{type(self).__name__}: expected a method scores(x, packed, n)")
+
+    def shapes(self, n: int, d: int, dtype: jax.typing.DTypeLike) -> dict[str, jax.ShapeDtypeStruct]:
+        """What :meth:`pack` makes of an ``[n, d]`` matrix of ``dtype``; by default it is asked."""
+        return _shapes(self, self.pack, n, d, jnp.dtype(dtype))
+
+    def bytes_read(self, n: int, d: int, dtype: jax.typing.DTypeLike) -> int:
+        """Bytes one call of :meth:`scores` reads; by default of everything that is packed."""
+        return sum(s.size * s.dtype.itemsize for s in self.shapes(n, d, dtype).values())
+
+    def pack_proof(self, rows: jax.Array, given: Given) -> Packed:
+        """As :meth:`pack`, with what :meth:`bounds` reads; for predictors that prove."""
+        raise NotImplementedError(f"{type(self).__name__}: expected a method pack_proof(rows, given)")
+
+    def bounds(self, x: jax.Array, proof: Packed, input_bits: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Scores with proved bounds, for predictors that prove.
+
+        Args:
+          x: ``[T, d]``, f32 or 16 bits.
+          proof: from :meth:`pack_proof`.
+          input_bits: significant bits that the dense product keeps of its f32 inputs.
+
+        Returns:
+          ``scores``, ``upper`` and ``exact_error``, f32 ``[T, n]`` each, of ``ScoresWithBounds``: no dense product, in
+          f32 and any order of summation, is above ``upper``, nor as far below ``scores``; two such of the same row and
+          token are within ``exact_error``. NaN where nothing is known.
+        """
+        raise NotImplementedError(f"{type(self).__name__}: expected a method bounds(x, proof, input_bits)")
+
+    def proof_shapes(self, n: int, d: int, dtype: jax.typing.DTypeLike) -> dict[str, jax.ShapeDtypeStruct]:
+        """What :meth:`pack_proof` makes of an ``[n, d]`` matrix of ``dtype``; by default it is asked."""
+        return _shapes(self, self.pack_proof, n, d, jnp.dtype(dtype))
+
+    def given(
+        self,
+        caller: str,
+        rows: jax.Array,
+        covariance: jax.Array | None,
+        arrays: Packed | None = None,
+        numbers: jax.Array | None = None,
+    ) -> Given:
+        """What it is packed of these rows with; see :func:`pack_predictor`, which says what the arguments are."""
+        if rows.ndim != 2 or 0 in rows.shape or not jnp.issubdtype(rows.dtype, jnp.floating):
+            raise ValueError(
+                f"{caller}: rows of shape {rows.shape} and dtype {rows.dtype}; expected a non-empty floating [n, d]"
+            )
+        if covariance is None and self.needs_inputs:
+            raise ValueError(
+                f"{caller}: {type(self).__name__} without a covariance; expected that of the inputs, [d, d]"
+            )
+        return Given(
+            inputs=None if covariance is None else covariance.astype(jnp.float32),
+            arrays=self.arrays if arrays is None else arrays,
+            numbers=jnp.arange(rows.shape[0], dtype=jnp.int32) if numbers is None else numbers,
         )
-    if isinstance(bits, bool) or bits not in (None, 8, 4):
-        raise ValueError(f"{owner}: bits={bits!r} is not supported; expected None, 8 or 4")
+
+    def settings(self) -> dict[str, Any]:
+        """What its constructor takes to make it again, plain values by name: what a saved calibration says of it.
+
+        Raises:
+          TypeError: it is no dataclass, and does not say.
+        """
+        if not dataclasses.is_dataclass(self):
+            raise TypeError(f"{type(self).__name__} is no dataclass; expected a method settings()")
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+
+    def __repr__(self) -> str:
+        """Its class, and the shapes of what it holds."""
+        held = ", ".join(f"{name} {list(array.shape)}" for name, array in self.arrays.items())
+        return f"{type(self).__name__}({held})"
 
 
-def _directions(rank: int | float, d: int) -> int:
-    return max(1, min(math.ceil(rank * d - 1e-9) if isinstance(rank, float) else rank, d))
+# What the engine's signatures call it.
+PredictorSpec = Predictor
 
 
-PredictorSpec = Quantized | LowRank | Projected
-_EXPECTED = "expected Quantized(...), LowRank(...) or Projected(...)"
-
-
-def leading_directions(rank: int) -> int:
-    """How many of the directions that are kept in 4 bits are kept in 8 instead: an eighth."""
-    return rank // 8
-
-
-def factor_dtype(dtype: jax.typing.DTypeLike) -> jnp.dtype:
-    """The dtype a low-rank factor of a matrix of ``dtype`` is kept in: f32, or bf16 for 16-bit matrices."""
-    return jnp.dtype(jnp.bfloat16) if jnp.dtype(dtype).itemsize == 2 else jnp.dtype(jnp.float32)
+@functools.lru_cache(maxsize=512)
+def _shapes(
+    spec: Predictor, pack: Callable[[jax.Array, Given], Packed], n: int, d: int, dtype: jnp.dtype
+) -> dict[str, jax.ShapeDtypeStruct]:
+    struct = jax.ShapeDtypeStruct
+    inputs = struct((d, d), jnp.float32) if spec.takes_inputs else None
+    arrays = {name: struct(a.shape[spec.stack_axes :], a.dtype) for name, a in spec.arrays.items()}
+    with usual_promotion():
+        made = jax.eval_shape(
+            lambda rows, inputs, arrays, numbers: dict(pack(rows, Given(inputs, arrays, numbers))),
+            *(struct((n, d), dtype), inputs, arrays, struct((n,), jnp.int32)),
+        )
+    return {name: struct(a.shape, a.dtype) for name, a in made.items()}
 
 
 def packed_shapes(
-    n: int, d: int, spec: PredictorSpec, dtype: jax.typing.DTypeLike = jnp.float32
+    n: int, d: int, spec: Predictor, dtype: jax.typing.DTypeLike = jnp.float32
 ) -> dict[str, jax.ShapeDtypeStruct]:
     """Names, shapes and dtypes of what :func:`pack_predictor` makes of an ``[n, d]`` matrix of ``dtype``."""
-    struct = jax.ShapeDtypeStruct
-    match spec:
-        case Quantized(bits=8):
-            return {"q": struct((n, d), jnp.int8), "scale": struct((n,), jnp.float32)}
-        case Quantized(bits=4):
-            return {"q": struct((n, (d + 1) // 2), jnp.uint8), "scale": struct((n,), jnp.float32)}
-        case LowRank(bits=None) | Projected(bits=None):
-            r = spec.rank_for(n, d)
-            return {"a": struct((n, r), factor_dtype(dtype)), "basis": struct((d, r), jnp.float32)}
-        case LowRank() | Projected():
-            r = spec.rank_for(n, d)
-            made = {
-                "q": struct((n, r), jnp.int8),
-                "scale": struct((n,), jnp.float32),
-                "basis_q": struct((r, d), jnp.int8),
-                "basis_scale": struct((r,), jnp.float32),
-            }
-            lead = leading_directions(r)
-            if spec.bits == 4:
-                made["q"] = struct((n, (r - lead + 1) // 2), jnp.uint8)
-            if spec.bits == 4 and lead:
-                made |= {"lead_q": struct((n, lead), jnp.int8), "lead_scale": struct((n,), jnp.float32)}
-            return made
-    raise TypeError(f"predictor {spec!r} is unknown; {_EXPECTED}")
+    return spec.shapes(n, d, dtype)
 
 
-def predictor_bytes(n: int, d: int, spec: PredictorSpec, dtype: jax.typing.DTypeLike = jnp.float32) -> int:
+def predictor_bytes(n: int, d: int, spec: Predictor, dtype: jax.typing.DTypeLike = jnp.float32) -> int:
     """Bytes one call of :func:`predict_scores` reads of the packed predictor of an ``[n, d]`` matrix of ``dtype``."""
-    return sum(s.size * s.dtype.itemsize for s in packed_shapes(n, d, spec, dtype).values())
+    return spec.bytes_read(n, d, dtype)
 
 
-def pack_predictor(rows: jax.Array, spec: PredictorSpec, covariance: jax.Array | None = None) -> dict[str, jax.Array]:
+def pack_predictor(
+    rows: jax.Array,
+    spec: Predictor,
+    covariance: jax.Array | None = None,
+    arrays: Packed | None = None,
+    numbers: jax.Array | None = None,
+) -> dict[str, jax.Array]:
     """Makes the predictor of a matrix: read everything once, keep little.
-
-    With the covariance C of the inputs, ``LowRank`` minimises ``|(W - A B) C^(1/2)|_F``, the error of the scores over
-    those inputs, instead of ``|W - A B|_F``: A B is the truncated SVD of ``W C^(1/2)``, times ``C^(-1/2)`` (Eckart and
-    Young in the norm of C). C is shrunk towards a multiple of the identity first, so that directions the inputs were
-    never seen in count a little.
 
     Args:
       rows: ``[n, d]``, floating; its rows are what a product is predicted for. `jax.vmap` packs a stack of them.
       spec: what to keep.
       covariance: ``[d, d]``, the mean of ``x x'`` over inputs, of any scale; None where nothing is known of them.
-        ``Quantized`` does not read it, ``Projected`` needs it.
+      arrays: what the predictor holds, of this matrix; None takes ``spec.arrays``.
+      numbers: int32 ``[n]``, which rows of the whole matrix these are; None for all of them as they lie.
 
     Returns:
       Arrays as in :func:`packed_shapes`.
 
     Raises:
       ValueError: ``rows`` is not a floating matrix with at least one row and column, or the covariance is missing.
+      TypeError: ``spec`` is no predictor.
     """
-    if rows.ndim != 2 or 0 in rows.shape or not jnp.issubdtype(rows.dtype, jnp.floating):
-        raise ValueError(
-            f"pack_predictor: rows of shape {rows.shape} and dtype {rows.dtype}; expected a non-empty floating [n, d]"
-        )
-    match spec:
-        case Quantized():
-            return map_row_blocks(partial(_pack_quantized, spec.bits), rows_together(rows.shape[1]), rows)
-        case LowRank() | Projected():
-            return _pack_factors(rows, spec, covariance)
-    raise TypeError(f"predictor {spec!r} is unknown; {_EXPECTED}")
+    if not isinstance(spec, Predictor):
+        raise TypeError(f"predictor {spec!r} is unknown; expected an hx.Predictor, such as Quantized(8)")
+    return dict(spec.pack(rows, spec.given("pack_predictor", rows, covariance, arrays, numbers)))
 
 
-def _pack_quantized(bits: int, rows: jax.Array) -> dict[str, jax.Array]:
-    q, scale = quantize(rows, 127 if bits == 8 else 7)
-    return {"q": q if bits == 8 else pack_nibbles(q), "scale": scale}
-
-
-def _pack_factors(rows: jax.Array, spec: LowRank | Projected, covariance: jax.Array | None) -> dict[str, jax.Array]:
-    n, d = rows.shape
-
-    def gram_of(block: jax.Array) -> jax.Array:
-        finite = jnp.all(jnp.isfinite(block), axis=1, keepdims=True)
-        block = jnp.where(finite, block, 0).astype(jnp.float32)
-        return matmul(block.T, block)
-
-    gram = fold_row_blocks(gram_of, rows_together(d), rows)
-    rank = spec.rank_for(n, d)
-    if covariance is not None:
-        covariance = covariance.astype(jnp.float32)
-    elif isinstance(spec, Projected):
-        raise ValueError("pack_predictor: Projected without a covariance; expected that of the inputs, [d, d]")
-    if covariance is None or isinstance(spec, Projected):
-        of_rows = of_inputs = principal_directions(gram if covariance is None else covariance, rank)
-    else:
-        of_rows, of_inputs = weighted_factors(gram, covariance, rank)
-    of_rows, of_inputs = of_rows[:, ::-1], of_inputs[:, ::-1]  # the leading direction first
-    if spec.bits is not None:
-        # Directions of equal size lose least to one scale per row, so each direction's size moves into the inputs'.
-        squares = jnp.sum(of_rows * matmul(gram, of_rows), axis=0)
-        size = jnp.sqrt(jnp.maximum(squares / n, 0.0))
-        size = jnp.where(size > 1e-6 * jnp.max(size), size, 1.0)
-    else:
-        size = jnp.ones(of_rows.shape[1], jnp.float32)
-
-    lead = leading_directions(rank) if spec.bits == 4 else 0
-
-    def factor(block: jax.Array) -> dict[str, jax.Array]:
-        finite = jnp.all(jnp.isfinite(block), axis=1, keepdims=True)
-        block = jnp.where(finite, block, 0).astype(jnp.float32)
-        a = jnp.where(finite, matmul(block, of_rows / size), jnp.nan)
-        if spec.bits is None:
-            return {"a": a.astype(factor_dtype(rows.dtype))}
-        made: dict[str, jax.Array] = {}
-        if lead:
-            made["lead_q"], made["lead_scale"] = quantize(a[:, :lead], 127)
-        if spec.bits == 8:
-            made["q"], made["scale"] = quantize(a, 127)
-        else:
-            q, made["scale"] = quantize_clipped(a[:, lead:], 7)
-            made["q"] = pack_nibbles(q)
-        return made
-
-    parts = map_row_blocks(factor, rows_together(d), rows)
-    if spec.bits is not None:
-        basis_q, basis_scale = quantize((of_inputs * size).T, 127)
-        return {**parts, "basis_q": basis_q, "basis_scale": basis_scale}
-    return {**parts, "basis": of_inputs}
-
-
-def predict_scores(x: jax.Array, packed: Packed, spec: PredictorSpec, n: int) -> jax.Array:
+def predict_scores(x: jax.Array, packed: Packed, spec: Predictor, n: int) -> jax.Array:
     """The predicted ``x @ rows.T``, from the packed predictor alone.
-
-    Activations are quantised per token where the predictor is: symmetric, in 8 bits, for low rank in two limbs of 8.
-    The derivative with respect to ``x`` is that of the product with the decompressed rows, since rounding has none.
 
     Args:
       x: ``[T, d]``, floating.
@@ -274,24 +269,17 @@ def predict_scores(x: jax.Array, packed: Packed, spec: PredictorSpec, n: int) ->
 
     Returns:
       f32 ``[T, n]``. NaN for rows that held a NaN or an infinity, and for every row of a token that holds one.
+
+    Raises:
+      ValueError: the predictor gives scores of another shape.
     """
-    match spec:
-        case Quantized():
-            return quantized_scores(x, packed["q"], packed["scale"], spec.bits)
-        case LowRank() | Projected():
-            if spec.bits is not None:
-                # Both maps enlarge some directions a hundredfold, and with them what one limb would lose.
-                z, _ = fine_scores(x.astype(jnp.float32), packed["basis_q"], packed["basis_scale"], 8)
-                lead = leading_directions(z.shape[1]) if spec.bits == 4 else 0
-                scores, _ = fine_scores(z[:, lead:], packed["q"], packed["scale"], spec.bits)
-                if lead:
-                    scores = scores + fine_scores(z[:, :lead], packed["lead_q"], packed["lead_scale"], 8)[0]
-                return scores
-            z = jnp.matmul(x.astype(jnp.float32), packed["basis"], preferred_element_type=jnp.float32)
-            return skinny_dot(z.astype(packed["a"].dtype), packed["a"]).astype(jnp.float32)
-    raise TypeError(f"predictor {spec!r} is unknown; {_EXPECTED}")
+    return predicted_scores(x, packed, spec, n)
 
 
-def unpacked_rows(packed: Packed, spec: Quantized, d: int) -> jax.Array:
-    """The rows of ``d`` columns that a quantised predictor stands for, f32 ``[n, d]``."""
-    return entries(packed["q"], spec.bits, d).astype(jnp.float32) * packed["scale"][:, None]
+def predictor_named(name: str) -> type[Predictor] | None:
+    """The predictor class of this name, the one that was defined last; None where there is none."""
+    found, kinds = None, [Predictor]
+    while kinds:
+        kinds = [sub for kind in kinds for sub in kind.__subclasses__()]
+        found = next((kind for kind in reversed(kinds) if kind.__name__ == name), found)
+    return found

@@ -28,6 +28,7 @@ from jax.extend.core import ClosedJaxpr, Primitive, jaxpr_as_fun
 from jax.interpreters import ad, batching, mlir
 from jax.sharding import AbstractMesh, AxisType, get_abstract_mesh, use_abstract_mesh
 
+from hire_xform.lowering.primitives.kernels import has_kernels, lower_kernel
 from hire_xform.lowering.xla.eager import compiled_alone
 from hire_xform.lowering.xla.promotion import usual_promotion
 
@@ -37,7 +38,17 @@ __all__ = ["da_top_k", "da_top_k_p"]
 def da_top_k(scores: jax.Array, k: int, shards: int = 1) -> tuple[jax.Array, jax.Array]:
     """The best ``ceil(k / shards)`` of each of ``shards`` contiguous blocks of ``ceil(n / shards)`` of the last axis.
 
-    Ties go to the lower index, NaN is larger than everything. Differentiable in ``scores``.
+    Ties go to the lower index, NaN is larger than everything. Differentiable in ``scores``; usable under ``jit``,
+    ``vmap``, ``scan``, ``shard_map`` and ``jax.export``. Where the last axis is split over as many devices as there are
+    ``shards``, or fewer, none sends a score::
+
+        >>> scores = jnp.array([3.0, 9.0, 1.0, 2.0, 8.0, 7.0])
+        >>> values, indices = hx.da_top_k(scores, 2)  # the best two of all
+        >>> print(values, indices)
+        [9. 8.] [1 4]
+        >>> values, indices = hx.da_top_k(scores, 4, shards=2)  # the best two of each half
+        >>> print(values, indices)
+        [9. 3. 8. 7.] [1 0 4 5]
 
     Args:
       scores: ``[..., n]``, real.
@@ -52,9 +63,12 @@ def da_top_k(scores: jax.Array, k: int, shards: int = 1) -> tuple[jax.Array, jax
 
     Raises:
       ValueError: ``k`` or ``shards`` does not fit ``n``, or ``scores`` is a scalar.
-      TypeError: ``scores`` is complex or boolean.
+      TypeError: ``scores`` is complex or boolean, or ``k`` or ``shards`` is no integer.
     """
     scores = jnp.asarray(scores)
+    for name, value in (("k", k), ("shards", shards)):
+        if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+            raise TypeError(f"da_top_k: {name}={value!r}; expected an integer, which is compiled in")
     # Here too, since an eager call runs the implementation without the abstract rule.
     _check(scores.shape, scores.dtype, k, shards)
     values, indices = _bind(_filled_up(scores, -scores.shape[-1] % shards), int(k), int(shards))
@@ -195,7 +209,8 @@ def _partition(mesh: Any, arguments: Sequence[Any], results: Any, *, k: int, sha
     return mesh, local, (sharding, sharding), (sharding,)
 
 
-def _lower(ctx: Any, scores: Any, *, k: int, shards: int, split_form: ClosedJaxpr) -> Any:
+def _is_split(ctx: Any) -> bool:
+    """Whether scores may be over several devices, so that the partition rule has to be asked."""
     around = ctx.module_context.axis_context
     # Inside a shard_map the jaxpr, which was traced outside of one, would lack the manual axes of its constants. Where
     # there are several devices and no operand says of which mesh, the partition rule would not know where it runs.
@@ -203,9 +218,22 @@ def _lower(ctx: Any, scores: Any, *, k: int, shards: int, split_form: ClosedJaxp
     # 0.11 lowers those to constraints that nothing removes.
     several = getattr(around, "num_devices", None)
     nowhere = several == 1 or (several and around.abstract_mesh is None)
-    if getattr(around, "manual_axes", ()) or nowhere or AxisType.Explicit in get_abstract_mesh().axis_types:
+    explicit = AxisType.Explicit in get_abstract_mesh().axis_types
+    return not (getattr(around, "manual_axes", ()) or nowhere or explicit)
+
+
+def _lower(ctx: Any, scores: Any, *, k: int, shards: int, split_form: ClosedJaxpr) -> Any:
+    if not _is_split(ctx):
         return _lower_plain(ctx, scores, k=k, shards=shards, split_form=split_form)
     return mlir.lower_fun(jaxpr_as_fun(split_form), multiple_results=True)(ctx, scores)
+
+
+def _lower_kernel(platform: str, ctx: Any, scores: Any, *, k: int, shards: int, split_form: ClosedJaxpr) -> Any:
+    """The kernel of a platform, where the plain form would be lowered."""
+    alone = platform == "tpu" or not _is_split(ctx)
+    made = lower_kernel("da_top_k", platform, ctx, [scores], k=k, shards=shards) if alone else None
+    plain = _lower_plain if platform == "tpu" else _lower
+    return plain(ctx, scores, k=k, shards=shards, split_form=split_form) if made is None else made
 
 
 def _lower_plain(ctx: Any, scores: Any, *, k: int, shards: int, split_form: ClosedJaxpr) -> Any:
@@ -241,3 +269,5 @@ ad.primitive_jvps[da_top_k_p] = _jvp
 mlir.register_lowering(da_top_k_p, _lower)
 # Programs compiled ahead of time for a described TPU could not call back to be partitioned, either.
 mlir.register_lowering(da_top_k_p, _lower_plain, platform="tpu")
+# A kernel: rule(scores, *, k, shards) -> what da_top_k returns, where `shards` divide the last axis.
+has_kernels(da_top_k_p, _lower_kernel)

@@ -1,1 +1,1 @@
-"""Bounds on what predictors and floating point make of products, intervals, and what is proved with them."""
+"""Bounds on what floating point makes of products, intervals, and what is proved with them."""

@@ -1,19 +1,12 @@
-"""How far a predicted product can be from the exact one, and from what floating point makes of it: proved.
+"""How far what floating point makes of a product can be from the exact one, and what is proved of a score.
 
-For a row w kept as q (its quantised entries times its scale) and a token x kept as y, with score ``s = q . y``,
-
-    w . x - s = (w - q) . x + q . (x - y),   so   |w . x - s| <= |w - q| |x| + |q| |x - y|        (Cauchy-Schwarz)
-
-The first norm is the row's *error*, the second its *size*; both are kept. ``y`` is x in two 8-bit limbs, ``t (a + b /
-254)``, so that ``|x - y|`` is some ten-thousandths of ``|x|``.
-
-Rounding, with u = 2^-24 and d columns:
+With u = 2^-24 and d columns:
 
 - A product of two f32 vectors summed in f32 in any order is within ``d u / (1 - d u) |w| |x|`` of the exact one
   (Higham, Accuracy and Stability of Numerical Algorithms, section 3.1). 16-bit inputs are exact in f32; a 16-bit
   *result* is rounded once, which keeps order and is applied to both ends of an interval.
-- The integer products are exact. Making s of them rounds each limb's sum, the two scales and the addition: within
-  ``8 u (1 + sqrt(d) / 64) |q| |x|``.
+- Of scores made of integer products of a row q and a token in two 8-bit limbs, those products are exact. What is made
+  of them rounds each limb's sum, the two scales and the addition: within ``8 u (1 + sqrt(d) / 64) |q| |x|``.
 - Norms are scaled by their largest entry before squaring, so that nothing overflows or vanishes, and are rounded up by
   ``1 + (d + 16) u``.
 - Whatever is flushed to zero is less than 2^-126 each time, times at most ``2^15 d`` where an integer product follows.
@@ -29,10 +22,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from hire_xform.lowering.predict.predictors import Packed, Quantized, unpacked_rows
-from hire_xform.lowering.predict.quantized import fine_scores
-
-__all__ = ["ScoresWithBounds", "U", "bounds_of_packed", "norm", "product_error", "quantized_scores", "slack", "tiny"]
+__all__ = ["ScoresWithBounds", "U", "norm", "product_error", "slack", "tiny"]
 
 # Half of f32's last place.
 U = 2.0**-24
@@ -74,15 +64,6 @@ def norm(values: jax.Array) -> jax.Array:
     return peak[..., 0] * jnp.sqrt(squares) * (1.0 + (d + 16.0) * U) + 2.0**-118
 
 
-def bounds_of_packed(rows: jax.Array, packed: Packed, spec: Quantized) -> dict[str, jax.Array]:
-    """The error and the size of every row of ``rows [n, d]`` as it was packed by ``spec``."""
-    kept = unpacked_rows(packed, spec, rows.shape[1])
-    exact = rows.astype(jnp.float32)
-    # The difference is rounded once, by at most u of either term.
-    error = norm(exact - kept) * (1.0 + 4.0 * U) + 2.0 * U * norm(exact)
-    return {"error": error, "size": norm(kept)}
-
-
 @dataclass(frozen=True)
 class ScoresWithBounds:
     """Scores and what is proved of them.
@@ -104,27 +85,3 @@ class ScoresWithBounds:
         """f32 ``[T, n]``: no dense product is below it; all bounds are the same on both sides of a score."""
         scores = lax.stop_gradient(self.scores)
         return scores - (self.upper - scores) * (1.0 + 8.0 * U) - 8.0 * U * jnp.abs(scores)
-
-
-def quantized_scores(x: jax.Array, packed: Packed, spec: Quantized, *, input_bits: int = 24) -> ScoresWithBounds:
-    """Predicts products with every row and bounds them.
-
-    Args:
-      x: ``[T, d]``, f32 or 16 bits.
-      packed: from ``pack_predictor(rows, spec)`` and :func:`bounds_of_packed`.
-      spec: the predictor.
-      input_bits: significant bits that the dense product keeps of its f32 inputs.
-    """
-    x = x.astype(jnp.float32)
-    d = x.shape[1]
-    scores, kept = fine_scores(x, packed["q"], packed["scale"], spec.bits)
-    x, kept = lax.stop_gradient((x, kept))
-    size = norm(x)[:, None]
-    # What was kept of x is computed with a rounding of at most 4 u of x.
-    left = norm(x - kept)[:, None] + 8.0 * U * size
-    error, row = packed["error"][None, :], packed["size"][None, :]
-    rounding = slack(d, input_bits) * (error + row) * size + tiny(d)
-    upper = lax.stop_gradient(scores) + (error * size + row * left) * (1.0 + 8.0 * U) + rounding
-    # The sum above is rounded, too: by at most 4 u of its largest term.
-    upper = upper + 4.0 * U * jnp.abs(upper)
-    return ScoresWithBounds(scores, upper, 2.0 * rounding)

@@ -1,8 +1,17 @@
 """What is proved of a vocabulary projection: its arg max, its set of the k largest, or most of its softmax's mass.
 
 All decide from the candidates' exact products, how far dense ones can be from them, and upper bounds of all others.
+
+Where several devices have parts of the rows no score travels. With A the k-th largest of what the candidates' dense
+logits are at least (k is 1 for an arg max), k of them are at least A. If no more than k rows *can* be at least A, those
+are the k largest. Each device sends its own k largest lower bounds, and then how many of its rows can be at least A:
+4 k and 4 bytes for each token. A nucleus takes its largest lower bound and two sums. Derived here. All devices get the
+same answer, so that they branch alike. Where the dense product may be rounded to 16 bits or not, exactly k rows must be
+able to be the rounded A. Rounding keeps order, so that what can't be the rounded A can't be A: the same k rows are the
+k largest both ways. Rows that tie once they are rounded are no k largest of the unrounded ones.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import jax
@@ -11,9 +20,13 @@ from jax import lax
 
 from hire_xform.lowering.primitives.ranks import among_largest
 from hire_xform.lowering.prove.bounds import U
+from hire_xform.lowering.xla.devices import ONE, Devices
 from hire_xform.lowering.xla.nan_max import largest_or_nan
 
-__all__ = ["Goal", "Nucleus", "TopSet", "candidates_needed", "fewest_candidates", "proved"]
+__all__ = ["Goal", "Nucleus", "TopSet", "candidates_needed", "fewest_candidates", "proved", "proved_across"]
+
+# In one count: rows that can be more than A, at most two a device, and whether any is A for sure.
+_MORE = 1 << 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +81,7 @@ def proved(
     index: jax.Array,
     out_dtype: jnp.dtype,
     ordered: bool = False,
+    devices: Devices = ONE,
 ) -> jax.Array:
     """For each token whether what is asked for is proved, bool ``[T]``; a NaN anywhere proves nothing.
 
@@ -81,12 +95,15 @@ def proved(
       others: f32 ``[T, V]``, above every dense product of the other rows; minus infinity for the candidates.
       index: ``[K]`` or ``[T, K]``, the candidates.
       out_dtype: what the dense product is rounded to, or not.
-      ordered: of a set, whether the order of its members is proved as well.
+      ordered: of a set, whether the order of its members is proved as well; on one device.
+      devices: those that have parts of the rows. All else is of this one's part, and the answer is that of all.
     """
-    index = jnp.broadcast_to(index, exact.shape)
-    dtypes = dict.fromkeys((jnp.dtype(out_dtype), jnp.promote_types(out_dtype, jnp.float32)))
+    dtypes = tuple(dict.fromkeys((jnp.dtype(out_dtype), jnp.promote_types(out_dtype, jnp.float32))))
     if isinstance(goal, Nucleus):
-        return jnp.stack([_nucleus(exact, error, others, dtype, goal.eps) for dtype in dtypes]).all(axis=0)
+        return _nucleus(exact, error, others, dtypes, goal.eps, devices)
+    if devices != ONE:
+        return proved_across(goal, exact, error, others, out_dtype, devices, also_unrounded=len(dtypes) > 1)
+    index = jnp.broadcast_to(index, exact.shape)
     outside = largest_or_nan(others, 1)
     if isinstance(goal, TopSet):
         k, vocab = goal.k, others.shape[1]
@@ -129,14 +146,79 @@ def _top_set(
     return (floor > ceiling) & (floor > outside.astype(out_dtype)) & sure, member
 
 
-def _nucleus(exact: jax.Array, error: jax.Array, others: jax.Array, out_dtype: jnp.dtype, eps: float) -> jax.Array:
-    """With I at least the candidates' sum of exponentials and O at most the others': O / (I + O) is at most eps."""
-    low = (exact - error).astype(out_dtype).astype(jnp.float32)
-    finite = jnp.all(jnp.isfinite(low) & jnp.isfinite((exact + error).astype(out_dtype)), axis=1)
-    peak = jnp.max(low, axis=1, keepdims=True)
-    inside = jnp.sum(jnp.exp(low - peak), axis=1)
-    outside = jnp.sum(jnp.exp(others.astype(out_dtype).astype(jnp.float32) - peak), axis=1)
-    return (outside * (1.0 + sum_rounding(others.shape[1])) * (1.0 - eps) <= eps * inside) & finite
+def proved_across(
+    goal: Goal,
+    exact: jax.Array,
+    error: jax.Array,
+    others: jax.Array,
+    out_dtype: jnp.dtype,
+    devices: Devices,
+    also_unrounded: bool = False,
+) -> jax.Array:
+    """For each token whether what is asked for is proved of the rows of all devices, bool ``[T]``.
+
+    Args:
+      goal, exact, error, others: as for :func:`proved`, of one device's part.
+      out_dtype: what the dense product is rounded to.
+      devices: all of them.
+      also_unrounded: of a dense product that is not rounded, too, and the same.
+    """
+    if isinstance(goal, Nucleus):
+        return _nucleus(exact, error, others, (out_dtype,), goal.eps, devices)
+    k, (candidates, rows) = fewest_candidates(goal), (exact.shape[1], others.shape[1])
+    if k > devices.count * candidates:
+        return jnp.full(exact.shape[:1], candidates == rows)
+    low, high = ((exact + part).astype(out_dtype).astype(jnp.float32) for part in (-error, error))
+    finite = jnp.all(jnp.isfinite(low) & jnp.isfinite(high), axis=1)
+    low = jnp.where(finite[:, None], low, -jnp.inf)
+    others = others.astype(out_dtype).astype(jnp.float32)
+    floor = _kth_largest(low, k, devices)
+    # What is not a candidate is not known to be A; nor is a NaN known to be below it.
+    unknown = jnp.logical_not(largest_or_nan(others, 1) < floor) | jnp.logical_not(finite)
+    can = high >= floor[:, None]
+    if k > 1 or also_unrounded:
+        count = jnp.where(unknown, k + 1, jnp.sum(can, axis=1))
+        return devices.total(count) == k
+    # Rows that are all A for sure tie in the dense product too, where the lowest id of them is the arg max, as it is of
+    # the exact logits.
+    sure = low == high
+    more = jnp.where(unknown, 2, jnp.minimum(jnp.sum(can & ~sure, axis=1), 2))
+    total = devices.total(more * _MORE + jnp.any(can & sure, axis=1))
+    return (total < _MORE) | (total == _MORE)
+
+
+def _kth_largest(low: jax.Array, k: int, devices: Devices) -> jax.Array:
+    """The k-th largest of all devices' ``[T, K]``, ``[T]``."""
+    if k == 1:
+        return devices.largest(jnp.max(low, axis=1))
+    return lax.top_k(devices.gathered(lax.top_k(low, min(k, low.shape[1]))[0], 1), k)[0][:, -1]
+
+
+def _nucleus(
+    exact: jax.Array,
+    error: jax.Array,
+    others: jax.Array,
+    dtypes: Sequence[jnp.dtype],
+    eps: float,
+    devices: Devices,
+) -> jax.Array:
+    """With I at least the candidates' sum of exponentials and O at most the others': O / (I + O) is at most eps.
+
+    Of products rounded to each of the dtypes.
+    """
+
+    def rounded(values: jax.Array) -> jax.Array:
+        return jnp.stack([values.astype(dtype).astype(jnp.float32) for dtype in dtypes])
+
+    low = rounded(exact - error)
+    finite = jnp.all(jnp.isfinite(low) & jnp.isfinite(rounded(exact + error)), axis=-1)
+    low = jnp.where(finite[..., None], low, -jnp.inf)
+    peak = devices.largest(jnp.max(low, axis=-1))[..., None]
+    inside = jnp.sum(jnp.exp(low - peak), axis=-1)
+    outside = jnp.sum(jnp.exp(rounded(others) - peak), axis=-1)
+    inside, outside = devices.total(jnp.stack([inside, jnp.where(finite, outside, jnp.inf)]))
+    rounding = sum_rounding(devices.count * others.shape[1])
+    return jnp.all(outside * (1.0 + rounding) * (1.0 - eps) <= eps * inside, axis=0)
 
 
 def sum_rounding(vocab: int) -> float:

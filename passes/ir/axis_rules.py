@@ -36,8 +36,9 @@ class AxisRule(Protocol):
     * ``kind`` is true of every equation of the primitive. ``Kind.POINTWISE`` promises that each operand is a scalar or
       of the result's rank with axes of length one stretched to the result's, and that the primitive can be bound again
       with the same parameters to operands of other shapes that fit each other: that is how a block is replayed on some
-      of its units. ``Kind.MOVES`` promises that the links are of ``How.SAME``, ``CUT`` and ``STRETCHED`` only, and that
-      a dimension of the result that no link names is the same all along.
+      of its units. An equation with operands of another rank, or with an effect, is taken for none. ``Kind.MOVES``
+      promises that the links are of ``How.SAME``, ``CUT`` and ``STRETCHED`` only, and that a dimension of the result
+      that no link names is the same all along.
     * ``links`` states for each dimension of each operand what becomes of its entries. A link that is stated holds; of a
       dimension that none is stated for nothing may be taken for granted, unless its length is one. Two links of one
       operand and result have no dimension in common.

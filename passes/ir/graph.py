@@ -59,10 +59,7 @@ Operand = Value | Literal
 
 @dataclass(eq=False, slots=True, repr=False)
 class Frame:
-    """A body of equations: the root of a scope, or a call laid out inside one.
-
-    ``inline`` is set by the planner when a rewrite spans the call's boundary, so that it can't stay a call.
-    """
+    """A body of equations: the root of a scope, or a call laid out inside one."""
 
     parent: Frame | None
     eqn: Any
@@ -73,7 +70,6 @@ class Frame:
     items: list[Node | Frame] = field(default_factory=list)
     inputs: list[Operand] = field(default_factory=list)
     outputs: list[Operand] = field(default_factory=list)
-    inline: bool = False
 
     def ancestors(self) -> list[Frame]:
         """This frame and those around it, innermost first, up to the scope's root."""

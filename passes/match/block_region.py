@@ -7,6 +7,7 @@ top-k and a threshold at mean and deviation are taken for what they are: the mod
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from jax.extend.core import primitives as prims
@@ -166,17 +167,14 @@ class _Builder:
             operand = node.inputs[0]
             if not isinstance(operand, Value):
                 return self.side(value, layout, literal_number(operand))
-            try:
-                before = operand_layouts(node, node.outputs.index(value), layout)[0]
-            except UnsupportedLayoutError as error:
-                raise _EndsError(Unfollowed(str(error), node)) from error
+            before = _layouts_before(node, node.outputs.index(value), layout)[0]
             return self.through(node, value, layout, operand, before)
         if node.primitive is compat.OPTIMIZATION_BARRIER:
             return self.through(node, value, layout, node.inputs[node.outputs.index(value)], layout)
         if not is_pointwise(node):
             return self.side(value, layout)
         mark = len(self.region.exprs)
-        operands = tuple(map(self.expand, node.inputs, operand_layouts(node, 0, layout)))
+        operands = tuple(map(self.expand, node.inputs, _layouts_before(node, 0, layout)))
         depends = [self.depends[o] for o in operands]
         if not any(depends):
             # Nothing below hangs on the products: the value itself is what comes from outside.
@@ -360,6 +358,13 @@ class _Builder:
         for things in (self.region.exprs, self.region.varies, self.depends, self.zero, self.number):
             del things[mark:]
         self.memo = {key: number for key, number in self.memo.items() if number < mark}
+
+
+def _layouts_before(node: Node, number: int, layout: Layout) -> Sequence[Layout]:
+    try:
+        return operand_layouts(node, number, layout)
+    except UnsupportedLayoutError as error:
+        raise _EndsError(Unfollowed(str(error), node)) from error
 
 
 def _at(node: Node | None) -> str:

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from hire_xform.passes.ir import compat
 from hire_xform.passes.ir.graph import Frame, Node
-from hire_xform.passes.match.matches import FfnMatch, VocabMatch
+from hire_xform.passes.match.matches import Match
 
 
-def derivative_of(match: VocabMatch | FfnMatch) -> str:
+def derivative_of(match: Match) -> str:
     """What to tell of a site's derivative; empty where no custom derivative is in or around it.
 
     One around all of it stays a call, whose rule JAX takes. One that only part of it stands in can't: the part is
     replayed on chosen units, and what is differentiated is the replay. Of JAX's own ReLU that is the same.
     """
     nodes: list[Node] = [product.node for product in match.products]
-    if isinstance(match, FfnMatch):
-        nodes += sorted(match.region.nodes, key=lambda n: n.path)
+    nodes += sorted(match.nodes.difference(nodes), key=lambda n: n.path)
     around = set.intersection(*(set(node.frame.ancestors()) for node in nodes))
     found: dict[str, None] = {}
     for node in nodes:

@@ -8,7 +8,8 @@ from __future__ import annotations
 from hire_xform.passes.ir.debugging import Why, debugging
 from hire_xform.passes.ir.graph import Graph
 from hire_xform.passes.match.ffn import ffn_ending_in
-from hire_xform.passes.match.matches import Detection, FfnMatch, Rejection, VocabMatch
+from hire_xform.passes.match.kinds import finders
+from hire_xform.passes.match.matches import Detection, FfnMatch, Match, Rejection
 from hire_xform.passes.match.output_axis import Fate, follow
 from hire_xform.passes.match.probe import Probe
 from hire_xform.passes.match.readers import larger_summand, rows_looked_up
@@ -26,7 +27,7 @@ def detect(graph: Graph, provenance: Provenance) -> Detection:
     by_node = {p.node: p for p in products}
     order = {node: i for i, node in enumerate(graph.program_order())}
     taken: set[Product] = set()
-    matches: list[VocabMatch | FfnMatch] = []
+    matches: list[Match] = []
     reasons: dict[Product, str] = {}
     leads: dict[Product, Nearly] = {}
     unfollowed: dict[Product, Unfollowed] = {}
@@ -64,11 +65,17 @@ def detect(graph: Graph, provenance: Provenance) -> Detection:
     reasons.update(combined)
     alone = [(product, fate) for product, fate in vocabularies if product not in combined]
     looked_up = rows_looked_up(graph, provenance) if alone else frozenset()
-    matches += [vocabulary(product, fate, looked_up) for product, fate in alone]
+    heads = [vocabulary(product, fate, looked_up) for product, fate in alone]
     taken.update(product for product, _ in alone)
-    for match in matches:
-        if isinstance(match, VocabMatch):
-            why.tell(match.node.path, "has outputs that are logits", match.evidence or "nothing says so")
+    for head in heads:
+        why.tell(head.node.path, "has outputs that are logits", head.evidence or "nothing says so")
+    matches += heads
+    for find in finders():
+        for product in products:
+            other = find(product, reasons[product]) if product not in taken else None
+            if other is not None and taken.isdisjoint(other.products):
+                matches.append(other)
+                taken.update(other.products)
     rejections = [Rejection(p.node, p, reasons[p]) for p in products if p not in taken]
     rejections += [Rejection(item.node, None, item.reason, item.read) for item in loose]
     rejections.sort(key=lambda r: order[r.node])

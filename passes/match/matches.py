@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -11,14 +13,89 @@ from hire_xform.passes.ir.axes import Layout
 from hire_xform.passes.ir.graph import Node, Value
 from hire_xform.passes.match.output_axis import Fate
 from hire_xform.passes.match.readers import Reader
-from hire_xform.passes.match.region import Region, Up
+from hire_xform.passes.match.region import OwnSparsity, Region, Up
 from hire_xform.passes.weights.lookups import Lookup
 from hire_xform.passes.weights.products import Product, matrix, normal_form, widened_at_once
-from hire_xform.passes.weights.provenance import Recipe, Reshape, Root, Slice, Transpose
+from hire_xform.passes.weights.recipe import Recipe, Reshape, Root, Slice, Stack, Transpose
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class VocabMatch:
+class Matrix:
+    """The weight of a product of a match, as rows ``[units, columns]``."""
+
+    product: Product
+    rows: Recipe
+    columns: int
+
+    @property
+    def dtype(self) -> np.dtype:
+        """dtype of the weight as it is used."""
+        return np.dtype(self.product.weight.aval.dtype)
+
+    @property
+    def stack(self) -> tuple[int, ...]:
+        """Lengths of its stack axes: layers, mostly."""
+        return tuple(step.size for step in self.rows.steps if isinstance(step, Stack))
+
+
+class Match:
+    """Products of which not all rows need be computed. Whatever its kind, this is known of a match.
+
+    Attributes:
+      kind: the name of its ``SiteKind``.
+      tokens: T.
+      units: rows to choose from.
+      own: the model's own choice of units; None where it makes none.
+    """
+
+    kind: ClassVar[str]
+    tokens: int
+    units: int
+    own: OwnSparsity | None = None
+
+    @cached_property
+    def matrices(self) -> tuple[Matrix, ...]:
+        """The weights, a row for each unit: those of the products that make the units, then what contracts them."""
+        raise NotImplementedError
+
+    @property
+    def last(self) -> Product:
+        """The product whose result is replaced."""
+        raise NotImplementedError
+
+    @property
+    def node(self) -> Node:
+        """The equation whose result is replaced."""
+        return self.last.node
+
+    @property
+    def products(self) -> list[Product]:
+        """All its products, each once."""
+        return [self.last]
+
+    @property
+    def nodes(self) -> set[Node]:
+        """All equations that are replaced, products included."""
+        return {product.node for product in self.products}
+
+    @property
+    def inputs(self) -> int:
+        """Columns of the (first) weight, d."""
+        return self.matrices[0].columns
+
+    @property
+    def input_numbers(self) -> list[int]:
+        """For each product that makes units, the first of them with the same inputs."""
+        return [0]
+
+    @property
+    def stack(self) -> tuple[int, ...]:
+        """Lengths of the stack axes of the (first) weight."""
+        return self.matrices[0].stack
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class VocabMatch(Match):
     """A vocabulary projection: ``product`` maps ``[T, d]`` to ``[T, V]``.
 
     Attributes:
@@ -29,6 +106,8 @@ class VocabMatch:
       smallest: what reads the smallest of them, where candidates are the largest; empty where nothing does.
     """
 
+    kind: ClassVar[str] = "vocab"
+
     product: Product
     fate: Fate
     readers: tuple[Reader, ...] = ()
@@ -36,14 +115,16 @@ class VocabMatch:
     smallest: str = ""
 
     @property
-    def node(self) -> Node:
-        """The equation whose result is replaced."""
-        return self.product.node
+    def last(self) -> Product:
+        """Its one product."""
+        return self.product
 
-    @property
-    def products(self) -> list[Product]:
-        """All its products."""
-        return [self.product]
+    @cached_property
+    def matrices(self) -> tuple[Matrix, ...]:
+        """Its one weight, ``[V, d]``."""
+        product = self.product
+        rows = matrix(product.origin.recipe, product.weight.shape, product.w_free, product.w_contract)
+        return (Matrix(product, rows, product.contracted),)
 
     @property
     def out_dtype(self) -> np.dtype:
@@ -54,13 +135,18 @@ class VocabMatch:
         return widened_at_once(self.product)
 
     @property
-    def units(self) -> int:
+    def tokens(self) -> int:  # type: ignore[override]
+        """T."""
+        return self.product.tokens
+
+    @property
+    def units(self) -> int:  # type: ignore[override]
         """Rows to choose from, V."""
         return self.product.width
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class FfnMatch:
+class FfnMatch(Match):
     """A feed-forward block: products into ``units`` hidden units, a pointwise region, a product that contracts them.
 
     Attributes:
@@ -72,6 +158,8 @@ class FfnMatch:
       units: m.
     """
 
+    kind: ClassVar[str] = "ffn"
+
     down: Product
     hidden: Value
     layout: Layout
@@ -80,19 +168,44 @@ class FfnMatch:
     units: int
 
     @property
-    def node(self) -> Node:
-        """The equation whose result is replaced."""
-        return self.down.node
+    def own(self) -> OwnSparsity | None:  # type: ignore[override]
+        """The model's own choice of units."""
+        return self.region.own
+
+    @property
+    def last(self) -> Product:
+        """The contracting product."""
+        return self.down
 
     @property
     def products(self) -> list[Product]:
         """All its products, each once."""
         return list(dict.fromkeys([*(up.product for up in self.region.ups), self.down]))
 
-    def down_rows(self) -> Recipe:
-        """The contracting weight as ``[m, d_out]``."""
-        order = sorted(range(len(self.down.x_contract)), key=lambda i: self.down.x_contract[i])
-        return self.down.rows_contracted(tuple(order))
+    @property
+    def nodes(self) -> set[Node]:
+        """The products, and all that lies between."""
+        return super().nodes | self.region.nodes
+
+    @property
+    def input_numbers(self) -> list[int]:
+        """For each product into the units, the first of them with the same inputs."""
+        found: dict[Any, int] = {}
+        numbers: list[int] = []
+        for i, (up, own) in enumerate(zip(self.region.ups, self.matrices, strict=False)):
+            product = up.product
+            tokens = tuple(up.layout[d] for d in product.out_x_dims)
+            key = (product.x, product.x_contract, product.x_free, tokens, own.stack)
+            numbers.append(found.setdefault(key, i))
+        return numbers
+
+    @cached_property
+    def matrices(self) -> tuple[Matrix, ...]:
+        """The weights into the units, ``[m, d]``, and the contracting one, ``[m, d_out]``."""
+        down = self.down
+        order = sorted(range(len(down.x_contract)), key=lambda i: down.x_contract[i])
+        ups = (Matrix(up.product, up_rows(up), up.product.contracted) for up in self.region.ups)
+        return (*ups, Matrix(down, down.rows_contracted(tuple(order)), down.width))
 
 
 def up_rows(up: Up) -> Recipe:
@@ -118,12 +231,6 @@ def up_rows(up: Up) -> Recipe:
         Reshape((math.prod(sizes), math.prod(contracted))),
     )
     return normal_form(recipe)
-
-
-def vocab_rows(match: VocabMatch) -> Recipe:
-    """The weight of a vocabulary projection as ``[V, d]``."""
-    product = match.product
-    return matrix(product.origin.recipe, product.weight.shape, product.w_free, product.w_contract)
 
 
 @dataclass(frozen=True, repr=False)
@@ -154,7 +261,7 @@ class Rejection:
 class Detection:
     """All that was found in a graph, in program order, which is ``order``."""
 
-    matches: list[VocabMatch | FfnMatch]
+    matches: list[Match]
     rejections: list[Rejection]
     products: list[Product]
     order: dict[Node, int]

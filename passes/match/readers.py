@@ -21,8 +21,9 @@ from hire_xform.passes.ir.graph import Graph, Node, Operand, Value, carry_of
 from hire_xform.passes.ir.pointwise import known_number
 from hire_xform.passes.match.output_axis import Fate
 from hire_xform.passes.match.top_k import top_k_of
+from hire_xform.passes.weights.origins import shape_of
 from hire_xform.passes.weights.products import Product
-from hire_xform.passes.weights.provenance import Provenance, shape_of
+from hire_xform.passes.weights.provenance import Provenance
 
 # Equations between a value and the exponential that it is made of.
 _TO_EXP = 6

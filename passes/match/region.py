@@ -21,8 +21,8 @@ from hire_xform.passes.ir import compat
 from hire_xform.passes.ir.axes import Layout
 from hire_xform.passes.ir.graph import Node, Value
 from hire_xform.passes.ir.pointwise import known_number, literal_number
+from hire_xform.passes.weights.origins import shape_of
 from hire_xform.passes.weights.products import Product
-from hire_xform.passes.weights.provenance import shape_of
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -14,7 +14,7 @@ from hire_xform.passes.ir.axis_rules import links_of, moves_only
 from hire_xform.passes.ir.graph import Node, Operand, Value
 from hire_xform.passes.ir.links import How
 from hire_xform.passes.ir.pointwise import known_number
-from hire_xform.passes.weights.provenance import shape_of
+from hire_xform.passes.weights.origins import shape_of
 
 _TOP_K = frozenset({prims.top_k_p, prims.approx_top_k_p})
 _WRITES = frozenset({prims.scatter_p, prims.scatter_add_p})

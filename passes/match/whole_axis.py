@@ -10,7 +10,7 @@ from hire_xform.passes.ir.axis_rules import is_pointwise, links_of, moves_only
 from hire_xform.passes.ir.graph import Node, Operand, Value
 from hire_xform.passes.ir.links import How, Link
 from hire_xform.passes.match.top_k import top_k_of
-from hire_xform.passes.weights.provenance import shape_of
+from hire_xform.passes.weights.origins import shape_of
 
 
 def reads_of(logits: Value) -> Iterator[tuple[Value, dict[Node, list[Value] | None]]]:

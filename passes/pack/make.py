@@ -16,11 +16,11 @@ from jax.sharding import NamedSharding, Sharding
 from hire_xform.lowering.xla.promotion import usual_promotion
 from hire_xform.passes.ir import compat
 from hire_xform.passes.ir.trace_context import concretely
-from hire_xform.passes.pack.packers import as_blocks, bare_form, given_to, pack_placed, packed_spec, packer
+from hire_xform.passes.pack.packers import as_blocks, pack_placed, packed_spec, packer
 from hire_xform.passes.plan.decisions import PackKey
+from hire_xform.passes.plan.forms import Form
 from hire_xform.passes.plan.placement import placement_of
-from hire_xform.passes.weights.provenance import Reshape, Root, Stack, Step, Transpose
-from hire_xform.passes.weights.recipe import Cyclic
+from hire_xform.passes.weights.recipe import Cyclic, Reshape, Root, Stack, Step, Transpose
 
 
 def pack_array(key: PackKey, leaf: Any, rows: Any = None) -> Any:
@@ -41,13 +41,13 @@ def pack_array(key: PackKey, leaf: Any, rows: Any = None) -> Any:
         key, leaf = replace(key, recipe=replace(key.recipe, steps=stacks)), rows
     # Under a trace around the call too: packed forms of concrete weights are remembered, so they must be concrete.
     with usual_promotion() if compat.is_tracer(leaf) else concretely():
-        return packer(key.recipe.steps, bare_form(key.form))(leaf, *given_to(key.form))
+        return packer(key.recipe.steps, key.form.bare)(leaf, *(array for array, _ in key.form.given))
 
 
 def pack_shapes(key: PackKey, leaf: Any, sharding: Sharding | None = None) -> Any:
     """Shapes and dtypes of ``pack_array``'s result, and where it is, of a leaf that is there; computes nothing."""
-    given = tuple((tuple(a.shape), np.dtype(a.dtype)) for a in given_to(key.form))
-    made = _pack_shapes(key.recipe.steps, bare_form(key.form), ((tuple(leaf.shape), np.dtype(leaf.dtype)), *given))
+    given = tuple((tuple(a.shape), np.dtype(a.dtype)) for a, _ in key.form.given)
+    made = _pack_shapes(key.recipe.steps, key.form.bare, ((tuple(leaf.shape), np.dtype(leaf.dtype)), *given))
     if sharding is None:
         return made
     if isinstance(sharding, NamedSharding):
@@ -56,7 +56,7 @@ def pack_shapes(key: PackKey, leaf: Any, sharding: Sharding | None = None) -> An
 
 
 @functools.lru_cache(maxsize=256)
-def _pack_shapes(steps: tuple[Step, ...], form: Any, arrays: tuple[tuple[tuple[int, ...], Any], ...]) -> Any:
+def _pack_shapes(steps: tuple[Step, ...], form: Form, arrays: tuple[tuple[tuple[int, ...], Any], ...]) -> Any:
     return jax.eval_shape(packer(steps, form), *(jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in arrays))
 
 

@@ -4,42 +4,31 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from hire_xform.lowering.engine.certified_ffn import largest_norm
 from hire_xform.lowering.engine.cyclic_rows import from_cyclic, to_cyclic
-from hire_xform.lowering.predict.predictors import PredictorSpec, pack_predictor
-from hire_xform.lowering.primitives.ranks import pack_moments
-from hire_xform.lowering.prove.moment_bounds import pack_bounded_moments
-from hire_xform.lowering.prove.proofs import pack_proof
+from hire_xform.lowering.xla.devices import Devices
 from hire_xform.passes.ir.each_device import mesh_here, under_automatic_axes
 from hire_xform.passes.ir.trace_context import as_usual, concretely
 from hire_xform.passes.plan.decisions import PackKey
-from hire_xform.passes.plan.forms import Proving
-from hire_xform.passes.plan.levels import Levels
-from hire_xform.passes.plan.measurement import Fitted, Predicted, Regrouped
+from hire_xform.passes.plan.forms import ROWS, Form
 from hire_xform.passes.plan.placement import Names, as_automatic, names_of, placed_rows, stacks_of
 from hire_xform.passes.weights.recipe import Cyclic, Recipe, Root, Step
 
 
 @functools.lru_cache(maxsize=256)
-def packer(steps: tuple[Step, ...], form: Any) -> Any:
+def packer(steps: tuple[Step, ...], form: Form) -> Any:
     """The jitted function that packs a leaf that is on one device, one for all leaves that are packed alike."""
     recipe = Recipe(Root("", 0), steps)
-    if isinstance(form, Levels):
-        return jax.jit(lambda leaf: jnp.asarray(form.array))
-    if isinstance(form, RegroupedForm):
-        return jax.jit(functools.partial(_regrouped, recipe, form.form))
-    if isinstance(form, FittedForm):
-        return jax.jit(lambda leaf, covariance: _fit_each(form.form, recipe.apply(leaf), covariance))
-    if form == "rows":
-        return jax.jit(recipe.apply)
-    return jax.jit(lambda leaf: recipe.apply(leaf, functools.partial(_finish, form)))
+    if not form.of_rows:
+        return jax.jit(form.pack)
+    if form.given:
+        return jax.jit(lambda leaf, *given: _of_each(form, recipe.apply(leaf), given))
+    return jax.jit(recipe.apply) if form == ROWS else jax.jit(lambda leaf: recipe.apply(leaf, form.pack))
 
 
 def pack_placed(key: PackKey, leaf: Any, sharding: NamedSharding) -> Any:
@@ -51,21 +40,21 @@ def pack_placed(key: PackKey, leaf: Any, sharding: NamedSharding) -> Any:
     mesh = as_automatic(sharding.mesh)
     with concretely():
         leaf = jax.device_put(leaf, NamedSharding(mesh, sharding.spec if any(spec) else PartitionSpec()))
-        given = [jax.device_put(a, NamedSharding(mesh, PartitionSpec())) for a in given_to(key.form)]
+        given = [jax.device_put(a, NamedSharding(mesh, PartitionSpec())) for a, _ in key.form.given]
     # Traced outside of `concretely`: there a constant in the body of a shard_map is computed at once, and where a mesh
     # is set it gets a manual sharding, which no array can have.
     with as_usual(), jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         shapes = tuple(jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding) for a in (leaf, *given))
         precision = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
         settings = jax.config.jax_enable_x64, precision  # type: ignore[attr-defined]
-        pack = _compiled(key.recipe.steps, bare_form(key.form), mesh, spec, shapes, settings)
+        pack = _compiled(key.recipe.steps, key.form.bare, mesh, spec, shapes, settings)
     with concretely():
         return jax.device_put(pack(leaf, *given), NamedSharding(sharding.mesh, spec))
 
 
 @functools.lru_cache(maxsize=256)
 def _compiled(
-    steps: tuple[Step, ...], form: Any, mesh: Any, spec: PartitionSpec, shapes: tuple[Any, ...], settings: Any
+    steps: tuple[Step, ...], form: Form, mesh: Any, spec: PartitionSpec, shapes: tuple[Any, ...], settings: Any
 ) -> Callable[..., Any]:
     """``shard_packer``, or ``packer`` of what is not split, compiled once for these shapes under these settings."""
     pack = shard_packer(steps, form, mesh, spec) if any(spec) else packer(steps, form)
@@ -73,27 +62,27 @@ def _compiled(
 
 
 @functools.lru_cache(maxsize=256)
-def shard_packer(steps: tuple[Step, ...], form: Any, mesh: Any, spec: PartitionSpec) -> Any:
+def shard_packer(steps: tuple[Step, ...], form: Form, mesh: Any, spec: PartitionSpec) -> Any:
     """The jitted function that packs a leaf that is sharded over a mesh with automatic axes, to be placed by ``spec``.
 
     Rows that are to lie cyclically are exchanged by the devices first: none holds more than its own.
     """
     cyclic = _cyclic_of(steps)
     before = steps if cyclic is None else steps[: steps.index(cyclic)]
-    rows = packer(before, "rows")
+    rows = packer(before, ROWS)
     stacks, around = stacks_of(steps), stacks_of(before)
     names = _names_at(spec, around)
 
     def finish(here: Any, rows: Any, *given: Any) -> Any:
         if cyclic is not None:
-            rows = to_cyclic(rows, names, cyclic.parts, axis=around, here=here[0])
+            rows = to_cyclic(rows, Devices(names, cyclic.parts), axis=around, here=here[0])
         if cyclic is not None and stacks > around:
             rows = jnp.expand_dims(rows, around)  # the one part that a device has
-        if isinstance(form, FittedForm):
-            return _fit_each(form.form, rows, *given)
-        if form == "rows":
+        if given:
+            return _of_each(form, rows, given)
+        if form == ROWS:
             return rows
-        made = functools.partial(_finish, form)
+        made = form.pack
         for _ in range(stacks):
             made = functools.partial(jax.lax.map, made)  # one matrix after the other: temporaries are those of one
         return made(rows)
@@ -134,7 +123,7 @@ def as_blocks(key: PackKey, shape: Sequence[int], rows: Any, sharding: NamedShar
     names = _names_at(spec, around)
 
     def run(rows: Any) -> Any:
-        back = functools.partial(from_cyclic, names=names, shards=cyclic.parts, axis=around)
+        back = functools.partial(from_cyclic, devices=Devices(names, cyclic.parts), axis=around)
         return jax.shard_map(back, mesh=mesh_here(sharding.mesh), in_specs=spec, out_specs=spec)(rows)
 
     blocks = Recipe(key.recipe.root, tuple(step for step in key.recipe.steps if step is not cyclic))
@@ -151,81 +140,16 @@ def packed_spec(sharding: NamedSharding, shape: Sequence[int], key: PackKey) -> 
     # A weight that is placed otherwise belongs to no site that is split: it is packed whole, on every device.
     if isinstance(axes, str) or axes[-1]:
         return PartitionSpec()
-    kept = axes[: stacks_of(key.recipe.steps) + (key.form == "rows")]
+    kept = axes[: stacks_of(key.recipe.steps) + key.form.split]
     while kept and not kept[-1]:
         kept.pop()
     return PartitionSpec(*(names or None for names in kept))
 
 
-@dataclass(frozen=True)
-class FittedForm:
-    """``Fitted`` without the inputs, which the packer is given: one program serves all."""
-
-    form: PredictorSpec | Proving
-
-
-@dataclass(frozen=True)
-class RegroupedForm:
-    """``Regrouped`` without the order, which the packer is given first."""
-
-    form: Any
-
-
-def _regrouped(recipe: Recipe, form: Any, leaf: Any, order: Any, *given: Any) -> Any:
-    if form == "order":
-        return order
-    static, form = (form.static, form.form) if isinstance(form, Predicted) else (0, form)
-    make = functools.partial(_fit, form.form) if given else functools.partial(_finish, form)
-
-    def one(rows: Any, order: Any, *given: Any) -> Any:
-        return make(rows[order[static:]], *given)
-
-    for _ in range(order.ndim - 1):
-        one = jax.vmap(one)
-    return one(recipe.apply(leaf), order, *given)
-
-
-def bare_form(form: Any) -> Any:
-    """A form without the arrays that it is made with, which the packer is given."""
-    if isinstance(form, Regrouped):
-        return RegroupedForm(bare_form(form.form))
-    if isinstance(form, Predicted):
-        return Predicted(bare_form(form.form), form.static)
-    return FittedForm(form.form) if isinstance(form, Fitted) else form
-
-
-def given_to(form: Any) -> tuple[Any, ...]:
-    """Those arrays."""
-    if isinstance(form, Regrouped):
-        return (form.order.units, *given_to(form.form))
-    if isinstance(form, Predicted):
-        return given_to(form.form)
-    return (form.inputs.covariance,) if isinstance(form, Fitted) else ()
-
-
-def _finish(form: Any, rows: Any) -> Any:
-    if form == "rows":
-        return rows
-    if form == "norms":
-        return jnp.sqrt(jnp.sum(jnp.square(rows.astype(jnp.float32)), axis=-1))
-    if form == "largest":
-        return largest_norm(rows)
-    if form == "moments":
-        return pack_moments(rows)
-    if form == "bounded_moments":
-        return pack_bounded_moments(rows)
-    return _fit(form, rows, None)
-
-
-def _fit_each(form: PredictorSpec | Proving, rows: Any, covariance: Any) -> Any:
-    """Of each matrix of a stack, ``[*stack, n, d]``, with its own covariance: that of a matrix's parts is one."""
-    fit = functools.partial(_fit, form)
+def _of_each(form: Form, rows: Any, given: Sequence[Any]) -> Any:
+    """Of each matrix of a stack, ``[*stack, n, d]``, with its own of what is given: that of a matrix's parts is one."""
+    make = form.pack
+    depths = [array.ndim - own for array, (_, own) in zip(given, form.given, strict=True)]
     for axis in range(rows.ndim - 2, 0, -1):
-        fit = jax.vmap(fit, in_axes=(0, 0 if axis <= covariance.ndim - 2 else None))
-    return fit(rows, covariance)
-
-
-def _fit(form: PredictorSpec | Proving, rows: Any, covariance: Any) -> Any:
-    if isinstance(form, Proving):
-        return pack_proof(rows, form.spec, covariance)
-    return pack_predictor(rows, form, covariance)
+        make = jax.vmap(make, in_axes=(0, *(0 if axis <= depth else None for depth in depths)))
+    return make(rows, *given)

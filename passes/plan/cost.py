@@ -4,22 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
-from hire_xform.lowering.engine.subgraph import ffn_bytes, vocab_bytes
-from hire_xform.lowering.predict.predictors import Quantized, packed_shapes, predictor_bytes
-from hire_xform.lowering.primitives.ranks import moments_bytes
-from hire_xform.lowering.prove.moment_bounds import bounded_moments_bytes
-from hire_xform.lowering.prove.proofs import proof_bytes, proof_shapes
-from hire_xform.passes.match.matches import FfnMatch, VocabMatch
-from hire_xform.passes.plan.forms import Proving, down_forms, up_forms
+from hire_xform.passes.match.kinds import kind_of
+from hire_xform.passes.match.matches import Match
+from hire_xform.passes.plan.forms import PackedPredictor
 from hire_xform.passes.plan.machine import Machine, machine_here
 from hire_xform.passes.plan.settings import Ffn, Vocab
 from hire_xform.passes.weights.products import Product, normal_form
-from hire_xform.passes.weights.provenance import Transpose
+from hire_xform.passes.weights.recipe import Transpose
 
 # A row read out of order costs this many times what it costs in a streamed product. Measured by
 # `benchmarks/kernels.py` on a CPU; accelerators read rows of a kilobyte or more about as fast as anything else.
@@ -37,7 +32,7 @@ CHOOSING, BOUNDING = 64, 96
 WIDENS_FIRST = frozenset({"cpu"})
 
 
-def dense_cost(match: VocabMatch | FfnMatch, platform: str) -> int:
+def dense_cost(match: Match, platform: str) -> int:
     """What the dense form costs in an execution, as bytes read."""
     if platform not in WIDENS_FIRST:
         return sum(p.nbytes for p in match.products)
@@ -63,7 +58,7 @@ def _reads_as_stored(product: Product) -> bool:
 
 
 def sparse_cost(
-    match: VocabMatch | FfnMatch,
+    match: Match,
     settings: Vocab | Ffn,
     tokens: int,
     predicted: int,
@@ -93,47 +88,32 @@ def sparse_cost(
     return cost
 
 
-def _rows_cost(match: VocabMatch | FfnMatch, settings: Vocab | Ffn, rows: int, platform: str) -> float:
+def _rows_cost(match: Match, settings: Vocab | Ffn, rows: int, platform: str) -> float:
     """What so many bytes of rows computed exactly cost."""
     cost = rows * ROW_COST.get(platform, 1.0)
-    if platform != "cpu" or isinstance(match, FfnMatch):
+    if platform != "cpu" or not kind_of(match).gathers:
         return cost
     cost += max(0, rows - GATHERED) * (GATHERED_COST - ROW_COST["cpu"])
     # A proof multiplies the rows twice, by their values and by their magnitudes.
     return 2 * cost if settings.certify else cost
 
 
-def _narrow_cost(
-    match: VocabMatch | FfnMatch, settings: Vocab | Ffn, machine: Machine, shards: int, static: int
-) -> float:
+def _narrow_cost(match: Match, settings: Vocab | Ffn, machine: Machine, shards: int, static: int) -> float:
     """What a predictor's products of few bits cost more than reading it."""
     speeds = {np.dtype(np.int8): machine.int8, np.dtype(np.uint8): machine.int4}
     cost = 0.0
-    for n, d, dtype in _predicted(match, settings, shards, static):
-        shapes = proof_shapes if settings.certify else packed_shapes
-        for kept in shapes(n, d, settings.spec, dtype).values():
+    n = match.units // shards - static
+    for matrix, forms in zip(match.matrices, kind_of(match).forms(match, settings).products, strict=True):
+        if not isinstance(forms.predictor, PackedPredictor):
+            continue
+        for kept in forms.predictor.shapes(n, matrix.columns, matrix.dtype).values():
             speed = speeds.get(np.dtype(kept.dtype), 1.0)
             cost += kept.size * kept.dtype.itemsize * (1.0 / speed - 1.0)
     return cost
 
 
-def _predicted(
-    match: VocabMatch | FfnMatch, settings: Vocab | Ffn, shards: int, static: int
-) -> list[tuple[int, int, Any]]:
-    """Rows, columns and dtype of each matrix that is predicted."""
-    if isinstance(match, VocabMatch):
-        product = match.product
-        return [(product.width // shards, product.contracted, product.weight.aval.dtype)]
-    assert isinstance(settings, Ffn)
-    return [
-        (match.units // shards - static, up.product.contracted, up.product.weight.aval.dtype)
-        for up, read in zip(match.region.ups, up_forms(match.region, settings), strict=True)
-        if settings.spec in read or Proving(settings.spec) in read
-    ]
-
-
 def why_slower(
-    match: VocabMatch | FfnMatch,
+    match: Match,
     settings: Vocab | Ffn,
     excess: float,
     taken: Sequence[tuple[float, int, bool]],
@@ -153,8 +133,7 @@ def why_slower(
     narrow = _narrow_cost(match, settings, machine, shards, static)
     if bits is not None and narrow > excess:
         speed = machine.int8 if bits == 8 else machine.int4
-        whole = isinstance(settings.spec, Quantized)
-        other = "; a predictor of low rank, which a calibration finds, may be faster" if whole else ""
+        other = f"; {settings.spec.instead}" if settings.spec.instead else ""
         return (
             f": on this CPU ({machine.name}) XLA's products of {bits} bits run at {speed:g} of the speed at which the "
             f"dense product reads{other}"
@@ -166,64 +145,16 @@ def why_slower(
     return ""
 
 
-def bytes_read(
-    match: VocabMatch | FfnMatch,
-    settings: Vocab | Ffn,
-    count: int,
-    tokens: int,
-    computed: int,
-    shards: int = 1,
-    static: int = 0,
-) -> tuple[int, int]:
+def bytes_read(match: Match, settings: Vocab | Ffn, computed: int, shards: int = 1, static: int = 0) -> tuple[int, int]:
     """Bytes per execution on one device: of the predictor (and norms), and of the rows computed exactly.
 
     Args:
       match, settings: the site.
-      count: rows, or groups of units, that each token may have of those predicted.
-      tokens: of one execution.
       computed: rows computed exactly, those that always are included.
       shards: over how many devices it is.
       static: units that are always computed.
     """
-    spec = settings.spec
-    if isinstance(match, VocabMatch):
-        product = match.product
-        dtype = product.weight.aval.dtype
-        total = vocab_bytes(tokens, product.width // shards, product.contracted, dtype, spec, candidates=count)
-        predicted = total - computed * product.contracted * np.dtype(dtype).itemsize
-        predicted += _proof_bytes(settings, product.width // shards, product.contracted, dtype)
-        return predicted, computed * product.contracted * product.stored.itemsize
-    assert isinstance(settings, Ffn)
-    region, down = match.region, match.down
-    forms = up_forms(region, settings)
-    ups = [
-        (up.product.contracted, up.product.weight.aval.dtype, spec if spec in read or Proving(spec) in read else None)
-        for up, read in zip(region.ups, forms, strict=True)
-    ]
-    total = ffn_bytes(
-        tokens,
-        match.units // shards,
-        ups,
-        down.width,
-        down.weight.aval.dtype,
-        active=count,
-        group_size=settings.group_size,
-        norms="norms" in down_forms(region, settings),
-        static=static,
-    )
-    total += sum(moments_bytes(up[0]) for up, read in zip(ups, forms, strict=True) if "moments" in read)
-    total += sum(bounded_moments_bytes(up[0]) for up, read in zip(ups, forms, strict=True) if "bounded_moments" in read)
-    total += sum(
-        _proof_bytes(settings, match.units // shards, d, dtype) for d, dtype, predicted in ups if predicted is not None
-    )
-    rows = sum(d * np.dtype(dtype).itemsize for d, dtype, _ in ups)
-    rows += down.width * np.dtype(down.weight.aval.dtype).itemsize
-    stored = sum(up.product.contracted * up.product.stored.itemsize for up in region.ups)
-    return total - computed * rows, computed * (stored + down.width * down.stored.itemsize)
-
-
-def _proof_bytes(settings: Vocab | Ffn, n: int, d: int, dtype: Any) -> int:
-    """What a proof reads more than its predictor alone; nothing where none is asked for."""
-    if not settings.certify:
-        return 0
-    return proof_bytes(n, d, settings.spec, dtype) - predictor_bytes(n, d, settings.spec, dtype)
+    n = match.units // shards - static
+    held = zip(match.matrices, kind_of(match).forms(match, settings).products, strict=True)
+    predicted = sum(form.nbytes(n, matrix.columns, matrix.dtype) for matrix, forms in held for form in forms)
+    return predicted, computed * sum(matrix.columns * matrix.product.stored.itemsize for matrix in match.matrices)

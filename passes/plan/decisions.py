@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal
+from functools import cached_property
+from typing import Literal
+
+import jax
 
 from hire_xform.passes.ir.graph import Node
-from hire_xform.passes.match.matches import FfnMatch, VocabMatch
+from hire_xform.passes.match.kinds import kind_of
+from hire_xform.passes.match.matches import Match
+from hire_xform.passes.plan.forms import ROWS, Form, SiteForms
 from hire_xform.passes.plan.levels import Levels
 from hire_xform.passes.plan.placement import Placement
 from hire_xform.passes.plan.settings import Ffn, Vocab
 from hire_xform.passes.prove.what_to_prove import NOTHING_READ, Reads
-from hire_xform.passes.weights.provenance import Recipe, Ref, Root
+from hire_xform.passes.weights.origins import Ref
+from hire_xform.passes.weights.recipe import Recipe, Root
 
 
 @dataclass(frozen=True)
@@ -119,16 +126,20 @@ class Refusal:
 
 @dataclass(frozen=True)
 class PackKey:
-    """One packed form of one weight.
-
-    ``"rows"``, the ``"norms"`` of its rows, the ``"largest"`` of them, their ``"moments"``, those with bounds
-    (``"bounded_moments"``), for a predictor spec its arrays, for ``Proving`` also how far they can be from the rows,
-    and for ``Fitted`` either, fitted to its inputs. ``Regrouped`` is any of these in another order. ``Levels`` is of no
-    weight, but has an entry for each layer of it. ``"leaf"`` is the leaf itself, whatever the recipe makes of it.
-    """
+    """One packed form of one weight. One of no rows has an entry for each layer of the weight, if for anything."""
 
     recipe: Recipe
-    form: Any
+    form: Form
+
+    @property
+    def is_rows(self) -> bool:
+        """Whether it is the weight's rows as they are."""
+        return self.form == ROWS
+
+    @property
+    def is_leaf(self) -> bool:
+        """Whether it is rows that lie in the leaf as they are: there is nothing to pack."""
+        return self.is_rows and self.recipe.is_leaf
 
     @property
     def anywhere(self) -> PackKey:
@@ -144,6 +155,12 @@ class Need:
     refs: tuple[Ref, ...]
 
 
+def with_keys(forms: SiteForms[Need], change: Callable[[PackKey], PackKey]) -> SiteForms[Need]:
+    """The same forms with other keys."""
+    changed: SiteForms[Need] = jax.tree.map(lambda need: Need(change(need.key), need.refs), forms)
+    return changed
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class Decision:
     """A match that is rewritten, with all it takes.
@@ -153,34 +170,40 @@ class Decision:
       site: its public description.
       settings: its settings.
       count: rows (vocabulary) or groups (FFN) each token may have; of a sharded site, on each device.
-      needs: packed forms, as ``passes/plan/forms.py`` orders them: of each product into the units, then of the
-        contracting one; of a vocabulary projection those of its one.
+      forms: the packed forms that it reads, by name.
       input_bits: significant bits that a certified product's dense form keeps of its inputs.
       placement: where it runs, when its weights are over several devices.
-      levels: the counts of layers that have their own; the last of ``needs`` says which. ``count`` is the largest.
+      levels: the counts of layers that have their own, of which ``forms.level`` says which. ``count`` is the largest.
       cyclic: of a sharded vocabulary, what becomes of its rows' cyclic distribution over devices. ``"kept"``: logits
         stay in it, and all that reads them minds it. ``"candidates"``, ``"logits"``: these are sent back to where their
         rows lay. Empty where rows are contiguous blocks.
       smaller: of a certified site, fewer than ``count``, ascending: the smallest that will do is taken.
       static: units that are always computed, the first that are packed; ``count`` is of the others.
-      leaves: of a certified site, how many leaves end its ``needs``, one for each of its products: with them its
-        fallback is the program's own equations. Zero in a plan: leaves are read only where they are there anyway.
       reads: of a vocabulary, what reads its logits: what is proved, or what candidates are chosen by.
     """
 
-    match: VocabMatch | FfnMatch
+    match: Match
     site: Site
     settings: Vocab | Ffn
     count: int
-    needs: tuple[Need, ...]
+    forms: SiteForms[Need]
     input_bits: int = 24
     placement: Placement | None = None
     levels: Levels | None = None
     cyclic: Literal["", "kept", "candidates", "logits"] = ""
     smaller: tuple[int, ...] = ()
     static: int = 0
-    leaves: int = 0
     reads: Reads = NOTHING_READ
+
+    @cached_property
+    def needs(self) -> tuple[Need, ...]:
+        """All packed forms that it reads, in the order of their slots."""
+        return tuple(jax.tree.leaves(self.forms))
+
+    @property
+    def rows(self) -> PackKey:
+        """The rows of its (first) product."""
+        return self.forms.up[0].rows.key
 
     @property
     def rungs(self) -> tuple[int, ...]:
@@ -195,10 +218,7 @@ class Decision:
 
         Where its user wants units left out whatever they are, or its model itself chooses among them, none is missed.
         """
-        settings, match = self.settings, self.match
-        if settings.certify or not isinstance(settings, Ffn) or settings.activations == "any":
-            return False
-        return isinstance(match, FfnMatch) and match.region.own is None
+        return kind_of(self.match).may_be_short(self.match, self.settings)
 
     @property
     def marks(self) -> int:
@@ -246,8 +266,8 @@ class Plan:
         """The plan as JSON: ``{"platform", "sites": [...], "refusals": [...], "unmatched_rules": [...]}``."""
         sites = []
         for site in self.sites:
-            entry = {k: v for k, v in asdict(site).items() if k != "settings"}
-            entry["settings"] = {**asdict(site.settings), "predictor": repr(site.settings.spec)}
+            entry = asdict(replace(site, settings=replace(site.settings, predictor=None)))
+            entry["settings"] = {**entry.pop("settings"), "predictor": repr(site.settings.spec)}
             sites.append(entry)
         found = {"platform": self.platform, "sites": sites, "refusals": [asdict(r) for r in self.refusals]}
         found["unmatched_rules"] = list(self.unmatched_rules)

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
+
+from hire_xform.passes.plan.forms import Whole
 
 # Branches at most: each is compiled, and is a copy of the site's code.
 MOST = 4
@@ -14,7 +18,7 @@ WORTH = 0.02
 
 
 @dataclass(frozen=True)
-class Levels:
+class Levels(Whole):
     """Which of a few sizes each layer has. As a packed form: int32 ``[*shape]``, the number of its size.
 
     Attributes:
@@ -39,6 +43,10 @@ class Levels:
     def array(self) -> np.ndarray:
         """The numbers as they are read."""
         return np.asarray(self.numbers, np.int32).reshape(self.shape)
+
+    def pack(self, leaf: Any, *given: Any) -> Any:
+        """The numbers."""
+        return jnp.asarray(self.array)
 
 
 def levels_of(sizes: np.ndarray, most: int = MOST) -> Levels:

@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hire_xform.lowering.engine.selection import Selection, choose
 from hire_xform.passes.ir.debugging import Why, debugging
 from hire_xform.passes.ir.graph import Node
 from hire_xform.passes.match.derivatives import derivative_of
-from hire_xform.passes.match.matches import Detection, FfnMatch, VocabMatch
-from hire_xform.passes.plan.checks import CHECKS, Case
+from hire_xform.passes.match.kinds import kind_of
+from hire_xform.passes.match.matches import Detection, Match
+from hire_xform.passes.plan.checks import COMMON, Case
 from hire_xform.passes.plan.cost import dense_cost, sparse_cost, why_slower
 from hire_xform.passes.plan.decisions import Decision, Plan, Refusal, Rung, Site
-from hire_xform.passes.plan.measurement import Measure, Order
+from hire_xform.passes.plan.forms import Order
+from hire_xform.passes.plan.measurement import MeasurementOf
 from hire_xform.passes.plan.needs import needs_of, order_of, stack_need
 from hire_xform.passes.plan.placement import Placement
 from hire_xform.passes.plan.settings import Choice
 from hire_xform.passes.plan.sizes import UNCHOSEN, Reading, Sizes, sizes_of
 from hire_xform.passes.plan.verify import verify_plan
 from hire_xform.passes.prove.certifiable import ALL_BITS, input_bits
-from hire_xform.passes.weights.provenance import Root
+from hire_xform.passes.weights.recipe import Root
 
 
 def make_plan(
@@ -28,8 +30,8 @@ def make_plan(
     choose_settings: Callable[[str, str], Choice],
     platform: str,
     name_of: Callable[[Root], str],
-    measure: Measure = lambda match, names: None,
-    placed: Callable[[VocabMatch | FfnMatch], Placement | str | None] = lambda match: None,
+    measure: MeasurementOf = lambda match, names: None,
+    placed: Callable[[Match], Placement | str | None] = lambda match: None,
     runs_dense: bool = False,
 ) -> Plan:
     """Turns matches into decisions or refusals.
@@ -47,10 +49,9 @@ def make_plan(
     refusals: list[tuple[Node, Refusal]] = []
     why = Why()
     for match in detection.matches:
-        kind = "vocab" if isinstance(match, VocabMatch) else "ffn"
         names = tuple(name_of(p.origin.recipe.root) for p in match.products)
-        choice = choose_settings(kind, match.node.path)
-        case = Case(match, kind, choice, platform, names, measure(match, names), placed(match), runs_dense)
+        choice = choose_settings(match.kind, match.node.path)
+        case = Case(match, kind_of(match), choice, platform, names, measure(match, names), placed(match), runs_dense)
         found = _decide(case, why)
         if isinstance(found, Decision):
             decisions.append(found)
@@ -58,7 +59,7 @@ def make_plan(
         for product, name in zip(match.products, names, strict=True):
             size = product.nbytes * product.node.scope.iterations
             source = product.node.source
-            refusals.append((product.node, Refusal(product.path, source, found, kind, size, (name,))))
+            refusals.append((product.node, Refusal(product.path, source, found, match.kind, size, (name,))))
     for rejection in detection.rejections:
         node, read = rejection.node, rejection.weights_read
         size, weights = sum(read.values()), tuple(name_of(root) for root in read)
@@ -78,9 +79,9 @@ def _decide(case: Case, why: Why) -> Decision | str:
 
     def tell(check: str, outcome: str) -> None:
         if told:
-            why.write(path, f"{case.kind} {check}", outcome)
+            why.write(path, f"{case.match.kind} {check}", outcome)
 
-    for check in CHECKS[case.kind]:
+    for check in case.kind.checks or COMMON:
         reason = check(case)
         tell(check.__name__.replace("_", " "), reason or "yes")
         if reason:
@@ -175,10 +176,9 @@ def _slower(case: Case, sized: _Sized) -> str | None:
 def _describe(case: Case, sized: _Sized) -> Decision:
     match, settings, placement, shards = case.match, case.settings, case.placement, case.shards
     order, sizes, static, reads = sized.order, sized.sizes, sized.static, case.reads
-    first = match.product if isinstance(match, VocabMatch) else match.region.ups[0].product
     ordered = "" if order is None else f"; {order.how}"
     site = Site(
-        kind=case.kind,
+        kind=match.kind,
         path=match.node.path,
         source=match.node.source,
         tokens=case.tokens,
@@ -186,11 +186,10 @@ def _describe(case: Case, sized: _Sized) -> Decision:
         sparse_bytes=sized.sparse_bytes,
         settings=settings,
         weights=case.names,
-        inputs=first.contracted,
+        inputs=match.inputs,
         units=match.units,
         computed=sized.computed * shards,
         shared=sized.selection.mode == "shared",
-        activation=match.region.activation if isinstance(match, FfnMatch) else "",
         own="" if case.own is None else case.own.name,
         forced=case.choice.force,
         calibrated=case.chosen.how + ordered + sizes.how,
@@ -199,21 +198,21 @@ def _describe(case: Case, sized: _Sized) -> Decision:
         rungs=tuple(Rung(r.computed * shards, r.bytes * shards, r.share) for r in sizes.rungs),
         static=static,
         derivative=derivative_of(match),
-        evidence=_evidence(case),
         proved=reads.proved,
         unproved=reads.unproved,
         widened=sized.dense_cost > sized.dense_bytes,
+        **case.kind.described(case),
     )
     inputs = None if case.measurement is None else case.measurement.inputs
-    needs = needs_of(match, settings, inputs, shards, order, static)
+    forms = needs_of(match, settings, inputs, shards, order, static)
     if sizes.levels is not None:
-        needs = (*needs, stack_need(match, sizes.levels))
+        forms = replace(forms, level=stack_need(match, sizes.levels))
     return Decision(
         match,
         site,
         settings,
         sized.count,
-        needs,
+        forms,
         input_bits(match, case.platform) or ALL_BITS,
         placement,
         sizes.levels,
@@ -221,10 +220,3 @@ def _describe(case: Case, sized: _Sized) -> Decision:
         static=static,
         reads=reads,
     )
-
-
-def _evidence(case: Case) -> str:
-    """Why the outputs of a vocabulary projection are taken for logits."""
-    if not isinstance(case.match, VocabMatch):
-        return ""
-    return case.match.evidence or ("a rule says so" if case.choice.named else "they were measured as such")

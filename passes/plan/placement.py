@@ -14,9 +14,10 @@ from typing import Any
 
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
+from hire_xform.lowering.xla.devices import Devices
 from hire_xform.passes.ir.each_device import is_explicit
 from hire_xform.passes.ir.links import How, Link
-from hire_xform.passes.match.matches import FfnMatch, VocabMatch, up_rows, vocab_rows
+from hire_xform.passes.match.matches import Match
 from hire_xform.passes.weights.recipe import Recipe, Reshape, Root, Stack, Step
 
 # Mesh axes, outermost first.
@@ -45,6 +46,11 @@ class Placement:
     def size(self, names: Names) -> int:
         """Devices along some axes."""
         return math.prod(self.mesh.shape[name] for name in names)
+
+    @property
+    def devices(self) -> Devices:
+        """Those that its rows are split over."""
+        return Devices(self.rows, self.shards)
 
     @property
     def explicit(self) -> bool:
@@ -151,7 +157,7 @@ def in_parts(recipe: Recipe, rows: int, columns: int, shards: int) -> Recipe:
     return recipe if shards == 1 else recipe.then(Reshape((shards, rows // shards, columns)), Stack(shards))
 
 
-def place(match: VocabMatch | FfnMatch, leaf_of: Callable[[Root], Any], token_axes: Names) -> Placement | str | None:
+def place(match: Match, leaf_of: Callable[[Root], Any], token_axes: Names) -> Placement | str | None:
     """Where a match runs.
 
     Args:
@@ -162,16 +168,12 @@ def place(match: VocabMatch | FfnMatch, leaf_of: Callable[[Root], Any], token_ax
     Returns:
       A placement; None where there is nothing to split and nothing to say of types; or the reason to stay dense.
     """
-    parts: list[tuple[Any, Recipe]]
-    if isinstance(match, VocabMatch):
-        parts = [(match.product, vocab_rows(match))]
-    else:
-        parts = [(up.product, up_rows(up)) for up in match.region.ups] + [(match.down, match.down_rows())]
     if any(scope.kind == "shard_map" for scope in match.node.scope.chain()):
         return None  # of the program's own, which says what each device has
     found: set[Names] = set()
     meshes: list[Any] = []
-    for product, recipe in parts:
+    for matrix in match.matrices:
+        product, recipe = matrix.product, matrix.rows
         leaf = leaf_of(recipe.root)
         sharding = placement_of(leaf)
         if sharding is None:
@@ -185,7 +187,7 @@ def place(match: VocabMatch | FfnMatch, leaf_of: Callable[[Root], Any], token_ax
         if any(stacks):
             return f"{product.path}: its weight is sharded along the axis that stacks it, over {_text(stacks)}"
         if columns:
-            what = "its output" if not isinstance(match, VocabMatch) and product is match.down else "its input"
+            what = "its output" if matrix is not match.matrices[0] and product is match.last else "its input"
             return (
                 f"{product.path}: its weight is sharded along {what} axis, over {_text([columns])}; only those sharded "
                 "along the hidden units or the vocabulary are predicted"
@@ -205,9 +207,9 @@ def place(match: VocabMatch | FfnMatch, leaf_of: Callable[[Root], Any], token_ax
     return Placement(mesh, rows, tokens)
 
 
-def _token_axes(match: VocabMatch | FfnMatch, mesh: Any, token_axes: Names, rows: Names) -> Names:
+def _token_axes(match: Match, mesh: Any, token_axes: Names, rows: Names) -> Names:
     """The axes to split tokens over: those that data is sharded over, as far as they divide the tokens."""
-    product = match.product if isinstance(match, VocabMatch) else match.down
+    product = match.last
     typed = getattr(product.x.aval, "sharding", None)
     if is_explicit(mesh) and typed is not None and typed.spec:
         token_axes = tuple(n for d in product.x_free for n in names_of(typed.spec[d]))

@@ -12,16 +12,16 @@ from collections.abc import Callable, Iterable
 from typing import Literal
 
 from hire_xform.passes.ir.graph import Frame, Node
-from hire_xform.passes.match.matches import VocabMatch
+from hire_xform.passes.match.kinds import kind_of
+from hire_xform.passes.match.matches import Match
 from hire_xform.passes.match.whole_axis import cuts_end, is_uniform, joined_by, reads_of, selects
-from hire_xform.passes.plan.decisions import Decision, Need, PackKey, Plan
-from hire_xform.passes.weights.provenance import Root
-from hire_xform.passes.weights.recipe import Cyclic, Recipe
+from hire_xform.passes.plan.decisions import Decision, PackKey, Plan, with_keys
+from hire_xform.passes.weights.recipe import Cyclic, Recipe, Root
 
 
-def readers(match: VocabMatch) -> list[Node] | str:
+def readers(match: Match) -> list[Node] | str:
     """The arg maxes and top-ks that logits go into, if nothing that reads them minds their order; else what does."""
-    product = match.product
+    product = match.last
     if tuple(product.out_w_dims) != (len(product.out.shape) - 1,):
         return "the vocabulary is not the last axis of its logits"
     around = _derivatives(product.node)
@@ -62,11 +62,11 @@ def as_cyclic(decision: Decision, how: Literal["kept", "candidates", "logits"]) 
 
     def key(key: PackKey) -> PackKey:
         # Rows are one matrix; all else is made of a stack of parts, the last two steps.
-        at = len(key.recipe.steps) - (0 if key.form == "rows" else 2)
+        at = len(key.recipe.steps) - (0 if key.is_rows else 2)
         steps = (*key.recipe.steps[:at], step, *key.recipe.steps[at:])
         return PackKey(Recipe(key.recipe.root, steps), key.form)
 
-    return dataclasses.replace(decision, cyclic=how, needs=tuple(Need(key(n.key), n.refs) for n in decision.needs))
+    return dataclasses.replace(decision, cyclic=how, forms=with_keys(decision.forms, key))
 
 
 def as_contiguous(decision: Decision) -> Decision:
@@ -76,7 +76,7 @@ def as_contiguous(decision: Decision) -> Decision:
         steps = tuple(step for step in key.recipe.steps if not isinstance(step, Cyclic))
         return PackKey(Recipe(key.recipe.root, steps), key.form)
 
-    return dataclasses.replace(decision, cyclic="", needs=tuple(Need(key(n.key), n.refs) for n in decision.needs))
+    return dataclasses.replace(decision, cyclic="", forms=with_keys(decision.forms, key))
 
 
 def other_rows(decision: Decision) -> Decision | None:
@@ -91,7 +91,7 @@ def other_rows(decision: Decision) -> Decision | None:
 def may_be_cyclic(decision: Decision) -> bool:
     """True for a vocabulary whose rows are over several devices."""
     placement = decision.placement
-    return isinstance(decision.match, VocabMatch) and placement is not None and placement.shards > 1
+    return kind_of(decision.match).splits_result and placement is not None and placement.shards > 1
 
 
 def _drops_others(decision: Decision) -> bool:
@@ -111,7 +111,6 @@ def distribute_rows(plan: Plan, read_elsewhere: Callable[[Plan], Iterable[Root]]
     for decision in plan.decisions:
         if not may_be_cyclic(decision):
             continue
-        assert isinstance(decision.match, VocabMatch)
         found = readers(decision.match)
         if isinstance(found, str) and not _drops_others(decision):
             told[decision] = found
@@ -120,9 +119,9 @@ def distribute_rows(plan: Plan, read_elsewhere: Callable[[Plan], Iterable[Root]]
     while chosen:
         now = _with(plan, chosen)
         held = set(read_elsewhere(now)) | {
-            need.key.recipe.root for d in now.decisions if not d.cyclic for need in d.needs if need.key.form == "rows"
+            need.key.recipe.root for d in now.decisions if not d.cyclic for need in d.needs if need.key.is_rows
         }
-        back = [old for old, new in chosen.items() if new.needs[0].key.recipe.root in held]
+        back = [old for old, new in chosen.items() if new.rows.recipe.root in held]
         if not back:
             break
         for decision in back:

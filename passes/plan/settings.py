@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
-from hire_xform.lowering.predict.predictors import LowRank, PredictorSpec, Projected, Quantized
+from hire_xform.lowering.predict.predictors import Predictor
+from hire_xform.lowering.predict.quantized import Quantized
 from hire_xform.lowering.prove.goals import Goal, Nucleus, TopSet, fewest_candidates
 
 
@@ -27,8 +28,13 @@ def _check_count(owner: str, field: str, value: Any) -> None:
 
 def check_predictor(owner: str, predictor: Any, or_else: str = "") -> None:
     """Raises the error for a value that is no predictor."""
-    if not isinstance(predictor, (Quantized, LowRank, Projected)):
-        expected = f"{or_else}hx.Quantized(bits), hx.LowRank(rank, bits) or hx.Projected(rank, bits)"
+    if not isinstance(predictor, Predictor):
+        known = "hx.Quantized(bits), hx.LowRank(rank, bits), hx.Projected(rank, bits)"
+        refuse(owner, "predictor", predictor, f"{or_else}{known} or a subclass of hx.Predictor")
+    try:
+        hash(predictor)
+    except TypeError as error:
+        expected = f"one that is hashable, such as a frozen dataclass of settings, or one with eq=False ({error})"
         refuse(owner, "predictor", predictor, expected)
 
 
@@ -40,6 +46,10 @@ def _check_common(owner: str, predictor: Any, certify: Any, max_tokens: Any) -> 
         goals = ", hx.TopSet(k) or hx.Nucleus(eps)" if owner == "Vocab" else ""
         refuse(owner, "certify", certify, f"None, True or False{goals}")
     _check_count(owner, "max_tokens", max_tokens)
+
+
+def _certified(certify: Any) -> str:
+    return f", certify={certify!r}" if certify else ""
 
 
 # What `Vocab(candidates=None)` computes, and what `predictor=None` is without a calibration.
@@ -57,13 +67,17 @@ class Vocab:
       ValueError: a value is out of range; the message names it.
     """
 
+    # One row is one candidate. The field that states a size.
+    group_size: ClassVar[int] = 1
+    size_name: ClassVar[str] = "candidates"
+
     # Rows of the vocabulary computed exactly for each token; more than there are means all of them. None is what a
     # calibration found, without one 256. Of a certified one it finds several sizes, of which each input takes the
     # smallest that proves its goal; a number that is given is the only size.
     candidates: int | None = None
     # How the other rows are scored, and the candidates found. None is what a calibration chose, without one
     # `Quantized(8)`.
-    predictor: PredictorSpec | None = None
+    predictor: Predictor | None = None
     # What stands for the other logits: the predictor's scores (the softmax normaliser stays right), or -inf.
     fill: str = "predicted"
     # True: prove for every input that what reads the logits (an arg max, a top-k) takes what it takes of the dense
@@ -85,7 +99,7 @@ class Vocab:
         _check_common("Vocab", self.predictor, self.certify, self.max_tokens)
 
     @property
-    def spec(self) -> PredictorSpec:
+    def spec(self) -> Predictor:
         """The predictor: the one that is stated or was chosen, or else the default."""
         return PREDICTOR if self.predictor is None else self.predictor
 
@@ -98,6 +112,19 @@ class Vocab:
         if self.certify is not None:
             return self
         return dataclasses.replace(self, certify=self.candidates is None if calibrated is None else calibrated)
+
+    def with_size(self, size: int, units: int) -> Vocab:
+        """With so many candidates, of so many rows."""
+        return dataclasses.replace(self, candidates=size)
+
+    def size_in(self, units: int) -> int:
+        """The candidates of so many rows."""
+        return self.candidates_of(units)
+
+    @property
+    def in_words(self) -> str:
+        """For reports."""
+        return f"{self.spec}, fill={self.fill!r}{_certified(self.certify)}"
 
     def candidates_of(self, vocab: int, read: int = 1) -> int:
         """The rows of a vocabulary to compute for each token.
@@ -124,6 +151,10 @@ class Ffn:
       ValueError: a value is out of range; the message names it.
     """
 
+    # Nothing stands for units that are left out. The field that states a size.
+    fill: ClassVar[str] = ""
+    size_name: ClassVar[str] = "active"
+
     # Share of the hidden units (or of their groups) computed for each token: a fraction, 0 < active <= 1. None is what
     # a calibration found; without one 0.25, but for blocks whose model keeps a top-k, or what is above a threshold:
     # there it is that share, and half as much again for the predictor to err in. Where what the model keeps hangs on
@@ -133,7 +164,7 @@ class Ffn:
     # Neighbouring units chosen together and read as one slab. Above 1 only for models trained or calibrated for it.
     group_size: int = 1
     # How the units are scored. None is what a calibration chose, without one `Quantized(8)`.
-    predictor: PredictorSpec | None = None
+    predictor: Predictor | None = None
     # True: prove for every input that the units left out are zero, or run the dense block. For ReLU, squared ReLU and
     # ReGLU, and for a model's own top-k or threshold, whose choice is proved to be the dense one; takes weights of f32,
     # bf16 or f16. None is True, unless an approximation is asked for: by `active`, by `activations="any"`, or by a
@@ -155,7 +186,7 @@ class Ffn:
         _check_common("Ffn", self.predictor, self.certify, self.max_tokens)
 
     @property
-    def spec(self) -> PredictorSpec:
+    def spec(self) -> Predictor:
         """The predictor: the one that is stated or was chosen, or else the default."""
         return PREDICTOR if self.predictor is None else self.predictor
 
@@ -169,6 +200,20 @@ class Ffn:
             return self
         proved = self.active is None and self.activations == "zeroing"
         return dataclasses.replace(self, certify=proved if calibrated is None else calibrated)
+
+    def with_size(self, size: int, units: int) -> Ffn:
+        """With the share that so many groups are of so many units."""
+        return dataclasses.replace(self, active=size * self.group_size / units)
+
+    def size_in(self, units: int) -> int:
+        """The groups of so many units."""
+        return max(1, round(self.active_of(None) * (units // self.group_size)))
+
+    @property
+    def in_words(self) -> str:
+        """For reports."""
+        group = f", groups of {self.group_size}" if self.group_size > 1 else ""
+        return f"{self.spec}{group}{_certified(self.certify)}"
 
     def active_of(self, own_share: float | None) -> float:
         """The share of a block's units to compute.

@@ -9,13 +9,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from hire_xform.lowering.engine.selection import choose, rungs
-from hire_xform.passes.match.matches import FfnMatch, VocabMatch
+from hire_xform.passes.match.kinds import kind_of
+from hire_xform.passes.match.matches import Match
 from hire_xform.passes.plan.cost import bytes_read
 from hire_xform.passes.plan.decisions import Rung
 from hire_xform.passes.plan.ladder import MOST, Ladder, ladder_of
 from hire_xform.passes.plan.levels import WORTH, Levels, levels_of, told
 from hire_xform.passes.plan.measurement import Chosen
-from hire_xform.passes.plan.needs import stack_need
 from hire_xform.passes.plan.settings import Ffn, Vocab
 from hire_xform.passes.weights.cut_weights import is_cut
 
@@ -39,7 +39,7 @@ class Reading:
       static: units that are always computed, and not chosen from.
     """
 
-    match: VocabMatch | FfnMatch
+    match: Match
     settings: Vocab | Ffn
     tokens: int
     groups: int
@@ -58,12 +58,11 @@ class Reading:
 
     def bytes(self, count: int) -> tuple[int, int]:
         """Bytes of the predictor, and of the rows of one size."""
-        rows = self.rows(count)
-        return bytes_read(self.match, self.settings, count, self.tokens, rows, self.shards, self.static)
+        return bytes_read(self.match, self.settings, self.rows(count), self.shards, self.static)
 
     def exact(self, rows: int) -> int:
         """Bytes of so many rows."""
-        return bytes_read(self.match, self.settings, 1, self.tokens, rows, self.shards)[1]
+        return bytes_read(self.match, self.settings, rows, self.shards)[1]
 
     @property
     def dense(self) -> int:
@@ -73,12 +72,12 @@ class Reading:
     @property
     def tried(self) -> bool:
         """Whether what is computed exactly is read before it is known whether the dense form must be run."""
-        return isinstance(self.match, VocabMatch) or self.chooses
+        return kind_of(self.match).tries(self.match)
 
     @property
     def chooses(self) -> bool:
         """Whether it is a block whose model chooses its units itself: certified, it has one size."""
-        return isinstance(self.match, FfnMatch) and self.match.region.own is not None
+        return self.match.own is not None
 
 
 @dataclass(frozen=True)
@@ -121,7 +120,11 @@ def sizes_of(read: Reading, chosen: Chosen, count: int) -> Sizes:
         one = _with_ladders(read, predicted, [((count,), None) if ladder is None else (ladder.counts, ladder.shares)])
         one = replace(one, smaller=() if ladder is None else ladder.counts[:-1])
         exact = one.exact
-    if chosen.sizes is None or len(set(chosen.sizes.ravel().tolist())) < 2 or is_cut(stack_need(read.match, None).refs):
+    if (
+        chosen.sizes is None
+        or len(set(chosen.sizes.ravel().tolist())) < 2
+        or is_cut(read.match.products[0].origin.refs)
+    ):
         return one
     levels = levels_of(chosen.sizes)
     if needs is None:

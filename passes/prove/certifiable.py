@@ -4,20 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from jax.extend.core import primitives as prims
 from jax.lax import Precision
 
-from hire_xform.passes.match.matches import FfnMatch, VocabMatch
-from hire_xform.passes.match.zeros import gate_of
-from hire_xform.passes.prove.region_intervals import unbounded
-from hire_xform.passes.weights.products import Product
+from hire_xform.passes.match.kinds import kind_of
+from hire_xform.passes.match.matches import Match
 
 # Significant bits of an f32 input: all of them. Fewer where a product rounds its inputs first.
 ALL_BITS = 24
 _PROVED = ("float32", "bfloat16", "float16")
 
 
-def not_certifiable(match: VocabMatch | FfnMatch, platform: str) -> str | None:
+def not_certifiable(match: Match, platform: str) -> str | None:
     """Why a site can't be certified; None when it can."""
     for product in match.products:
         values = (product.x, product.weight, product.out)
@@ -26,21 +23,10 @@ def not_certifiable(match: VocabMatch | FfnMatch, platform: str) -> str | None:
             return f"certify=True is proved for float32, bfloat16 and float16; this has {other}"
     if input_bits(match, platform) is None:
         return f"certify=True does not know what precision={_precision(match)} rounds to on {platform}"
-    if isinstance(match, FfnMatch):
-        if match.region.own is not None:
-            if platform == "tpu" and any(n.primitive is prims.approx_top_k_p for n in match.region.nodes):
-                return "certify=True proves an exact top-k; approx_max_k is none on a TPU"
-            what = unbounded(match.region)
-            return None if what is None else f"certify=True has no bounds of {what}, which is in the model's own choice"
-        if gate_of(match.region) is None:
-            return (
-                f"certify=True proves zeros of max(u, 0), alone, squared, or times another product; not of this "
-                f"activation ({match.region.activation})"
-            )
-    return None
+    return kind_of(match).unproved(match, platform)
 
 
-def input_bits(match: VocabMatch | FfnMatch, platform: str) -> int | None:
+def input_bits(match: Match, platform: str) -> int | None:
     """Significant bits that the products to be bounded keep of f32 inputs on a platform; None when not known."""
     precision = _precision(match)
     stated = set(precision) if isinstance(precision, (tuple, list)) else {precision}
@@ -48,13 +34,13 @@ def input_bits(match: VocabMatch | FfnMatch, platform: str) -> int | None:
         return None
     if platform == "cpu" or stated == {Precision.HIGHEST}:
         return ALL_BITS
-    if all(v.aval.dtype.name == "bfloat16" for p in _bounded(match) for v in (p.x, p.weight)):
+    if all(v.aval.dtype.name == "bfloat16" for p in kind_of(match).bounded(match) for v in (p.x, p.weight)):
         return ALL_BITS  # exact in one pass of bf16, and in TF32
     # TPU: one pass of bf16, at HIGH three. GPU: TF32.
     return {"tpu": 16 if stated == {Precision.HIGH} else 8, "gpu": 11}.get(platform)
 
 
-def platforms_proved(match: VocabMatch | FfnMatch, bits: int) -> tuple[str, ...]:
+def platforms_proved(match: Match, bits: int) -> tuple[str, ...]:
     """Where a match is certified that was planned for products that keep ``bits`` of their inputs."""
     return tuple(
         platform
@@ -63,18 +49,8 @@ def platforms_proved(match: VocabMatch | FfnMatch, bits: int) -> tuple[str, ...]
     )
 
 
-def _precision(match: VocabMatch | FfnMatch) -> Any:
-    stated = [product.node.params["precision"] for product in _bounded(match)]
+def _precision(match: Match) -> Any:
+    stated = [product.node.params["precision"] for product in kind_of(match).bounded(match)]
     if len(stated) == 1:
         return stated[0]
     return tuple(p for each in stated for p in (each if isinstance(each, (tuple, list)) else (each,)))
-
-
-def _bounded(match: VocabMatch | FfnMatch) -> list[Product]:
-    """The products whose values are bounded."""
-    if isinstance(match, VocabMatch):
-        return [match.product]
-    if match.region.own is not None:
-        return [up.product for up in match.region.ups]
-    gate = gate_of(match.region)
-    return [match.region.ups[gate.up if gate is not None else 0].product]

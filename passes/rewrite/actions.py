@@ -1,91 +1,156 @@
-"""What is done at an equation: a decision of the plan, a dense product that reads a packed layout, a top-k."""
+"""What is done at each equation: a decision of the plan, a dense product that reads a packed layout, a top-k."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from hire_xform.passes.ir.graph import Node
+from jax import lax
+
+from hire_xform.passes.ir.graph import Node, Operand
 from hire_xform.passes.match.matches import Detection
 from hire_xform.passes.plan.decisions import Decision, Need, PackKey, Plan
+from hire_xform.passes.plan.forms import ROWS
 from hire_xform.passes.plan.needs import leaf_needs
 from hire_xform.passes.plan.row_order import other_rows
-from hire_xform.passes.rewrite.cyclic_lookups import CyclicLookup, cyclic_lookups
-from hire_xform.passes.rewrite.merge_top_k import Merged, merged
-from hire_xform.passes.rewrite.top_groups import TopGroups
+from hire_xform.passes.rewrite.action import Action, Context
+from hire_xform.passes.rewrite.canonical import flat_activation, result_shape
+from hire_xform.passes.rewrite.cyclic_lookups import cyclic_lookups
+from hire_xform.passes.rewrite.merge_top_k import Merged, merge, merged
+from hire_xform.passes.rewrite.site import RewrittenSite
 from hire_xform.passes.weights.products import Product, normal_form
-from hire_xform.passes.weights.provenance import Root
+from hire_xform.passes.weights.recipe import Root
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class DenseRows:
+class DenseRows(Action):
     """A dense product whose weight leaf is not there, computed from its packed rows.
 
     Attributes:
       product: the product.
-      needs: the one packed form it reads.
+      rows: the packed rows.
       contracted_first: True when the rows are ``[contracted, width]``, False for ``[width, contracted]``.
     """
 
     product: Product
-    needs: tuple[Need, ...]
+    rows: Need
     contracted_first: bool
 
     @property
     def node(self) -> Node:
-        """The equation whose result is replaced."""
+        """The product's equation."""
         return self.product.node
 
+    @property
+    def key(self) -> Hashable:
+        """Of its equation and how the rows lie."""
+        return "dense", self.contracted_first
 
-Treatment = Decision | DenseRows | TopGroups | Merged | CyclicLookup
+    @property
+    def needs(self) -> tuple[Need, ...]:
+        """The packed rows."""
+        return (self.rows,)
+
+    @property
+    def operands(self) -> Sequence[Operand]:
+        """The activation."""
+        return (self.product.x,)
+
+    def emit(self, context: Context) -> Sequence[Any]:
+        """The product from packed rows."""
+        product, view = self.product, context.view(self.rows)
+        params = product.node.params
+        flat = lax.dot_general(
+            flat_activation(product, context.read(product.x)),
+            view.whole().astype(product.weight.aval.dtype),
+            (((1,), (0 if self.contracted_first else 1,)), ((), ())),
+            precision=params["precision"],
+            preferred_element_type=params["preferred_element_type"],
+        )
+        assert math.prod(flat.shape) == product.tokens * product.width
+        return [result_shape(product, view.filled(flat))]
 
 
-def treatments(
+@dataclass(frozen=True, eq=False, repr=False)
+class MergedTopK(Action):
+    """An arg max or a top-k over logits that several devices have parts of."""
+
+    merged: Merged
+
+    @property
+    def node(self) -> Node:
+        """The equation."""
+        return self.merged.node
+
+    @property
+    def key(self) -> Hashable:
+        """Of its equation and where the logits are."""
+        return "merged", self.merged.k, self.merged.vocab, self.merged.placement, self.merged.cyclic
+
+    @property
+    def operands(self) -> Sequence[Operand]:
+        """The logits, where they are still whole."""
+        return (self.merged.operand,)
+
+    @property
+    def nodes(self) -> Sequence[Node]:
+        """The equation, and that which makes the logits where others come between."""
+        made = self.merged.operand.node
+        return [self.node] if self.merged.operand in self.node.inputs or not made else [self.node, made]
+
+    def emit(self, context: Context) -> Sequence[Any]:
+        """The equation's results."""
+        return merge(self.merged, context.read(self.merged.operand))
+
+
+# Makes of a decision what is done in its place, knowing which leaves will be there.
+ActionOf = Callable[[Decision, Callable[[Root], bool]], Action]
+
+
+def actions_of(
     detection: Detection,
     plan: Plan,
     has_leaf: Callable[[Root], bool],
     has_key: Callable[[PackKey], bool],
-) -> dict[Node, Treatment]:
+    action_of: ActionOf,
+) -> dict[Node, Action]:
     """What to do at each equation, given which leaves and packed forms will be there at run time.
 
     A decision whose packed forms are not all there takes those of rows that lie otherwise. Where these are not there
-    either, it is left out: its products are then dense. A certified decision reads the leaves of its products besides,
-    where all of them are there. Dense products whose leaf is not there read packed rows
+    either, it is left out: its products are then dense. Dense products whose leaf is not there read packed rows
     instead, where some fit, and so do lookups.
     """
 
     def there(need: Need) -> bool:
-        key = need.key
-        return has_key(key) or (key.form == "rows" and key.recipe.is_leaf and has_leaf(key.recipe.root))
+        return has_key(need.key) or (need.key.is_leaf and has_leaf(need.key.recipe.root))
 
-    found: dict[Node, Treatment] = {}
+    decisions: list[Decision] = []
     for decision in plan.decisions:
-        for one in (decision, other_rows(decision)):
-            if one is not None and all(there(n) for n in one.needs):
-                found[one.node] = _with_leaves(one, has_leaf)
-                break
-    decisions = [one for one in found.values() if isinstance(one, Decision)]
-    treated = {p for decision in decisions for p in decision.match.products}
-    found.update((one.node, one) for one in merged(decisions))
+        ways = (one for one in (decision, other_rows(decision)) if one is not None)
+        decisions += [one for one in ways if all(there(n) for n in one.needs)][:1]
+    found: dict[Node, Action] = {one.node: action_of(one, has_leaf) for one in decisions}
+    taken = {p for decision in decisions for p in decision.match.products}
+    found.update((one.node, MergedTopK(one)) for one in merged(decisions))
     absent = [one for one in detection.lookups if not has_leaf(one.origin.recipe.root)]
     found.update((one.node, one) for one in cyclic_lookups(absent, decisions))
     for product in detection.products:
-        if product in treated or has_leaf(product.origin.recipe.root) or product.batched:
+        if product in taken or has_leaf(product.origin.recipe.root) or product.batched:
             continue
         for contracted_first, recipe in ((False, product.rows_free()), (True, product.rows_contracted())):
-            key = PackKey(normal_form(recipe.as_stored), "rows")
+            key = PackKey(normal_form(recipe.as_stored), ROWS)
             if has_key(key):
-                found[product.node] = DenseRows(product, (Need(key, product.origin.refs),), contracted_first)
+                found[product.node] = DenseRows(product, Need(key, product.origin.refs), contracted_first)
                 break
     return found
 
 
-def _with_leaves(decision: Decision, has_leaf: Callable[[Root], bool]) -> Decision:
-    """A certified decision with the leaves of its products, so that it falls back to them; as it is without one."""
-    if not decision.settings.certify or decision.placement is not None:
-        return decision
-    leaves = leaf_needs(decision.match)
-    if not all(has_leaf(need.key.recipe.root) for need in leaves):
-        return decision
-    return dataclasses.replace(decision, needs=(*decision.needs, *leaves), leaves=len(leaves))
+def rewritten(decision: Decision, has_leaf: Callable[[Root], bool]) -> RewrittenSite:
+    """A site rewritten; a certified one falls back to the leaves of its products, where all of them are there."""
+    if decision.settings.certify and decision.placement is None:
+        leaves = leaf_needs(decision.match)
+        if all(has_leaf(need.key.recipe.root) for need in leaves):
+            decision = dataclasses.replace(decision, forms=dataclasses.replace(decision.forms, leaves=leaves))
+    return RewrittenSite(decision)

@@ -99,3 +99,10 @@ def dense_product(product: Product, x: Any, rows: Any, contracted_first: bool = 
         preferred_element_type=params["preferred_element_type"] if dtype is None else dtype,
     )
     return found.astype(product.out.aval.dtype if dtype is None else dtype)
+
+
+def product_key(product: Product) -> Any:
+    """Hashable; equal for two products that are computed alike."""
+    dtypes = tuple(str(v.aval.dtype) for v in (product.x, product.weight, product.out))
+    dims = (product.x_contract, product.w_contract, product.x_free, product.w_free, product.weight_left)
+    return product.x.shape, product.weight.shape, dtypes, dims

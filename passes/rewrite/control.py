@@ -20,7 +20,7 @@ from hire_xform.passes.ir import compat
 from hire_xform.passes.ir.graph import Node, Value, carried_inputs
 from hire_xform.passes.rewrite.environment import Env, PackedView, Views, read
 from hire_xform.passes.rewrite.liveness import state_read
-from hire_xform.passes.weights.provenance import ScanSlice, ShardSlice
+from hire_xform.passes.weights.origins import ScanSlice, ShardSlice
 
 if TYPE_CHECKING:
     from hire_xform.passes.rewrite.rewriter import Rewriter

@@ -6,14 +6,12 @@ from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, replace
 
 from hire_xform.passes.ir.graph import Node
-from hire_xform.passes.match.matches import Detection
 from hire_xform.passes.plan.decisions import Decision, PackKey, Plan
 from hire_xform.passes.plan.row_order import as_contiguous
-from hire_xform.passes.rewrite.actions import Treatment, treatments
+from hire_xform.passes.rewrite.action import Action
 from hire_xform.passes.rewrite.rewriter import Rewriter
 from hire_xform.passes.weights.products import rounding_free
-from hire_xform.passes.weights.provenance import Root
-from hire_xform.passes.weights.recipe import Cyclic
+from hire_xform.passes.weights.recipe import Cyclic, Root
 
 
 @dataclass(frozen=True)
@@ -30,19 +28,19 @@ class Reader:
     """A program, as far as it reads weights.
 
     Attributes:
-      detection: what was found in the program.
+      actions: what is done where, given which leaves, and which packed forms, are there.
       plan: what is rewritten.
       roots: for each of the program's operands, the root it is as a weight, or None.
       slots: the number of each weights argument among them, by the kind of its roots. Programs that share weights have
         the same number for them, wherever these are passed.
-      rewriter: makes (or remembers) the rewriter of some treatments.
+      rewriter: makes (or remembers) the rewriter of some actions.
     """
 
-    detection: Detection
+    actions: Callable[[Callable[[Root], bool], Callable[[PackKey], bool]], dict[Node, Action]]
     plan: Plan
     roots: Sequence[Root | None]
     slots: dict[str, int]
-    rewriter: Callable[[dict[Node, Treatment]], Rewriter]
+    rewriter: Callable[[dict[Node, Action]], Rewriter]
 
     def shared(self, root: Root) -> Root:
         """The root by the number of its argument; a closed-over array as it is."""
@@ -56,7 +54,7 @@ class Reader:
         """The plan's decisions, with rows as contiguous blocks of the weights of these shared roots."""
 
         def settled(decision: Decision) -> Decision:
-            moved = decision.cyclic and self.shared(decision.needs[0].key.recipe.root) in in_place
+            moved = decision.cyclic and self.shared(decision.rows.recipe.root) in in_place
             return as_contiguous(decision) if moved else decision
 
         return [settled(decision) for decision in self.plan.decisions]
@@ -67,12 +65,7 @@ class Reader:
 
     def read(self, keys: Container[PackKey], absent: Container[Root]) -> set[Root]:
         """The shared roots that the rewritten program reads whole, with these packed forms and without these leaves."""
-        found = treatments(
-            self.detection,
-            self.plan,
-            lambda root: self.shared(root) not in absent,
-            lambda key: self.shared_key(key) in keys,
-        )
+        found = self.actions(lambda root: self.shared(root) not in absent, lambda key: self.shared_key(key) in keys)
         needed = self.rewriter(found).needed_inputs()
         return {self.shared(r) for r, read in zip(self.roots, needed, strict=True) if r is not None and read}
 
@@ -81,7 +74,7 @@ def decide_holding(readers: Sequence[Reader]) -> dict[int, Holding]:
     """Which leaves and packed forms some rewritten programs of the same weights read, for each weights argument."""
     in_place = _read_in_place(readers) if len(readers) > 1 else set()
     keys = dict.fromkeys(key for reader in readers for key in reader.forms(in_place))
-    rows = [k for k in keys if k.form == "rows"]
+    rows = [k for k in keys if k.is_rows]
     as_it_is = {k.recipe.root for k in rows if k.recipe.is_leaf}
     laid_out = {k.recipe.root for k in rows if not k.recipe.is_leaf} - as_it_is
     backing = {k for k in rows if rounding_free(k.recipe)}
@@ -98,7 +91,7 @@ def decide_holding(readers: Sequence[Reader]) -> dict[int, Holding]:
     roots = dict.fromkeys(reader.shared(r) for reader in readers for r in reader.roots if r is not None)
     for slot in dict.fromkeys(root.argument for root in roots):
         assert isinstance(slot, int)
-        mine = [k for k in keys if k.recipe.root.argument == slot and not (k.form == "rows" and k.recipe.is_leaf)]
+        mine = [k for k in keys if k.recipe.root.argument == slot and not k.is_leaf]
         backs: dict[Root, int] = {}
         for i, key in enumerate(mine):
             if key in backing:
@@ -121,7 +114,7 @@ def _read_in_place(readers: Sequence[Reader]) -> set[Root]:
     They stay where they are, as within one program: to hold them in both ways would be to hold them twice.
     """
     keys = {key for reader in readers for key in reader.forms()}
-    rows = [(k.recipe.root, any(isinstance(step, Cyclic) for step in k.recipe.steps)) for k in keys if k.form == "rows"]
+    rows = [(k.recipe.root, any(isinstance(step, Cyclic) for step in k.recipe.steps)) for k in keys if k.is_rows]
     found = {root for root, cyclic in rows if not cyclic}
     cyclic = {root for root, cyclic in rows if cyclic}
     if cyclic:

@@ -6,36 +6,33 @@ operands of loops, and of what a ``Packed`` has to hold.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 
 from jax.extend.core import primitives as prims
 
 from hire_xform.passes.ir import compat
 from hire_xform.passes.ir.graph import Frame, Graph, Node, Operand, Scope, Value, carried_inputs
-from hire_xform.passes.match.matches import VocabMatch
-from hire_xform.passes.plan.decisions import Decision
-from hire_xform.passes.rewrite.actions import Treatment
-from hire_xform.passes.rewrite.cyclic_lookups import CyclicLookup
-from hire_xform.passes.rewrite.merge_top_k import Merged
-from hire_xform.passes.rewrite.top_groups import TopGroups
-from hire_xform.passes.weights.provenance import IndexSlice
+from hire_xform.passes.rewrite.action import Action
+from hire_xform.passes.weights.origins import IndexSlice
 
 
 class Liveness:
-    """Live equations and values of a graph under a set of treatments.
+    """Live equations and values of a graph with some actions.
 
     Attributes:
       nodes: equations to be evaluated.
       values: values that are read.
-      changed: scopes in which something is treated, at any depth.
+      changed: scopes in which something is done, at any depth.
     """
 
-    def __init__(self, graph: Graph, treatments: dict[Node, Treatment]):
-        self._treatments = treatments
+    def __init__(self, graph: Graph, actions: dict[Node, Action], inlined: Container[Frame] = ()):
+        """For a graph, what is done where, and the calls that are evaluated where they are called."""
+        self._actions = actions
+        self._inlined = inlined
         self.nodes: set[Node] = set()
         self.values: set[Value] = set()
         self.changed: set[Scope] = set()
-        for node in treatments:
+        for node in actions:
             self.changed.update(node.scope.chain())
         self._scope(graph.top)
 
@@ -54,9 +51,9 @@ class Liveness:
                     entered.add(node.frame)
                     # The derivative rule of a custom call around it reads the call's own operands, weights included.
                     for frame in node.frame.ancestors():
-                        if frame.kind == "custom" and not frame.inline:
+                        if frame.kind == "custom" and frame not in self._inlined:
                             self._need(frame.inputs)
-                if not node.children and node not in self._treatments:
+                if not node.children and node not in self._actions:
                     self._need(node.inputs)
                     continue
                 for operand, home in self._operands(node):
@@ -72,19 +69,10 @@ class Liveness:
                 self.values.add(operand)
 
     def _operands(self, node: Node) -> Iterable[tuple[Operand, Scope | None]]:
-        treatment = self._treatments.get(node)
-        if treatment is not None:
-            if isinstance(treatment, Decision):
-                yield from ((o, None) for o in decision_operands(treatment))
-            elif isinstance(treatment, TopGroups):
-                yield from ((o, None) for o in node.inputs)
-            elif isinstance(treatment, Merged):
-                yield treatment.operand, None
-            elif isinstance(treatment, CyclicLookup):
-                yield from ((o, None) for o in node.inputs[1:])
-            else:
-                yield treatment.product.x, None
-            for need in treatment.needs:
+        action = self._actions.get(node)
+        if action is not None:
+            yield from ((o, None) for o in action.operands)
+            for need in action.needs:
                 for ref in need.refs:
                     if isinstance(ref, IndexSlice):
                         yield ref.index, ref.node.scope
@@ -92,7 +80,7 @@ class Liveness:
         inner: list[Operand] = []
         for child in node.children:
             inner += self._scope(child)
-        # An index that a treatment further in hangs on lives here or further out.
+        # An index that an action further in hangs on lives here or further out.
         for operand in inner:
             if isinstance(operand, Value):
                 yield operand, operand.scope
@@ -132,13 +120,3 @@ def state_read(loop: compat.WhileParts) -> set[int]:
     used = {v for eqn in jaxpr.eqns for v in eqn.invars if not isinstance(v, compat.Literal)}
     used.update(v for v in jaxpr.outvars if not isinstance(v, compat.Literal))
     return {i for i, var in enumerate(jaxpr.invars[loop.cond_nconsts :]) if var in used}
-
-
-def decision_operands(decision: Decision) -> list[Operand]:
-    """What a rewritten site reads at run time besides packed arrays."""
-    match = decision.match
-    if isinstance(match, VocabMatch):
-        return [match.product.x, *(leaf for chain in decision.reads.chains for leaf in chain.leaves())]
-    found: list[Operand] = [up.product.x for up in match.region.ups]
-    found += [side.value for side in match.region.sides]
-    return found

@@ -18,17 +18,17 @@ from jax import lax
 from jax.extend.core import primitives as prims
 from jax.sharding import PartitionSpec
 
-from hire_xform.lowering.engine.cyclic_rows import cyclic_ids
+from hire_xform.lowering.xla.devices import Devices
 from hire_xform.passes.ir import compat
 from hire_xform.passes.ir.each_device import mesh_here, under_automatic_axes
 from hire_xform.passes.ir.graph import Node, Value
-from hire_xform.passes.match.matches import VocabMatch
+from hire_xform.passes.match.kinds import kind_of
 from hire_xform.passes.match.top_k import top_k_of
 from hire_xform.passes.match.whole_axis import cuts_end, reads_of
 from hire_xform.passes.plan.decisions import Decision, Need
 from hire_xform.passes.plan.placement import Placement, names_of
 from hire_xform.passes.plan.row_order import readers
-from hire_xform.passes.weights.provenance import shape_of
+from hire_xform.passes.weights.origins import shape_of
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -59,13 +59,13 @@ def merged(decisions: Iterable[Decision]) -> list[Merged]:
     found: dict[Node, Merged] = {}
     for decision in decisions:
         match, placement = decision.match, decision.placement
-        if not isinstance(match, VocabMatch) or placement is None or placement.shards == 1:
+        if not kind_of(match).splits_result or placement is None or placement.shards == 1:
             continue
         if decision.cyclic == "kept":
             reading = readers(match)
             assert not isinstance(reading, str), reading
         else:
-            reading = [node for node in _all_readers(match.product.out) if _is_merged(node)]
+            reading = [node for node in _all_readers(match.last.out) if _is_merged(node)]
         for node in reading:
             operand = _source(node.inputs[0])
             if decision.cyclic == "kept" or _lies_with(operand, placement):
@@ -114,26 +114,23 @@ def merge(treatment: Merged, logits: Any) -> list[Any]:
 
 def _merge(treatment: Merged, logits: Any) -> list[Any]:
     placement, k = treatment.placement, treatment.k
-    rows, lead = placement.rows, logits.shape[:-1]
+    devices, lead = Devices(placement.rows, placement.shards), logits.shape[:-1]
     tokens = placement.tokens if math.prod(lead) % placement.size(placement.tokens) == 0 else ()
-
-    def ids_of(places: Any, n: int) -> Any:
-        return cyclic_ids(places, rows, placement.shards) if treatment.cyclic else places + lax.axis_index(rows) * n
 
     def best(own: Any) -> tuple[Any, Any]:
         n = own.shape[1]
         if treatment.vocab < logits.shape[-1]:
-            inside = ids_of(jnp.arange(n, dtype=jnp.int32), n) < treatment.vocab
+            inside = devices.ids(jnp.arange(n, dtype=jnp.int32), n, treatment.cyclic) < treatment.vocab
             own = jnp.where(inside, own, _below_all(own.dtype, arg_max=k is None))
         if k is None:
             places = lax.argmax(own, 1, jnp.int32)[:, None]
             values = jnp.take_along_axis(own, places, axis=1, mode="promise_in_bounds")
         else:
             values, places = lax.top_k(own, min(k, n))
-        return values, ids_of(places, n)
+        return values, devices.ids(places, n, treatment.cyclic)
 
     def on_each(own: Any) -> tuple[Any, ...]:
-        values, ids = (lax.all_gather(part, rows, axis=1, tiled=True) for part in best(own))
+        values, ids = (devices.gathered(part, 1) for part in best(own))
         if treatment.cyclic:
             # Of equal values the first is taken, which has to be that of the lowest id.
             ids, values = lax.sort((ids, values), dimension=1, num_keys=1)
@@ -147,7 +144,7 @@ def _merge(treatment: Merged, logits: Any) -> list[Any]:
     mapped = jax.shard_map(
         on_each,
         mesh=mesh_here(placement.mesh),
-        in_specs=PartitionSpec(tokens or None, rows),
+        in_specs=PartitionSpec(tokens or None, placement.rows),
         out_specs=(out,) * (1 if k is None else 2),
         check_vma=False,  # what is gathered is the same on all devices, which its type does not say
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from hire_xform.passes.ir.links import forwards
-from hire_xform.passes.weights.provenance import Ref, ShardSlice
+from hire_xform.passes.weights.origins import Ref, ShardSlice
 from hire_xform.passes.weights.recipe import Recipe, Stack
 
 

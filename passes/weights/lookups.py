@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from jax.extend.core import primitives as prims
 
 from hire_xform.passes.ir.graph import Graph, Node
-from hire_xform.passes.weights.provenance import Origin, Provenance, shape_of
+from hire_xform.passes.weights.origins import Origin, shape_of
+from hire_xform.passes.weights.provenance import Provenance
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -14,7 +14,9 @@ from jax.lax import Precision
 from hire_xform.passes.ir import compat
 from hire_xform.passes.ir.axis_rules import is_pointwise
 from hire_xform.passes.ir.graph import Graph, Node, Operand, Value, used_nodes
-from hire_xform.passes.weights.provenance import Convert, Origin, Provenance, Recipe, Reshape, Root, Slice, Transpose
+from hire_xform.passes.weights.origins import Origin
+from hire_xform.passes.weights.provenance import Provenance
+from hire_xform.passes.weights.recipe import Convert, Recipe, Reshape, Root, Slice, Transpose
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hire_xform.lowering.predict.predictors import LowRank, Quantized
+from hire_xform.lowering.predict.low_rank import LowRank
+from hire_xform.lowering.predict.quantized import Quantized
 
 SPECS = [Quantized(8), Quantized(4), LowRank(0.5), LowRank(5), LowRank(0.5, bits=8)]
 

@@ -13,6 +13,7 @@ import hire_xform as hx
 from hire_xform.passes.ir.graph import Value, walk
 from hire_xform.passes.ir.verify import InvariantError, verify_graph
 from hire_xform.passes.match.verify import verify_detection
+from hire_xform.passes.plan.forms import SiteForms
 from hire_xform.passes.plan.verify import verify_plan
 
 D, M, V, LAYERS = 8, 16, 32, 3
@@ -215,7 +216,7 @@ def of_site(plan, **changes):
 
 
 def without_needs(plan):
-    decisions = (dataclasses.replace(plan.decisions[0], needs=()), *plan.decisions[1:])
+    decisions = (dataclasses.replace(plan.decisions[0], forms=SiteForms(())), *plan.decisions[1:])
     return dataclasses.replace(plan, decisions=decisions)
 
 

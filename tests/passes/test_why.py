@@ -6,9 +6,11 @@ import pytest
 
 import hire_xform as hx
 from hire_xform.passes.ir.debugging import path_matches
+from hire_xform.passes.kinds import vocab
+from hire_xform.passes.kinds.ffn import FfnKind
 from hire_xform.passes.plan import checks
-from hire_xform.passes.plan.checks import CHECKS
 
+CHECKS = FfnKind.checks
 FORCED = hx.Config(
     ffn=hx.Ffn(active=0.5, certify=False),
     vocab=hx.Vocab(candidates=8, certify=False),
@@ -48,7 +50,7 @@ def test_a_site_is_told_from_detection_to_the_plan_in_order(monkeypatch, capsys)
     assert {path for path, *_ in lines} == {"dot_general[1]"}
     assert lines[0][1:] == ("ends a feed-forward block", "yes, that of dot_general[0]")
     checks = [check for _, check, _ in lines[1:]]
-    names = [f"ffn {check.__name__.replace('_', ' ')}" for check in CHECKS["ffn"]]
+    names = [f"ffn {check.__name__.replace('_', ' ')}" for check in CHECKS]
     assert checks == [*names, "ffn is faster", "ffn site"]
     assert all(outcome == "yes" for *_, outcome in lines[1 : 1 + len(names)])
     assert lines[-1][2] == "16 of 32 exact"
@@ -89,7 +91,7 @@ def test_a_plan_s_checks_end_at_the_one_that_refuses(monkeypatch, capsys):
 
 def test_tokens_are_counted_before_anything_is_proved(monkeypatch):
     """A prefill's readers are not asked for, which takes long."""
-    monkeypatch.setattr(checks, "reads_of", lambda *_: pytest.fail("a prefill's readers were looked at"))
+    monkeypatch.setattr(vocab, "reads_of", lambda *_: pytest.fail("a prefill's readers were looked at"))
     monkeypatch.setattr(checks, "not_certifiable", lambda *_: pytest.fail("a prefill was to be certified"))
     p = {
         name: jnp.ones(shape)

@@ -13,6 +13,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import hire_xform as hx
 from hire_xform.lowering.engine.cyclic_rows import from_cyclic, to_cyclic
+from hire_xform.lowering.xla.devices import Devices
 
 P = PartitionSpec
 AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
@@ -84,12 +85,12 @@ def check_rows_go_round_and_come_back():
         mesh = mesh_of(model, data)
         for names in (("model",), ("data", "model")):
             shards = model if len(names) == 1 else model * data
-            given = jnp.arange(rows * shards)
+            given, along = jnp.arange(rows * shards), Devices(names, shards)
             dealt, back = jax.jit(
                 jax.shard_map(
-                    lambda own, names=names, shards=shards: (
-                        to_cyclic(own, names, shards),
-                        from_cyclic(to_cyclic(own[None], names, shards, axis=1), names, shards, axis=1)[0],
+                    lambda own, along=along: (
+                        to_cyclic(own, along),
+                        from_cyclic(to_cyclic(own[None], along, axis=1), along, axis=1)[0],
                     ),
                     mesh=mesh,
                     in_specs=P(names),

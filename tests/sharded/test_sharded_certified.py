@@ -138,6 +138,20 @@ def check_ties_across_devices_are_broken_as_dense():
                 assert count == 1, (dtype, model, count)
 
 
+def check_a_head_of_16_bits_is_proved_where_its_best_is_clear():
+    head, x = np.array(weights()["head"]), tokens(1)
+    best_row = int(np.argmax(np.asarray(x) @ head))
+    head[:, best_row] *= 1.5
+    w = {"head": jnp.asarray(head, jnp.bfloat16)}
+    for model in (2, 8):
+        mesh = mesh_of(model)
+        placed_w = {"head": jax.device_put(w["head"], NamedSharding(mesh, SPECS["head"]))}
+        placed_x = jax.device_put(x.astype(jnp.bfloat16), NamedSharding(mesh, P()))
+        got, (count,) = fallbacks_of(best, lossless(16), placed_w, placed_x)
+        assert int(got[0]) == best_row
+        assert count == 0, model
+
+
 def check_nans_and_infinities_run_dense():
     for value in (np.nan, np.inf, -np.inf):
         head = np.array(weights()["head"])

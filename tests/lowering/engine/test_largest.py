@@ -8,7 +8,8 @@ from checks import FORCE, assert_same
 
 import hire_xform as hx
 from hire_xform.lowering.engine.certified_ffn import largest_norm
-from hire_xform.lowering.predict.predictors import Quantized, pack_predictor
+from hire_xform.lowering.predict.predictors import pack_predictor
+from hire_xform.lowering.predict.quantized import Quantized
 from hire_xform.lowering.xla.nan_max import largest_or_nan
 
 pytestmark = pytest.mark.any_jax("cases vary numbers, dtypes and predictors of arithmetic that is our own", every=3)

@@ -34,8 +34,8 @@ def choices(tokens, groups, size, per_token):
 )
 def test_products_of_chosen_rows(tokens, group, size, per_token, dtype, small_blocks, normal, monkeypatch):
     if small_blocks:
-        monkeypatch.setattr("hire_xform.lowering.engine.rows._WHOLE_BYTES", 0)
-        monkeypatch.setattr("hire_xform.lowering.engine.rows._BLOCK_BYTES", 4 * 9 * 4)
+        monkeypatch.setattr("hire_xform.lowering.xla.slabs._WHOLE_BYTES", 0)
+        monkeypatch.setattr("hire_xform.lowering.xla.slabs._BLOCK_BYTES", 4 * 9 * 4)
     rows, x = normal((44, 9), dtype), normal((tokens, 9), dtype, 1)
     index = choices(tokens, 44 // group, size, per_token)
     wide = np.asarray(rows, np.float32)[units(index, group)]
@@ -64,8 +64,8 @@ def test_dtypes_are_promoted_and_f32_sums_are_kept(normal):
 @pytest.mark.parametrize("small_blocks", [False, True])
 def test_gradients_equal_those_of_dense(per_token, small_blocks, normal, monkeypatch):
     if small_blocks:
-        monkeypatch.setattr("hire_xform.lowering.engine.rows._WHOLE_BYTES", 0)
-        monkeypatch.setattr("hire_xform.lowering.engine.rows._BLOCK_BYTES", 4 * 6 * 4)
+        monkeypatch.setattr("hire_xform.lowering.xla.slabs._WHOLE_BYTES", 0)
+        monkeypatch.setattr("hire_xform.lowering.xla.slabs._BLOCK_BYTES", 4 * 6 * 4)
     rows, x = normal((20, 6)), normal((3, 6), seed=1)
     index = choices(3, 20, 10, per_token)
 

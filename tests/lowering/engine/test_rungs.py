@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from test_certified_logits import V, dense, jitted_dense, made, trained_like
 
-from hire_xform.lowering.engine.certified_head import certified_logits
+from hire_xform.lowering.engine.head import certified_logits
 from hire_xform.lowering.engine.selection import rungs
-from hire_xform.lowering.predict.predictors import Quantized
+from hire_xform.lowering.predict.quantized import Quantized
 from hire_xform.lowering.prove.goals import Nucleus, TopSet, candidates_needed
 from hire_xform.lowering.prove.proofs import scores_with_bounds
 from hire_xform.lowering.prove.readings import Reading

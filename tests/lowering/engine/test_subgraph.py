@@ -6,10 +6,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from hire_xform.lowering.engine.block import UpProduct, ffn
+from hire_xform.lowering.engine.bytes_read import ffn_bytes, vocab_bytes
+from hire_xform.lowering.engine.head import vocab_logits
 from hire_xform.lowering.engine.selection import choose
-from hire_xform.lowering.engine.subgraph import UpProduct, ffn, ffn_bytes, vocab_bytes, vocab_logits
 from hire_xform.lowering.predict import predictors
-from hire_xform.lowering.predict.predictors import LowRank, Quantized, predict_scores, predictor_bytes
+from hire_xform.lowering.predict.low_rank import LowRank
+from hire_xform.lowering.predict.predictors import predict_scores, predictor_bytes
+from hire_xform.lowering.predict.quantized import Quantized
 
 pytestmark = pytest.mark.any_jax("cases vary numbers, dtypes and predictors of arithmetic that is our own", every=4)
 
@@ -39,13 +43,19 @@ def test_all_candidates_give_the_dense_logits(tokens, dtype, spec, normal):
 @pytest.mark.parametrize("tokens", [1, 3])
 @pytest.mark.parametrize("shards", [1, 4])
 def test_candidates_are_exact_and_the_rest_is_the_fill(tokens, shards, normal):
+    """On each of several devices, which choose their share of the rows that they have."""
     rows, x = normal((400, 32)), normal((tokens, 32), seed=1)
     packed = pack_predictor(rows, Q8)
     predicted, dense = predict_scores(x, packed, Q8, 400), x @ rows.T
-    call = partial(vocab_logits, x, rows, packed, Q8, candidates=16, out_dtype=jnp.float32, shards=shards)
+
+    def call(**fill):
+        parts = [jax.tree.map(lambda a, i=i: jnp.split(a, shards)[i], (rows, packed)) for i in range(shards)]
+        sizes = {"candidates": 16 // shards, "out_dtype": jnp.float32}
+        return jnp.concatenate([vocab_logits(x, *part, Q8, **sizes, **fill) for part in parts], axis=1)
+
     kept, floored = np.asarray(call()), np.asarray(call(fill="-inf"))
     exact = np.isfinite(floored)
-    assert (exact.sum(axis=1) == choose(tokens, 400, 16, shards).size).all()
+    assert (exact.sum(axis=1) == shards * choose(tokens, 400 // shards, 16 // shards).size).all()
     np.testing.assert_allclose(kept[exact], np.asarray(dense)[exact], atol=1e-4)
     np.testing.assert_array_equal(kept[~exact], np.asarray(predicted)[~exact])
     np.testing.assert_array_equal(kept.argmax(axis=1), dense.argmax(axis=1))
@@ -199,23 +209,49 @@ def test_bytes_are_predictor_and_chosen_rows():
     [(1, 16, 1, 1), (1, 8, 2, 1), (2, 16, 1, 1), (3, 14, 1, 1), (8, 12, 1, 1), (1, 16, 1, 4), (3, 8, 2, 2)],
 )
 def test_a_block_is_short_where_a_unit_that_is_not_zero_is_left_out(tokens, active, group_size, shards, normal):
-    """By the predictors, which are exact here; whatever the mode of the selection."""
+    """By the predictors, which are exact here; whatever the mode of the selection, on each of several devices."""
     m, d, modes = 64, 12, set()
     rows, down = normal((m, d)), normal((m, 7), seed=1)
-    up = {"rows": rows, "packed": pack_predictor(rows, EXACT), "spec": EXACT, "dtype": jnp.float32}
-    sizes = {"active": active, "group_size": group_size, "shards": shards, "out_dtype": jnp.float32}
+    parts = list(zip(*(jnp.split(a, shards) for a in (rows, down)), strict=True))
+    packed = [pack_predictor(own, EXACT) for own, _ in parts]
+    sizes = {"active": active // shards, "group_size": group_size, "out_dtype": jnp.float32}
     for seed in range(4):
         for bias in (-9.0, -5.0, -4.0, -3.0, 0.0):
             x = normal((tokens, d), seed=10 + seed)
-            result, short = ffn(
-                [UpProduct(x=x, **up)],
-                lambda hiddens, _, bias=bias: jax.nn.relu(hiddens[0] + bias),
-                down,
-                down_norms=jnp.linalg.norm(down, axis=1),
-                **sizes,
-            )
-            want = jax.nn.relu(x @ rows.T + bias) @ down
-            assert (short.shape, short.dtype) == ((), bool)
-            assert bool(short) == (float(jnp.abs(result - want).max()) > 1e-3)
-            modes.add(bool(short))
+            for (own, own_down), kept in zip(parts, packed, strict=True):
+                result, short = ffn(
+                    [UpProduct(x=x, rows=own, packed=kept, spec=EXACT, dtype=jnp.float32)],
+                    lambda hiddens, _, bias=bias: jax.nn.relu(hiddens[0] + bias),
+                    own_down,
+                    down_norms=jnp.linalg.norm(own_down, axis=1),
+                    **sizes,
+                )
+                want = jax.nn.relu(x @ own.T + bias) @ own_down
+                assert (short.shape, short.dtype) == ((), bool)
+                assert bool(short) == (float(jnp.abs(result - want).max()) > 1e-3)
+                modes.add(bool(short))
     assert modes == {False, True}
+
+
+def test_an_observer_is_told_what_is_chosen_and_computed(normal):
+    x, rows, down = normal((1, 8)), normal((20, 8), seed=1), normal((20, 4), seed=2)
+    packed, seen = pack_predictor(rows, Q8), {}
+    logits = vocab_logits(x, rows, packed, Q8, candidates=3, out_dtype=jnp.float32, observe=seen.__setitem__)
+    np.testing.assert_array_equal(seen["scores"], predict_scores(x, packed, Q8, 20))
+    np.testing.assert_array_equal(logits[:, seen["selection"]], seen["computed"])
+    seen.clear()
+    up = UpProduct(x=x, rows=rows, packed=packed, spec=Q8, dtype=jnp.float32)
+    result, _ = ffn(
+        [up],
+        lambda hiddens, _: jax.nn.relu(hiddens[0]),
+        down,
+        down_norms=jnp.ones(20),
+        active=3,
+        group_size=2,
+        out_dtype=jnp.float32,
+        observe=seen.__setitem__,
+    )
+    assert seen["scores"].shape == (1, 10)
+    units = (seen["selection"][:, None] * 2 + jnp.arange(2)).reshape(-1)
+    np.testing.assert_allclose(seen["computed"][0], x @ rows[units].T, rtol=1e-5)
+    np.testing.assert_allclose(seen["activation"] @ down[units], result, rtol=1e-5)

@@ -4,8 +4,11 @@ import numpy as np
 import pytest
 
 from hire_xform.lowering.predict import predictors
-from hire_xform.lowering.predict.predictors import LowRank, Projected, Quantized, packed_shapes, predictor_bytes
-from hire_xform.lowering.predict.quantized import pack_nibbles, quantize, quantize_clipped, unpack_nibbles
+from hire_xform.lowering.predict.few_bits import pack_nibbles, quantize, quantize_clipped, unpack_nibbles
+from hire_xform.lowering.predict.low_rank import LowRank
+from hire_xform.lowering.predict.predictors import packed_shapes, predictor_bytes
+from hire_xform.lowering.predict.projected import Projected
+from hire_xform.lowering.predict.quantized import Quantized
 from hire_xform.lowering.primitives.da_top_k import da_top_k
 
 pytestmark = pytest.mark.any_jax("cases vary numbers, dtypes and predictors of arithmetic that is our own", every=4)
@@ -88,7 +91,7 @@ def test_many_blocks_give_what_one_block_gives(normal, monkeypatch):
         whole = predict_scores(x, pack_predictor(rows, spec), spec, 101)
         with monkeypatch.context() as patch:
             patch.setattr("hire_xform.lowering.xla.blocks._TOGETHER", 1)
-            patch.setattr("hire_xform.lowering.predict.quantized._NIBBLE_BLOCK_BYTES", 14 * 8)
+            patch.setattr("hire_xform.lowering.predict.few_bits._NIBBLE_BLOCK_BYTES", 14 * 8)
             blocked = predictors.predict_scores(x, predictors.pack_predictor(rows, spec), spec, 101)
         # Eigenvectors may turn by rounding; the product they give may not, but for 8-bit steps.
         np.testing.assert_allclose(whole, blocked, atol=0.05 if spec == LowRank(5, bits=8) else 1e-4)

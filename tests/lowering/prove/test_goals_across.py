@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hire_xform.lowering.prove.goals import Nucleus, TopSet, proved
-from hire_xform.lowering.prove.goals_across import proved_across
+from hire_xform.lowering.prove.goals import Nucleus, TopSet, proved, proved_across
+from hire_xform.lowering.xla.devices import Devices
 
 pytestmark = pytest.mark.any_jax("cases vary numbers, dtypes and predictors of arithmetic that is our own", every=3)
 
@@ -26,7 +26,7 @@ def case(seed, step):
 
 def across(goal, dtype, exact, error, upper):
     def one(*own):
-        return proved_across(goal, *own, dtype, ("devices",), SHARDS)
+        return proved_across(goal, *own, dtype, Devices(("devices",), SHARDS))
 
     found = np.asarray(jax.jit(jax.vmap(one, axis_name="devices"))(exact, error, upper))
     assert (found == found[0]).all()  # every device must branch alike
@@ -70,6 +70,37 @@ def test_what_is_proved_holds_for_every_dense_product(goal, dtype):
             dense = largest(rounded(drawn(exact, error, upper, rng), dtype), k)
             same = (np.sort(dense) == np.sort(made)).all(axis=1)
             assert same[sure].all()
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=["bf16", "f16"])
+@pytest.mark.parametrize("goal", [True, TopSet(3), Nucleus(0.3)], ids=str)
+def test_of_16_bits_it_holds_whether_the_dense_product_is_rounded_or_not(goal, dtype):
+    devices, index = Devices(("devices",), SHARDS), jnp.arange(K)
+
+    def one(*own):
+        return proved(goal, *own, index, jnp.dtype(dtype), devices=devices)
+
+    k, proved_at_all = goal.k if isinstance(goal, TopSet) else 1, []
+    # Steps that are lost in rounding, or not; and products so small that few bits of them are left.
+    for seed, step, shift in ((0, 0.25, 0.0), (1, 0.25, 30.0), (2, 1.0, 200.0), (3, 2.0**-25, 0.0)):
+        exact, error, upper = case(seed, step)
+        exact, upper = exact + np.float32(shift), upper + np.float32(shift)
+        sure = np.asarray(jax.jit(jax.vmap(one, axis_name="devices"))(exact, error, upper))
+        assert (sure == sure[0]).all()
+        sure = sure[0]
+        proved_at_all.append(sure.mean())
+        rng = np.random.default_rng(seed)
+        for _ in range(DRAWS):
+            dense = drawn(exact, error, upper, rng)
+            for values in (dense, rounded(dense, dtype)):
+                if isinstance(goal, Nucleus):
+                    shares = np.asarray(jax.nn.softmax(values, axis=-1)).reshape(TOKENS, SHARDS, ROWS)
+                    assert (shares[..., :K].sum(axis=(1, 2))[sure] >= 1.0 - goal.eps - 1e-5).all()
+                    continue
+                for returned in (everything(exact, upper), everything(rounded(exact, dtype), rounded(upper, dtype))):
+                    same = (np.sort(largest(values, k)) == np.sort(largest(returned, k))).all(axis=1)
+                    assert same[sure].all()
+    assert max(proved_at_all) > 0.2
 
 
 def test_a_nucleus_holds_the_mass_of_every_dense_product():

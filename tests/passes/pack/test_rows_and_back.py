@@ -9,7 +9,9 @@ from laid_out import laid_out
 
 from hire_xform.passes.pack.make import pack_array, pack_shapes, packing_bytes, unpack_rows
 from hire_xform.passes.plan.decisions import PackKey
-from hire_xform.passes.rewrite.cyclic_lookups import CyclicLookup, look_up
+from hire_xform.passes.plan.forms import ROWS, Norms
+from hire_xform.passes.rewrite.cyclic_lookups import CyclicLookup
+from hire_xform.passes.weights.lookups import Lookup
 from hire_xform.passes.weights.recipe import Convert, Cyclic, Recipe, Reshape, Root, Stack, Transpose
 
 LEAF = jnp.asarray(np.random.default_rng(0).normal(size=(2, 4, 6)), jnp.float32)
@@ -24,7 +26,7 @@ STEPS = {
 }
 
 
-def key_of(name, form="rows"):
+def key_of(name, form=ROWS):
     return PackKey(Recipe(Root.of(0, 0), STEPS[name]), form)
 
 
@@ -39,7 +41,7 @@ def test_rows_there_and_back(name):
 
 @pytest.mark.parametrize("name", STEPS)
 def test_norms_are_those_of_the_rows_made_of_the_leaf_or_of_rows_that_are_there(name):
-    key = key_of(name, "norms")
+    key = key_of(name, Norms())
     rows = pack_array(key_of(name), LEAF)
     norms = pack_array(key, LEAF)
     np.testing.assert_allclose(norms, jnp.linalg.norm(rows, axis=-1), rtol=1e-5)
@@ -47,15 +49,15 @@ def test_norms_are_those_of_the_rows_made_of_the_leaf_or_of_rows_that_are_there(
 
 
 def test_what_is_rounded_can_not_be_undone():
-    key = PackKey(Recipe(Root.of(0, 0), (Convert(jnp.bfloat16),)), "rows")
+    key = PackKey(Recipe(Root.of(0, 0), (Convert(jnp.bfloat16),)), ROWS)
     with pytest.raises(AssertionError, match="can't be undone"):
         unpack_rows(key, LEAF.shape, LEAF, None)
 
 
 def test_a_key_anywhere_and_the_bytes_that_packing_reads():
     key = key_of("merged")
-    assert key.anywhere == PackKey(Recipe(Root("", 0), key.recipe.steps), "rows")
-    assert packing_bytes([key, key_of("split", "norms")], lambda root: LEAF) == 2 * LEAF.nbytes
+    assert key.anywhere == PackKey(Recipe(Root("", 0), key.recipe.steps), ROWS)
+    assert packing_bytes([key, key_of("split", Norms())], lambda root: LEAF) == 2 * LEAF.nbytes
 
 
 LOOKUPS = {
@@ -75,5 +77,5 @@ def test_rows_looked_up_in_cyclic_distribution_are_those_of_the_weight(name, ids
     if name in ("indexed", "one"):  # what negative indices mean in Python is computed before
         i = jnp.where(i < 0, i + 8, i)
     operands = [i[:, None]] if node.primitive is prims.gather_p else [i[0], jnp.int32(0)]
-    got = look_up(CyclicLookup(node, (), 2), Cyclic(2).apply(w), operands)
+    got = CyclicLookup(Lookup(node, None), None, 2).found(Cyclic(2).apply(w), operands)
     np.testing.assert_array_equal(got, fun(w, jnp.asarray(ids)))

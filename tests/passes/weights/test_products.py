@@ -10,8 +10,8 @@ from laid_out import laid_out
 
 from hire_xform.passes.weights.cut_weights import is_cut, parts_of_rows
 from hire_xform.passes.weights.lookups import find_lookups
+from hire_xform.passes.weights.origins import ScanSlice, ShardSlice
 from hire_xform.passes.weights.products import normal_form, precision_asked, rounding_free, widened_at_once
-from hire_xform.passes.weights.provenance import ScanSlice, ShardSlice
 from hire_xform.passes.weights.recipe import Convert, Recipe, Reshape, Root, Slice, Stack, Transpose
 
 RNG = np.random.default_rng(0)

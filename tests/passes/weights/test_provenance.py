@@ -9,7 +9,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import primitives as prims
 from laid_out import laid_out
 
-from hire_xform.passes.weights.provenance import IndexSlice, ScanSlice
+from hire_xform.passes.weights.origins import IndexSlice, ScanSlice
 from hire_xform.passes.weights.recipe import Convert, Reshape, Slice, Stack, Transpose
 
 W = jnp.arange(24.0).reshape(2, 3, 4)

@@ -32,23 +32,20 @@ least there, by Cauchy and Schwarz). ``LowRank`` takes these, with C the identit
 that few bits serve all.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from hire_xform.lowering.predict.factors import matmul, principal_directions, weighted_factors
-from hire_xform.lowering.predict.predictors import LowRank, Projected, factor_dtype, leading_directions
-from hire_xform.lowering.predict.quantized import CLIPS, closest, fine_scores, pack_nibbles, quantize
-from hire_xform.lowering.prove.bounds import ScoresWithBounds, U, norm, slack, tiny
+from hire_xform.lowering.predict.factors import factor_dtype, leading_directions, matmul, shrunk
+from hire_xform.lowering.predict.few_bits import CLIPS, closest, fine_scores, pack_nibbles, quantize
+from hire_xform.lowering.prove.bounds import U, norm, slack, tiny
 from hire_xform.lowering.xla.blocks import fold_row_blocks, map_row_blocks, rows_together
 
 __all__ = ["coordinate_scores", "coordinate_shapes", "pack_coordinates"]
 
-# Share of the mean that the rows' second moments are shrunk by, as `factors` shrinks those of the inputs.
-_SHRINKAGE = 1e-3
 _CLIPS = {8: (1.0,), 4: CLIPS}
 _LEVELS = {8: 127, 4: 7}
 _SMALLEST = 2.0**-126
@@ -64,12 +61,11 @@ def _segments(rank: int, bits: int) -> list[tuple[int, int, int]]:
 
 
 def coordinate_shapes(
-    n: int, d: int, spec: LowRank | Projected, dtype: jax.typing.DTypeLike
+    n: int, d: int, rank: int, bits: int | None, dtype: jax.typing.DTypeLike
 ) -> dict[str, jax.ShapeDtypeStruct]:
     """Names, shapes and dtypes of what :func:`pack_coordinates` makes of an ``[n, d]`` matrix of ``dtype``."""
     struct, half = jax.ShapeDtypeStruct, jnp.bfloat16
-    rank = spec.rank_for(n, d)
-    segments = [(0, rank, 0)] if spec.bits is None else _segments(rank, spec.bits)
+    segments = [(0, rank, 0)] if bits is None else _segments(rank, bits)
     made = {
         "basis_q": struct((d, d), jnp.int8),
         "basis_scale": struct((d,), jnp.float32),
@@ -79,27 +75,30 @@ def coordinate_shapes(
         "rest": struct((n,), half),
         "size": struct((n,), half),
     }
-    if spec.bits is None:
+    if bits is None:
         return {**made, "a": struct((n, rank), factor_dtype(dtype))}
     made["scale"] = struct((n, len(segments)), half)
-    for i, (low, high, bits) in enumerate(segments):
+    for i, (low, high, own) in enumerate(segments):
         width = high - low
-        made[f"q{i}"] = struct((n, width), jnp.int8) if bits == 8 else struct((n, (width + 1) // 2), jnp.uint8)
+        made[f"q{i}"] = struct((n, width), jnp.int8) if own == 8 else struct((n, (width + 1) // 2), jnp.uint8)
     return made
 
 
-def pack_coordinates(rows: jax.Array, spec: LowRank | Projected, covariance: jax.Array | None) -> Packed:
+def pack_coordinates(
+    rows: jax.Array, rank: int, bits: int | None, directions: Callable[[jax.Array], tuple[jax.Array, jax.Array]]
+) -> Packed:
     """The kept coordinates of every row of ``rows [n, d]``, what they are of, and the norms of what is not kept.
 
     A row that holds a NaN or an infinity gets norms that are NaN, and is left out of everything else.
 
     Args:
       rows: ``[n, d]``, f32 or 16 bits.
-      spec: what to keep; ``Projected`` needs the covariance.
-      covariance: ``[d, d]``, the mean of ``x x'`` over inputs, of any scale; None where nothing is known of them.
+      rank: how many coordinates to keep.
+      bits: bits of one: 8, mostly 4, or None for floating point.
+      directions: from the rows' second moments, shrunk, the columns of ``S'``, the leading ones first, and the spread
+        of the coordinates.
     """
     n, d = rows.shape
-    rank = spec.rank_for(n, d)
 
     def finite(block: jax.Array) -> tuple[jax.Array, jax.Array]:
         good = jnp.all(jnp.isfinite(block), axis=1, keepdims=True)
@@ -123,7 +122,10 @@ def pack_coordinates(rows: jax.Array, spec: LowRank | Projected, covariance: jax
         return matmul(block.T, block)
 
     gram = fold_row_blocks(gram_of, rows_together(d), rows)
-    basis_q, basis_scale = quantize(_directions(gram, covariance, spec, rank), 127)
+    basis, sizes = directions(shrunk(gram))
+    # Coordinates that are kept are scaled to equal size.
+    equal = jnp.where(jnp.arange(d) < rank, jnp.sqrt(sizes), 1.0)
+    basis_q, basis_scale = quantize((basis * equal).T, 127)
     basis = basis_q.astype(jnp.float32) * basis_scale[:, None]
     inverse = jnp.linalg.inv(basis)
     frobenius = norm(basis.reshape(-1))
@@ -141,14 +143,14 @@ def pack_coordinates(rows: jax.Array, spec: LowRank | Projected, covariance: jax
         made["rest"] = _rounded_up(norm(own[:, rank:])) if rank < d else jnp.zeros_like(made["size"])
         made["own_ratio"] = jnp.where(good[:, 0], norm(own) / size, 0.0)
         made["left_ratio"] = jnp.where(good[:, 0], left / size, 0.0)
-        if spec.bits is None:
+        if bits is None:
             made["a"] = own[:, :rank].astype(factor_dtype(rows.dtype))
             made["error"] = _rounded_up(_distance(own[:, :rank], made["a"]))[:, None]
             return made
         scales, errors = [], []
-        for i, (low, high, bits) in enumerate(_segments(rank, spec.bits)):
-            q, scale, error = _in_bits(own[:, low:high], bits)
-            made[f"q{i}"] = q if bits == 8 else pack_nibbles(q)
+        for i, (low, high, few) in enumerate(_segments(rank, bits)):
+            q, scale, error = _in_bits(own[:, low:high], few)
+            made[f"q{i}"] = q if few == 8 else pack_nibbles(q)
             scales.append(scale)
             errors.append(_rounded_up(error))
         return {**made, "scale": jnp.stack(scales, axis=1).astype(half), "error": jnp.stack(errors, axis=1)}
@@ -157,36 +159,6 @@ def pack_coordinates(rows: jax.Array, spec: LowRank | Projected, covariance: jax
     ratios = [1.01 * jnp.max(made.pop(name)) for name in ("own_ratio", "left_ratio")]
     constants = jnp.stack([*ratios, frobenius]).astype(jnp.float32)
     return {**made, "basis_q": basis_q, "basis_scale": basis_scale, "centre": centre, "constants": constants}
-
-
-def _directions(gram: jax.Array, covariance: jax.Array | None, spec: LowRank | Projected, rank: int) -> jax.Array:
-    """S, the leading directions first, the kept ones scaled to coordinates of equal size."""
-    d = gram.shape[0]
-    gram = _shrunk(gram)
-    if isinstance(spec, Projected):
-        if covariance is None:
-            raise ValueError("pack_coordinates: Projected without a covariance; expected that of the inputs, [d, d]")
-        covariance = _shrunk(covariance.astype(jnp.float32))
-        basis = principal_directions(covariance, d)[:, ::-1]
-        of_inputs = jnp.sum(basis * matmul(covariance, basis), axis=0)
-        of_rows = jnp.sum(basis * matmul(gram, basis), axis=0)
-        spread = jnp.sqrt(of_inputs * of_rows)
-        basis = basis * jnp.sqrt(jnp.sqrt(of_rows / of_inputs))
-    else:
-        covariance = jnp.eye(d) if covariance is None else covariance.astype(jnp.float32)
-        of_rows, of_inputs = (f[:, ::-1] for f in weighted_factors(gram, covariance, d))
-        spread = jnp.sqrt(jnp.maximum(jnp.sum(of_rows * matmul(gram, of_rows), axis=0), _SHRINKAGE**2))
-        basis = of_inputs * jnp.sqrt(spread)
-    equal = jnp.where(jnp.arange(d) < rank, jnp.sqrt(spread), 1.0)
-    return (basis * equal).T
-
-
-def _shrunk(moments: jax.Array) -> jax.Array:
-    """Second moments of mean trace one, a little of the identity added; the identity for none."""
-    d = moments.shape[0]
-    mean = jnp.trace(moments) / d
-    scaled = jnp.where(mean > 0.0, moments / jnp.where(mean > 0.0, mean, 1.0), jnp.eye(d))
-    return (1.0 - _SHRINKAGE) * scaled + _SHRINKAGE * jnp.eye(d)
 
 
 def _in_bits(own: jax.Array, bits: int) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -218,15 +190,18 @@ def _rounded_up(values: jax.Array) -> jax.Array:
 
 
 def coordinate_scores(
-    x: jax.Array, packed: Packed, spec: LowRank | Projected, *, input_bits: int = 24
-) -> ScoresWithBounds:
+    x: jax.Array, packed: Packed, rank: int, bits: int | None, *, input_bits: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Predicts products with every row and bounds them; see the head of this file.
 
     Args:
       x: ``[T, d]``, f32 or 16 bits.
       packed: from :func:`pack_coordinates`.
-      spec: what was kept.
+      rank, bits: as for that.
       input_bits: significant bits that the dense product keeps of its f32 inputs.
+
+    Returns:
+      What ``Predictor.bounds`` does.
     """
     x = x.astype(jnp.float32)
     d = x.shape[1]
@@ -240,10 +215,8 @@ def coordinate_scores(
     # What each row's norms are multiplied by.
     by_error, by_size = [], limbs + (1.01 * left_ratio + slack(d, input_bits) + slack(d)) * size
     by_size = by_size + own_ratio * (_score_rounding(d) * frobenius * size + lost)
-    rank = 0
-    for part, k, own, rounding in _parts(z, packed, spec):
+    for part, k, own, rounding in _parts(z, packed, rank, bits):
         scores = scores + part
-        rank += own.shape[1]
         length = norm(own)
         # What adding the parts up rounds, too.
         left = _limbs_left(own, k, length) + (rounding + 8.0 * U) * length
@@ -260,12 +233,12 @@ def coordinate_scores(
     # The sums above are rounded, too: by some u of their largest term.
     upper = upper + 8.0 * U * (jnp.abs(upper) + jnp.abs(held))
     of_sums = slack(d, input_bits) * row[None, :] * size[:, None] + tiny(d)
-    return ScoresWithBounds(scores, lax.stop_gradient(upper), 2.0 * of_sums)
+    return scores, lax.stop_gradient(upper), 2.0 * of_sums
 
 
-def _parts(z: jax.Array, packed: Packed, spec: LowRank | Projected) -> Iterator[tuple[jax.Array, Any, Any, float]]:
+def _parts(z: jax.Array, packed: Packed, rank: int, bits: int | None) -> Iterator[tuple[jax.Array, Any, Any, float]]:
     """Of each segment: its share of the scores, its coordinates as used and as they are, and a score's rounding."""
-    if spec.bits is None:
+    if bits is None:
         a = packed["a"]
         own = z[:, : a.shape[1]]
         if a.dtype == jnp.float32:
@@ -274,10 +247,9 @@ def _parts(z: jax.Array, packed: Packed, spec: LowRank | Projected) -> Iterator[
             share, k = _in_two_halves(own, a)
         yield share, lax.stop_gradient(k), lax.stop_gradient(own), slack(own.shape[1])
         return
-    rank = spec.rank_for(packed["size"].shape[0], z.shape[1])
-    for i, (low, high, bits) in enumerate(_segments(rank, spec.bits)):
+    for i, (low, high, few) in enumerate(_segments(rank, bits)):
         own = z[:, low:high]
-        share, k = fine_scores(own, packed[f"q{i}"], packed["scale"][:, i].astype(jnp.float32), bits)
+        share, k = fine_scores(own, packed[f"q{i}"], packed["scale"][:, i].astype(jnp.float32), few)
         yield share, lax.stop_gradient(k), lax.stop_gradient(own), _score_rounding(high - low)
 
 

@@ -6,7 +6,7 @@ groups of units set to zero first.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,31 +18,60 @@ from hire_xform.passes.ir import compat
 from hire_xform.passes.ir.each_device import under_automatic_axes
 from hire_xform.passes.ir.graph import Node, Operand
 from hire_xform.passes.match.matches import Detection, FfnMatch
-from hire_xform.passes.plan.decisions import Need, Plan, Refusal, Site
+from hire_xform.passes.plan.decisions import Plan, Refusal, Site
 from hire_xform.passes.plan.settings import Choice, Ffn
-from hire_xform.passes.weights.provenance import Root
+from hire_xform.passes.rewrite.action import Action, Context
+from hire_xform.passes.weights.recipe import Root
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class TopGroups:
+class TopGroups(Action):
     """A block whose contracting product sees the largest groups of units only.
 
     Attributes:
       match: the block.
       active: groups kept for each token.
       group_size: units in a group.
-      needs: packed forms; none.
     """
 
     match: FfnMatch
     active: int
     group_size: int
-    needs: tuple[Need, ...] = ()
 
     @property
     def node(self) -> Node:
         """The equation that is changed."""
         return self.match.node
+
+    @property
+    def key(self) -> Hashable:
+        """Of its equation and the groups."""
+        return "top groups", self.active, self.group_size
+
+    @property
+    def operands(self) -> Sequence[Operand]:
+        """Those of the equation."""
+        return self.node.inputs
+
+    def emit(self, context: Context) -> Sequence[Any]:
+        """The contracting product of a block, of its largest groups of units."""
+        down = self.match.down
+        hidden, weight = context.read(down.x), context.read(down.weight)
+        contracted = sorted(range(len(down.x_contract)), key=lambda i: down.x_contract[i])
+        order = (*down.x_free, *(down.x_contract[i] for i in contracted))
+
+        def largest(hidden: Any, weight: Any) -> Any:
+            rows = jnp.transpose(weight, (*(down.w_contract[i] for i in contracted), *down.w_free))
+            rows = rows.reshape(self.match.units, -1).astype(jnp.float32)
+            flat = jnp.transpose(hidden, order).reshape(down.tokens, self.match.units)
+            norms = jnp.sqrt(jnp.sum(jnp.square(rows), axis=1))
+            kept = keep_top_groups(flat, norms, active=self.active, group_size=self.group_size)
+            kept = kept.reshape([hidden.shape[d] for d in order])
+            return jnp.transpose(kept, sorted(range(len(order)), key=order.__getitem__))
+
+        lies = jax.typeof(hidden).sharding
+        kept = under_automatic_axes(largest, lies.mesh, lies.spec)(hidden, weight)
+        return compat.bind(down.node.eqn, [weight, kept] if down.weight_left else [kept, weight])
 
 
 def plan_top_groups(
@@ -127,30 +156,3 @@ def _unsuited(match: FfnMatch) -> str | None:
             return "it stands inside a shard_map; transform the function inside it, or let jit do the sharding"
         node = node.scope.node
     return None
-
-
-def top_groups_product(treatment: TopGroups, read: Callable[[Operand], Any]) -> Any:
-    """The contracting product of a block, of its largest groups of units.
-
-    Args:
-      treatment: what to do.
-      read: the value of an operand.
-    """
-    down = treatment.match.down
-    hidden, weight = read(down.x), read(down.weight)
-    contracted = sorted(range(len(down.x_contract)), key=lambda i: down.x_contract[i])
-    order = (*down.x_free, *(down.x_contract[i] for i in contracted))
-
-    def largest(hidden: Any, weight: Any) -> Any:
-        rows = jnp.transpose(weight, (*(down.w_contract[i] for i in contracted), *down.w_free))
-        rows = rows.reshape(treatment.match.units, -1).astype(jnp.float32)
-        flat = jnp.transpose(hidden, order).reshape(down.tokens, treatment.match.units)
-        norms = jnp.sqrt(jnp.sum(jnp.square(rows), axis=1))
-        kept = keep_top_groups(flat, norms, active=treatment.active, group_size=treatment.group_size)
-        kept = kept.reshape([hidden.shape[d] for d in order])
-        return jnp.transpose(kept, sorted(range(len(order)), key=order.__getitem__))
-
-    lies = jax.typeof(hidden).sharding
-    kept = under_automatic_axes(largest, lies.mesh, lies.spec)(hidden, weight)
-    operands = [weight, kept] if down.weight_left else [kept, weight]
-    return compat.bind(down.node.eqn, operands)[0]

@@ -1,0 +1,322 @@
+"""What stands in a program where a dense vocabulary projection stood: exact logits for the candidates only.
+
+:func:`vocab_logits` takes the rows of largest score for candidates. At full width (every row chosen) the result is that
+of the dense product, up to the order of sums.
+
+Of :func:`certified_logits` the arg max is proved, per input, to be the dense one's; else the dense product is run.
+Candidates are the rows of largest *upper bound*. The best of them is the dense arg max when no other row's interval of
+possible dense values reaches its own; where intervals meet only in a value that both round to, the lower index must be
+the best's, as the dense arg max breaks ties. The proof is of the logits as the projection returns them, whatever the
+order in which the dense product sums; see ``lowering/prove/bounds.py``. Section 5 of the design; derived there, in
+``lowering/prove/goals.py`` and here. Of several compiled sizes the smallest is computed first, and rows are added until
+the goal is proved.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from hire_xform.lowering.engine.engine import Observer, Operands, Steps, proved_or_dense, selected, without
+from hire_xform.lowering.engine.rows import select_rows_dot
+from hire_xform.lowering.engine.selection import Selection, choose, entries, rungs
+from hire_xform.lowering.predict.predictors import Packed, PredictorSpec, predict_scores
+from hire_xform.lowering.prove.bounds import ScoresWithBounds, product_error
+from hire_xform.lowering.prove.goals import proved
+from hire_xform.lowering.prove.intervals import Interval
+from hire_xform.lowering.prove.proofs import Proof, scores_with_bounds
+from hire_xform.lowering.prove.readings import Reading, between_proved
+from hire_xform.lowering.xla.devices import ONE, Devices
+
+__all__ = ["certified_logits", "vocab_candidates", "vocab_logits"]
+
+# What candidates are chosen by, f32 ``[T, V]``, from intervals of all logits ``[T, V]`` and side inputs.
+Rank = Callable[[Interval, Sequence[jax.Array]], jax.Array]
+Fill = Literal["predicted", "-inf"]
+
+
+def vocab_logits(
+    x: jax.Array,
+    rows: jax.Array,
+    packed: Packed,
+    spec: PredictorSpec,
+    *,
+    candidates: int,
+    vocab: int | None = None,
+    first_row: jax.Array | int = 0,
+    fill: Fill = "predicted",
+    out_dtype: jax.typing.DTypeLike,
+    rank: Callable[[jax.Array], jax.Array] | None = None,
+    observe: Observer = lambda name, value: None,
+) -> jax.Array:
+    """``x @ rows.T`` with exact logits for the candidates only.
+
+    Args:
+      x: ``[T, d]``.
+      rows: ``[V, d]``, or a taller matrix that holds these rows somewhere.
+      packed: the predictor of the ``V`` rows.
+      spec: its spec.
+      candidates: rows each token may have computed exactly, ``1 <= candidates <= V``; see ``choose`` for how several
+        tokens share them.
+      vocab: ``V``; None takes all of ``rows``.
+      first_row: where the ``V`` rows begin in ``rows``; one of several stacked matrices is read in place this way.
+      fill: what stands for the rest: ``"predicted"`` scores or ``"-inf"``.
+      out_dtype: dtype of the logits.
+      rank: what candidates are chosen by, from the scores, f32 ``[T, V]`` both; None: the scores themselves.
+      observe: is told the ``scores`` that decide, the ``selection`` and what is ``computed``, the exact products.
+
+    Returns:
+      ``[T, V]`` of ``out_dtype``.
+
+    Raises:
+      ValueError: ``candidates`` or ``fill`` does not fit.
+    """
+    if fill not in ("predicted", "-inf"):
+        raise ValueError(f"vocab_logits: fill={fill!r}; expected 'predicted' or '-inf'")
+    exact, index, scores = vocab_candidates(
+        x,
+        rows,
+        packed,
+        spec,
+        candidates=candidates,
+        vocab=vocab,
+        first_row=first_row,
+        out_dtype=out_dtype,
+        rank=rank,
+        observe=observe,
+    )
+    with jax.named_scope("compute"):
+        return _filled(scores, index, exact, fill).astype(out_dtype)
+
+
+def vocab_candidates(
+    x: jax.Array,
+    rows: jax.Array,
+    packed: Packed,
+    spec: PredictorSpec,
+    *,
+    candidates: int,
+    vocab: int | None = None,
+    first_row: jax.Array | int = 0,
+    out_dtype: jax.typing.DTypeLike,
+    rank: Callable[[jax.Array], jax.Array] | None = None,
+    observe: Observer = lambda name, value: None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The candidates of :func:`vocab_logits`, which says what the arguments are.
+
+    Returns:
+      Their exact products ``[T, K]``, of ``out_dtype`` or f32 if that is wider; which rows they are, ``[K]`` or
+      ``[T, K]``; and the scores of all rows, f32 ``[T, V]``.
+    """
+    tokens, vocab = x.shape[0], rows.shape[0] if vocab is None else vocab
+    selection = choose(tokens, vocab, candidates)
+    with jax.named_scope("predict"):
+        scores = predict_scores(x, packed, spec, vocab)
+    with jax.named_scope("select"):
+        ranked = lax.stop_gradient(scores)
+        ranked = ranked if rank is None else lax.stop_gradient(rank(ranked))
+    wide = jnp.promote_types(out_dtype, jnp.float32)
+
+    def products(index: jax.Array) -> jax.Array:
+        return select_rows_dot(x, rows, index + first_row, preferred_element_type=wide)
+
+    index, exact = selected(Steps(scores=ranked, compute=products, observe=observe), selection)
+    return exact, index, scores
+
+
+def _filled(scores: jax.Array, index: jax.Array, exact: jax.Array, fill: str) -> jax.Array:
+    """All logits ``[T, V]``, with those of the candidates exact."""
+    rest = scores if fill == "predicted" else jnp.full(scores.shape, -jnp.inf, exact.dtype)
+    return rest.astype(exact.dtype).at[entries(index, rest)].set(exact, unique_indices=True, mode="promise_in_bounds")
+
+
+def certified_logits(
+    x: jax.Array,
+    rows: jax.Array,
+    proof: Proof,
+    spec: PredictorSpec,
+    dense: Callable[[jax.Array, jax.Array], jax.Array],
+    *,
+    own: Callable[[jax.Array, Any], jax.Array] | None = None,
+    leaf: Any = None,
+    candidates: int,
+    smaller: Sequence[int] = (),
+    readings: Sequence[Reading] = (Reading(),),
+    sides: Sequence[jax.Array] = (),
+    rank: Rank | None = None,
+    vocab: int | None = None,
+    first_row: jax.Array | int = 0,
+    fill: Fill = "predicted",
+    out_dtype: jax.typing.DTypeLike,
+    rounded_to: jax.typing.DTypeLike | None = None,
+    input_bits: int = 24,
+    devices: Devices = ONE,
+) -> tuple[jax.Array, jax.Array]:
+    """``x @ rows.T`` with exact logits for the candidates, and the arg max (or another goal) of the dense product.
+
+    With ``smaller`` sizes these are tried first. A larger one adds the rows of next largest bound to those that are
+    there, so that no row is read twice.
+
+    Under ``vmap`` over ``x`` the tokens of all examples are taken together: one dense product if any of them fails.
+
+    Args:
+      x: ``[T, d]``, f32 or 16 bits.
+      rows: ``[V, d]`` of the same kind, or a taller matrix that holds these rows from ``first_row`` on.
+      proof: what is kept of the ``V`` rows, with bounds.
+      spec: the predictor's spec.
+      dense: the dense product of ``[T, d]`` and ``[V, d]``, of ``out_dtype``, ``[T, V]``.
+      own: the same of the original weight, ``own(x, leaf)``, as the program computes it; what is fallen back to.
+      leaf: the original weight, a pytree; None where it is not there, and ``dense`` is fallen back to.
+      candidates: rows each token may have computed exactly.
+      smaller: fewer, ascending, to try before that.
+      readings: what is read of the logits, all of which is to be proved.
+      sides: what these take besides.
+      rank: what candidates are chosen by, ``[T, V]``, from intervals of all logits and ``sides``; None: upper bounds.
+      vocab: ``V``; None takes all of ``rows``.
+      first_row: where the rows begin.
+      fill: what stands for the other logits.
+      out_dtype: dtype of the logits.
+      rounded_to: what the dense product may be rounded to, or not; None: ``out_dtype``.
+      input_bits: significant bits that the dense product keeps of f32 inputs.
+      devices: those that have parts of the rows, in a ``shard_map``: all else is of one device's part, and the goal is
+        proved of all of them, or each runs its dense product. Of several, ``smaller`` is empty.
+
+    Returns:
+      Logits ``[T, V]`` of ``out_dtype``, and an int32 scalar: the number of the size that was computed, of ``smaller``
+      and then ``candidates``; one more for the dense product.
+
+    Raises:
+      ValueError: there are smaller sizes of rows that several devices have parts of.
+    """
+    head = _Head(
+        spec=spec,
+        product=dense,
+        own=own,
+        sizes=(*smaller, candidates),
+        readings=tuple(readings),
+        rank=rank,
+        vocab=rows.shape[0] if vocab is None else vocab,
+        fill=fill,
+        out_dtype=jnp.dtype(out_dtype),
+        rounded_to=jnp.dtype(out_dtype if rounded_to is None else rounded_to),
+        input_bits=input_bits,
+        devices=devices,
+    )
+    if devices != ONE and (smaller or head.one_by_one):
+        raise ValueError(f"certified_logits: smaller={tuple(smaller)} across devices; expected one size, of logits")
+    operands = Operands(
+        xs=[x],
+        sides=list(sides),
+        rows=[rows],
+        first_rows=[jnp.asarray(first_row, jnp.int32)],
+        proofs=[proof],
+        leaves=leaf,
+    )
+    return proved_or_dense(head, operands)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Head:
+    """What is static of a certified projection."""
+
+    spec: PredictorSpec
+    product: Callable[[jax.Array, jax.Array], jax.Array]
+    own: Callable[[jax.Array, Any], jax.Array] | None
+    sizes: tuple[int, ...]
+    readings: tuple[Reading, ...]
+    rank: Rank | None
+    vocab: int
+    fill: str
+    out_dtype: jnp.dtype
+    rounded_to: jnp.dtype
+    input_bits: int
+    devices: Devices
+
+    @property
+    def one_by_one(self) -> bool:
+        """Whether what is read has the shape of one example's."""
+        return any(reading.between is not None for reading in self.readings)
+
+    def dense(self, o: Operands) -> jax.Array:
+        """The dense product of packed rows."""
+        (x,), (rows,), (first,) = o.xs, o.rows, o.first_rows
+        own = rows if rows.shape[0] == self.vocab else lax.dynamic_slice_in_dim(rows, first, self.vocab)
+        return self.product(x, own)
+
+    def fallback(self, o: Operands) -> jax.Array:
+        """The program's own product."""
+        return self.dense(o) if self.own is None or o.leaves is None else self.own(o.xs[0], o.leaves)
+
+    def tangent(self, out: jax.Array, change: jax.Array) -> jax.Array:
+        """Of every logit that is not minus infinity."""
+        return jnp.where(out == -jnp.inf, jnp.zeros((), change.dtype), change)
+
+    def steps(self, o: Operands) -> tuple[Steps, Sequence[Selection]]:
+        """Candidates are the rows of largest upper bound."""
+        (x,), (rows,), (first,), (proof,) = o.xs, o.rows, o.first_rows, o.proofs
+        assert proof is not None
+        start = 0 if rows.shape[0] == self.vocab else first
+        wide = jnp.promote_types(self.out_dtype, jnp.float32)
+        with jax.named_scope("predict"):
+            found = scores_with_bounds(x, proof, self.spec, input_bits=self.input_bits)
+            sides = lax.stop_gradient(o.sides)
+            ranked = found.upper
+            if self.rank is not None:
+                ranked = lax.stop_gradient(self.rank(Interval(found.lower, found.upper), sides))
+
+        def products(index: jax.Array) -> tuple[jax.Array, jax.Array]:
+            """Exact ones, and what their sums are of."""
+            exact, terms = (
+                select_rows_dot(x, rows, index + start, preferred_element_type=wide, magnitudes=magnitudes)
+                for magnitudes in (False, True)
+            )
+            return exact, lax.stop_gradient(terms)
+
+        def proves(index: jax.Array, made: tuple[jax.Array, jax.Array]) -> jax.Array:
+            exact, terms = made
+            error = product_error(terms, x.shape[1], self.input_bits)
+            return self.proved(found, lax.stop_gradient(exact), error, index, sides)
+
+        def logits(index: jax.Array, made: tuple[jax.Array, jax.Array]) -> jax.Array:
+            return _filled(found.scores, index, made[0], self.fill).astype(self.out_dtype)
+
+        steps = Steps(scores=ranked, compute=products, proved=proves, result=logits)
+        return steps, rungs(x.shape[0], self.vocab, self.sizes)
+
+    def proved(
+        self, found: ScoresWithBounds, exact: jax.Array, error: jax.Array, index: jax.Array, sides: list[jax.Array]
+    ) -> jax.Array:
+        """Whether all that is read is proved for every token, a bool scalar."""
+        sure = jnp.bool_(True)
+        others = without(found.upper, index)
+        for reading in self.readings:
+            if reading.between is not None:
+                sure &= self.between_proved(reading, found, exact, error, index, sides)
+                continue
+            told = proved(reading.goal, exact, error, others, index, self.rounded_to, reading.ordered, self.devices)
+            sure &= jnp.all(told)
+        return sure
+
+    def between_proved(
+        self,
+        reading: Reading,
+        found: ScoresWithBounds,
+        exact: jax.Array,
+        error: jax.Array,
+        index: jax.Array,
+        sides: list[jax.Array],
+    ) -> jax.Array:
+        """The same of one that reads more than the logits, whether the product is rounded to 16 bits or not."""
+        low, high = (
+            end.at[entries(index, end)].set(own, unique_indices=True, mode="promise_in_bounds")
+            for end, own in ((found.lower, exact - error), (found.upper, exact + error))
+        )
+        sure, best = between_proved(reading, Interval(low, high), sides)
+        if self.rounded_to.itemsize < 4:
+            ends = (end.astype(self.rounded_to).astype(jnp.float32) for end in (low, high))
+            also, same = between_proved(reading, Interval(*ends), sides)
+            sure &= also & jnp.all(best == same, axis=1)
+        return jnp.all(sure)

@@ -1,0 +1,215 @@
+"""The seam that kernels plug into: steps that read memory as primitives, each with a portable form and a registry.
+
+A step (``predict_scores``, ``select_rows_dot``, ...) is written once in portable JAX. :func:`step_primitive` makes the
+primitive of it, and :func:`bind_step` applies it. The equation carries the portable form as it was traced there, a
+jaxpr: types, derivatives, batching and the lowering are those of it, so programs compile to what they would without a
+primitive. A platform's kernel (:func:`register_kernel`) takes its place when a program is lowered for it.
+
+Under ``vmap`` the kernel is batched by ``vmap``, as it is written to be. Under differentiation values are the kernel's,
+derivatives those of the portable form.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import ClosedJaxpr, Primitive, jaxpr_as_fun
+from jax.interpreters import ad, batching, mlir
+
+from hire_xform.lowering.xla.promotion import usual_promotion
+
+__all__ = ["backends", "bind_step", "has_kernels", "lower_kernel", "register_kernel", "step_primitive"]
+
+# What JAX calls the platforms it lowers for.
+PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """What runs a step on a platform: see :func:`register_kernel`."""
+
+    rule: Callable[..., Any]
+    serves: Callable[..., bool]
+
+
+# By the name of a primitive and a platform.
+_kernels: dict[tuple[str, str], Kernel] = {}
+# How a primitive is lowered for a platform that has had a kernel, by its name.
+_lowerings: dict[str, tuple[Primitive, Callable[..., Any]]] = {}
+# The platforms whose lowering of a primitive asks for a kernel first.
+_asking: set[tuple[str, str]] = set()
+
+
+def register_kernel(
+    primitive: str,
+    platform: str,
+    rule: Callable[..., Any],
+    serves: Callable[..., bool] = lambda *operands, **settings: True,
+) -> Callable[[], None]:
+    """Has a step run by a kernel of one platform instead of by its portable form.
+
+    Programs that are lowered from then on have it; those that are compiled already stay as they are. ``hx.backends()``
+    lists the steps, and docs/extending/kernel.md says what each is given::
+
+        def best(scores, *, k, shards):
+            return jax.ffi.ffi_call("my_top_k", ...)(scores, k=k)
+
+        remove = hx.register_kernel("da_top_k", "cpu", best, serves=lambda scores, *, k, shards: shards == 1)
+
+    Args:
+      primitive: the step's name.
+      platform: "cpu", "cuda", "rocm" or "tpu".
+      rule: a function of the step's operands and, by keyword, of its settings, in JAX: it is traced, and may call an
+        FFI target or Pallas. It returns what the portable form does, of the same shapes and dtypes.
+      serves: of the operands' shapes and dtypes, and the settings, whether it is for them; where it is not, the
+        portable form is lowered. By default it is for all.
+
+    Returns:
+      What takes the kernel away again.
+
+    Raises:
+      ValueError: there is no such step or platform, or it has a kernel there already.
+      TypeError: ``rule`` or ``serves`` is no function.
+    """
+    if primitive not in _lowerings:
+        raise ValueError(f"register_kernel: primitive={primitive!r}; expected one of {', '.join(sorted(_lowerings))}")
+    if platform not in PLATFORMS:
+        raise ValueError(f"register_kernel: platform={platform!r}; expected one of {', '.join(PLATFORMS)}")
+    for name, given in (("rule", rule), ("serves", serves)):
+        if not callable(given):
+            raise TypeError(f"register_kernel: {name}={given!r}; expected a function")
+    key = primitive, platform
+    if key in _kernels:
+        raise ValueError(f"register_kernel: {primitive} has a kernel on {platform} already; take that away first")
+    if key not in _asking:
+        # Not before there is one: a program lowered for several platforms has each rule of its own in a branch.
+        held, lower = _lowerings[primitive]
+        mlir.register_lowering(held, functools.partial(lower, platform), platform=platform)
+        _asking.add(key)
+    kernel = _kernels[key] = Kernel(rule, serves)
+
+    def remove() -> None:
+        if _kernels.get(key) is kernel:
+            del _kernels[key]
+
+    return remove
+
+
+def backends() -> dict[str, dict[str, str]]:
+    """What runs each step on each platform: "portable", what XLA makes of it, or the name of a kernel."""
+    return {
+        name: {platform: _named(_kernels.get((name, platform))) for platform in PLATFORMS}
+        for name in sorted(_lowerings)
+    }
+
+
+def _named(kernel: Kernel | None) -> str:
+    return "portable" if kernel is None else getattr(kernel.rule, "__qualname__", repr(kernel.rule))
+
+
+def has_kernels(primitive: Primitive, lower: Callable[..., Any]) -> None:
+    """Lets a primitive have kernels; ``lower(platform, ctx, *operands, **params)`` calls :func:`lower_kernel`."""
+    _lowerings[primitive.name] = primitive, lower
+
+
+def lower_kernel(
+    name: str, platform: str, ctx: Any, operands: Sequence[Any], batched: Sequence[Any] = (), **settings: Any
+) -> Any:
+    """The step lowered as its kernel on a platform; None where there is none, or it does not serve.
+
+    Args:
+      name, platform: which step, and where.
+      ctx, operands: as a lowering rule has them.
+      batched: the axes that the operands of a step are batched along, the innermost ``vmap`` first.
+      **settings: the step's.
+    """
+    kernel = _kernels.get((name, platform))
+    if kernel is None:
+        return None
+    alone = [list(aval.shape) for aval in ctx.avals_in]
+    for dims in reversed(batched):
+        for shape, dim in zip(alone, dims, strict=True):
+            if dim is not None:
+                del shape[dim]
+    structs = [jax.ShapeDtypeStruct(tuple(s), a.dtype) for s, a in zip(alone, ctx.avals_in, strict=True)]
+    if not kernel.serves(*structs, **settings):
+        return None
+
+    def one(*operands: Any) -> list[Any]:
+        made = kernel.rule(*operands, **settings)
+        return list(made) if isinstance(made, (tuple, list)) else [made]
+
+    @usual_promotion()
+    def run(*operands: Any) -> list[Any]:
+        fun = one
+        for dims in batched:
+            fun = jax.vmap(fun, in_axes=dims)
+        made = fun(*operands)
+        got, want = ([(a.shape, jnp.dtype(a.dtype).name) for a in all_of] for all_of in (made, ctx.avals_out))
+        if got != want:
+            raise ValueError(f"{name}: the kernel {_named(kernel)} makes {got}; expected {want}")
+        return made
+
+    return mlir.lower_fun(run, multiple_results=True)(ctx, *operands)
+
+
+def step_primitive(name: str) -> Primitive:
+    """The primitive of a step, whose equations :func:`bind_step` makes."""
+    step_p = Primitive(name)
+    step_p.multiple_results = True
+
+    def abstract(*avals: Any, portable: ClosedJaxpr, **params: Any) -> Any:
+        if list(avals) == list(portable.in_avals):
+            return portable.out_avals
+        # It has come into another context, such as the inside of a shard_map.
+        return jax.make_jaxpr(jaxpr_as_fun(portable))(*avals).out_avals
+
+    def run(*operands: Any, portable: ClosedJaxpr, **params: Any) -> Any:
+        if any((name, platform) in _kernels for platform in PLATFORMS):
+            return jax.jit(functools.partial(step_p.bind, portable=portable, **params))(*operands)
+        return jaxpr_as_fun(portable)(*operands)
+
+    def batch(operands: Any, dims: Any, *, portable: ClosedJaxpr, batched: tuple[Any, ...], **params: Any) -> Any:
+        outer = jax.make_jaxpr(jax.vmap(jaxpr_as_fun(portable), in_axes=tuple(dims)))(*operands)
+        made = step_p.bind(*operands, portable=outer, batched=(*batched, tuple(dims)), **params)
+        return made, (0,) * len(made)
+
+    def jvp(primals: Any, tangents: Any, *, portable: ClosedJaxpr, **params: Any) -> Any:
+        made = step_p.bind(*primals, portable=portable, **params)
+        changing = [i for i, t in enumerate(tangents) if not isinstance(t, ad.Zero)]
+
+        def of_changing(*values: Any) -> Any:
+            given = dict(zip(changing, values, strict=True))
+            return jaxpr_as_fun(portable)(*(given.get(i, p) for i, p in enumerate(primals)))
+
+        return made, jax.jvp(of_changing, [primals[i] for i in changing], [tangents[i] for i in changing])[1]
+
+    def lower(platform: str, ctx: Any, *operands: Any, portable: ClosedJaxpr, batched: Any, **settings: Any) -> Any:
+        lowered = lower_kernel(name, platform, ctx, operands, batched, **settings)
+        return lower_portable(ctx, *operands, portable=portable) if lowered is None else lowered
+
+    def lower_portable(ctx: Any, *operands: Any, portable: ClosedJaxpr, **params: Any) -> Any:
+        return mlir.lower_fun(jaxpr_as_fun(portable), multiple_results=True)(ctx, *operands)
+
+    step_p.def_impl(run)
+    step_p.def_abstract_eval(abstract)
+    batching.primitive_batchers[step_p] = batch
+    ad.primitive_jvps[step_p] = jvp
+    mlir.register_lowering(step_p, lower_portable)
+    has_kernels(step_p, lower)
+    return step_p
+
+
+def bind_step(step_p: Primitive, portable: Callable[..., Any], *operands: Any, **settings: Any) -> Any:
+    """A step on operands.
+
+    Args:
+      step_p: its primitive.
+      portable: its portable form, a function of the operands that returns a sequence of arrays.
+      *operands: arrays.
+      **settings: what a kernel is told besides; hashable.
+    """
+    return step_p.bind(*operands, portable=jax.make_jaxpr(portable)(*operands), batched=(), **settings)

@@ -1,0 +1,77 @@
+"""``hire_scores`` and ``hire_bounds``: products with every row, predicted from little, and what no product is above."""
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+
+from hire_xform.lowering.primitives.kernels import bind_step, step_primitive
+
+__all__ = ["bounded_scores", "bounds_p", "predicted_scores", "scores_p"]
+
+
+class _Scores(Protocol):
+    def scores(self, x: jax.Array, packed: Mapping[str, jax.Array], n: int) -> jax.Array:
+        """The predicted ``x @ rows.T``."""
+
+
+class _Bounds(Protocol):
+    def bounds(self, x: jax.Array, proof: Mapping[str, jax.Array], input_bits: int) -> Sequence[jax.Array]:
+        """The same with bounds."""
+
+
+def predicted_scores(x: jax.Array, packed: Mapping[str, jax.Array], spec: _Scores, n: int) -> jax.Array:
+    """A predictor's scores.
+
+    Args:
+      x: ``[T, d]``.
+      packed: the predictor's arrays, by name.
+      spec: the predictor.
+      n: rows of the matrix.
+
+    Returns:
+      f32 ``[T, n]``.
+
+    Raises:
+      ValueError: the predictor gives scores of another shape.
+    """
+    names = tuple(packed)
+
+    def portable(x: jax.Array, *arrays: jax.Array) -> list[jax.Array]:
+        scores = spec.scores(x, dict(zip(names, arrays, strict=True)), n)
+        if scores.shape != (x.shape[0], n):
+            raise ValueError(f"predictor {spec!r}: its scores have shape {scores.shape}; expected {(x.shape[0], n)}")
+        return [scores.astype(jnp.float32)]
+
+    return bind_step(scores_p, portable, x, *packed.values(), names=names, spec=spec, n=n)[0]
+
+
+def bounded_scores(
+    x: jax.Array, proof: Mapping[str, jax.Array], spec: _Bounds, input_bits: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """A predictor's scores with bounds.
+
+    Args:
+      x: ``[T, d]``, f32 or 16 bits.
+      proof: the arrays of its proof, by name.
+      spec: the predictor.
+      input_bits: significant bits that the dense product keeps of its f32 inputs.
+
+    Returns:
+      ``scores``, ``upper`` and ``exact_error`` of ``ScoresWithBounds``.
+    """
+    names = tuple(proof)
+
+    def portable(x: jax.Array, *arrays: jax.Array) -> list[jax.Array]:
+        return list(spec.bounds(x, dict(zip(names, arrays, strict=True)), input_bits))
+
+    made = bind_step(bounds_p, portable, x, *proof.values(), names=names, spec=spec, input_bits=input_bits)
+    scores, upper, exact_error = made
+    return scores, upper, exact_error
+
+
+# A kernel: rule(x, *arrays, names, spec, n) -> what predicted_scores returns; `names` are those of the arrays.
+scores_p = step_primitive("hire_scores")
+# A kernel: rule(x, *arrays, names, spec, input_bits) -> what bounded_scores returns. Its bounds have to hold as well.
+bounds_p = step_primitive("hire_bounds")

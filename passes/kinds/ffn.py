@@ -1,0 +1,236 @@
+"""Feed-forward blocks: groups of hidden units are scored, and only the chosen ones computed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from jax.extend.core import primitives as prims
+from jax.sharding import PartitionSpec
+
+from hire_xform.lowering.engine.engine import proved_or_dense
+from hire_xform.lowering.xla.devices import ONE
+from hire_xform.passes.ir.graph import Operand
+from hire_xform.passes.kinds import ffn_blocks, ffn_measured
+from hire_xform.passes.kinds.ffn_blocks import Views, certified_operands, match_of
+from hire_xform.passes.match.equations import equations_between
+from hire_xform.passes.match.kinds import SiteKind, register_site_kind
+from hire_xform.passes.match.matches import FfnMatch
+from hire_xform.passes.match.zeros import gate_of
+from hire_xform.passes.measure.capture import Measured, Recorded
+from hire_xform.passes.plan.checks import (
+    MEANING,
+    Case,
+    can_be_certified,
+    chooses_on_one_device,
+    has_few_tokens,
+    has_whole_groups,
+    has_whole_groups_on_each_device,
+    is_placed,
+    is_wanted,
+)
+from hire_xform.passes.plan.decisions import Decision
+from hire_xform.passes.plan.forms import (
+    ROWS,
+    Form,
+    LargestNorm,
+    Moments,
+    Norms,
+    PackedPredictor,
+    ProductForms,
+    SiteForms,
+)
+from hire_xform.passes.plan.placement import Placement
+from hire_xform.passes.plan.settings import Ffn
+from hire_xform.passes.prove.region_intervals import unbounded
+from hire_xform.passes.rewrite.canonical import canonical_activation, canonical_side, product_key
+from hire_xform.passes.weights.cut_weights import is_cut
+from hire_xform.passes.weights.products import Product
+
+
+def leaves_zeros(case: Case) -> str | None:
+    """Units of it can be left out, its activation being zero often, or as its user allows.
+
+    Certified, zeros are proved for each input, however rare they are: of a gate, or of the model's own choice.
+    """
+    match, settings = case.match, case.settings
+    region = match.region
+    proves = settings.certify and (region.own is not None or gate_of(region) is not None)
+    if settings.activations == "any" or region.zeroing or proves:
+        return None
+    if region.untried:
+        what = f"is not known to leave exact zeros ({region.untried})"
+    elif region.zero_share is None:
+        what = "does not leave exact zeros"
+    else:
+        often = f"about {region.zero_share:.0%}" if region.zero_share >= 0.01 else "under 1%"
+        what = f"is zero for {often.replace('%', ' %')} of ordinary inputs only"
+    return (
+        f"its activation ({region.activation}) {what}, so units left out would change the result; allow it with "
+        'activations="any"'
+    )
+
+
+def has_a_size(case: Case) -> str | None:
+    """How many of its units are computed is known, where the model itself chooses them."""
+    own, settings = case.own, case.settings
+    if own is None or own.share is not None or settings.active is not None:
+        return None
+    if settings.certify or case.runs_dense:
+        return None
+    return (
+        f"the model itself keeps {own.name}, so how many of its units are to be computed is not known; state it, "
+        "hx.Ffn(active=...), calibrate, or prove it for each input, hx.Ffn(certify=True)"
+    )
+
+
+class FfnKind(SiteKind):
+    """See ``SiteKind``. Canonical values: ``[T, d]`` for each product into the units, then the side inputs."""
+
+    name = "ffn"
+    checks = (
+        *(is_wanted, *MEANING, leaves_zeros, has_few_tokens, is_placed, has_whole_groups, has_a_size),
+        *(chooses_on_one_device, has_whole_groups_on_each_device, can_be_certified),
+    )
+
+    def count(self, case: Case) -> int:
+        """The groups of units, by the share of what the model itself keeps."""
+        assert isinstance(case.settings, Ffn)
+        return case.settings.groups_of(case.match.units, None if case.own is None else case.own.share)
+
+    def described(self, case: Case) -> dict[str, Any]:
+        """What is between the products."""
+        return {"activation": case.match.region.activation}
+
+    def forms(self, match: FfnMatch, settings: Ffn) -> SiteForms[Form]:
+        """Rows of all; a predictor of what is scored; what a proof takes of the others, and sums over all units."""
+        region, certify = match.region, bool(settings.certify)
+        predictor = PackedPredictor(settings.spec, proves=certify)
+        scored, totalled = region.scored, region.totalled
+        if certify and match.own is None:
+            # Zeros are proved of the gate alone.
+            gate = gate_of(region)
+            scored = [gate is not None and i == gate.up for i in range(len(region.ups))]
+            totalled = [False] * len(scored)
+        ups = tuple(
+            ProductForms[Form](
+                ROWS,
+                predictor=predictor if own else None,
+                largest=LargestNorm() if certify and not own else None,
+                moments=Moments(bounded=certify) if summed else None,
+            )
+            for own, summed in zip(scored, totalled, strict=True)
+        )
+        norms = None if certify or match.own is not None else Norms()
+        return SiteForms(ups, ProductForms[Form](ROWS, largest=LargestNorm() if certify else None, norms=norms))
+
+    def tries(self, match: FfnMatch) -> bool:
+        """A model's own choice is proved after its units are computed; zeros are proved before."""
+        return match.own is not None
+
+    def may_reorder(self, match: FfnMatch, settings: Ffn) -> bool:
+        """Where nothing is proved and the model does not choose by place, and all weights are stacked alike."""
+        if settings.certify or match.own is not None:
+            return False
+        stacks = {matrix.stack for matrix in match.matrices}
+        return len(stacks) == 1 and not any(is_cut(product.origin.refs) for product in match.products)
+
+    def may_be_static(self, match: FfnMatch, settings: Ffn) -> bool:
+        """Of blocks whose zeros tell units apart, and whose units are no groups."""
+        return settings.group_size == 1 and match.region.zeroing and self.may_reorder(match, settings)
+
+    def may_be_short(self, match: FfnMatch, settings: Ffn) -> bool:
+        """Where units are left out for being zero: not whatever they are, and not by the model's own choice."""
+        return not settings.certify and settings.activations != "any" and match.own is None
+
+    def bounded(self, match: FfnMatch) -> list[Product]:
+        """Those that the model chooses by, or else the gate."""
+        if match.own is not None:
+            return [up.product for up in match.region.ups]
+        gate = gate_of(match.region)
+        return [match.region.ups[0 if gate is None else gate.up].product]
+
+    def unproved(self, match: FfnMatch, platform: str) -> str | None:
+        """Zeros are proved of gates at zero; a choice where all that it takes has bounds."""
+        if match.own is not None:
+            if platform == "tpu" and any(n.primitive is prims.approx_top_k_p for n in match.region.nodes):
+                return "certify=True proves an exact top-k; approx_max_k is none on a TPU"
+            what = unbounded(match.region)
+            return None if what is None else f"certify=True has no bounds of {what}, which is in the model's own choice"
+        if gate_of(match.region) is None:
+            return (
+                f"certify=True proves zeros of max(u, 0), alone, squared, or times another product; not of this "
+                f"activation ({match.region.activation})"
+            )
+        return None
+
+    def has_own_equations(self, match: FfnMatch) -> bool:
+        """Where what lies between the products hangs on nothing else."""
+        return equations_between(match) is not None
+
+    def operands(self, decision: Decision) -> list[Operand]:
+        """The activations, and the region's side inputs."""
+        region = match_of(decision).region
+        return [*(up.product.x for up in region.ups), *(side.value for side in region.sides)]
+
+    def signature(self, decision: Decision) -> Any:
+        """Of the products, the sides and the region."""
+        match = match_of(decision)
+        ups = tuple((product_key(up.product), up.layout) for up in match.region.ups)
+        sides = tuple((side.value.shape, str(side.value.aval.dtype), side.layout) for side in match.region.sides)
+        return match.units, ups, sides, match.region.signature(), product_key(match.down)
+
+    def canonical(self, decision: Decision, values: Sequence[Any]) -> list[Any]:
+        """Tokens and units flattened."""
+        match = match_of(decision)
+        region, tokens = match.region, match.tokens
+        xs = [canonical_activation(u.product, x, u.layout, tokens) for u, x in zip(region.ups, values, strict=False)]
+        sides = values[len(xs) :]
+        return xs + [canonical_side(v, s.layout, tokens, match.units) for v, s in zip(sides, region.sides, strict=True)]
+
+    def specs(self, decision: Decision, given: Sequence[Any], placement: Placement) -> list[PartitionSpec]:
+        """Tokens over their axes; of a side input, hidden units over theirs. One for all stays one on every device."""
+        match = match_of(decision)
+
+        def side(value: Any) -> PartitionSpec:
+            shape = jnp.shape(value)
+            if not shape:
+                return PartitionSpec()
+            tokens = placement.tokens if shape[0] == match.tokens > 1 else ()
+            units = placement.rows if shape[1] == match.units > 1 else ()
+            return PartitionSpec(tokens or None, units or None)
+
+        ups = len(match.region.ups)
+        return [PartitionSpec(placement.tokens or None, None)] * ups + [side(value) for value in given[ups:]]
+
+    def subgraph(
+        self, decision: Decision, given: Sequence[Any], views: Views, placement: Placement | None
+    ) -> tuple[Any, Any]:
+        """The block, or each device's units added up; and the size that was taken, or whether it was short.
+
+        Each device falls back by itself.
+        """
+        devices = ONE if placement is None else placement.devices
+        if decision.settings.certify:
+            block, operands = ffn_blocks.certified_block(decision, devices.count), certified_operands(given, views)
+            flat, mark = proved_or_dense(block, operands)
+        else:
+            flat, mark = ffn_blocks.chosen(decision, given, views, devices.count)
+        assert views.down is not None
+        return devices.total(views.down.rows.filled(flat)), mark
+
+    def criterion(self, match: FfnMatch, settings: Ffn) -> str:
+        """Units that are not zero, or the energy of those chosen."""
+        return "units" if match.region.zeroing else "energy"
+
+    def measured(self, decision: Measured, given: Sequence[Any], views: Any, ranks: bool) -> tuple[Any, Recorded]:
+        """The dense block. Which units fire; of each way where these stand in its order."""
+        return ffn_measured.measured(decision, given, views, ranks)
+
+    def rehearsed(self, decision: Decision, given: Sequence[Any], views: Views, sizes: Any) -> tuple[Any, None]:
+        """The dense block without the units that each token does not choose."""
+        return ffn_measured.rehearsed(decision, given, views, sizes), None
+
+
+register_site_kind(FfnKind())

@@ -1,0 +1,132 @@
+"""A feed-forward block as a calibration runs it: densely, with what is recorded of it, or with units masked."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from hire_xform.lowering.engine.block import UpProduct, group_scores
+from hire_xform.lowering.measure.cofiring import cofiring
+from hire_xform.lowering.measure.statistics import (
+    covariance,
+    first_in_order,
+    groups_wanted,
+    unit_ranks,
+    unit_totals,
+)
+from hire_xform.passes.kinds.ffn_blocks import (
+    FfnParts,
+    Views,
+    certified_block,
+    certified_operands,
+    ffn_parts,
+    match_of,
+    settings_of,
+)
+from hire_xform.passes.match.matches import FfnMatch
+from hire_xform.passes.match.own_choice import OfChosen
+from hire_xform.passes.measure.capture import Measured, Recorded, numbered
+from hire_xform.passes.plan.decisions import Decision
+from hire_xform.passes.rewrite.canonical import dense_product, dense_up
+
+
+def measured(decision: Measured, given: Sequence[Any], views: Any, ranks: bool) -> tuple[Any, Recorded]:
+    """The dense block ``[T, d_out]``, and what is recorded with each product into the units.
+
+    Args:
+      decision: the block, with all its ways.
+      given: its canonical values.
+      views: the packed forms of each way, and the order of units that may be always computed.
+      ranks: whether predictors are run.
+    """
+    match, group_size = match_of(decision), settings_of(decision).group_size
+    first = views.ways[0]
+    parts = ffn_parts(decision.ways[0], given, first)
+    region = parts.region(match)
+    down = first.down.rows.whole()
+    activation = _dense_activation(match, parts)
+    result = dense_product(match.down, activation.astype(match.hidden.aval.dtype), down, contracted_first=True)
+    recorded: Recorded = [{} for _ in parts.ups]
+    recorded[0]["tokens"] = jnp.int32(match.tokens)
+    for i, number in enumerate(match.input_numbers):
+        if number == i:
+            recorded[i][f"covariance{i}"] = covariance(parts.ups[i].x)
+    norms = jnp.sqrt(jnp.sum(jnp.square(down.astype(jnp.float32)), axis=-1))
+    recorded[0].update(unit_totals(activation, norms, group_size))
+    # Groups that the model itself keeps stay what they are.
+    if group_size > 1 and not ranks and match.own is None:
+        recorded[0]["together"] = cofiring(activation != 0 if match.region.zeroing else jnp.abs(activation) * norms)
+    for number, (way, own) in enumerate(zip(decision.ways, views.ways, strict=True) if ranks else ()):
+        settings = settings_of(way)
+        if settings.certify:
+            upper, needed = certified_block(way).needed(certified_operands(given, own))
+            proved = unit_ranks(activation, norms, upper, settings.group_size)
+            recorded[0].update(numbered(proved | groups_wanted(needed, upper.shape[1]), number))
+            continue
+        predicted = ffn_parts(way, given, own)
+        scores = group_scores(
+            predicted.ups,
+            region,
+            units=match.units,
+            down_norms=norms,
+            score=predicted.score(match),
+            group_size=settings.group_size,
+        )
+        recorded[0].update(numbered(unit_ranks(activation, norms, scores, settings.group_size), number))
+        for count in decision.static_sets:
+            # First in the order of choice, whatever their scores.
+            place = jnp.argsort(views.often.whole())
+            found = unit_ranks(activation, norms, jnp.where(place < count, jnp.inf, scores), 1)
+            recorded[0].update(numbered({f"static{count}_": found["wanted"]}, number))
+    return first.down.rows.filled(result), recorded
+
+
+def _dense_activation(match: FfnMatch, parts: FfnParts) -> Any:
+    """A block's activation ``[T, m]``, of all its units."""
+    hiddens = [
+        dense_up(up, part.x, _own_rows(part, match.units)) for up, part in zip(match.region.ups, parts.ups, strict=True)
+    ]
+    return parts.region(match)(hiddens, lambda values: values)
+
+
+def _own_rows(up: UpProduct, units: int) -> jax.Array:
+    return up.rows if up.rows.shape[0] == units else lax.dynamic_slice_in_dim(up.rows, up.first_row, units)
+
+
+@dataclass(frozen=True)
+class _OfMasked(OfChosen):
+    """The model's own choice among the units chosen, the others being there too."""
+
+    mask: Any = None
+
+    def kth(self, values: Any, rank: int) -> Any:
+        return super().kth(jnp.where(self.mask, values, -jnp.inf), rank)
+
+    def kept(self, values: Any, k: int) -> Any:
+        return super().kept(jnp.where(self.mask, values, -jnp.inf), k)
+
+
+def rehearsed(decision: Decision, given: Sequence[Any], views: Views, sizes: Any) -> Any:
+    """The block ``[T, d_out]`` of the ``sizes`` best groups of units of each token, the others being zero."""
+    match, group_size, forms = match_of(decision), settings_of(decision).group_size, views.down
+    assert forms is not None
+    parts = ffn_parts(decision, given, views)
+    scores = group_scores(
+        parts.ups,
+        parts.region(match),
+        units=match.units,
+        down_norms=None if forms.norms is None else forms.norms.whole(),
+        score=parts.score(match),
+        group_size=group_size,
+    )
+    chosen = jnp.repeat(first_in_order(scores, sizes, scores.shape[1]), group_size, axis=1)
+    own = parts.statistics
+    masked = dataclasses.replace(parts, statistics=_OfMasked(own.mean, own.variance, chosen))
+    activation = jnp.where(chosen, _dense_activation(match, masked), 0).astype(match.hidden.aval.dtype)
+    return forms.rows.filled(dense_product(match.down, activation, forms.rows.whole(), contracted_first=True))

@@ -1,0 +1,252 @@
+"""Vocabulary projections: candidates are scored, the best computed exactly, and the other logits are their scores."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from hire_xform.lowering.engine.cyclic_rows import from_cyclic, return_candidates
+from hire_xform.lowering.engine.head import certified_logits, vocab_candidates, vocab_logits
+from hire_xform.lowering.measure.statistics import KL_SIZES, covariance, first_in_order, proved_ranks, vocab_ranks
+from hire_xform.lowering.predict.predictors import predict_scores
+from hire_xform.lowering.prove.intervals import Interval
+from hire_xform.lowering.prove.proofs import scores_with_bounds
+from hire_xform.lowering.xla.devices import ONE, Devices
+from hire_xform.passes.ir.graph import Node, Operand
+from hire_xform.passes.kinds.readings import as_plain, rank_of, readings_of
+from hire_xform.passes.match.kinds import SiteKind, register_site_kind
+from hire_xform.passes.match.matches import VocabMatch
+from hire_xform.passes.measure.capture import Measured, Recorded, numbered
+from hire_xform.passes.plan.checks import MEANING, Case, can_be_certified, has_few_tokens, is_placed, is_wanted
+from hire_xform.passes.plan.decisions import Decision
+from hire_xform.passes.plan.forms import ROWS, Form, PackedPredictor, ProductForms, SiteForms
+from hire_xform.passes.plan.placement import Placement
+from hire_xform.passes.plan.settings import Vocab
+from hire_xform.passes.prove.what_to_prove import Reads, reads_of
+from hire_xform.passes.rewrite.action import Context
+from hire_xform.passes.rewrite.canonical import dense_product, flat_activation, product_key
+from hire_xform.passes.rewrite.environment import PackedView
+from hire_xform.passes.rewrite.own_equations import own_product
+from hire_xform.passes.weights.cut_weights import is_cut, parts_of_rows
+
+Views = SiteForms[PackedView]
+
+
+def is_known_for_logits(case: Case) -> str | None:
+    """Something says that a wide product's outputs are logits: a reader, a lookup, a rule or a calibration."""
+    match = case.match
+    if match.evidence or case.choice.named or case.measurement is not None:
+        return None
+    return _smallest(match) or (
+        "nothing says that its outputs are logits: no arg max, top-k or softmax that rises with them, and no weight of "
+        f"as many rows is looked up by id; if they are, hx.Rule({match.node.path!r}, vocab=hx.Vocab()) makes it a site"
+    )
+
+
+def has_provable_readers(case: Case) -> str | None:
+    """What reads its logits takes what can be proved of them, or what candidates can be chosen by."""
+    return case.found_reads if isinstance(case.found_reads, str) else None
+
+
+def has_enough_candidates(case: Case) -> str | None:
+    """Its candidates are as many as are read, and of the side that is."""
+    match, settings = case.match, case.settings
+    most = case.reads.most
+    if settings.certify and (settings.candidates or match.units) < min(most, match.units):
+        return f"candidates={settings.candidates} are fewer than the {most} largest, which are read"
+    return (_smallest(match) or None) if case.count < match.units else None
+
+
+def _smallest(match: VocabMatch) -> str:
+    """Why a projection is left of which the smallest outputs are wanted; empty where they are not."""
+    if not match.smallest:
+        return ""
+    return f"{match.smallest} reads the smallest of its outputs, where candidates are the largest"
+
+
+class VocabKind(SiteKind):
+    """See ``SiteKind``. Canonical values are the activation ``[T, d]``, then what readers take besides, as it is."""
+
+    name = "vocab"
+    gathers = True
+    splits_result = True
+    checks = (
+        *(is_wanted, is_known_for_logits, *MEANING, has_few_tokens, is_placed, can_be_certified),
+        *(has_provable_readers, has_enough_candidates),
+    )
+
+    def count(self, case: Case) -> int:
+        """The candidates. Each device of a shard_map that cuts the vocabulary takes its share."""
+        match, settings = case.match, case.settings
+        assert isinstance(settings, Vocab)
+        parts = parts_of_rows(match.matrices[0].rows, match.product.origin.refs)
+        return -(-settings.candidates_of(match.units * parts, case.reads.most) // parts)
+
+    def reads(self, case: Case) -> Reads | str:
+        """What reads the logits."""
+        split = case.placement is not None or is_cut(case.match.product.origin.refs)
+        return reads_of(case.match, case.settings, split)
+
+    def described(self, case: Case) -> dict[str, Any]:
+        """Why the outputs are taken for logits."""
+        otherwise = "a rule says so" if case.choice.named else "they were measured as such"
+        return {"evidence": case.match.evidence or otherwise}
+
+    def forms(self, match: VocabMatch, settings: Vocab) -> SiteForms[Form]:
+        """Rows, and their predictor."""
+        predictor = PackedPredictor(settings.spec, proves=bool(settings.certify))
+        return SiteForms((ProductForms(ROWS, predictor),))
+
+    def unproved(self, match: VocabMatch, platform: str) -> str | None:
+        """Nothing keeps a head from being certified."""
+        return None
+
+    def has_own_equations(self, match: VocabMatch) -> bool:
+        """Its one product can be run again."""
+        return True
+
+    def operands(self, decision: Decision) -> list[Operand]:
+        """The activation, and what readers of the logits take besides."""
+        match = _match(decision)
+        return [match.product.x, *(leaf for chain in decision.reads.chains for leaf in chain.leaves())]
+
+    def values(self, decision: Decision, context: Context) -> list[Any]:
+        """The activation, and the side inputs of readers, which may be made further on."""
+        for chain in decision.reads.chains:
+            if chain.ahead:
+                context = context.with_results(chain.ahead, chain.resolved)
+        sides = [context.read(chain.resolved(side)) for chain, side in decision.reads.sides]
+        return [context.read(_match(decision).product.x), *sides]
+
+    def reached_by(self, decision: Decision) -> list[Node]:
+        """The equations of readers that take something besides."""
+        reads = decision.reads
+        return [node for chain in reads.chains for node in chain.nodes] if reads.sides else []
+
+    def signature(self, decision: Decision) -> Any:
+        """Of the product and its readers."""
+        match = _match(decision)
+        chains = tuple(chain.signature() for chain in decision.reads.chains)
+        return product_key(match.product), chains, match.out_dtype.name
+
+    def canonical(self, decision: Decision, values: Sequence[Any]) -> list[Any]:
+        """Tokens flattened. On several devices only logits are proved, so readers' side inputs are left out."""
+        x, *sides = values
+        flat = flat_activation(_match(decision).product, x)
+        return [flat, *sides] if decision.placement is None else [flat]
+
+    def specs(self, decision: Decision, given: Sequence[Any], placement: Placement) -> list[PartitionSpec]:
+        """Tokens over their axes."""
+        return [PartitionSpec(placement.tokens or None, None) for _ in given]
+
+    def subgraph(
+        self, decision: Decision, given: Sequence[Any], views: Views, placement: Placement | None
+    ) -> tuple[Any, Any]:
+        """The logits, or a device's part of them: of the rows it has, or, where these are cyclic, of those it had."""
+        devices = ONE if placement is None else placement.devices
+        match, head, mark = _match(decision), views.head, None
+        if decision.cyclic == "candidates":
+            exact, index, _ = vocab_candidates(
+                *self._arguments(decision, given, views), **_sizes(decision, views, devices)
+            )
+            exact = head.rows.filled(exact).astype(match.out_dtype)
+            return return_candidates(exact, index, devices, match.units // devices.count), None
+        if decision.settings.certify:
+            logits, mark = self._certified(decision, given, views, devices)
+        else:
+            sizes = _sizes(decision, views, devices)
+            rank = rank_of(match.product, decision.reads)
+            if rank is not None:
+                sizes["rank"] = lambda scores: rank(Interval(scores, scores), given[1:])
+            logits = vocab_logits(*self._arguments(decision, given, views), **sizes, fill=_settings(decision).fill)  # type: ignore[arg-type]
+        logits = head.rows.filled(logits)
+        return from_cyclic(logits, devices, axis=1) if decision.cyclic == "logits" else logits, mark
+
+    def _arguments(self, decision: Decision, given: Sequence[Any], views: Views) -> tuple[Any, Any, Any, Any]:
+        assert views.head.predictor is not None
+        return given[0], views.head.rows.rows()[0], views.head.predictor.whole(), decision.settings.spec
+
+    def _certified(self, decision: Decision, given: Sequence[Any], views: Views, devices: Devices) -> tuple[Any, Any]:
+        """The logits ``[T, V]``, or one device's part of them, proved of all devices; and the size."""
+        match, settings = _match(decision), _settings(decision)
+        product = match.product
+        # Of rows on several devices only logits are proved; what is added is the same for all, and keeps the order.
+        reads = decision.reads if decision.placement is None else as_plain(decision.reads)
+        return certified_logits(
+            *self._arguments(decision, given, views),
+            lambda x, rows: dense_product(product, x, rows).astype(match.out_dtype),
+            own=lambda x, leaf: own_product(product, x, leaf).astype(match.out_dtype),
+            leaf=views.leaves[0] if views.leaves else None,
+            smaller=decision.smaller,
+            readings=readings_of(product, reads, settings.certify or False),
+            sides=[jnp.asarray(side) for side in given[1:]],
+            rank=rank_of(product, reads),
+            fill=settings.fill,  # type: ignore[arg-type]
+            rounded_to=product.out.aval.dtype,
+            input_bits=decision.input_bits,
+            devices=devices,
+            **_sizes(decision, views, devices),
+        )
+
+    def criterion(self, match: VocabMatch, settings: Vocab) -> str:
+        """Tokens whose arg max is among the candidates."""
+        return "argmax"
+
+    def measured(self, decision: Measured, given: Sequence[Any], views: Any, ranks: bool) -> tuple[Any, Recorded]:
+        """The dense logits. Of each way how many candidates its order needs, with ``vocab_ranks`` or a proof's."""
+        product, x, rows = _match(decision).product, given[0], views.ways[0].head.rows
+        logits = dense_product(product, x, rows.whole())
+        found = {"tokens": jnp.int32(x.shape[0]), "covariance0": covariance(x)}
+        for number, (way, own) in enumerate(zip(decision.ways, views.ways, strict=True) if ranks else ()):
+            settings, packed = _settings(way), own.head.predictor.whole()
+            if settings.certify:
+                bound = scores_with_bounds(x, packed, settings.spec, input_bits=way.input_bits)
+                bounds = bound.scores, bound.upper, bound.exact_error
+                ranked = proved_ranks(logits, *bounds, settings.certify, settings.fill)
+            else:
+                scores = predict_scores(x, packed, settings.spec, product.width)
+                ranked = vocab_ranks(logits, scores, settings.fill)
+            found |= numbered(ranked, number)
+        return rows.filled(logits), [found]
+
+    def rehearsed(
+        self, decision: Decision, given: Sequence[Any], views: Views, sizes: Any
+    ) -> tuple[jax.Array, jax.Array]:
+        """Exact logits for the candidates of each token, and what fills the others."""
+        product, settings, x = _match(decision).product, _settings(decision), given[0]
+        assert views.head.predictor is not None
+        dense = dense_product(product, x, views.head.rows.whole())
+        scores = predict_scores(x, views.head.predictor.whole(), settings.spec, product.width)
+        chosen = first_in_order(scores, sizes, min(KL_SIZES, product.width))
+        rest = scores.astype(dense.dtype) if settings.fill == "predicted" else -jnp.inf
+        logits = jnp.where(chosen, dense, rest)
+        return views.head.rows.filled(logits), logits.astype(jnp.float32)
+
+
+def _match(decision: Decision) -> VocabMatch:
+    match = decision.match
+    assert isinstance(match, VocabMatch)
+    return match
+
+
+def _settings(decision: Decision) -> Vocab:
+    settings = decision.settings
+    assert isinstance(settings, Vocab)
+    return settings
+
+
+def _sizes(decision: Decision, views: Views, devices: Devices) -> dict[str, Any]:
+    match = _match(decision)
+    return {
+        "candidates": decision.count,
+        "vocab": match.units // devices.count,
+        "first_row": views.head.rows.rows()[1],
+        "out_dtype": match.out_dtype,
+    }
+
+
+register_site_kind(VocabKind())

@@ -1,0 +1,152 @@
+"""Steps are primitives: they keep their results in every context, and kernels take their place."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import export
+
+from hire_xform.lowering.predict.predictors import pack_predictor, predict_scores
+from hire_xform.lowering.predict.quantized import Quantized
+from hire_xform.lowering.primitives.combine_rows import combine_rows, combine_rows_p
+from hire_xform.lowering.primitives.da_top_k import da_top_k, da_top_k_p
+from hire_xform.lowering.primitives.kernels import backends, register_kernel
+from hire_xform.lowering.primitives.scores import bounds_p, scores_p
+from hire_xform.lowering.primitives.select_rows import select_rows_dot, select_rows_dot_p
+from hire_xform.lowering.prove.proofs import pack_proof, scores_with_bounds
+
+N, D, T, K = 24, 8, 3, 5
+SPEC = Quantized(8)
+STEPS = {
+    "hire_scores": (scores_p, lambda x, rows, index: predict_scores(x, pack_predictor(rows, SPEC), SPEC, N)),
+    "hire_bounds": (bounds_p, lambda x, rows, index: scores_with_bounds(x, pack_proof(rows, SPEC), SPEC).scores),
+    "hire_select_rows_dot": (select_rows_dot_p, select_rows_dot),
+    "hire_combine_rows": (combine_rows_p, lambda x, rows, index: combine_rows(x[:, :K], rows, index)),
+    "da_top_k": (da_top_k_p, lambda x, rows, index: da_top_k(x @ rows.T, K)[0]),
+}
+
+
+@pytest.fixture
+def operands(normal):
+    return normal((T, D)), normal((N, D), seed=1), jnp.array([3, 1, 20, 7, 8])
+
+
+@pytest.fixture
+def kernel():
+    removed = []
+    yield lambda *args, **more: removed.append(register_kernel(*args, **more))
+    for remove in removed:
+        remove()
+    jax.clear_caches()
+
+
+def test_every_step_is_listed():
+    assert {name: set(platforms.values()) for name, platforms in backends().items()} == {n: {"portable"} for n in STEPS}
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_a_step_is_one_equation_and_runs_in_every_context(name, operands):
+    primitive, step = STEPS[name]
+    x, *rest = operands
+    assert primitive in [eqn.primitive for eqn in jax.make_jaxpr(step)(*operands).eqns]
+    want = step(*operands)
+    np.testing.assert_allclose(jax.jit(step)(*operands), want, rtol=1e-5, atol=1e-5)
+    batched = jax.vmap(jax.vmap(step, (0, None, None)), (None, 0, None))(
+        jnp.stack([x, -x]), jnp.stack([rest[0], 2 * rest[0]]), rest[1]
+    )
+    assert batched.shape == (2, 2, *want.shape)
+    np.testing.assert_allclose(batched[0, 0], want, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(batched[1, 1], step(-x, 2 * rest[0], rest[1]), rtol=1e-5, atol=1e-5)
+    _, scanned = jax.lax.scan(lambda carry, x: (carry, step(x, *rest)), None, jnp.stack([x, -x]))
+    np.testing.assert_allclose(scanned[0], want, rtol=1e-5, atol=1e-5)
+    sent = export.export(jax.jit(step), platforms=("cpu", "tpu"))(*operands).serialize()
+    np.testing.assert_allclose(export.deserialize(sent).call(*operands), want, rtol=1e-5, atol=1e-5)
+    mesh = jax.make_mesh((1,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
+    split, whole = jax.sharding.PartitionSpec("model"), jax.sharding.PartitionSpec()
+    mapped = jax.shard_map(step, mesh=mesh, in_specs=(whole, split, whole), out_specs=split)
+    np.testing.assert_allclose(jax.jit(mapped)(*operands), want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_derivatives_are_those_of_the_portable_form(name, operands):
+    _, step = STEPS[name]
+    x, *rest = operands
+    moved, forward = jax.jvp(lambda x: step(x, *rest), (x,), (jnp.ones_like(x),))
+    np.testing.assert_allclose(moved, step(x, *rest), rtol=1e-5, atol=1e-5)
+    back = jax.jit(jax.grad(lambda x: step(x, *rest).sum()))(x)
+    np.testing.assert_allclose(back.sum(), forward.sum(), rtol=1e-4, atol=1e-4)
+    assert float(jnp.abs(back).max()) > 0
+
+
+def fresh():
+    """The step in a function that no other test compiled: what is compiled stays as it is."""
+    return jax.jit(lambda *operands: select_rows_dot(*operands))
+
+
+def doubled(x, rows, index, *, group_size, out_dtype, magnitudes):
+    return (2 * x @ rows[index].T).astype(out_dtype)
+
+
+def test_a_kernel_takes_the_place_of_the_portable_form_in_every_context(kernel, operands):
+    x, rows, index = operands
+    want = select_rows_dot(*operands)
+    kernel("hire_select_rows_dot", "cpu", doubled)
+    np.testing.assert_allclose(select_rows_dot(*operands), 2 * want, rtol=1e-5)
+    np.testing.assert_allclose(fresh()(*operands), 2 * want, rtol=1e-5)
+    pair = jnp.stack([x, -x])
+    batched = jax.vmap(select_rows_dot, (0, None, None))(pair, rows, index)
+    np.testing.assert_allclose(batched, jnp.stack([2 * want, -2 * want]), rtol=1e-5)
+    value, change = jax.jvp(lambda x: select_rows_dot(x, rows, index), (x,), (x,))
+    np.testing.assert_allclose(value, 2 * want, rtol=1e-5)
+    np.testing.assert_allclose(change, want, rtol=1e-5)
+    both = export.export(fresh(), platforms=("cpu", "tpu"))(*operands)
+    np.testing.assert_allclose(both.call(*operands), 2 * want, rtol=1e-5)
+    # It is for CPUs: others are lowered as they were.
+    text = export.export(fresh(), platforms=("tpu",))(*operands).mlir_module()
+    assert "dense<2.0" not in text
+
+
+def test_a_kernel_may_choose(kernel, normal):
+    scores = normal((2, N))
+
+    def last(scores, *, k, shards):
+        index = jnp.broadcast_to(jnp.arange(N - k, N, dtype=jnp.int32), (*scores.shape[:-1], k))
+        return jnp.take_along_axis(scores, index, -1), index
+
+    kernel("da_top_k", "cpu", last, serves=lambda scores, *, k, shards: shards == 1)
+    assert (jax.jit(lambda s: da_top_k(s, 3))(scores)[1] == jnp.arange(N - 3, N)).all()
+    assert (jax.jit(jax.vmap(lambda s: da_top_k(s, 3)))(scores)[1] == jnp.arange(N - 3, N)).all()
+    best = jax.lax.top_k(scores.reshape(2, 2, N // 2), 2)[0].reshape(2, 4)
+    np.testing.assert_array_equal(jax.jit(lambda s: da_top_k(s, 4, shards=2))(scores)[0], best)
+
+
+def test_a_kernel_that_is_taken_away_is_gone_for_what_is_lowered_next(operands):
+    remove = register_kernel("hire_select_rows_dot", "cpu", doubled)
+    assert backends()["hire_select_rows_dot"]["cpu"] == "doubled"
+    remove()
+    remove()
+    assert backends()["hire_select_rows_dot"]["cpu"] == "portable"
+    x, rows, index = operands
+    np.testing.assert_allclose(fresh()(*operands), x @ rows[index].T, rtol=1e-5)
+
+
+def test_wrong_kernels_are_refused(kernel, operands):
+    for args, error, message in (
+        (
+            ("hire_nothing", "cpu", doubled),
+            ValueError,
+            "primitive='hire_nothing'; expected one of da_top_k, hire",
+        ),
+        (("da_top_k", "gpu", doubled), ValueError, "platform='gpu'; expected one of cpu, cuda, rocm, tpu"),
+        (("da_top_k", "cpu", 3), TypeError, "rule=3; expected a function"),
+        (("da_top_k", "cpu", doubled, 3), TypeError, "serves=3; expected a function"),
+    ):
+        with pytest.raises(error, match=message):
+            register_kernel(*args)
+    kernel("hire_select_rows_dot", "cpu", lambda x, rows, index, **settings: x)
+    with pytest.raises(ValueError, match="has a kernel on cpu already"):
+        register_kernel("hire_select_rows_dot", "cpu", doubled)
+    with pytest.raises(
+        ValueError, match=r"hire_select_rows_dot: the kernel .*lambda.* makes .*\(3, 8\).*expected .*\(3, 5\)"
+    ):
+        fresh()(*operands)
