@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # Each package's rooms in reading order, the files of the package itself last or where they stand.
 ORDER = {
-    "lowering": ["xla", "primitives", "prove", "predict", "engine", "measure"],
+    "lowering": ["xla", "primitives", "prove", "predict", "engine", "measure", "kernels"],
     "passes": ["ir", "weights", "match", "prove", "plan", "pack", "rewrite", "measure"],
 }
 PACKAGES = ["lowering", "passes", "hire_xform"]

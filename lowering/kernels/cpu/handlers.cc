@@ -1,0 +1,170 @@
+// What XLA calls, and the instruction set that its calls use.
+#include <atomic>
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+#include "steps.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace hire {
+namespace {
+
+namespace ffi = xla::ffi;
+
+std::vector<const Kernels*> Supported() {
+  std::vector<const Kernels*> found;
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni"))
+    found.push_back(&kAvx512);
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
+    found.push_back(&kAvx2);
+#endif
+  found.push_back(&kPortable);
+  return found;
+}
+
+std::atomic<const Kernels*>& Current() {
+  static std::atomic<const Kernels*> kernels{Supported().front()};
+  return kernels;
+}
+
+const Kernels& InUse() { return *Current().load(std::memory_order_relaxed); }
+
+Element ElementOf(ffi::DataType type) {
+  switch (type) {
+    case ffi::F32: return Element::kF32;
+    case ffi::BF16: return Element::kBF16;
+    case ffi::F16: return Element::kF16;
+    case ffi::S8: return Element::kS8;
+    case ffi::U8: return Element::kU8;
+    case ffi::S32: return Element::kS32;
+    default: return Element::kOther;
+  }
+}
+
+Array Of(const ffi::AnyBuffer& buffer) {
+  const auto dims = buffer.dimensions();
+  return {buffer.untyped_data(), ElementOf(buffer.element_type()), {dims.begin(), dims.end()}};
+}
+
+ffi::Error Told(const std::string& wrong) {
+  return wrong.empty() ? ffi::Error::Success() : ffi::Error::InvalidArgument("hire_xform: " + wrong);
+}
+
+template <ffi::DataType Type>
+auto To(ffi::Result<ffi::Buffer<Type>>& buffer) {
+  return Result<ffi::NativeType<Type>>{buffer->typed_data(), static_cast<int64_t>(buffer->element_count())};
+}
+
+using Floats = ffi::Result<ffi::Buffer<ffi::F32>>;
+using Integers = ffi::Result<ffi::Buffer<ffi::S32>>;
+
+ffi::Error ScoresImpl(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer rows, ffi::AnyBuffer scale, Floats out,
+                      int64_t bits) {
+  return Told(ScoreRows(pool, InUse(), Of(x), Of(rows), Of(scale), bits, 1, To(out), {nullptr, 0}));
+}
+
+ffi::Error FineScoresImpl(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer rows, ffi::AnyBuffer scale,
+                          Floats out, Floats kept, int64_t bits) {
+  return Told(ScoreRows(pool, InUse(), Of(x), Of(rows), Of(scale), bits, 2, To(out), To(kept)));
+}
+
+ffi::Error ProductsImpl(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer rows, Floats out) {
+  return Told(Products(pool, InUse(), Of(x), Of(rows), To(out)));
+}
+
+ffi::Error SelectRowsDotImpl(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer rows, ffi::AnyBuffer index,
+                             Floats out, int64_t group, bool magnitudes) {
+  return Told(SelectRowsDot(pool, InUse(), Of(x), Of(rows), Of(index), group, magnitudes, To(out)));
+}
+
+ffi::Error CombineRowsImpl(ffi::ThreadPool pool, ffi::AnyBuffer h, ffi::AnyBuffer rows, ffi::AnyBuffer index,
+                           Floats out, int64_t group) {
+  return Told(CombineRows(pool, InUse(), Of(h), Of(rows), Of(index), group, To(out)));
+}
+
+ffi::Error LargestImpl(ffi::ThreadPool pool, ffi::AnyBuffer scores, Floats values, Integers indices, int64_t shards) {
+  const auto dims = values->dimensions();
+  const int64_t picked = dims.size() ? dims[dims.size() - 1] : 0;
+  return Told(LargestOf(pool, Of(scores), picked, shards, To(values), To(indices)));
+}
+
+}  // namespace
+}  // namespace hire
+
+#pragma GCC visibility push(default)
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(hire_scores, hire::ScoresImpl,
+                              xla::ffi::Ffi::Bind()
+                                  .Ctx<xla::ffi::ThreadPool>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Ret<xla::ffi::Buffer<xla::ffi::F32>>()
+                                  .Attr<int64_t>("bits"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(hire_fine_scores, hire::FineScoresImpl,
+                              xla::ffi::Ffi::Bind()
+                                  .Ctx<xla::ffi::ThreadPool>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Ret<xla::ffi::Buffer<xla::ffi::F32>>()
+                                  .Ret<xla::ffi::Buffer<xla::ffi::F32>>()
+                                  .Attr<int64_t>("bits"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(hire_products, hire::ProductsImpl,
+                              xla::ffi::Ffi::Bind()
+                                  .Ctx<xla::ffi::ThreadPool>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Ret<xla::ffi::Buffer<xla::ffi::F32>>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(hire_select_rows_dot, hire::SelectRowsDotImpl,
+                              xla::ffi::Ffi::Bind()
+                                  .Ctx<xla::ffi::ThreadPool>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Ret<xla::ffi::Buffer<xla::ffi::F32>>()
+                                  .Attr<int64_t>("group")
+                                  .Attr<bool>("magnitudes"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(hire_combine_rows, hire::CombineRowsImpl,
+                              xla::ffi::Ffi::Bind()
+                                  .Ctx<xla::ffi::ThreadPool>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Ret<xla::ffi::Buffer<xla::ffi::F32>>()
+                                  .Attr<int64_t>("group"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(hire_largest, hire::LargestImpl,
+                              xla::ffi::Ffi::Bind()
+                                  .Ctx<xla::ffi::ThreadPool>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Ret<xla::ffi::Buffer<xla::ffi::F32>>()
+                                  .Ret<xla::ffi::Buffer<xla::ffi::S32>>()
+                                  .Attr<int64_t>("shards"));
+
+extern "C" {
+
+// The number of instruction sets that this processor runs, and the name of one, the fastest first.
+int hire_instruction_sets() { return static_cast<int>(hire::Supported().size()); }
+const char* hire_instruction_set(int number) {
+  const auto found = hire::Supported();
+  return number >= 0 && number < static_cast<int>(found.size()) ? found[number]->name : nullptr;
+}
+// Has all later calls run the loops of that number; whether there is one.
+int hire_use(int number) {
+  const auto found = hire::Supported();
+  if (number < 0 || number >= static_cast<int>(found.size())) return 0;
+  hire::Current().store(found[number]);
+  return 1;
+}
+}
+
+#pragma GCC visibility pop

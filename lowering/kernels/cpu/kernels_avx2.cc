@@ -1,0 +1,83 @@
+// The inner loops for x86-64 with AVX2, FMA and F16C.
+#if defined(__x86_64__)
+
+#include <immintrin.h>
+
+#include "kernels.h"
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c")
+#endif
+
+namespace hire {
+namespace avx2 {
+
+constexpr int64_t kLanes = 8;
+using F = __m256;
+
+inline F Zero() { return _mm256_setzero_ps(); }
+inline F Load(const float* p) { return _mm256_loadu_ps(p); }
+inline void Store(float* p, F f) { _mm256_storeu_ps(p, f); }
+inline F LoadBF16(const uint16_t* p) {
+  const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
+}
+inline F LoadF16(const uint16_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+inline F LoadS8(const int8_t* p) {
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+}
+inline F Broadcast(float x) { return _mm256_set1_ps(x); }
+inline F Fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+inline F Add(F a, F b) { return _mm256_add_ps(a, b); }
+inline F Abs(F a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a); }
+inline float Sum(F a) {
+  __m128 half = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+  half = _mm_add_ps(half, _mm_movehl_ps(half, half));
+  return _mm_cvtss_f32(_mm_add_ss(half, _mm_shuffle_ps(half, half, 1)));
+}
+
+constexpr int64_t kBytes = 32;
+// Signs are moved from the row to the token, so nothing is added to a row.
+constexpr int32_t kOffset8 = 0;
+using Bytes = __m256i;
+using I = __m256i;
+inline I ZeroI() { return _mm256_setzero_si256(); }
+inline Bytes LoadBytes(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+// Sums of two products in 16 bits: at most 2 * 128 * 127, which fits. Tokens are in [-127, 127].
+inline I AddPairs(I sum, Bytes magnitudes, Bytes signed_bytes) {
+  const __m256i pairs = _mm256_maddubs_epi16(magnitudes, signed_bytes);
+  return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+}
+inline I DotS8(I sum, Bytes row, Bytes token) {
+  return AddPairs(sum, _mm256_abs_epi8(row), _mm256_sign_epi8(token, row));
+}
+inline I DotU8(I sum, Bytes row, Bytes token) { return AddPairs(sum, row, token); }
+inline int32_t SumI(I sum) {
+  __m128i half = _mm_add_epi32(_mm256_castsi256_si128(sum), _mm256_extracti128_si256(sum, 1));
+  half = _mm_add_epi32(half, _mm_shuffle_epi32(half, 0x4e));
+  return _mm_cvtsi128_si32(_mm_add_epi32(half, _mm_shuffle_epi32(half, 0xb1)));
+}
+inline Bytes Biased(Bytes row) { return row; }
+inline Bytes Low(Bytes row) {
+  return _mm256_xor_si256(_mm256_and_si256(row, _mm256_set1_epi8(0xf)), _mm256_set1_epi8(8));
+}
+inline Bytes High(Bytes row) { return Low(_mm256_srli_epi16(row, 4)); }
+
+#include "kernels_body.h"
+
+}  // namespace avx2
+
+const Kernels kAvx2 = {"AVX2", avx2::ScoresAll, avx2::DotsAll, avx2::SumsAll};
+
+}  // namespace hire
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+#endif  // __x86_64__

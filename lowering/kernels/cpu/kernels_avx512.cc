@@ -1,0 +1,74 @@
+// The inner loops for x86-64 with AVX-512 and its integer products (VNNI).
+#if defined(__x86_64__)
+
+#include <immintrin.h>
+
+#include "kernels.h"
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni"))), \
+                             apply_to = function)
+#else
+// GCC's own header leaves operands undefined on purpose, and warns of it where it is inlined.
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")
+#endif
+
+namespace hire {
+namespace avx512 {
+
+constexpr int64_t kLanes = 16;
+using F = __m512;
+
+inline F Zero() { return _mm512_setzero_ps(); }
+inline F Load(const float* p) { return _mm512_loadu_ps(p); }
+inline void Store(float* p, F f) { _mm512_storeu_ps(p, f); }
+inline F LoadBF16(const uint16_t* p) {
+  const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+}
+inline F LoadF16(const uint16_t* p) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+inline F LoadS8(const int8_t* p) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+}
+inline F Broadcast(float x) { return _mm512_set1_ps(x); }
+inline F Fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+inline F Add(F a, F b) { return _mm512_add_ps(a, b); }
+inline F Abs(F a) { return _mm512_andnot_ps(_mm512_set1_ps(-0.0f), a); }
+inline float Sum(F a) { return _mm512_reduce_add_ps(a); }
+
+constexpr int64_t kBytes = 64;
+// The product is of bytes without a sign with bytes that have one: 128 is added to each entry of a row.
+constexpr int32_t kOffset8 = 128;
+using Bytes = __m512i;
+using I = __m512i;
+inline I ZeroI() { return _mm512_setzero_si512(); }
+inline Bytes LoadBytes(const void* p) { return _mm512_loadu_si512(p); }
+inline I DotS8(I sum, Bytes row, Bytes token) { return _mm512_dpbusd_epi32(sum, row, token); }
+inline I DotU8(I sum, Bytes row, Bytes token) { return _mm512_dpbusd_epi32(sum, row, token); }
+inline int32_t SumI(I sum) { return _mm512_reduce_add_epi32(sum); }
+inline Bytes Biased(Bytes row) { return _mm512_xor_si512(row, _mm512_set1_epi8(static_cast<char>(0x80))); }
+inline Bytes Low(Bytes row) {
+  return _mm512_xor_si512(_mm512_and_si512(row, _mm512_set1_epi8(0xf)), _mm512_set1_epi8(8));
+}
+inline Bytes High(Bytes row) { return Low(_mm512_srli_epi16(row, 4)); }
+
+#include "kernels_body.h"
+
+}  // namespace avx512
+
+const Kernels kAvx512 = {"AVX-512 VNNI", avx512::ScoresAll, avx512::DotsAll, avx512::SumsAll};
+
+}  // namespace hire
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+#endif  // __x86_64__

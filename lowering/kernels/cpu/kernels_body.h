@@ -1,0 +1,269 @@
+// The inner loops in terms of a few vector operations. Included by one file for each instruction set, inside a namespace
+// of its own, behind the operations:
+//
+//   F, kLanes                   a vector of f32
+//   Zero, Load, LoadBF16, LoadF16, LoadS8, Store, Fma(a, b, c) = a b + c, Abs, Broadcast, Sum
+//   I, kBytes                   a vector of int32 that products of kBytes pairs of bytes are added to
+//   Bytes, LoadBytes, ZeroI, SumI
+//   DotS8(sum, row, token)      row int8 or, where kOffset8 is not zero, what is in it plus that
+//   DotU8(sum, row, token)      row entries 0 .. 15
+//   Biased(row), Low(row), High(row)   a row of int8 plus kOffset8; nibbles plus 8
+//
+// No function of the standard library is called: the compiler would make it for this instruction set, and the linker
+// might take that one for all.
+
+// Rows of one block that are read together, so that their sums are folded together and the token is read once.
+constexpr int kRowsTogether = 4;
+// Integer sums of up to this many entries fit into 32 bits with every offset.
+constexpr int64_t kExact = 65536;
+
+template <int R, int T, int Bits>
+inline void IntegerBlock(const Scores& s, const uint8_t* rows, const int8_t* const* tokens, int32_t (*out)[R]) {
+  const int64_t bytes = s.row_bytes;
+  for (int t = 0; t < T; ++t)
+    for (int r = 0; r < R; ++r) out[t][r] = 0;
+  for (int64_t begin = 0; begin < bytes; begin += kExact) {
+    const int64_t end = bytes - begin < kExact ? bytes : begin + kExact;
+    I sum[T][R];
+    for (int t = 0; t < T; ++t)
+      for (int r = 0; r < R; ++r) sum[t][r] = ZeroI();
+    int64_t j = begin;
+    auto step = [&](const Bytes (&row)[R]) {
+      for (int t = 0; t < T; ++t) {
+        const Bytes x = LoadBytes(tokens[t] + j);
+        if constexpr (Bits == 8) {
+          for (int r = 0; r < R; ++r) sum[t][r] = DotS8(sum[t][r], row[r], x);
+        } else {
+          const Bytes y = LoadBytes(tokens[t] + s.half_stride + j);
+          for (int r = 0; r < R; ++r) sum[t][r] = DotU8(DotU8(sum[t][r], Low(row[r]), x), High(row[r]), y);
+        }
+      }
+    };
+    auto prepared = [&](const uint8_t* p) {
+      const Bytes row = LoadBytes(p);
+      return Bits == 8 ? Biased(row) : row;
+    };
+    for (; j + kBytes <= end; j += kBytes) {
+      Bytes row[R];
+      for (int r = 0; r < R; ++r) row[r] = prepared(rows + r * bytes + j);
+      step(row);
+    }
+    if (j < end) {
+      Bytes row[R];
+      for (int r = 0; r < R; ++r) {
+        // What lies behind the row is another's, or nobody's; the token's zeros there cancel the offset.
+        alignas(64) uint8_t part[kBytes] = {};
+        for (int64_t i = 0; i < end - j; ++i) part[i] = rows[r * bytes + j + i];
+        row[r] = prepared(part);
+      }
+      step(row);
+    }
+    for (int t = 0; t < T; ++t)
+      for (int r = 0; r < R; ++r) out[t][r] += SumI(sum[t][r]);
+  }
+}
+
+// Integer products of R rows with all tokens, a few tokens at a time.
+template <int R, int Bits>
+inline void IntegerRows(const Scores& s, const uint8_t* rows, int32_t* raw, int64_t raw_stride) {
+  constexpr int32_t offset = Bits == 8 ? kOffset8 : 8;
+  int t = 0;
+  auto some = [&](auto width) {
+    constexpr int T = decltype(width)::value;
+    const int8_t* tokens[T];
+    for (int i = 0; i < T; ++i) tokens[i] = s.tokens + (t + i) * s.token_stride;
+    int32_t sums[T][R];
+    IntegerBlock<R, T, Bits>(s, rows, tokens, sums);
+    for (int i = 0; i < T; ++i)
+      for (int r = 0; r < R; ++r) raw[(t + i) * raw_stride + r] = sums[i][r] - offset * s.sums[t + i];
+    t += T;
+  };
+  while (s.count - t >= 4) some(Width<4>());
+  if (s.count - t >= 2) some(Width<2>());
+  if (s.count - t >= 1) some(Width<1>());
+}
+
+constexpr int64_t kRowsABlock = 64;
+
+template <int Bits>
+inline void ScoresOf(const Scores& s, int64_t first, int64_t last) {
+  int32_t raw[kMostTokens * kRowsABlock];
+  const int64_t tokens = s.count / s.limbs;
+  for (int64_t begin = first; begin < last; begin += kRowsABlock) {
+    const int64_t rows = last - begin < kRowsABlock ? last - begin : kRowsABlock;
+    int64_t r = 0;
+    for (; r + kRowsTogether <= rows; r += kRowsTogether)
+      IntegerRows<kRowsTogether, Bits>(s, s.rows + (begin + r) * s.row_bytes, raw + r, kRowsABlock);
+    for (; r < rows; ++r) IntegerRows<1, Bits>(s, s.rows + (begin + r) * s.row_bytes, raw + r, kRowsABlock);
+    for (int64_t t = 0; t < tokens; ++t) {
+      const int32_t* one = raw + t * kRowsABlock;
+      const int32_t* rest = raw + (tokens + t) * kRowsABlock;
+      const float step = s.token_scale[t];
+      float* out = s.out + t * s.n + begin;
+      const float* scale = s.row_scale + begin;
+      if (s.limbs == 1)
+        for (int64_t i = 0; i < rows; ++i) out[i] = static_cast<float>(one[i]) * step * scale[i];
+      else
+        for (int64_t i = 0; i < rows; ++i)
+          out[i] = (static_cast<float>(one[i]) + static_cast<float>(rest[i]) / 254.0f) * step * scale[i];
+    }
+  }
+}
+
+inline void ScoresAll(const Scores& s, int64_t first, int64_t last) {
+  if (s.bits == 8)
+    ScoresOf<8>(s, first, last);
+  else
+    ScoresOf<4>(s, first, last);
+}
+
+template <RowType Type>
+inline F LoadRow(const uint8_t* p) {
+  if constexpr (Type == RowType::kF32) return Load(reinterpret_cast<const float*>(p));
+  if constexpr (Type == RowType::kBF16) return LoadBF16(reinterpret_cast<const uint16_t*>(p));
+  if constexpr (Type == RowType::kF16) return LoadF16(reinterpret_cast<const uint16_t*>(p));
+  if constexpr (Type == RowType::kS8) return LoadS8(reinterpret_cast<const int8_t*>(p));
+}
+
+template <RowType Type>
+inline F LoadRowPart(const uint8_t* p, int64_t count) {
+  constexpr int64_t size = Type == RowType::kF32 ? 4 : Type == RowType::kS8 ? 1 : 2;
+  alignas(64) uint8_t part[kLanes * size] = {};
+  for (int64_t i = 0; i < count * size; ++i) part[i] = p[i];
+  return LoadRow<Type>(part);
+}
+
+inline F LoadPart(const float* p, int64_t count) {
+  return LoadRowPart<RowType::kF32>(reinterpret_cast<const uint8_t*>(p), count);
+}
+
+// One row with T tokens. `ahead` is where the next row lies: it is fetched while this one is multiplied.
+template <RowType Type, int T, bool Magnitudes>
+inline void DotRow(const Dots& s, const uint8_t* row, const uint8_t* ahead, const float* x, float* out) {
+  constexpr int64_t size = Type == RowType::kF32 ? 4 : Type == RowType::kS8 ? 1 : 2;
+  constexpr int kSums = T == 1 ? 4 : T == 2 ? 2 : 1;
+  F sum[T][kSums];
+  for (int t = 0; t < T; ++t)
+    for (int k = 0; k < kSums; ++k) sum[t][k] = Zero();
+  int64_t j = 0;
+  for (; j + kSums * kLanes <= s.d; j += kSums * kLanes) {
+    for (int64_t b = 0; b < kSums * kLanes * size; b += 64) __builtin_prefetch(ahead + j * size + b);
+    for (int k = 0; k < kSums; ++k) {
+      F w = LoadRow<Type>(row + (j + k * kLanes) * size);
+      if (Magnitudes) w = Abs(w);
+      for (int t = 0; t < T; ++t) sum[t][k] = Fma(w, Load(x + t * s.d + j + k * kLanes), sum[t][k]);
+    }
+  }
+  for (; j < s.d; j += kLanes) {
+    const int64_t left = s.d - j;
+    F w = left < kLanes ? LoadRowPart<Type>(row + j * size, left) : LoadRow<Type>(row + j * size);
+    if (Magnitudes) w = Abs(w);
+    for (int t = 0; t < T; ++t) {
+      const float* at = x + t * s.d + j;
+      sum[t][0] = Fma(w, left < kLanes ? LoadPart(at, left) : Load(at), sum[t][0]);
+    }
+  }
+  for (int t = 0; t < T; ++t) {
+    for (int k = kSums / 2; k > 0; k /= 2)
+      for (int i = 0; i < k; ++i) sum[t][i] = Add(sum[t][i], sum[t][i + k]);
+    out[t * s.stride] = Sum(sum[t][0]);
+  }
+}
+
+template <RowType Type, bool Magnitudes>
+inline void DotsOf(const Dots& s, int64_t first, int64_t last) {
+  const int64_t row_bytes = s.d * BytesOf(Type);
+  auto at = [&](int64_t i) {
+    const int64_t entry = i / s.group;
+    return s.rows + ((s.index ? s.index[entry] : entry) * s.group + i % s.group) * row_bytes;
+  };
+  const int64_t end = last * s.group;
+  for (int64_t i = first * s.group; i < end; ++i) {
+    const uint8_t* row = at(i);
+    const uint8_t* ahead = i + 1 < end ? at(i + 1) : row;
+    int64_t t = 0;
+    for (; t + 4 <= s.tokens; t += 4)
+      DotRow<Type, 4, Magnitudes>(s, row, ahead, s.x + t * s.d, s.out + t * s.stride + i);
+    for (; t + 2 <= s.tokens; t += 2)
+      DotRow<Type, 2, Magnitudes>(s, row, ahead, s.x + t * s.d, s.out + t * s.stride + i);
+    for (; t < s.tokens; ++t)
+      DotRow<Type, 1, Magnitudes>(s, row, ahead, s.x + t * s.d, s.out + t * s.stride + i);
+  }
+}
+
+template <RowType Type>
+inline void DotsOf(const Dots& s, int64_t first, int64_t last) {
+  if (s.magnitudes)
+    DotsOf<Type, true>(s, first, last);
+  else
+    DotsOf<Type, false>(s, first, last);
+}
+
+inline void DotsAll(const Dots& s, int64_t first, int64_t last) {
+  switch (s.type) {
+    case RowType::kF32: return DotsOf<RowType::kF32>(s, first, last);
+    case RowType::kBF16: return DotsOf<RowType::kBF16>(s, first, last);
+    case RowType::kF16: return DotsOf<RowType::kF16>(s, first, last);
+    case RowType::kS8: return DotsOf<RowType::kS8>(s, first, last);
+  }
+}
+
+// Adds R rows, each times its token's number, to `total`.
+template <RowType Type, int R>
+inline void AddRows(const Sums& s, const uint8_t* const* rows, const uint8_t* const* ahead, int64_t i, float* total) {
+  constexpr int64_t size = Type == RowType::kF32 ? 4 : Type == RowType::kS8 ? 1 : 2;
+  int64_t j = 0;
+  for (; j + kLanes <= s.d; j += kLanes) {
+    F row[R];
+    for (int r = 0; r < R; ++r) {
+      if (j * size % 64 == 0) __builtin_prefetch(ahead[r] + j * size);
+      row[r] = LoadRow<Type>(rows[r] + j * size);
+    }
+    for (int64_t t = 0; t < s.tokens; ++t) {
+      F sum = Load(total + t * s.d + j);
+      for (int r = 0; r < R; ++r) sum = Fma(Broadcast(s.h[t * s.stride + i + r]), row[r], sum);
+      Store(total + t * s.d + j, sum);
+    }
+  }
+  if (j < s.d) {
+    F row[R];
+    for (int r = 0; r < R; ++r) row[r] = LoadRowPart<Type>(rows[r] + j * size, s.d - j);
+    for (int64_t t = 0; t < s.tokens; ++t) {
+      F sum = LoadPart(total + t * s.d + j, s.d - j);
+      for (int r = 0; r < R; ++r) sum = Fma(Broadcast(s.h[t * s.stride + i + r]), row[r], sum);
+      alignas(64) float part[kLanes];
+      Store(part, sum);
+      for (int64_t k = 0; k < s.d - j; ++k) total[t * s.d + j + k] = part[k];
+    }
+  }
+}
+
+template <RowType Type>
+inline void SumsOf(const Sums& s, int64_t first, int64_t last, float* total) {
+  const int64_t row_bytes = s.d * BytesOf(Type);
+  auto at = [&](int64_t i) { return s.rows + (s.index[i / s.group] * s.group + i % s.group) * row_bytes; };
+  for (int64_t j = 0; j < s.tokens * s.d; ++j) total[j] = 0.0f;
+  const int64_t end = last * s.group;
+  int64_t i = first * s.group;
+  for (; i + kRowsTogether <= end; i += kRowsTogether) {
+    const uint8_t *rows[kRowsTogether], *ahead[kRowsTogether];
+    for (int r = 0; r < kRowsTogether; ++r) {
+      rows[r] = at(i + r);
+      ahead[r] = i + r + kRowsTogether < end ? at(i + r + kRowsTogether) : rows[r];
+    }
+    AddRows<Type, kRowsTogether>(s, rows, ahead, i, total);
+  }
+  for (; i < end; ++i) {
+    const uint8_t* row = at(i);
+    AddRows<Type, 1>(s, &row, &row, i, total);
+  }
+}
+
+inline void SumsAll(const Sums& s, int64_t first, int64_t last, float* total) {
+  switch (s.type) {
+    case RowType::kF32: return SumsOf<RowType::kF32>(s, first, last, total);
+    case RowType::kBF16: return SumsOf<RowType::kBF16>(s, first, last, total);
+    case RowType::kF16: return SumsOf<RowType::kF16>(s, first, last, total);
+    case RowType::kS8: return SumsOf<RowType::kS8>(s, first, last, total);
+  }
+}

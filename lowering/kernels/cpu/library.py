@@ -1,0 +1,66 @@
+"""The native library: found beside this file, loaded, and made known to XLA; or the reason why it is not."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.machinery
+import os
+from pathlib import Path
+
+import jax
+
+__all__ = ["instruction_sets", "load", "targets", "use"]
+
+# What the library has for XLA to call; each a function of ``handlers.cc``.
+targets = (
+    "hire_scores",
+    "hire_fine_scores",
+    "hire_products",
+    "hire_select_rows_dot",
+    "hire_combine_rows",
+    "hire_largest",
+)
+
+
+@functools.cache
+def load() -> ctypes.CDLL | str:
+    """The library, its targets registered; or why there is none. Set ``HIRE_KERNELS=off`` to do without.
+
+    Nothing here starts JAX's backends.
+    """
+    if os.environ.get("HIRE_KERNELS", "").lower() in ("off", "0"):
+        return "HIRE_KERNELS is off"
+    here = Path(__file__).parent
+    path = next((p for s in importlib.machinery.EXTENSION_SUFFIXES if (p := here / f"_native{s}").exists()), None)
+    if path is None:
+        return "they were not built: there was no C++ compiler when the package was installed"
+    try:
+        library = ctypes.CDLL(str(path))
+        library.hire_instruction_set.restype = ctypes.c_char_p
+        for name in targets:
+            jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library, name)), platform="cpu")
+    except Exception as error:
+        # Whatever stands in its way, the portable form does without; the reason is told by `hx.backends()`.
+        return f"{path.name} can't be loaded: {error}"
+    return library
+
+
+def instruction_sets() -> tuple[str, ...]:
+    """The names of the instruction sets that this processor has loops for, the fastest first; empty without library."""
+    library = load()
+    if isinstance(library, str):
+        return ()
+    return tuple(library.hire_instruction_set(i).decode() for i in range(library.hire_instruction_sets()))
+
+
+def use(name: str | None = None) -> None:
+    """Has all later calls run the loops of one instruction set; of the fastest where no name is given.
+
+    Raises:
+      ValueError: this processor does not have it, or there is no library.
+    """
+    library, names = load(), instruction_sets()
+    if isinstance(library, str) or (name is not None and name not in names):
+        raise ValueError(f"use: name={name!r}; expected one of {', '.join(names) or 'none: there is no library'}")
+    library.hire_use(0 if name is None else names.index(name))

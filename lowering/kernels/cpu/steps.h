@@ -1,0 +1,301 @@
+// The steps that XLA calls, on plain arrays: what comes is checked before any of it is read, tokens are quantised, and
+// blocks of rows are handed to threads. Each returns what is wrong with what it was given; an empty text if nothing is.
+#ifndef HIRE_STEPS_H_
+#define HIRE_STEPS_H_
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+#include "largest.h"
+#include "parallel.h"
+
+namespace hire {
+
+// Bytes of rows that a thread takes at a time: many blocks for every thread, few enough that taking one costs nothing.
+constexpr int64_t kBlockBytes = 128 * 1024;
+// Parts that a sum over rows is made in, at most: their number hangs on shapes alone, so that results repeat.
+constexpr int64_t kMostParts = 64;
+
+enum class Element { kF32, kBF16, kF16, kS8, kU8, kS32, kOther };
+
+// An array in row-major order.
+struct Array {
+  const void* data;
+  Element element;
+  std::vector<int64_t> dims;
+
+  template <typename T>
+  const T* As() const {
+    return static_cast<const T*>(data);
+  }
+};
+
+// Where a result goes: an array of so many numbers.
+template <typename T>
+struct Result {
+  T* data;
+  int64_t size;
+};
+
+inline std::string Shape(const Array& array) {
+  std::string text = "[";
+  for (int64_t size : array.dims) text += (text.size() > 1 ? ", " : "") + std::to_string(size);
+  return text + "]";
+}
+
+inline bool TypeOf(Element element, RowType* found) {
+  switch (element) {
+    case Element::kF32: *found = RowType::kF32; return true;
+    case Element::kBF16: *found = RowType::kBF16; return true;
+    case Element::kF16: *found = RowType::kF16; return true;
+    case Element::kS8: *found = RowType::kS8; return true;
+    default: return false;
+  }
+}
+
+template <typename T>
+std::string NotOfSize(const char* name, const Result<T>& out, int64_t size) {
+  if (out.size == size) return "";
+  return std::string(name) + " makes " + std::to_string(size) + " numbers, not " + std::to_string(out.size);
+}
+
+inline bool IsMatrix(const Array& array, Element element) { return array.element == element && array.dims.size() == 2; }
+
+// How many units of so many bytes make a block.
+inline int64_t Together(int64_t bytes) { return std::max<int64_t>(1, kBlockBytes / std::max<int64_t>(bytes, 1)); }
+
+// One token in integers of 8 bits and a scale, as `quantize` in lowering/predict has it: all zero and of scale NaN where
+// an entry is not finite, and of scale zero where all are.
+inline float QuantizeToken(const float* x, int64_t d, int8_t* q) {
+  float peak = 0.0f;
+  bool finite = true;
+  for (int64_t i = 0; i < d; ++i) {
+    const float size = std::fabs(x[i]);
+    finite &= size <= std::numeric_limits<float>::max();
+    peak = size > peak ? size : peak;
+  }
+  const float scale = finite ? peak / 127.0f : std::numeric_limits<float>::quiet_NaN();
+  if (!(scale > 0.0f)) return scale;
+  // Adding and subtracting this rounds a number of up to 2^22 to the nearest integer, ties to even.
+  constexpr float kRound = 12582912.0f;
+  for (int64_t i = 0; i < d; ++i) {
+    const float rounded = (x[i] / scale + kRound) - kRound;
+    q[i] = static_cast<int8_t>(std::min(127.0f, std::max(-127.0f, rounded)));
+  }
+  return scale;
+}
+
+// What one limb lost, in steps of 1/254 of the scale; `kept` is what both keep.
+inline void QuantizeRest(const float* x, int64_t d, float scale, const int8_t* first, int8_t* second, float* kept) {
+  constexpr float kRound = 12582912.0f;
+  const float divisor = scale > 0.0f ? scale : 1.0f;
+  for (int64_t i = 0; i < d; ++i) {
+    const float one = static_cast<float>(first[i]);
+    const float rest = (x[i] - one * scale) / divisor;
+    const float rounded = (rest * 254.0f + kRound) - kRound;
+    const bool usable = scale > 0.0f;
+    second[i] = usable ? static_cast<int8_t>(std::min(127.0f, std::max(-127.0f, rounded))) : int8_t{0};
+    kept[i] = (one + static_cast<float>(second[i]) / 254.0f) * scale;
+  }
+}
+
+// Scores of all rows from integer products with quantised tokens.
+//
+//   x      f32 [T, d]
+//   rows   int8 [n, d], or uint8 [n, ceil(d / 2)] of entries of 4 bits
+//   scale  f32 [n]
+//   limbs  1; or 2, where what the first 8 bits of a token lost has 8 more, and `kept` gets the tokens as they are kept
+//   out    f32 [T, n]
+template <typename Pool>
+std::string ScoreRows(Pool& pool, const Kernels& kernels, const Array& x, const Array& rows, const Array& scale,
+                      int64_t bits, int limbs, Result<float> out, Result<float> kept) {
+  if (bits != 8 && bits != 4) return "scores are of entries of 8 or 4 bits, not " + std::to_string(bits);
+  const bool is8 = bits == 8;
+  if (!IsMatrix(x, Element::kF32) || !IsMatrix(rows, is8 ? Element::kS8 : Element::kU8))
+    return "scores take x [T, d] in f32 and rows of integers, not " + Shape(x) + " and " + Shape(rows);
+  const int64_t tokens = x.dims[0], d = x.dims[1], n = rows.dims[0], bytes = rows.dims[1];
+  if (bytes != (is8 ? d : (d + 1) / 2) || scale.element != Element::kF32 || scale.dims != std::vector<int64_t>{n})
+    return "scores take rows and scales that fit " + Shape(x) + ", not " + Shape(rows) + " and " + Shape(scale);
+  if (std::string wrong = NotOfSize("scores", out, tokens * n); !wrong.empty()) return wrong;
+  if (std::string wrong = NotOfSize("kept tokens", kept, limbs == 2 ? tokens * d : 0); !wrong.empty()) return wrong;
+  if (tokens == 0) return "";
+
+  const int64_t half = is8 ? 0 : Padded(bytes), stride = is8 ? Padded(d) : 2 * half, at_once = kMostTokens / limbs;
+  const int64_t block = (Together(bytes) + 63) / 64 * 64, most = std::min(tokens, at_once);
+  std::vector<int8_t> entries(static_cast<size_t>(limbs * most * stride)), flat(static_cast<size_t>(2 * d));
+  std::vector<int32_t> sums(static_cast<size_t>(limbs * most));
+  std::vector<float> scales(static_cast<size_t>(most));
+  for (int64_t begin = 0; begin < tokens; begin += at_once) {
+    const int64_t count = std::min(at_once, tokens - begin);
+    std::fill(entries.begin(), entries.end(), int8_t{0});
+    auto place = [&](const int8_t* q, int64_t number) {
+      int8_t* to = entries.data() + number * stride;
+      int32_t sum = 0;
+      for (int64_t i = 0; i < d; ++i) {
+        to[i < bytes ? i : half + i - bytes] = q[i];
+        sum += q[i];
+      }
+      sums[static_cast<size_t>(number)] = sum;
+    };
+    for (int64_t t = 0; t < count; ++t) {
+      const float* token = x.As<float>() + (begin + t) * d;
+      std::fill(flat.begin(), flat.end(), int8_t{0});
+      scales[static_cast<size_t>(t)] = QuantizeToken(token, d, flat.data());
+      place(flat.data(), t);
+      if (limbs == 2) {
+        QuantizeRest(token, d, scales[static_cast<size_t>(t)], flat.data(), flat.data() + d, kept.data + (begin + t) * d);
+        place(flat.data() + d, count + t);
+      }
+    }
+    Scores s;
+    s.rows = rows.As<uint8_t>();
+    s.row_bytes = bytes;
+    s.bits = static_cast<int>(bits);
+    s.tokens = entries.data();
+    s.token_stride = stride;
+    s.half_stride = half;
+    s.sums = sums.data();
+    s.count = static_cast<int>(limbs * count);
+    s.limbs = limbs;
+    s.token_scale = scales.data();
+    s.row_scale = scale.As<float>();
+    s.out = out.data + begin * n;
+    s.n = n;
+    ForEachBlock(pool, (n + block - 1) / block,
+                 [&](int64_t i) { kernels.scores(s, i * block, std::min(n, (i + 1) * block)); });
+  }
+  return "";
+}
+
+// How an index of one axis (for all tokens) or of two (for each its own) chooses groups of rows.
+struct Chosen {
+  const int32_t* index;
+  int64_t entries;
+  bool own;
+
+  const int32_t* Of(int64_t token) const { return own ? index + token * entries : index; }
+};
+
+inline std::string ReadIndex(const char* name, const Array& index, const Array& rows, int64_t group, int64_t tokens,
+                             Chosen* found) {
+  const auto& dims = index.dims;
+  if (group < 1 || rows.dims[0] % group)
+    return std::string(name) + " takes rows in whole groups of " + std::to_string(group) + ", not " + Shape(rows);
+  if (index.element != Element::kS32 || dims.empty() || dims.size() > 2 || (dims.size() == 2 && dims[0] != tokens))
+    return std::string(name) + " takes an index [K] or [T, K] in int32, not " + Shape(index);
+  *found = {index.As<int32_t>(), dims.back(), dims.size() == 2};
+  const int64_t groups = rows.dims[0] / group, all = found->entries * (found->own ? tokens : 1);
+  for (int64_t i = 0; i < all; ++i)
+    if (found->index[i] < 0 || found->index[i] >= groups)
+      return std::string(name) + ": index " + std::to_string(found->index[i]) + " is out of range for " +
+             std::to_string(groups) + " groups of rows";
+  return "";
+}
+
+// Products of chosen rows: x f32 [T, d], rows [n, d], index int32 [K] or [T, K]; out f32 [T, K * group].
+template <typename Pool>
+std::string SelectRowsDot(Pool& pool, const Kernels& kernels, const Array& x, const Array& rows, const Array& index,
+                          int64_t group, bool magnitudes, Result<float> out) {
+  RowType type;
+  if (!TypeOf(rows.element, &type)) return "select_rows_dot takes rows in f32, bf16, f16 or int8";
+  if (!IsMatrix(x, Element::kF32) || rows.dims.size() != 2 || rows.dims[1] != x.dims[1])
+    return "select_rows_dot takes rows that fit x in f32 " + Shape(x) + ", not " + Shape(rows);
+  const int64_t tokens = x.dims[0], d = x.dims[1];
+  Chosen chosen;
+  if (std::string wrong = ReadIndex("select_rows_dot", index, rows, group, tokens, &chosen); !wrong.empty())
+    return wrong;
+  if (std::string wrong = NotOfSize("select_rows_dot", out, tokens * chosen.entries * group); !wrong.empty())
+    return wrong;
+  std::vector<float> sizes;
+  const float* given = x.As<float>();
+  if (magnitudes) {
+    sizes.assign(given, given + tokens * d);
+    for (float& value : sizes) value = std::fabs(value);
+    given = sizes.data();
+  }
+  const int64_t step = Together(group * d * BytesOf(type)), blocks = (chosen.entries + step - 1) / step;
+  ForEachBlock(pool, (chosen.own ? tokens : 1) * blocks, [&](int64_t i) {
+    const int64_t t = i / blocks, first = i % blocks * step, stride = chosen.entries * group;
+    const Dots s{rows.As<uint8_t>(), type, d, chosen.Of(t), group, given + t * d, chosen.own ? 1 : tokens,
+                 out.data + t * stride, stride, magnitudes};
+    kernels.dots(s, first, std::min(chosen.entries, first + step));
+  });
+  return "";
+}
+
+// Products of all rows: x f32 [T, d], rows [n, d]; out f32 [T, n].
+template <typename Pool>
+std::string Products(Pool& pool, const Kernels& kernels, const Array& x, const Array& rows, Result<float> out) {
+  RowType type;
+  if (!TypeOf(rows.element, &type)) return "products take rows in f32, bf16, f16 or int8";
+  if (!IsMatrix(x, Element::kF32) || rows.dims.size() != 2 || rows.dims[1] != x.dims[1])
+    return "products take rows that fit x in f32 " + Shape(x) + ", not " + Shape(rows);
+  const int64_t n = rows.dims[0], step = Together(x.dims[1] * BytesOf(type));
+  if (std::string wrong = NotOfSize("products", out, x.dims[0] * n); !wrong.empty()) return wrong;
+  const Dots s{rows.As<uint8_t>(), type, x.dims[1], nullptr, 1, x.As<float>(), x.dims[0], out.data, n, false};
+  ForEachBlock(pool, (n + step - 1) / step,
+               [&](int64_t i) { kernels.dots(s, i * step, std::min(n, (i + 1) * step)); });
+  return "";
+}
+
+// Sums of chosen rows: h f32 [T, K * group], rows [n, d], index int32 [K] or [T, K]; out f32 [T, d].
+template <typename Pool>
+std::string CombineRows(Pool& pool, const Kernels& kernels, const Array& h, const Array& rows, const Array& index,
+                        int64_t group, Result<float> out) {
+  RowType type;
+  if (!TypeOf(rows.element, &type)) return "combine_rows takes rows in f32, bf16, f16 or int8";
+  if (!IsMatrix(h, Element::kF32) || rows.dims.size() != 2)
+    return "combine_rows takes h [T, K] in f32 and rows [n, d], not " + Shape(h) + " and " + Shape(rows);
+  const int64_t tokens = h.dims[0], d = rows.dims[1];
+  Chosen chosen;
+  if (std::string wrong = ReadIndex("combine_rows", index, rows, group, tokens, &chosen); !wrong.empty()) return wrong;
+  if (h.dims[1] != chosen.entries * group)
+    return "combine_rows takes an index that fits " + Shape(h) + ", not " + Shape(index);
+  if (std::string wrong = NotOfSize("combine_rows", out, tokens * d); !wrong.empty()) return wrong;
+  const int64_t sets = chosen.own ? tokens : 1, together = chosen.own ? 1 : tokens, size = together * d;
+  const int64_t step = std::max(Together(group * d * BytesOf(type)), (chosen.entries + kMostParts - 1) / kMostParts);
+  const int64_t parts = std::max<int64_t>(1, (chosen.entries + step - 1) / step);
+  std::unique_ptr<float[]> totals(new float[static_cast<size_t>(sets * parts * size)]);
+  ForEachBlock(pool, sets * parts, [&](int64_t i) {
+    const int64_t t = i / parts, first = i % parts * step;
+    const Sums s{rows.As<uint8_t>(), type, d, chosen.Of(t), group, h.As<float>() + t * h.dims[1], h.dims[1], together};
+    kernels.sums(s, first, std::min(chosen.entries, first + step), totals.get() + i * size);
+  });
+  for (int64_t t = 0; t < sets; ++t) {
+    float* to = out.data + t * size;
+    const float* from = totals.get() + t * parts * size;
+    std::copy(from, from + size, to);
+    for (int64_t part = 1; part < parts; ++part)
+      for (int64_t j = 0; j < size; ++j) to[j] += from[part * size + j];
+  }
+  return "";
+}
+
+// The largest of each shard: scores f32 [..., n], of which `picked` of the last axis are written.
+template <typename Pool>
+std::string LargestOf(Pool& pool, const Array& scores, int64_t picked, int64_t shards, Result<float> values,
+                      Result<int32_t> indices) {
+  if (scores.element != Element::kF32 || scores.dims.empty()) return "da_top_k takes scores [..., n] in f32";
+  const int64_t n = scores.dims.back();
+  if (shards < 1 || n % shards || picked % shards || picked > n || picked < shards || n > 0x7fffffff)
+    return "da_top_k takes " + std::to_string(shards) + " equal shards, not " + Shape(scores);
+  int64_t lead = 1;
+  for (size_t i = 0; i + 1 < scores.dims.size(); ++i) lead *= scores.dims[i];
+  if (std::string wrong = NotOfSize("da_top_k", values, lead * picked); !wrong.empty()) return wrong;
+  if (std::string wrong = NotOfSize("da_top_k", indices, lead * picked); !wrong.empty()) return wrong;
+  const int64_t block = n / shards, own = picked / shards;
+  for (int64_t i = 0; i < lead * shards; ++i)
+    Largest(pool, scores.As<float>() + i * block, block, own, i % shards * block, values.data + i * own,
+            indices.data + i * own);
+  return "";
+}
+
+}  // namespace hire
+
+#endif  // HIRE_STEPS_H_

@@ -1,0 +1,47 @@
+"""The native kernels, built where there is a compiler and left out where there is none; pyproject.toml has the rest."""
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+
+SOURCES = Path("lowering", "kernels", "cpu")
+
+
+def headers() -> Path | None:
+    """Where jaxlib keeps the headers of XLA's FFI; None where it isn't installed."""
+    found = importlib.util.find_spec("jaxlib")
+    include = Path(found.origin).parent / "include" if found and found.origin else None
+    return include if include and (include / "xla" / "ffi" / "api" / "ffi.h").exists() else None
+
+
+def extensions() -> list[Extension]:
+    """The one extension: a shared library that is loaded by name, not a module of Python."""
+    include = headers()
+    if os.name != "posix" or include is None or os.environ.get("HIRE_BUILD_KERNELS") == "0":
+        print("hire_xform: without native kernels", file=sys.stderr)
+        return []
+    return [
+        Extension(
+            "hire_xform.lowering.kernels.cpu._native",
+            sources=sorted(str(path) for path in SOURCES.glob("*.cc")),
+            depends=sorted(str(path) for path in SOURCES.glob("*.h")),
+            # XLA's headers are not ours to warn of. Sums are added up in the order that is written.
+            extra_compile_args=[
+                "-std=c++17",
+                "-O3",
+                "-fvisibility=hidden",
+                "-ffp-contract=off",
+                "-g0",
+                f"-isystem{include}",
+            ],
+            language="c++",
+            # A build that fails is told, and leaves the portable form.
+            optional=True,
+        )
+    ]
+
+
+setup(ext_modules=extensions())

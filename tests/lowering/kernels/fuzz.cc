@@ -1,0 +1,251 @@
+// Runs the steps of lowering/kernels/cpu on random shapes with every instruction set there is, and compares with sums
+// written out. Built with sanitizers by test_sanitizers.py; arrays are of their exact size, so that a read or a write
+// one element too far is seen.
+//
+//   fuzz SEED COUNT
+#include <cinttypes>
+#include <cstdio>
+#include <cstdlib>
+#include <random>
+#include <thread>
+
+#include "steps.h"
+
+namespace {
+
+using hire::Array;
+using hire::Element;
+using hire::Kernels;
+
+// Starts a thread for each task, and joins all at its end.
+class Threads {
+ public:
+  explicit Threads(int count) : count_(count) {}
+  ~Threads() { Join(); }
+  int64_t num_threads() const { return count_; }
+  template <typename Task>
+  void Schedule(Task task) {
+    threads_.emplace_back(std::move(task));
+  }
+  void Join() {
+    for (auto& thread : threads_) thread.join();
+    threads_.clear();
+  }
+
+ private:
+  int64_t count_;
+  std::vector<std::thread> threads_;
+};
+
+std::mt19937_64 generator;
+
+int64_t Up(int64_t most) { return std::uniform_int_distribution<int64_t>(1, most)(generator); }
+float Normal() { return std::normal_distribution<float>()(generator); }
+
+void Expect(bool holds, const char* what) {
+  if (holds) return;
+  std::fprintf(stderr, "failed: %s\n", what);
+  std::exit(1);
+}
+
+void Expect(const std::string& wrong) { Expect(wrong.empty(), wrong.c_str()); }
+
+bool Near(double got, double want, double size) { return std::fabs(got - want) <= 1e-5 * size + 1e-6; }
+
+std::vector<float> Floats(int64_t size) {
+  std::vector<float> values(static_cast<size_t>(size));
+  for (float& value : values) value = Normal();
+  return values;
+}
+
+Array F32(const std::vector<float>& values, std::vector<int64_t> dims) { return {values.data(), Element::kF32, dims}; }
+
+// A matrix of one of the types, and what it holds.
+struct Rows {
+  std::vector<uint8_t> bytes;
+  std::vector<float> values;
+  Array array;
+
+  Rows(Element element, int64_t n, int64_t d) {
+    const int64_t size = element == Element::kF32 ? 4 : element == Element::kS8 ? 1 : 2;
+    bytes.resize(static_cast<size_t>(n * d * size));
+    for (int64_t i = 0; i < n * d; ++i) {
+      const float drawn = Normal();
+      uint32_t bits;
+      std::memcpy(&bits, &drawn, 4);
+      float kept = drawn;
+      if (element == Element::kF32) {
+        std::memcpy(&bytes[static_cast<size_t>(4 * i)], &drawn, 4);
+      } else if (element == Element::kS8) {
+        const auto entry = static_cast<int8_t>(static_cast<int>(Up(256)) - 129);
+        bytes[static_cast<size_t>(i)] = static_cast<uint8_t>(entry);
+        kept = entry;
+      } else if (element == Element::kBF16) {
+        const auto half = static_cast<uint16_t>(bits >> 16);
+        std::memcpy(&bytes[static_cast<size_t>(2 * i)], &half, 2);
+        bits = static_cast<uint32_t>(half) << 16;
+        std::memcpy(&kept, &bits, 4);
+      } else {
+        // Any finite f16: sign, exponent below 31, fraction.
+        const auto half = static_cast<uint16_t>(((Up(2) - 1) << 15) | ((Up(31) - 1) << 10) | (Up(1024) - 1));
+        std::memcpy(&bytes[static_cast<size_t>(2 * i)], &half, 2);
+        const int exponent = (half >> 10) & 31, fraction = half & 1023;
+        kept = exponent ? std::ldexp(1024.0f + static_cast<float>(fraction), exponent - 25)
+                        : std::ldexp(static_cast<float>(fraction), -24);
+        if (half & 0x8000) kept = -kept;
+      }
+      values.push_back(kept);
+    }
+    array = {bytes.data(), element, {n, d}};
+  }
+};
+
+void FuzzScores(Threads& pool, const Kernels& kernels) {
+  const int bits = Up(2) == 1 ? 8 : 4, limbs = static_cast<int>(Up(2));
+  const int64_t tokens = Up(9), n = Up(300), d = Up(200), bytes = bits == 8 ? d : (d + 1) / 2;
+  const auto x = Floats(tokens * d), scale = Floats(n);
+  std::vector<uint8_t> rows(static_cast<size_t>(n * bytes));
+  std::vector<int> entries(static_cast<size_t>(n * d));
+  for (int64_t r = 0; r < n; ++r)
+    for (int64_t i = 0; i < d; ++i) {
+      const int entry = static_cast<int>(Up(bits == 8 ? 255 : 15)) - (bits == 8 ? 128 : 8);
+      entries[static_cast<size_t>(r * d + i)] = entry;
+      uint8_t& at = rows[static_cast<size_t>(r * bytes + i % bytes)];
+      if (bits == 8)
+        at = static_cast<uint8_t>(static_cast<int8_t>(entry));
+      else
+        at = static_cast<uint8_t>(i < bytes ? (at & 0xf0) | (entry & 0xf) : (at & 0xf) | ((entry & 0xf) << 4));
+    }
+  std::vector<float> out(static_cast<size_t>(tokens * n)), kept(static_cast<size_t>(limbs == 2 ? tokens * d : 0));
+  const Array packed{rows.data(), bits == 8 ? Element::kS8 : Element::kU8, {n, bytes}};
+  Expect(hire::ScoreRows(pool, kernels, F32(x, {tokens, d}), packed, F32(scale, {n}), bits, limbs,
+                         {out.data(), tokens * n}, {kept.data(), limbs == 2 ? tokens * d : 0}));
+  for (int64_t t = 0; t < tokens; ++t) {
+    double peak = 0;
+    for (int64_t i = 0; i < d; ++i) peak = std::max(peak, std::fabs(static_cast<double>(x[t * d + i])));
+    for (int64_t r = 0; r < n; ++r) {
+      double want = 0, size = 0, lost = 0;
+      for (int64_t i = 0; i < d; ++i) {
+        const double entry = entries[static_cast<size_t>(r * d + i)];
+        want += (limbs == 2 ? kept[t * d + i] : x[t * d + i]) * entry * scale[r];
+        size += std::fabs(x[t * d + i] * entry * scale[r]);
+        lost += std::fabs(entry * scale[r]) * peak / 127;
+      }
+      Expect(std::fabs(out[t * n + r] - want) <= 1e-5 * size + (limbs == 2 ? 1e-6 : 0.51 * lost + 1e-6), "scores");
+    }
+    for (int64_t i = 0; i < d && limbs == 2; ++i)
+      Expect(std::fabs(kept[t * d + i] - x[t * d + i]) <= peak / 127 / 254 * 0.51, "kept tokens");
+  }
+}
+
+void FuzzRows(Threads& pool, const Kernels& kernels) {
+  const Element elements[] = {Element::kF32, Element::kBF16, Element::kF16, Element::kS8};
+  const int64_t group = Up(4), n = group * Up(40), d = Up(150), tokens = Up(9), k = Up(50) - 1;
+  const Rows rows(elements[Up(4) - 1], n, d);
+  const bool own = Up(2) == 1, magnitudes = Up(2) == 1;
+  std::vector<int32_t> index(static_cast<size_t>(own ? tokens * k : k));
+  for (int32_t& i : index) i = static_cast<int32_t>(Up(n / group) - 1);
+  const Array chosen{index.data(), Element::kS32, own ? std::vector<int64_t>{tokens, k} : std::vector<int64_t>{k}};
+  auto row_of = [&](int64_t t, int64_t i) { return index[(own ? t * k : 0) + i / group] * group + i % group; };
+  auto at = [&](int64_t row, int64_t j) { return static_cast<double>(rows.values[row * d + j]); };
+
+  const auto x = Floats(tokens * d), h = Floats(tokens * k * group);
+  std::vector<float> dots(static_cast<size_t>(tokens * k * group)), sums(static_cast<size_t>(tokens * d));
+  std::vector<float> all(static_cast<size_t>(tokens * n));
+  Expect(hire::SelectRowsDot(pool, kernels, F32(x, {tokens, d}), rows.array, chosen, group, magnitudes,
+                             {dots.data(), tokens * k * group}));
+  Expect(hire::Products(pool, kernels, F32(x, {tokens, d}), rows.array, {all.data(), tokens * n}));
+  Expect(hire::CombineRows(pool, kernels, F32(h, {tokens, k * group}), rows.array, chosen, group,
+                           {sums.data(), tokens * d}));
+  for (int64_t t = 0; t < tokens; ++t) {
+    for (int64_t r = 0; r < n; ++r) {
+      double plain = 0, size = 0;
+      for (int64_t j = 0; j < d; ++j) {
+        plain += at(r, j) * x[t * d + j];
+        size += std::fabs(at(r, j) * x[t * d + j]);
+      }
+      Expect(Near(all[t * n + r], plain, size), "products");
+      for (int64_t i = 0; i < k * group; ++i)
+        if (row_of(t, i) == r) Expect(Near(dots[t * k * group + i], magnitudes ? size : plain, size), "chosen rows");
+    }
+    for (int64_t j = 0; j < d; ++j) {
+      double plain = 0, size = 0;
+      for (int64_t i = 0; i < k * group; ++i) {
+        plain += at(row_of(t, i), j) * h[t * k * group + i];
+        size += std::fabs(at(row_of(t, i), j) * h[t * k * group + i]);
+      }
+      Expect(Near(sums[t * d + j], plain, size), "sums of rows");
+    }
+  }
+}
+
+void FuzzLargest(Threads& pool) {
+  const int64_t shards = Up(4), block = Up(Up(4) == 1 ? 40000 : 300), lead = Up(3), own = Up(block), n = shards * block;
+  std::vector<float> scores = Floats(lead * n);
+  for (float& score : scores) {
+    if (Up(3) == 1) score = std::nearbyint(score);  // ties, and zeros of both signs
+    if (Up(200) == 1) score = std::numeric_limits<float>::quiet_NaN();
+    if (Up(200) == 1) score = -std::numeric_limits<float>::infinity();
+  }
+  std::vector<float> values(static_cast<size_t>(lead * shards * own));
+  std::vector<int32_t> indices(values.size());
+  const auto size = static_cast<int64_t>(values.size());
+  Expect(hire::LargestOf(pool, F32(scores, {lead, n}), shards * own, shards, {values.data(), size},
+                         {indices.data(), size}));
+  for (int64_t part = 0; part < lead * shards; ++part) {
+    const int64_t first = part % shards * block;
+    std::vector<int32_t> order(static_cast<size_t>(block));
+    for (int64_t i = 0; i < block; ++i) order[i] = static_cast<int32_t>(i);
+    const float* from = scores.data() + part * block;
+    std::stable_sort(order.begin(), order.end(),
+                     [&](int32_t a, int32_t b) { return hire::KeyOf(from[a]) > hire::KeyOf(from[b]); });
+    for (int64_t i = 0; i < own; ++i) {
+      Expect(indices[part * own + i] == first + order[i], "where the largest stand");
+      Expect(hire::KeyOf(values[part * own + i]) == hire::KeyOf(from[order[i]]), "the largest");
+    }
+  }
+}
+
+// What does not fit is refused before any of it is read.
+void FuzzRefusals(Threads& pool, const Kernels& kernels) {
+  const auto x = Floats(6), rows = Floats(12);
+  float out[6];
+  const int32_t index[] = {0, static_cast<int32_t>(Up(2) == 1 ? 4 + Up(1000) - 1 : -Up(1000))};
+  const Array chosen{index, Element::kS32, {2}}, given = F32(x, {2, 3}), matrix = F32(rows, {4, 3});
+  auto refused = [](const std::string& wrong) { Expect(!wrong.empty(), "something that does not fit was taken"); };
+  refused(hire::SelectRowsDot(pool, kernels, given, matrix, chosen, 1, false, {out, 4}));
+  refused(hire::CombineRows(pool, kernels, F32(x, {3, 2}), matrix, chosen, 1, {out, 6}));
+  const Array fitting{index, Element::kS32, {1}};
+  refused(hire::SelectRowsDot(pool, kernels, F32(x, {3, 2}), matrix, fitting, 1, false, {out, 3}));
+  refused(hire::SelectRowsDot(pool, kernels, given, matrix, fitting, 3, false, {out, 6}));
+  refused(hire::SelectRowsDot(pool, kernels, given, matrix, fitting, 1, false, {out, 3}));
+  refused(hire::Products(pool, kernels, given, F32(rows, {12}), {out, 6}));
+  refused(hire::LargestOf(pool, given, 4, 1, {out, 8}, {nullptr, 8}));
+  refused(hire::ScoreRows(pool, kernels, given, matrix, F32(rows, {4}), 8, 1, {out, 6}, {nullptr, 0}));
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  generator.seed(argc > 1 ? std::strtoull(argv[1], nullptr, 10) : 0);
+  const int64_t count = argc > 2 ? std::atoll(argv[2]) : 100;
+  std::vector<const Kernels*> all{&hire::kPortable};
+#if defined(__x86_64__)
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
+    all.push_back(&hire::kAvx2);
+  if (__builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl"))
+    all.push_back(&hire::kAvx512);
+#endif
+  for (int64_t i = 0; i < count; ++i) {
+    Threads pool(static_cast<int>(Up(4)));
+    const Kernels& kernels = *all[static_cast<size_t>(i) % all.size()];
+    FuzzScores(pool, kernels);
+    FuzzRows(pool, kernels);
+    FuzzLargest(pool);
+    FuzzRefusals(pool, kernels);
+  }
+  std::printf("%" PRId64 " rounds on", count);
+  for (const Kernels* one : all) std::printf(" %s,", one->name);
+  std::printf(" no failure\n");
+  return 0;
+}

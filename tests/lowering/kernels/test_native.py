@@ -1,0 +1,105 @@
+"""The native kernels give what the portable forms do, on every instruction set that this processor has."""
+
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hire_xform.lowering.engine.rows import combine_rows, select_rows_dot
+from hire_xform.lowering.kernels.cpu import library, steps
+from hire_xform.lowering.predict.quantized import entries, fine_scores, pack_nibbles, quantize, quantized_scores
+from hire_xform.lowering.primitives.da_top_k import da_top_k
+
+SETS = library.instruction_sets()
+if not SETS and os.environ.get("HIRE_REQUIRE_EXTRAS"):
+    raise RuntimeError(f"the native kernels are missing: {library.load()}")
+pytestmark = pytest.mark.skipif(not SETS, reason=f"no native kernels: {library.load()}")
+
+
+@pytest.fixture(params=SETS, autouse=True)
+def instruction_set(request):
+    library.use(request.param)
+    yield request.param
+    library.use()
+
+
+def normal(seed, *shape):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+# Tokens, rows, columns: odd ones, one of each, more columns than integer sums take at once, more tokens than one pass.
+SHAPES = [(1, 1, 1), (1, 7, 3), (2, 130, 65), (3, 200, 64), (5, 67, 127), (70, 33, 100), (1, 5, 140_000), (4, 2, 8)]
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize(("tokens", "n", "d"), SHAPES)
+def test_scores(tokens, n, d, bits):
+    x, rows = normal(0, tokens, d), normal(1, n, d)
+    rows = rows.at[n // 2].set(jnp.nan) if n > 1 else rows
+    x = x.at[0].set(0.0) if tokens > 1 else x
+    x = x.at[2, 0].set(jnp.inf) if tokens > 2 else x
+    q, scale = quantize(rows, 127 if bits == 8 else 7)
+    q = q if bits == 8 else pack_nibbles(q)
+    # XLA is free to round the two scales' product first, which is the last place of it.
+    np.testing.assert_allclose(steps.scores(x, q, scale, bits), quantized_scores(x, q, scale, bits), rtol=1e-6)
+    (got, kept), (want, kept_there) = steps.fine_scores(x, q, scale, bits), fine_scores(x, q, scale, bits)
+    np.testing.assert_array_equal(np.isnan(got), np.isnan(want))
+    step = np.nanmax(np.where(np.isfinite(x), np.abs(x), np.nan), axis=1, keepdims=True, initial=0.0) / 127.0 / 254.0
+    # Where a limb falls between two integers, either is right: tokens kept are then a step apart, and scores with them.
+    finite = np.isfinite(np.asarray(kept_there))
+    apart = np.abs(np.asarray(kept) - np.asarray(kept_there))
+    assert (apart[finite] <= np.broadcast_to(1.01 * step, apart.shape)[finite]).all()
+    exact = np.asarray(kept, np.float64) @ (np.asarray(entries(q, bits, d), np.float64) * np.asarray(scale)[:, None]).T
+    known = np.isfinite(np.asarray(got))
+    size = (
+        np.abs(np.nan_to_num(np.asarray(x), posinf=0.0)).astype(np.float64) @ np.abs(np.nan_to_num(np.asarray(rows))).T
+    )
+    assert (np.abs(np.asarray(got) - exact)[known] <= 1e-6 * size[known] + 1e-6).all()
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["shared", "own"])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16, jnp.int8], ids=lambda t: t.__name__)
+@pytest.mark.parametrize(
+    ("tokens", "n", "d", "k", "group"),
+    [(1, 8, 1, 3, 1), (1, 40, 33, 8, 1), (3, 40, 130, 5, 2), (8, 64, 64, 9, 4), (2, 16, 17, 0, 1)],
+)
+def test_chosen_rows(tokens, n, d, k, group, dtype, own):
+    rng = np.random.default_rng(2)
+    rows = rng.normal(size=(n, d)) * (40.0 if dtype is jnp.int8 else 1.0)
+    rows = jnp.asarray(np.clip(np.round(rows), -128, 127) if dtype is jnp.int8 else rows).astype(dtype)
+    wide, x, h = rows.astype(jnp.float32), normal(3, tokens, d), normal(4, tokens, k * group)
+    index = jnp.asarray(rng.integers(0, n // group, (tokens, k) if own else (k,)), jnp.int32)
+    for magnitudes in (False, True):
+        got = steps.select_rows_dot(x, rows, index, group, magnitudes)
+        want = select_rows_dot(x, wide, index, group_size=group, magnitudes=magnitudes) if k else got
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5 * float(jnp.abs(wide).max()) * d)
+    got = steps.combine_rows(h, rows, index, group)
+    want = combine_rows(h, wide, index, group_size=group) if k else jnp.zeros((tokens, d))
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5 * float(jnp.abs(wide).max()) * (k * group + 1))
+    np.testing.assert_allclose(steps.products(x, rows), x @ wide.T, rtol=1e-4, atol=1e-4 * float(jnp.abs(wide).max()))
+
+
+@pytest.mark.parametrize(
+    ("shape", "k", "shards"), [((1,), 1, 1), ((5,), 3, 1), ((3, 64), 17, 1), ((2, 40_000), 300, 1), ((4, 96), 12, 4)]
+)
+def test_the_largest(shape, k, shards):
+    scores = np.round(np.random.default_rng(5).normal(size=shape), 1).astype(np.float32)
+    if scores.size > 20:
+        scores.flat[[3, 7, 9, 11, 12]] = np.nan, np.copysign(np.nan, -1.0), np.inf, -0.0, 0.0
+    got, want = steps.largest(jnp.asarray(scores), k, shards), da_top_k(jnp.asarray(scores), k, shards)
+    np.testing.assert_array_equal(got[1], want[1])
+    np.testing.assert_array_equal(got[0], want[0])
+
+
+def test_an_index_out_of_range_is_an_error_and_no_read():
+    with pytest.raises(jax.errors.JaxRuntimeError, match="index 8 is out of range for 8 groups"):
+        jax.block_until_ready(steps.select_rows_dot(normal(0, 1, 4), normal(1, 8, 4), jnp.asarray([8], jnp.int32), 1))
+
+
+def test_results_repeat_whatever_the_threads_do():
+    rows, h, index = normal(0, 4_096, 512), normal(1, 2, 1_000), jnp.arange(1_000, dtype=jnp.int32) * 4
+    first = steps.combine_rows(h, rows, index, 1)
+    for _ in range(20):
+        np.testing.assert_array_equal(steps.combine_rows(h, rows, index, 1), first)
