@@ -15,6 +15,7 @@ from hire_xform.call.sharing import pack
 from hire_xform.call.stages import Traced
 from hire_xform.config import Config, Ffn, Rule, Vocab, approximate, lossless
 from hire_xform.errors import HireWarning, PackedMismatchError, TracedWeightsError
+from hire_xform.lowering.kernels import cpu as _cpu_kernels
 from hire_xform.lowering.predict.low_rank import LowRank
 from hire_xform.lowering.predict.predictors import Predictor
 from hire_xform.lowering.predict.projected import Projected
@@ -29,6 +30,8 @@ from hire_xform.passes.plan.decisions import Plan, Refusal, Site
 from hire_xform.train.topk_ffn import TopkFfn, TracedTopk, topk_ffn
 
 __version__ = "0.1.0"
+
+_cpu_kernels.install()
 
 __all__ = [
     "Calibration",

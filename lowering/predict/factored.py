@@ -10,8 +10,8 @@ from hire_xform.lowering.predict.coordinates import coordinate_scores, coordinat
 from hire_xform.lowering.predict.factors import factor_dtype, leading_directions, matmul
 from hire_xform.lowering.predict.few_bits import fine_scores, pack_nibbles, quantize, quantize_clipped
 from hire_xform.lowering.predict.predictors import Given, Packed, Predictor
+from hire_xform.lowering.primitives.products import all_products
 from hire_xform.lowering.xla.blocks import fold_row_blocks, map_row_blocks, rows_together
-from hire_xform.lowering.xla.skinny_dot import skinny_dot
 
 __all__ = ["Factored"]
 
@@ -138,7 +138,7 @@ class Factored(Predictor):
         """Products of the factors, with that of the tokens between them."""
         if self.bits is None:
             z = jnp.matmul(x.astype(jnp.float32), packed["basis"], preferred_element_type=jnp.float32)
-            return skinny_dot(z.astype(packed["a"].dtype), packed["a"]).astype(jnp.float32)
+            return all_products(z.astype(packed["a"].dtype), packed["a"])
         # Both maps enlarge some directions a hundredfold, and with them what one limb would lose.
         z, _ = fine_scores(x.astype(jnp.float32), packed["basis_q"], packed["basis_scale"], 8)
         lead = self._leading(z.shape[1])

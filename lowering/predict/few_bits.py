@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from hire_xform.lowering.primitives.kernels import bind_step, step_primitive
 from hire_xform.lowering.xla.blocks import map_row_blocks
 from hire_xform.lowering.xla.promotion import usual_promotion
 from hire_xform.lowering.xla.skinny_dot import skinny_dot
@@ -95,9 +96,13 @@ _NIBBLE_BLOCK_BYTES = 4 * 2**20
 
 @partial(jax.custom_jvp, nondiff_argnums=(3,))
 def quantized_scores(x: jax.Array, q: jax.Array, scale: jax.Array, bits: int) -> jax.Array:
-    """Integer products of quantised tokens and quantised rows, then both scales."""
-    tokens, token_scale = quantize(x, 127)
-    return integer_scores(tokens, q, bits).astype(jnp.float32) * token_scale[:, None] * scale[None, :]
+    """Integer products of quantised tokens and quantised rows, then both scales: f32 ``[T, n]``."""
+
+    def portable(x: jax.Array, q: jax.Array, scale: jax.Array) -> list[jax.Array]:
+        tokens, token_scale = quantize(x, 127)
+        return [integer_scores(tokens, q, bits).astype(jnp.float32) * token_scale[:, None] * scale[None, :]]
+
+    return bind_step(quantized_scores_p, portable, x.astype(jnp.float32), q, scale, bits=bits)[0]
 
 
 def integer_scores(tokens: jax.Array, q: jax.Array, bits: int) -> jax.Array:
@@ -148,14 +153,19 @@ def fine_scores(x: jax.Array, q: jax.Array, scale: jax.Array, bits: int) -> tupl
     Returns:
       Scores, f32 ``[T, n]``, and the tokens as they were kept, f32 ``[T, d]``.
     """
-    first, token_scale = quantize(x, 127)
-    step = token_scale[:, None]
-    rest = (x - first.astype(jnp.float32) * step) / jnp.where(step > 0.0, step, 1.0)
-    second = jnp.clip(jnp.round(rest * 254.0), -127.0, 127.0).astype(jnp.int8)
-    raw = integer_scores(jnp.concatenate([first, second]), q, bits).astype(jnp.float32)
-    sums = raw[: x.shape[0]] + raw[x.shape[0] :] / 254.0
-    kept = (first.astype(jnp.float32) + second.astype(jnp.float32) / 254.0) * step
-    return sums * step * scale[None, :], kept
+
+    def portable(x: jax.Array, q: jax.Array, scale: jax.Array) -> list[jax.Array]:
+        first, token_scale = quantize(x, 127)
+        step = token_scale[:, None]
+        rest = (x - first.astype(jnp.float32) * step) / jnp.where(step > 0.0, step, 1.0)
+        second = jnp.clip(jnp.round(rest * 254.0), -127.0, 127.0).astype(jnp.int8)
+        raw = integer_scores(jnp.concatenate([first, second]), q, bits).astype(jnp.float32)
+        sums = raw[: x.shape[0]] + raw[x.shape[0] :] / 254.0
+        kept = (first.astype(jnp.float32) + second.astype(jnp.float32) / 254.0) * step
+        return [sums * step * scale[None, :], kept]
+
+    scores, kept = bind_step(fine_scores_p, portable, x, q, scale, bits=bits)
+    return scores, kept
 
 
 @fine_scores.defjvp
@@ -164,3 +174,8 @@ def _fine_scores_jvp(bits: int, primals: tuple, tangents: tuple) -> tuple[tuple,
     """Straight through the rounding of ``x``; the packed arrays have no derivative."""
     x, q, scale = primals
     return fine_scores(x, q, scale, bits), (_scores_of_change(tangents[0], q, scale, bits), tangents[0])
+
+
+# A kernel: rule(x, q, scale, *, bits) -> what quantized_scores or fine_scores returns; x is f32.
+quantized_scores_p = step_primitive("hire_quantized_scores")
+fine_scores_p = step_primitive("hire_fine_scores")

@@ -127,7 +127,7 @@ def lower_kernel(
       **settings: the step's.
     """
     kernel = _kernels.get((name, platform))
-    if kernel is None:
+    if kernel is None or not _is_whole(ctx):
         return None
     alone = [list(aval.shape) for aval in ctx.avals_in]
     for dims in reversed(batched):
@@ -139,8 +139,7 @@ def lower_kernel(
         return None
 
     def one(*operands: Any) -> list[Any]:
-        made = kernel.rule(*operands, **settings)
-        return list(made) if isinstance(made, (tuple, list)) else [made]
+        return _as_list(kernel.rule(*operands, **settings))
 
     @usual_promotion()
     def run(*operands: Any) -> list[Any]:
@@ -156,6 +155,25 @@ def lower_kernel(
     return mlir.lower_fun(run, multiple_results=True)(ctx, *operands)
 
 
+def _is_whole(ctx: Any) -> bool:
+    """Whether a kernel would see whole arrays, in a program that stays on this machine.
+
+    XLA can't split a call of a kernel over devices: it would gather its operands. Inside a ``shard_map`` each device's
+    part is whole. A program that is exported is to run where there may be no such kernel.
+    """
+    around, lowering = ctx.module_context.axis_context, ctx.module_context.lowering_parameters
+    alone = getattr(around, "num_devices", 1) == 1 or bool(getattr(around, "manual_axes", ()))
+    return alone and not lowering.for_export
+
+
+def _is_alone(operands: Sequence[Any]) -> bool:
+    return all(len(o.devices()) == 1 for o in operands if isinstance(o, jax.Array))
+
+
+def _as_list(made: Any) -> list[Any]:
+    return list(made) if isinstance(made, (tuple, list)) else [made]
+
+
 def step_primitive(name: str) -> Primitive:
     """The primitive of a step, whose equations :func:`bind_step` makes."""
     step_p = Primitive(name)
@@ -167,10 +185,12 @@ def step_primitive(name: str) -> Primitive:
         # It has come into another context, such as the inside of a shard_map.
         return jax.make_jaxpr(jaxpr_as_fun(portable))(*avals).out_avals
 
-    def run(*operands: Any, portable: ClosedJaxpr, **params: Any) -> Any:
-        if any((name, platform) in _kernels for platform in PLATFORMS):
-            return jax.jit(functools.partial(step_p.bind, portable=portable, **params))(*operands)
-        return jaxpr_as_fun(portable)(*operands)
+    def run(*operands: Any, portable: ClosedJaxpr, batched: tuple[Any, ...], **settings: Any) -> Any:
+        kernel = _kernels.get((name, jax.default_backend()))
+        if kernel is None or batched or not _is_alone(operands) or not kernel.serves(*operands, **settings):
+            return jaxpr_as_fun(portable)(*operands)
+        with usual_promotion():
+            return _as_list(kernel.rule(*operands, **settings))
 
     def batch(operands: Any, dims: Any, *, portable: ClosedJaxpr, batched: tuple[Any, ...], **params: Any) -> Any:
         outer = jax.make_jaxpr(jax.vmap(jaxpr_as_fun(portable), in_axes=tuple(dims)))(*operands)

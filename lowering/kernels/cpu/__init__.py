@@ -1,1 +1,87 @@
-"""Kernels for CPUs in C++, called through XLA's FFI on XLA's threads; instruction sets are chosen at run time."""
+"""Kernels for CPUs in C++, called through XLA's FFI on XLA's threads; instruction sets are chosen at run time.
+
+:func:`install` puts them in the place of the portable forms, where the library was built and can be loaded. They serve
+up to ``MOST_TOKENS`` tokens of f32 or less: with more, the rows are read from the cache again and again, which XLA's
+products are made for.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from hire_xform.lowering.kernels.cpu import library, steps
+from hire_xform.lowering.primitives.kernels import register_kernel
+
+__all__ = ["MOST_TOKENS", "install"]
+
+MOST_TOKENS = 16
+_FLOATS = frozenset({jnp.dtype(t) for t in (jnp.float32, jnp.bfloat16, jnp.float16)})
+
+
+@functools.cache
+def install() -> str | None:
+    """Registers the kernels; why not, where there are none. Calling it again changes nothing."""
+    loaded = library.load()
+    if isinstance(loaded, str):
+        return loaded
+    for name, rule, serves in (
+        ("hire_quantized_scores", _quantized_scores, _scores_served),
+        ("hire_fine_scores", _fine_scores, _scores_served),
+        ("hire_products", _products, _products_served),
+        ("hire_select_rows_dot", _select_rows_dot, _rows_served),
+        ("hire_combine_rows", _combine_rows, _rows_served),
+        ("da_top_k", _da_top_k, _largest_served),
+    ):
+        register_kernel(name, "cpu", rule, serves)
+    return None
+
+
+def _few(x: Any) -> bool:
+    return 0 < x.shape[0] <= MOST_TOKENS and 0 not in x.shape
+
+
+def _scores_served(x: Any, q: Any, scale: Any, *, bits: int) -> bool:
+    return _few(x) and 0 not in q.shape
+
+
+def _products_served(x: Any, rows: Any) -> bool:
+    return _few(x) and 0 not in rows.shape and jnp.dtype(rows.dtype) in _FLOATS
+
+
+def _rows_served(x: Any, rows: Any, index: Any, **settings: Any) -> bool:
+    floats = jnp.dtype(x.dtype) in _FLOATS and jnp.dtype(rows.dtype) in _FLOATS
+    return floats and _few(x) and 0 not in rows.shape and jnp.dtype(index.dtype) == jnp.int32
+
+
+def _largest_served(scores: Any, *, k: int, shards: int) -> bool:
+    return jnp.dtype(scores.dtype) == jnp.float32 and 0 not in scores.shape
+
+
+def _quantized_scores(x: jax.Array, q: jax.Array, scale: jax.Array, *, bits: int) -> jax.Array:
+    return steps.scores(x, q, scale, bits)
+
+
+def _fine_scores(x: jax.Array, q: jax.Array, scale: jax.Array, *, bits: int) -> tuple[jax.Array, jax.Array]:
+    return steps.fine_scores(x, q, scale, bits)
+
+
+def _products(x: jax.Array, rows: jax.Array) -> jax.Array:
+    return steps.products(x.astype(jnp.float32), rows)
+
+
+def _select_rows_dot(
+    x: jax.Array, rows: jax.Array, index: jax.Array, *, group_size: int, out_dtype: Any, magnitudes: bool
+) -> jax.Array:
+    return steps.select_rows_dot(x.astype(jnp.float32), rows, index, group_size, magnitudes).astype(out_dtype)
+
+
+def _combine_rows(h: jax.Array, rows: jax.Array, index: jax.Array, *, group_size: int, out_dtype: Any) -> jax.Array:
+    return steps.combine_rows(h.astype(jnp.float32), rows, index, group_size).astype(out_dtype)
+
+
+def _da_top_k(scores: jax.Array, *, k: int, shards: int) -> tuple[jax.Array, jax.Array]:
+    return steps.largest(scores, k, shards)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,9 +16,51 @@ def _f32(*shape: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, jnp.float32)
 
 
+def _folded(step: Callable[..., Any], *operands: jax.Array) -> Any:
+    """A step on operands of which the first are tokens; under ``vmap`` the tokens of all examples are taken together.
+
+    So each row is still read once. Where the rows are batched as well, examples are taken one after the other.
+    """
+
+    @jax.custom_batching.custom_vmap
+    def fold(*operands: jax.Array) -> Any:
+        return step(*operands)
+
+    @fold.def_vmap
+    def batch(size: int, batched: Sequence[bool], *operands: jax.Array) -> Any:
+        x, *others = operands
+        own = [i for i, each in enumerate(batched[1:]) if each]
+        # An index is the one thing that examples may have of their own: then each token has the one of its example.
+        if not batched[0] or own not in ([], [1]) or (own and not jnp.issubdtype(others[1].dtype, jnp.integer)):
+            return jax.lax.map(lambda one: fold(*_placed(operands, batched, one)), _given(operands, batched)), True
+        tokens = x.shape[1]
+        if own:
+            index = others[1] if others[1].ndim == 3 else jnp.repeat(others[1][:, None], tokens, axis=1)
+            others[1] = index.reshape(size * tokens, -1)
+        elif len(others) > 1 and others[1].ndim == 2:
+            others[1] = jnp.tile(others[1], (size, 1))
+        made = fold(x.reshape(size * tokens, -1), *others)
+        return jax.tree.map(lambda out: out.reshape(size, tokens, -1), made), jax.tree.map(lambda _: True, made)
+
+    return fold(*operands)
+
+
+def _given(operands: Sequence[jax.Array], batched: Sequence[bool]) -> list[jax.Array]:
+    return [operand for operand, each in zip(operands, batched, strict=True) if each]
+
+
+def _placed(operands: Sequence[jax.Array], batched: Sequence[bool], one: Sequence[jax.Array]) -> list[jax.Array]:
+    taken = iter(one)
+    return [next(taken) if each else operand for operand, each in zip(operands, batched, strict=True)]
+
+
 def scores(x: jax.Array, q: jax.Array, scale: jax.Array, bits: int) -> jax.Array:
-    """As ``quantized_scores`` of ``lowering/predict/quantized.py``; integer products are exact, so scores are its."""
-    return jax.ffi.ffi_call("hire_scores", _f32(x.shape[0], q.shape[0]))(x, q, scale, bits=np.int64(bits))
+    """As ``quantized_scores`` of ``lowering/predict/few_bits.py``; integer products are exact, so scores are its."""
+
+    def step(x: jax.Array, q: jax.Array, scale: jax.Array) -> Any:
+        return jax.ffi.ffi_call("hire_scores", _f32(x.shape[0], q.shape[0]))(x, q, scale, bits=np.int64(bits))
+
+    return _folded(step, x, q, scale)
 
 
 def fine_scores(x: jax.Array, q: jax.Array, scale: jax.Array, bits: int) -> tuple[jax.Array, jax.Array]:
@@ -24,34 +69,51 @@ def fine_scores(x: jax.Array, q: jax.Array, scale: jax.Array, bits: int) -> tupl
     What ``lowering/prove/bounds.py`` assumes holds: products of integers are exact, each limb's sum, the two scales and
     the addition are rounded once, and the tokens that are kept are those that were multiplied.
     """
-    shapes = _f32(x.shape[0], q.shape[0]), _f32(*x.shape)
-    kept_scores, kept = jax.ffi.ffi_call("hire_fine_scores", shapes)(x, q, scale, bits=np.int64(bits))
-    return kept_scores, kept
+
+    def step(x: jax.Array, q: jax.Array, scale: jax.Array) -> Any:
+        shapes = _f32(x.shape[0], q.shape[0]), _f32(*x.shape)
+        return tuple(jax.ffi.ffi_call("hire_fine_scores", shapes)(x, q, scale, bits=np.int64(bits)))
+
+    return _folded(step, x, q, scale)
 
 
 def products(x: jax.Array, rows: jax.Array) -> jax.Array:
     """``x @ rows.T``, f32 ``[T, n]``, of rows in f32, bf16, f16 or int8; sums run in f32."""
-    return jax.ffi.ffi_call("hire_products", _f32(x.shape[0], rows.shape[0]))(x, rows)
+
+    def step(x: jax.Array, rows: jax.Array) -> Any:
+        return jax.ffi.ffi_call("hire_products", _f32(x.shape[0], rows.shape[0]))(x, rows)
+
+    return _folded(step, x, rows)
 
 
 def select_rows_dot(x: jax.Array, rows: jax.Array, index: jax.Array, group: int, magnitudes: bool = False) -> jax.Array:
-    """As ``select_rows_dot`` of ``lowering/engine/rows.py``, for ``x`` in f32: f32 ``[T, K * group]``.
+    """As ``select_rows_dot`` of ``lowering/primitives``, for ``x`` in f32: f32 ``[T, K * group]``.
 
     Each product is a sum of f32 products in some order, rounded at each addition or, with FMA, less often: what proofs
     say of sums in f32 in any order holds. An index out of range is an error.
     """
-    call = jax.ffi.ffi_call("hire_select_rows_dot", _f32(x.shape[0], index.shape[-1] * group))
-    return call(x, rows, index, group=np.int64(group), magnitudes=magnitudes)
+
+    def step(x: jax.Array, rows: jax.Array, index: jax.Array) -> Any:
+        call = jax.ffi.ffi_call("hire_select_rows_dot", _f32(x.shape[0], index.shape[-1] * group))
+        return call(x, rows, index, group=np.int64(group), magnitudes=magnitudes)
+
+    return _folded(step, x, rows, index)
 
 
 def combine_rows(h: jax.Array, rows: jax.Array, index: jax.Array, group: int) -> jax.Array:
     """As ``combine_rows`` there, for ``h`` in f32: f32 ``[T, d]``. The order of sums hangs on shapes alone."""
-    return jax.ffi.ffi_call("hire_combine_rows", _f32(h.shape[0], rows.shape[1]))(h, rows, index, group=np.int64(group))
+
+    def step(h: jax.Array, rows: jax.Array, index: jax.Array) -> Any:
+        call = jax.ffi.ffi_call("hire_combine_rows", _f32(h.shape[0], rows.shape[1]))
+        return call(h, rows, index, group=np.int64(group))
+
+    return _folded(step, h, rows, index)
 
 
 def largest(scores: jax.Array, k: int, shards: int = 1) -> tuple[jax.Array, jax.Array]:
     """As ``da_top_k`` for f32 scores whose last axis the shards divide."""
     shape = (*scores.shape[:-1], shards * -(-k // shards))
     out = _f32(*shape), jax.ShapeDtypeStruct(shape, jnp.int32)
-    values, indices = jax.ffi.ffi_call("hire_largest", out)(scores, shards=np.int64(shards))
+    call = jax.ffi.ffi_call("hire_largest", out, vmap_method="sequential")
+    values, indices = call(scores, shards=np.int64(shards))
     return values, indices

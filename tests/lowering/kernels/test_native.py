@@ -1,6 +1,7 @@
 """The native kernels give what the portable forms do, on every instruction set that this processor has."""
 
 import os
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -9,18 +10,21 @@ import pytest
 
 from hire_xform.lowering.engine.rows import combine_rows, select_rows_dot
 from hire_xform.lowering.kernels.cpu import library, steps
-from hire_xform.lowering.predict.quantized import entries, fine_scores, pack_nibbles, quantize, quantized_scores
+from hire_xform.lowering.predict.few_bits import entries, fine_scores, pack_nibbles, quantize, quantized_scores
+from hire_xform.lowering.primitives import kernels
 from hire_xform.lowering.primitives.da_top_k import da_top_k
 
 SETS = library.instruction_sets()
-if not SETS and os.environ.get("HIRE_REQUIRE_EXTRAS"):
+if not SETS and shutil.which("c++") and os.environ.get("HIRE_REQUIRE_EXTRAS"):
     raise RuntimeError(f"the native kernels are missing: {library.load()}")
 pytestmark = pytest.mark.skipif(not SETS, reason=f"no native kernels: {library.load()}")
 
 
 @pytest.fixture(params=SETS, autouse=True)
-def instruction_set(request):
+def instruction_set(request, monkeypatch):
     library.use(request.param)
+    # What they are compared with is the portable form.
+    monkeypatch.setattr(kernels, "_kernels", {})
     yield request.param
     library.use()
 
@@ -91,6 +95,19 @@ def test_the_largest(shape, k, shards):
     got, want = steps.largest(jnp.asarray(scores), k, shards), da_top_k(jnp.asarray(scores), k, shards)
     np.testing.assert_array_equal(got[1], want[1])
     np.testing.assert_array_equal(got[0], want[0])
+
+
+@pytest.mark.parametrize("which", ["x", "index", "x and index", "rows", "all"])
+def test_tokens_of_all_examples_are_taken_together_under_vmap(which):
+    x, rows, index = normal(0, 3, 2, 8), normal(1, 3, 16, 8), jnp.asarray([[1, 2], [3, 3], [0, 15]], jnp.int32)
+    axes = {"x": (0, None, None), "index": (None, None, 0), "x and index": (0, None, 0), "rows": (None, 0, None)}
+    axes = axes.get(which, (0, 0, 0))
+    given = [a if axis == 0 else a[0] for a, axis in zip((x, rows, index), axes, strict=True)]
+    got = jax.vmap(lambda *a: steps.select_rows_dot(*a, 1), in_axes=axes)(*given)
+    want = jax.vmap(lambda x, rows, index: x @ rows[index].T, in_axes=axes)(*given)
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+    got, _ = jax.vmap(lambda x: steps.fine_scores(x, *quantize(rows[0], 127), 8))(x)
+    np.testing.assert_allclose(got, x @ rows[0].T, atol=0.2)
 
 
 def test_an_index_out_of_range_is_an_error_and_no_read():

@@ -1,6 +1,5 @@
 """The native kernels on random shapes, built with sanitizers: of addresses and undefined behaviour, and of threads."""
 
-import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -12,19 +11,15 @@ SOURCES = HERE.parents[2] / "lowering" / "kernels" / "cpu"
 ROUNDS = 150
 
 
-def compiler() -> str:
-    found = next((path for name in ("c++", "g++", "clang++") if (path := shutil.which(name))), None)
-    if found is None:
-        told = "no C++ compiler: the native kernels can't be built here"
-        pytest.fail(told) if os.environ.get("HIRE_REQUIRE_EXTRAS") else pytest.skip(told)
-    return found
+COMPILER = next((path for name in ("c++", "g++", "clang++") if (path := shutil.which(name))), None)
 
 
+@pytest.mark.skipif(COMPILER is None, reason="no C++ compiler: the native kernels are not built here, either")
 @pytest.mark.slow
 @pytest.mark.parametrize("sanitizer", ["address,undefined", "thread"])
 def test_random_shapes(sanitizer, tmp_path):
     program = tmp_path / "fuzz"
-    command = [compiler(), "-std=c++17", "-O1", "-g", f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all"]
+    command = [COMPILER, "-std=c++17", "-O1", "-g", f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all"]
     command += ["-ffp-contract=off", "-pthread", f"-I{SOURCES}", str(HERE / "fuzz.cc")]
     command += [str(SOURCES / f"kernels_{name}.cc") for name in ("portable", "avx2", "avx512")]
     subprocess.run([*command, "-o", str(program)], check=True)
