@@ -101,3 +101,11 @@ def packs(monkeypatch) -> list:
 
     monkeypatch.setattr(packing, "pack_array", counted)
     return calls
+
+
+@pytest.fixture
+def portable_forms(monkeypatch) -> None:
+    """Steps in their portable forms, which no kernel takes the place of."""
+    from hire_xform.lowering.primitives import kernels
+
+    monkeypatch.setattr(kernels, "_kernels", {})

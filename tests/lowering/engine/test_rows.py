@@ -93,6 +93,7 @@ def test_vmap_and_scan(normal):
     np.testing.assert_allclose(scanned, expected, atol=1e-5)
 
 
+@pytest.mark.usefixtures("portable_forms")
 def test_no_inner_loop_at_usual_sizes():
     """A loop inside a scan over layers would copy the layer's whole matrix out of the stack."""
     struct = jax.ShapeDtypeStruct

@@ -11,7 +11,6 @@ import pytest
 from hire_xform.lowering.engine.rows import combine_rows, select_rows_dot
 from hire_xform.lowering.kernels.cpu import library, steps
 from hire_xform.lowering.predict.few_bits import entries, fine_scores, pack_nibbles, quantize, quantized_scores
-from hire_xform.lowering.primitives import kernels
 from hire_xform.lowering.primitives.da_top_k import da_top_k
 
 SETS = library.instruction_sets()
@@ -21,10 +20,8 @@ pytestmark = pytest.mark.skipif(not SETS, reason=f"no native kernels: {library.l
 
 
 @pytest.fixture(params=SETS, autouse=True)
-def instruction_set(request, monkeypatch):
+def instruction_set(request, portable_forms):
     library.use(request.param)
-    # What they are compared with is the portable form.
-    monkeypatch.setattr(kernels, "_kernels", {})
     yield request.param
     library.use()
 
