@@ -109,3 +109,4 @@ def portable_forms(monkeypatch) -> None:
     from hire_xform.lowering.primitives import kernels
 
     monkeypatch.setattr(kernels, "_kernels", {})
+    monkeypatch.setattr(kernels, "_built_in", {})

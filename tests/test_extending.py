@@ -131,7 +131,7 @@ def test_a_calibration_measures_it_and_its_arrays_follow_the_units(group_size):
 
 
 @dataclasses.dataclass(frozen=True)
-class Signs(hx.Predictor):
+class OfSigns(hx.Predictor):
     """The rows' signs, times their mean magnitude; made of the rows alone."""
 
     scale: float = 1.0
@@ -146,11 +146,11 @@ class Signs(hx.Predictor):
 def test_it_may_be_made_of_the_rows_and_saved_by_its_settings(tmp_path):
     params = block_params()
     batches = [(params, normal(10 + s, 100, D)) for s in range(2)]
-    predictors = [hx.Quantized(8), Signs(2.0)]
+    predictors = [hx.Quantized(8), OfSigns(2.0)]
     calibration = hx.calibrate(block, batches, predictors=predictors, recall=0.9, config=hx.approximate())
     (site,) = calibration.sites.values()
     assert set(site.curves) == set(predictors)
-    assert site.curves[Signs(2.0)].predictor_bytes < 4 * M * D
+    assert site.curves[OfSigns(2.0)].predictor_bytes < 4 * M * D
     calibration.save(tmp_path / "c")
     (again,) = hx.Calibration.load(tmp_path / "c").sites.values()
     assert again.predictor == site.predictor
@@ -163,7 +163,7 @@ def test_a_file_that_names_an_unknown_predictor_says_so(tmp_path):
 
     def save():
         @dataclasses.dataclass(frozen=True)
-        class Gone(Signs):
+        class Gone(OfSigns):
             pass
 
         batches = [(params, normal(10, 100, D))]
@@ -227,7 +227,7 @@ def test_what_it_can_not_do_is_refused_by_its_name():
         predictor, block_params(LAYERS), layers, active=0.5
     )
 
-    class Needy(Signs):
+    class Needy(OfSigns):
         needs_inputs = "second moments"
 
     assert "needs the second moments of this site's inputs; pass calibration=" in refusals(Needy(), active=0.5)
@@ -238,7 +238,7 @@ def check_over_devices_each_packs_its_rows_and_arrays_of_whole_weights_are_refus
     specs = {"up": P(None, "model"), "down": P("model", None)}
     placed = {n: jax.device_put(a, jax.sharding.NamedSharding(mesh, specs[n])) for n, a in block_params().items()}
     x = normal(3, 1, D)
-    step = hx.sparsify(block, config=full_width(Signs()))
+    step = hx.sparsify(block, config=full_width(OfSigns()))
     assert step.trace(placed, x).plan.sites[0].shards == 4
     assert_same(step(placed, x), block(placed, x))
     reason = "holds arrays of whole weights, and the rows of these are over several devices"
@@ -255,13 +255,13 @@ def test_wrong_predictors_are_told_what_is_wrong():
         hx.Ffn(predictor=Mlp)
 
     @dataclasses.dataclass(frozen=True)
-    class Held(Signs):
+    class Held(OfSigns):
         held: object = None
 
     with pytest.raises(ValueError, match=r"hashable, such as a frozen dataclass .*unhashable type"):
         hx.Ffn(predictor=Held(held=[1]))
 
-    class Short(Signs):
+    class Short(OfSigns):
         def scores(self, x, packed, n):
             return super().scores(x, packed, n)[:, 1:]
 
@@ -276,7 +276,7 @@ def test_wrong_predictors_are_told_what_is_wrong():
 
 
 @pytest.fixture
-def kernel():
+def kernel(portable_forms):
     """`kernel(step, rule, **more)` registers a kernel for CPUs, for this test."""
     removed = []
 

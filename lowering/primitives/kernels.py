@@ -21,7 +21,16 @@ from jax.interpreters import ad, batching, mlir
 
 from hire_xform.lowering.xla.promotion import usual_promotion
 
-__all__ = ["backends", "bind_step", "has_kernels", "lower_kernel", "register_kernel", "step_primitive"]
+__all__ = [
+    "backends",
+    "bind_step",
+    "has_kernels",
+    "lower_kernel",
+    "no_built_in",
+    "register_built_in",
+    "register_kernel",
+    "step_primitive",
+]
 
 # What JAX calls the platforms it lowers for.
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
@@ -33,10 +42,14 @@ class Kernel:
 
     rule: Callable[..., Any]
     serves: Callable[..., bool]
+    name: str
 
 
 # By the name of a primitive and a platform.
 _kernels: dict[tuple[str, str], Kernel] = {}
+# The library's own, which those of users stand before; and why a platform has none, where it might.
+_built_in: dict[tuple[str, str], Kernel] = {}
+_missing: dict[str, str] = {}
 # How a primitive is lowered for a platform that has had a kernel, by its name.
 _lowerings: dict[str, tuple[Primitive, Callable[..., Any]]] = {}
 # The platforms whose lowering of a primitive asks for a kernel first.
@@ -49,7 +62,7 @@ def register_kernel(
     rule: Callable[..., Any],
     serves: Callable[..., bool] = lambda *operands, **settings: True,
 ) -> Callable[[], None]:
-    """Has a step run by a kernel of one platform instead of by its portable form.
+    """Has a step run by a kernel of one platform instead of by its portable form, or by one that is built in.
 
     Programs that are lowered from then on have it; those that are compiled already stay as they are. ``hx.backends()``
     lists the steps, and docs/extending/kernel.md says what each is given::
@@ -64,14 +77,14 @@ def register_kernel(
       platform: "cpu", "cuda", "rocm" or "tpu".
       rule: a function of the step's operands and, by keyword, of its settings, in JAX: it is traced, and may call an
         FFI target or Pallas. It returns what the portable form does, of the same shapes and dtypes.
-      serves: of the operands' shapes and dtypes, and the settings, whether it is for them; where it is not, the
-        portable form is lowered. By default it is for all.
+      serves: of the operands' shapes and dtypes, and the settings, whether it is for them; where it is not, the one
+        that is built in or the portable form is lowered. By default it is for all.
 
     Returns:
       What takes the kernel away again.
 
     Raises:
-      ValueError: there is no such step or platform, or it has a kernel there already.
+      ValueError: there is no such step or platform, or it has a kernel of a user's there already.
       TypeError: ``rule`` or ``serves`` is no function.
     """
     if primitive not in _lowerings:
@@ -84,12 +97,8 @@ def register_kernel(
     key = primitive, platform
     if key in _kernels:
         raise ValueError(f"register_kernel: {primitive} has a kernel on {platform} already; take that away first")
-    if key not in _asking:
-        # Not before there is one: a program lowered for several platforms has each rule of its own in a branch.
-        held, lower = _lowerings[primitive]
-        mlir.register_lowering(held, functools.partial(lower, platform), platform=platform)
-        _asking.add(key)
-    kernel = _kernels[key] = Kernel(rule, serves)
+    kernel = _kernels[key] = Kernel(rule, serves, getattr(rule, "__qualname__", repr(rule)))
+    _ask(key)
 
     def remove() -> None:
         if _kernels.get(key) is kernel:
@@ -98,16 +107,76 @@ def register_kernel(
     return remove
 
 
+def register_built_in(primitive: str, platform: str, rule: Callable[..., Any], serves: Any, name: str) -> None:
+    """A kernel of this library, by the name that reports have; users' kernels stand before it."""
+    _built_in[primitive, platform] = Kernel(rule, serves, name)
+    _ask((primitive, platform))
+
+
+def no_built_in(platform: str, reason: str) -> None:
+    """Notes why there are no built-in kernels for a platform, for :func:`backends`."""
+    _missing[platform] = reason
+
+
+def _ask(key: tuple[str, str]) -> None:
+    """Has the lowering of a step for a platform look for kernels.
+
+    Not before there is one: a program lowered for several platforms has each rule of its own in a branch.
+    """
+    if key not in _asking:
+        held, lower = _lowerings[key[0]]
+        mlir.register_lowering(held, functools.partial(lower, key[1]), platform=key[1])
+        _asking.add(key)
+
+
+def _serving(
+    key: tuple[str, str], avals: Sequence[Any], batched: Sequence[Any], settings: dict[str, Any]
+) -> tuple[str, Callable[..., list[Any]]] | None:
+    """The kernel for such operands, a user's or one that is built in: its name, and it as a function of them.
+
+    Args:
+      key: step and platform.
+      avals: shapes and dtypes of the operands.
+      batched: the axes that they are batched along, the innermost ``vmap`` first.
+      settings: the step's.
+    """
+    alone = [list(aval.shape) for aval in avals]
+    for dims in reversed(batched):
+        for shape, dim in zip(alone, dims, strict=True):
+            if dim is not None:
+                del shape[dim]
+    structs = [jax.ShapeDtypeStruct(tuple(s), a.dtype) for s, a in zip(alone, avals, strict=True)]
+    found = [kernel for kernels in (_kernels, _built_in) if (kernel := kernels.get(key)) is not None]
+    chosen = next((kernel for kernel in found if kernel.serves(*structs, **settings)), None)
+    if chosen is None:
+        return None
+
+    def one(*operands: Any) -> list[Any]:
+        made = chosen.rule(*operands, **settings)
+        return list(made) if isinstance(made, (tuple, list)) else [made]
+
+    @usual_promotion()
+    def run(*operands: Any) -> list[Any]:
+        fun = one
+        for dims in batched:
+            fun = jax.vmap(fun, in_axes=dims)
+        return fun(*operands)
+
+    return chosen.name, run
+
+
 def backends() -> dict[str, dict[str, str]]:
-    """What runs each step on each platform: "portable", what XLA makes of it, or the name of a kernel."""
-    return {
-        name: {platform: _named(_kernels.get((name, platform))) for platform in PLATFORMS}
-        for name in sorted(_lowerings)
-    }
+    """What runs each step on each platform, by name: a kernel, or "portable", what XLA makes of it, and why if known.
 
+    A kernel runs what it serves; the portable form runs the rest.
+    """
 
-def _named(kernel: Kernel | None) -> str:
-    return "portable" if kernel is None else getattr(kernel.rule, "__qualname__", repr(kernel.rule))
+    def named(step: str, platform: str) -> str:
+        kernel = _kernels.get((step, platform)) or _built_in.get((step, platform))
+        reason = f": {_missing[platform]}" if platform in _missing else ""
+        return f"portable{reason}" if kernel is None else kernel.name
+
+    return {step: {platform: named(step, platform) for platform in PLATFORMS} for step in sorted(_lowerings)}
 
 
 def has_kernels(primitive: Primitive, lower: Callable[..., Any]) -> None:
@@ -126,30 +195,18 @@ def lower_kernel(
       batched: the axes that the operands of a step are batched along, the innermost ``vmap`` first.
       **settings: the step's.
     """
-    kernel = _kernels.get((name, platform))
-    if kernel is None or not _is_whole(ctx):
+    if not _is_whole(ctx):
         return None
-    alone = [list(aval.shape) for aval in ctx.avals_in]
-    for dims in reversed(batched):
-        for shape, dim in zip(alone, dims, strict=True):
-            if dim is not None:
-                del shape[dim]
-    structs = [jax.ShapeDtypeStruct(tuple(s), a.dtype) for s, a in zip(alone, ctx.avals_in, strict=True)]
-    if not kernel.serves(*structs, **settings):
+    serving = _serving((name, platform), ctx.avals_in, batched, settings)
+    if serving is None:
         return None
+    kernel, fun = serving
 
-    def one(*operands: Any) -> list[Any]:
-        return _as_list(kernel.rule(*operands, **settings))
-
-    @usual_promotion()
     def run(*operands: Any) -> list[Any]:
-        fun = one
-        for dims in batched:
-            fun = jax.vmap(fun, in_axes=dims)
         made = fun(*operands)
         got, want = ([(a.shape, jnp.dtype(a.dtype).name) for a in all_of] for all_of in (made, ctx.avals_out))
         if got != want:
-            raise ValueError(f"{name}: the kernel {_named(kernel)} makes {got}; expected {want}")
+            raise ValueError(f"{name}: the kernel {kernel} makes {got}; expected {want}")
         return made
 
     return mlir.lower_fun(run, multiple_results=True)(ctx, *operands)
@@ -170,10 +227,6 @@ def _is_alone(operands: Sequence[Any]) -> bool:
     return all(len(o.devices()) == 1 for o in operands if isinstance(o, jax.Array))
 
 
-def _as_list(made: Any) -> list[Any]:
-    return list(made) if isinstance(made, (tuple, list)) else [made]
-
-
 def step_primitive(name: str) -> Primitive:
     """The primitive of a step, whose equations :func:`bind_step` makes."""
     step_p = Primitive(name)
@@ -186,11 +239,9 @@ def step_primitive(name: str) -> Primitive:
         return jax.make_jaxpr(jaxpr_as_fun(portable))(*avals).out_avals
 
     def run(*operands: Any, portable: ClosedJaxpr, batched: tuple[Any, ...], **settings: Any) -> Any:
-        kernel = _kernels.get((name, jax.default_backend()))
-        if kernel is None or batched or not _is_alone(operands) or not kernel.serves(*operands, **settings):
-            return jaxpr_as_fun(portable)(*operands)
-        with usual_promotion():
-            return _as_list(kernel.rule(*operands, **settings))
+        key = name, jax.default_backend()
+        serving = _serving(key, operands, batched, settings) if _is_alone(operands) else None
+        return jaxpr_as_fun(portable)(*operands) if serving is None else serving[1](*operands)
 
     def batch(operands: Any, dims: Any, *, portable: ClosedJaxpr, batched: tuple[Any, ...], **params: Any) -> Any:
         outer = jax.make_jaxpr(jax.vmap(jaxpr_as_fun(portable), in_axes=tuple(dims)))(*operands)

@@ -88,16 +88,20 @@ def registered() -> dict[Any, AxisRule]:
 def kind_of(node: Node) -> Kind | None:
     """What an equation does to values; None where no rule applies to it."""
     rule = _RULES.get(node.primitive)
-    if rule is None:
+    if rule is None or (rule.kind is Kind.POINTWISE and not _fit(node.eqn)):
         return None
-    if rule.kind is Kind.POINTWISE:
-        if node.eqn.effects:
-            return None
-        # Bits of an element may be cut in parts, which are an axis more.
-        ranks = {len(_shape(o)) for o in node.inputs}
-        rank = len(node.outputs[0].shape)
-        return Kind.POINTWISE if max(ranks, default=0) == rank and ranks <= {0, rank} else None
     return rule.kind
+
+
+def _fit(eqn: Any) -> bool:
+    """Whether an equation of a pointwise primitive is so: bits of an element may be cut in parts, which are an axis."""
+    rank, most = len(eqn.outvars[0].aval.shape), 0
+    for operand in eqn.invars:
+        have = len(operand.aval.shape)
+        if have and have != rank:
+            return False
+        most = max(most, have)
+    return most == rank and not eqn.effects
 
 
 def links_of(node: Node) -> Sequence[Link] | None:
@@ -107,12 +111,16 @@ def links_of(node: Node) -> Sequence[Link] | None:
 
 def is_pointwise(node: Node) -> bool:
     """True for an equation that acts on each element alone and has no effect."""
-    return kind_of(node) in (Kind.POINTWISE, Kind.HANDED)
+    rule = _RULES.get(node.primitive)
+    if rule is None:
+        return False
+    return _fit(node.eqn) if rule.kind is Kind.POINTWISE else rule.kind is Kind.HANDED
 
 
 def moves_only(node: Node) -> bool:
     """True for equations that only move the elements of their operand: layouts, static slices, splits."""
-    return len(node.inputs) == 1 and kind_of(node) is Kind.MOVES
+    rule = _RULES.get(node.primitive)
+    return rule is not None and rule.kind is Kind.MOVES and len(node.inputs) == 1
 
 
 # --- the rules ---

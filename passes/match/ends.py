@@ -62,4 +62,4 @@ def outlives(value: Value, down: Product) -> bool:
     if value is down.x:
         return False
     order = down.node.order
-    return value.is_output or any(node.order > order for node in value.consumers)
+    return value.is_output or bool([node for node in value.consumers if node.order > order])

@@ -180,7 +180,7 @@ class FfnMatch(Match):
     @property
     def products(self) -> list[Product]:
         """All its products, each once."""
-        return list(dict.fromkeys([*(up.product for up in self.region.ups), self.down]))
+        return list(dict.fromkeys([*[up.product for up in self.region.ups], self.down]))
 
     @property
     def nodes(self) -> set[Node]:

@@ -67,13 +67,15 @@ def follow(product: Product, narrow: bool) -> Fate:
     while queue:
         value = queue.popleft()
         dims = fate.axes[value]
-        arrive(_outwards(value, dims, fate), value in fate.drawn)
+        if value.is_output:
+            arrive(_outwards(value, dims, fate), value in fate.drawn)
         for node in value.consumers:
             steps += 1
             if steps > limit:
                 fate.events.append(("opaque", node))
                 return fate
-            arrive(_step(node, value, dims, fate), value in fate.drawn)
+            if found := _step(node, value, dims, fate):
+                arrive(found, value in fate.drawn)
     return fate
 
 
@@ -81,25 +83,31 @@ def _step(node: Node, value: Value, dims: frozenset[int], fate: Fate) -> list[tu
     """Results that still hold the axis, and where; anything else becomes an event."""
     if node.children:
         return _into_scopes(node, value, dims, fate)
-    links = links_of(node)
     drawn = value in fate.drawn
+    if kind_of(node) is Kind.POINTWISE:
+        return _met(node, value, dims, fate)
+    links = links_of(node)
     if links is None:
         fate.events.append(("reduced" if drawn else "opaque", node))
         return []
-    own = [link for link in links if node.inputs[link.operand] is value]
-    hit = [link for link in own if not dims.isdisjoint(link.before)]
-    hows = {link.how for link in hit}
-    if any(link.how is How.CONTRACTED for link in links):
+    hit: list[Link] = []
+    hows: set[How] = set()
+    contracts = ordered = divides = False
+    taken: set[int] = set()
+    for link in links:
+        contracts |= link.how is How.CONTRACTED
+        if node.inputs[link.operand] is not value:
+            continue
+        ordered |= link.how is How.ORDERED
+        if link.how in _TAKE:
+            taken.update(link.before)
+        if not dims.isdisjoint(link.before):
+            hit.append(link)
+            hows.add(link.how)
+            divides |= len(link.after) > 1
+    if contracts:
         fate.events.append(("contracted" if How.CONTRACTED in hows else "multiplied", node))
         return []
-    if kind_of(node) is Kind.POINTWISE:
-        fate.joins.setdefault(node, set()).update(i for i, o in enumerate(node.inputs) if o is value)
-        if How.STRETCHED in hows:
-            # One entry drawn from the axis, as a cutoff, meets all others.
-            fate.events.append(("reduced" if drawn else "opaque", node))
-            return []
-    ordered = any(link.how is How.ORDERED for link in own)
-    taken = {d for link in own if link.how in _TAKE for d in link.before}
     if not dims.isdisjoint(taken):
         _in_parts(value, dims, taken, fate)
     if hows & {How.REDUCED, How.LOCATED} or ordered:
@@ -116,9 +124,24 @@ def _step(node: Node, value: Value, dims: frozenset[int], fate: Fate) -> list[tu
     for link in hit:
         if link.how is How.CUT:
             _cut(node, value, link, fate)
-    if not drawn and (_is_joined(links, hit) or _is_split(node, value, dims, hit)):
+    if not drawn and (
+        (How.PLACED in hows and _is_joined(links, hit)) or (divides and _is_split(node, value, dims, hit))
+    ):
         fate.intact = False  # what was drawn may be cut as it likes
     return list(results.items())
+
+
+def _met(node: Node, value: Value, dims: frozenset[int], fate: Fate) -> list[tuple[Value, frozenset[int]]]:
+    """What an equation that acts on each element alone makes of the axis, which stays where it is."""
+    fate.joins.setdefault(node, set()).update([i for i, o in enumerate(node.inputs) if o is value])
+    result = node.outputs[0]
+    before, after = value.aval.shape, result.aval.shape
+    for d in dims:
+        if before[d] != after[d]:
+            # One entry drawn from the axis, as a cutoff, meets all others.
+            fate.events.append(("reduced" if value in fate.drawn else "opaque", node))
+            return []
+    return [(result, dims)]
 
 
 def _is_joined(links: Iterable[Link], hit: Iterable[Link]) -> bool:
@@ -180,8 +203,6 @@ def _into_scopes(node: Node, value: Value, dims: frozenset[int], fate: Fate) -> 
 
 def _outwards(value: Value, dims: frozenset[int], fate: Fate) -> list[tuple[Value, frozenset[int]]]:
     """Where a value that its scope returns goes on: results of the loop or branch, and its next iteration."""
-    if not value.is_output:
-        return []
     node = value.scope.node
     if node is None:
         _in_parts(value, dims, {max(dims)}, fate)

@@ -161,8 +161,7 @@ class Provenance:
                 self._set(result, self.origin(operand))
             return
         origin = self.origin(node.inputs[0]) if node.inputs else None
-        rule = moved if moves_only(node) else RULES.get(node.primitive)
-        if origin is not None and rule is not None:
+        if origin is not None and (rule := moved if moves_only(node) else RULES.get(node.primitive)) is not None:
             results = rule(node, origin)
             if results is not None:
                 for result, found in zip(node.outputs, results, strict=True):
@@ -177,8 +176,12 @@ class Provenance:
     def _mark_derived(self, node: Node) -> None:
         """Marks what is made of weights alone. Data may say which part of a weight is taken, and how it is scaled."""
         made_of = [v for v in node.inputs if isinstance(v, Value)]
-        if made_of and all(self._is_data(v) for v in made_of):
-            return
+        for value in made_of:
+            if value.const is not None or value in self._fixed or value in self._origins or value in self._derived:
+                break
+        else:
+            if made_of:
+                return  # of data alone
         if picks_matrix(node):
             made_of = made_of[:1]
         elif any(_is_matrix(v) for v in made_of) and node.primitive not in _READS_BY_DATA:
@@ -190,10 +193,6 @@ class Provenance:
             how = f"{node.primitive} at {node.source}"
             for result in node.outputs:
                 self._derived[result] = how, tuple(made_of)
-
-    def _is_data(self, value: Value) -> bool:
-        fixed = value in self._fixed or value in self._origins or value in self._derived
-        return not fixed and value.const is None
 
 
 # With one row of data these give data: a product, and the look-up of one token.

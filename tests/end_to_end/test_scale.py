@@ -142,8 +142,9 @@ def own_calls(run) -> int:
     return count
 
 
-def test_python_grows_in_step_with_depth_and_is_little_for_an_equation():
+def test_python_grows_in_step_with_depth_and_is_little_for_an_equation(monkeypatch):
     """From plain function to lowered program; the first layer is the dear one, since the others share what it makes."""
+    monkeypatch.setenv("HIRE_DEBUG", "0")  # verifying takes Python, too
     counts, sizes = [], []
     for depth in (4, 8, 16):
         step, shapes = deep(depth)

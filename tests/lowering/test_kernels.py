@@ -8,6 +8,7 @@ from jax import export
 
 from hire_xform.lowering.predict.predictors import pack_predictor, predict_scores
 from hire_xform.lowering.predict.quantized import Quantized
+from hire_xform.lowering.primitives import kernels
 from hire_xform.lowering.primitives.combine_rows import combine_rows, combine_rows_p
 from hire_xform.lowering.primitives.da_top_k import da_top_k, da_top_k_p
 from hire_xform.lowering.primitives.kernels import backends, register_kernel
@@ -32,7 +33,7 @@ def operands(normal):
 
 
 @pytest.fixture
-def kernel():
+def kernel(portable_forms):
     removed = []
     yield lambda *args, **more: removed.append(register_kernel(*args, **more))
     for remove in removed:
@@ -40,8 +41,10 @@ def kernel():
     jax.clear_caches()
 
 
-def test_every_step_is_listed():
-    assert {name: set(platforms.values()) for name, platforms in backends().items()} == {n: {"portable"} for n in STEPS}
+def test_every_step_is_listed(portable_forms):
+    inner = {"hire_quantized_scores", "hire_fine_scores", "hire_products"}
+    found = {name: set(platforms.values()) for name, platforms in backends().items()}
+    assert found == {name: {"portable"} for name in inner | set(STEPS)}
 
 
 @pytest.mark.parametrize("name", STEPS)
@@ -99,11 +102,37 @@ def test_a_kernel_takes_the_place_of_the_portable_form_in_every_context(kernel, 
     value, change = jax.jvp(lambda x: select_rows_dot(x, rows, index), (x,), (x,))
     np.testing.assert_allclose(value, 2 * want, rtol=1e-5)
     np.testing.assert_allclose(change, want, rtol=1e-5)
-    both = export.export(fresh(), platforms=("cpu", "tpu"))(*operands)
-    np.testing.assert_allclose(both.call(*operands), 2 * want, rtol=1e-5)
-    # It is for CPUs: others are lowered as they were.
-    text = export.export(fresh(), platforms=("tpu",))(*operands).mlir_module()
-    assert "dense<2.0" not in text
+    both = fresh().trace(*operands).lower(lowering_platforms=("cpu", "tpu")).as_text()
+    assert both.count("dense<2.0") == 1  # it is for CPUs
+    assert "dense<2.0" not in fresh().trace(*operands).lower(lowering_platforms=("tpu",)).as_text()
+    # What is exported runs where there may be no such kernel.
+    sent = export.export(fresh(), platforms=("cpu", "tpu"))(*operands)
+    np.testing.assert_allclose(sent.call(*operands), want, rtol=1e-5)
+
+
+def test_a_users_kernel_stands_before_one_that_is_built_in(operands, monkeypatch):
+    x, rows, index = operands
+    monkeypatch.setattr(kernels, "_built_in", {})
+    kernels.register_built_in("hire_select_rows_dot", "cpu", doubled, lambda *a, **s: True, "native")
+    assert backends()["hire_select_rows_dot"]["cpu"] == "native"
+    np.testing.assert_allclose(fresh()(*operands), 2 * x @ rows[index].T, rtol=1e-5)
+
+    def tripled(x, rows, index, **settings):
+        return 3 * x @ rows[index].T
+
+    remove = register_kernel("hire_select_rows_dot", "cpu", tripled, lambda x, *rest, **settings: x.shape[0] == T)
+    assert "tripled" in backends()["hire_select_rows_dot"]["cpu"]
+    np.testing.assert_allclose(fresh()(*operands), 3 * x @ rows[index].T, rtol=1e-5)
+    np.testing.assert_allclose(fresh()(x[:1], rows, index), 2 * x[:1] @ rows[index].T, rtol=1e-5)
+    remove()
+    np.testing.assert_allclose(fresh()(*operands), 2 * x @ rows[index].T, rtol=1e-5)
+
+
+def test_a_reason_is_told_where_there_are_no_kernels(portable_forms, monkeypatch):
+    monkeypatch.setattr(kernels, "_missing", {})
+    kernels.no_built_in("cpu", "they are not built")
+    assert backends()["da_top_k"]["cpu"] == "portable: they are not built"
+    assert backends()["da_top_k"]["tpu"] == "portable"
 
 
 def test_a_kernel_may_choose(kernel, normal):
@@ -120,7 +149,7 @@ def test_a_kernel_may_choose(kernel, normal):
     np.testing.assert_array_equal(jax.jit(lambda s: da_top_k(s, 4, shards=2))(scores)[0], best)
 
 
-def test_a_kernel_that_is_taken_away_is_gone_for_what_is_lowered_next(operands):
+def test_a_kernel_that_is_taken_away_is_gone_for_what_is_lowered_next(operands, portable_forms):
     remove = register_kernel("hire_select_rows_dot", "cpu", doubled)
     assert backends()["hire_select_rows_dot"]["cpu"] == "doubled"
     remove()

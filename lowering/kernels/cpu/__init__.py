@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from hire_xform.lowering.kernels.cpu import library, steps
-from hire_xform.lowering.primitives.kernels import register_kernel
+from hire_xform.lowering.primitives.kernels import no_built_in, register_built_in
 
 __all__ = ["MOST_TOKENS", "install"]
 
@@ -27,6 +27,7 @@ def install() -> str | None:
     """Registers the kernels; why not, where there are none. Calling it again changes nothing."""
     loaded = library.load()
     if isinstance(loaded, str):
+        no_built_in("cpu", f"no native kernels, since {loaded}")
         return loaded
     for name, rule, serves in (
         ("hire_quantized_scores", _quantized_scores, _scores_served),
@@ -36,7 +37,7 @@ def install() -> str | None:
         ("hire_combine_rows", _combine_rows, _rows_served),
         ("da_top_k", _da_top_k, _largest_served),
     ):
-        register_kernel(name, "cpu", rule, serves)
+        register_built_in(name, "cpu", rule, serves, f"native, {library.instruction_sets()[0]}")
     return None
 
 

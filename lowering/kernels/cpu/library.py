@@ -34,7 +34,7 @@ def load() -> ctypes.CDLL | str:
     here = Path(__file__).parent
     path = next((p for s in importlib.machinery.EXTENSION_SUFFIXES if (p := here / f"_native{s}").exists()), None)
     if path is None:
-        return "they were not built: there was no C++ compiler when the package was installed"
+        return "they are not built, as an installation does where it finds a C++ compiler"
     try:
         library = ctypes.CDLL(str(path))
         library.hire_instruction_set.restype = ctypes.c_char_p

@@ -32,7 +32,8 @@ def _folded(step: Callable[..., Any], *operands: jax.Array) -> Any:
         own = [i for i, each in enumerate(batched[1:]) if each]
         # An index is the one thing that examples may have of their own: then each token has the one of its example.
         if not batched[0] or own not in ([], [1]) or (own and not jnp.issubdtype(others[1].dtype, jnp.integer)):
-            return jax.lax.map(lambda one: fold(*_placed(operands, batched, one)), _given(operands, batched)), True
+            made = jax.lax.map(lambda one: fold(*_placed(operands, batched, one)), _given(operands, batched))
+            return made, jax.tree.map(lambda _: True, made)
         tokens = x.shape[1]
         if own:
             index = others[1] if others[1].ndim == 3 else jnp.repeat(others[1][:, None], tokens, axis=1)
