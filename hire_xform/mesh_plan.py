@@ -16,7 +16,7 @@ from hire_xform.explain import size
 from hire_xform.lowering.engine.bytes_read import ffn_bytes, vocab_bytes
 from hire_xform.lowering.engine.selection import choose
 from hire_xform.lowering.predict.predictors import predictor_bytes
-from hire_xform.passes.plan.cost import FIXED_BYTES, ROW_COST
+from hire_xform.passes.plan.cost import FIXED_BYTES, row_cost
 from hire_xform.passes.plan.settings import Ffn, Vocab, refuse
 
 # A value and an id: what each device sends of a token for an arg max.
@@ -285,7 +285,7 @@ def _costs(
 
     def pair(parts: tuple[int, int, int], times: int) -> tuple[float, float]:
         dense, predicted, exact = parts
-        sparse = predicted + exact * ROW_COST.get(platform, 1.0) + FIXED_BYTES[platform]
+        sparse = predicted + exact * row_cost(platform) + FIXED_BYTES[platform]
         return dense * times, sparse * times
 
     return pair(_block(model, count, tokens, ffn), model.layers), pair(_head(model, count, tokens, vocab), 1)

@@ -16,12 +16,8 @@ from hire_xform.passes.plan.settings import Ffn, Vocab
 from hire_xform.passes.weights.products import Product, normal_form
 from hire_xform.passes.weights.recipe import Transpose
 
-# A row read out of order costs this many times what it costs in a streamed product. Measured by
-# `benchmarks/kernels.py` on a CPU; accelerators read rows of a kilobyte or more about as fast as anything else.
-ROW_COST = {"cpu": 1.5}
-# A CPU gathers the rows of a head into one array first. Beyond so many bytes its pages are new at every call, and each
-# costs this many times what it costs in a streamed product: measured 7 to 18 times.
-GATHERED, GATHERED_COST = 8 << 20, 8.0
+# Bytes of rows up to which an array that they are gathered into is the same at every call; see `Machine.gathered`.
+GATHERED = 8 << 20
 # What predicting and selecting costs besides reading, as the bytes a dense product would read in that time: once, and
 # on a CPU for each row and token that is chosen from, and more where each is bounded.
 FIXED_BYTES = {"cpu": 1 << 20, "gpu": 4 << 20, "tpu": 4 << 20}
@@ -88,12 +84,21 @@ def sparse_cost(
     return cost
 
 
+def row_cost(platform: str) -> float:
+    """What a byte of a row that is read out of order costs, of those of a dense product.
+
+    Accelerators read rows of a kilobyte or more about as fast as anything else.
+    """
+    return machine_here().row if platform == "cpu" else 1.0
+
+
 def _rows_cost(match: Match, settings: Vocab | Ffn, rows: int, platform: str) -> float:
     """What so many bytes of rows computed exactly cost."""
-    cost = rows * ROW_COST.get(platform, 1.0)
+    cost = rows * row_cost(platform)
     if platform != "cpu" or not kind_of(match).gathers:
         return cost
-    cost += max(0, rows - GATHERED) * (GATHERED_COST - ROW_COST["cpu"])
+    machine = machine_here()
+    cost += max(0, rows - GATHERED) * (machine.gathered - machine.row)
     # A proof multiplies the rows twice, by their values and by their magnitudes.
     return 2 * cost if settings.certify else cost
 
@@ -135,8 +140,8 @@ def why_slower(
         speed = machine.int8 if bits == 8 else machine.int4
         other = f"; {settings.spec.instead}" if settings.spec.instead else ""
         return (
-            f": on this CPU ({machine.name}) XLA's products of {bits} bits run at {speed:g} of the speed at which the "
-            f"dense product reads{other}"
+            f": on this CPU ({machine.name}) {machine.whose}products of {bits} bits run at {speed:g} of the speed at "
+            f"which the dense product reads{other}"
         )
     rows = sum(share * size for share, size, _ in taken)
     more = sum(share * _rows_cost(match, settings, size, platform) for share, size, _ in taken) - rows

@@ -1,4 +1,4 @@
-"""What the CPU at hand multiplies fast: how XLA's products of narrow numbers compare with reading, by instruction set.
+"""What the CPU at hand does fast: how products of narrow numbers compare with reading, by instruction set and kernels.
 
 A stand-in for measuring: the figures are those of two machines, and say by how much a product of 8 bits falls short of
 the speed at which a dense one in f32 reads its weights. What is planned here for a CPU elsewhere is planned for this.
@@ -13,23 +13,32 @@ import re
 import subprocess
 from dataclasses import dataclass
 
+from hire_xform.lowering.kernels.cpu import library
+
 # Names an instruction set, a key of `MACHINES`, whatever the machine has: for tests, and to plan for another CPU.
 VARIABLE = "HIRE_CPU"
 
 
 @dataclass(frozen=True)
 class Machine:
-    """A CPU, by its instruction set.
+    """A CPU, by its instruction set, with the native kernels or without.
 
     Attributes:
       name: for reports.
       int8: bytes of 8-bit entries that a product reads in the time a dense product in f32 reads one byte.
       int4: the same of 4-bit entries, two to a byte, which are taken apart first.
+      row: what a byte of a row that is read out of order costs, of those of a dense product.
+      gathered: the same where more rows are read than a few megabytes, which XLA gathers into one array first: its
+        pages are new at every call.
+      whose: whose products these are, for reports.
     """
 
     name: str
     int8: float
     int4: float
+    row: float = 1.5
+    gathered: float = 8.0
+    whose: str = "XLA's "
 
 
 # Measured with one token on matrices of 64 to 512 MB, two cores: with VNNI 12 of 37 to 28 of 42 GB/s in 8 bits, and 9
@@ -38,7 +47,10 @@ MACHINES = {
     "avx512_vnni": Machine("AVX-512 VNNI", 0.5, 0.22),
     "avx2": Machine("AVX2, no AVX-512 VNNI", 0.2, 0.1),
     "other": Machine(f"{platform.machine() or 'unknown'}, no AVX-512 VNNI", 0.2, 0.1),
+    "native_avx512_vnni": Machine("AVX-512 VNNI, native kernels", 0.7, 0.6, gathered=1.5, whose=""),
+    "native_avx2": Machine("AVX2, native kernels", 0.6, 0.6, gathered=1.5, whose=""),
 }
+_NATIVE = {"AVX-512 VNNI": "native_avx512_vnni", "AVX2": "native_avx2"}
 
 
 def machine_here() -> Machine:
@@ -49,10 +61,16 @@ def machine_here() -> Machine:
     """
     named = os.environ.get(VARIABLE)
     if not named:
-        return MACHINES[_detected(os.environ.get("XLA_FLAGS", ""))]
+        return MACHINES[_native() or _detected(os.environ.get("XLA_FLAGS", ""))]
     if named not in MACHINES:
         raise ValueError(f"{VARIABLE}={named!r}: expected one of {', '.join(MACHINES)}, or nothing to look")
     return MACHINES[named]
+
+
+def _native() -> str | None:
+    """The key of the machine whose native kernels run here; None where none do, or none that are fast."""
+    found = library.instruction_sets()
+    return _NATIVE.get(found[0]) if found else None
 
 
 @functools.lru_cache

@@ -14,12 +14,14 @@
 
 // Rows of one block that are read together, so that their sums are folded together and the token is read once.
 constexpr int kRowsTogether = 4;
+// How far ahead of itself a row is fetched, at least: what comes from memory while this much is multiplied.
+constexpr int64_t kAhead = 4096;
 // Integer sums of up to this many entries fit into 32 bits with every offset.
 constexpr int64_t kExact = 65536;
 
 template <int R, int T, int Bits>
 inline void IntegerBlock(const Scores& s, const uint8_t* rows, const int8_t* const* tokens, int32_t (*out)[R]) {
-  const int64_t bytes = s.row_bytes;
+  const int64_t bytes = s.row_bytes, ahead = R * bytes < kAhead ? kAhead : R * bytes;
   for (int t = 0; t < T; ++t)
     for (int r = 0; r < R; ++r) out[t][r] = 0;
   for (int64_t begin = 0; begin < bytes; begin += kExact) {
@@ -45,7 +47,10 @@ inline void IntegerBlock(const Scores& s, const uint8_t* rows, const int8_t* con
     };
     for (; j + kBytes <= end; j += kBytes) {
       Bytes row[R];
-      for (int r = 0; r < R; ++r) row[r] = prepared(rows + r * bytes + j);
+      for (int r = 0; r < R; ++r) {
+        __builtin_prefetch(rows + r * bytes + j + ahead);
+        row[r] = prepared(rows + r * bytes + j);
+      }
       step(row);
     }
     if (j < end) {

@@ -94,6 +94,27 @@ def test_the_largest(shape, k, shards):
     np.testing.assert_array_equal(got[0], want[0])
 
 
+@pytest.mark.parametrize(
+    "how", ["all equal", "mostly NaN", "hidden from a sample", "only a sample is large", "falling"]
+)
+def test_the_largest_where_a_sample_misleads(how):
+    n, step = 40_960, 40_960 // 2_048
+    scores = np.zeros(n, np.float32)
+    if how == "mostly NaN":
+        scores[::3] = np.nan
+        scores[::step] = np.nan
+    elif how == "hidden from a sample":
+        scores[1 : 900 * step : step] = np.arange(900)
+        scores[::step] = -1.0
+    elif how == "only a sample is large":
+        scores[::step] = np.arange(2_048)
+    elif how == "falling":
+        scores = np.linspace(1.0, -1.0, n, dtype=np.float32)
+    got, want = steps.largest(jnp.asarray(scores), 700), da_top_k(jnp.asarray(scores), 700)
+    np.testing.assert_array_equal(got[1], want[1])
+    np.testing.assert_array_equal(got[0], want[0])
+
+
 @pytest.mark.parametrize("which", ["x", "index", "x and index", "rows", "all"])
 def test_tokens_of_all_examples_are_taken_together_under_vmap(which):
     x, rows, index = normal(0, 3, 2, 8), normal(1, 3, 16, 8), jnp.asarray([[1, 2], [3, 3], [0, 15]], jnp.int32)

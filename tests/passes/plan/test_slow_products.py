@@ -52,6 +52,13 @@ def test_with_vnni_it_is_rewritten(program, monkeypatch):
 
 
 @pytest.mark.parametrize("program", [HEAD, BLOCK], ids=["head", "block"])
+def test_with_native_kernels_it_is_rewritten_whatever_the_instruction_set(program, monkeypatch):
+    monkeypatch.setenv(machine.VARIABLE, "native_avx2")
+    for certify in (False, True):
+        assert len(plan_of(program, certify=certify).sites) == 1
+
+
+@pytest.mark.parametrize("program", [HEAD, BLOCK], ids=["head", "block"])
 def test_without_it_stays_dense_and_says_why(program, slow):
     for certify in (False, True):
         plan = plan_of(program, certify=certify)
@@ -143,6 +150,12 @@ def test_the_machine_is_what_the_variable_says_or_what_is_found(monkeypatch):
     monkeypatch.delenv(machine.VARIABLE)
     has = {"flags": frozenset({"avx2", "avx512_vnni"})}
     monkeypatch.setattr(machine, "_cpu_flags", lambda: has["flags"])
+    sets = ["AVX2", "portable"]
+    monkeypatch.setattr(machine.library, "instruction_sets", lambda: tuple(sets))
+    assert machine.machine_here() is machine.MACHINES["native_avx2"]
+    sets.insert(0, "AVX-512 VNNI")
+    assert machine.machine_here() is machine.MACHINES["native_avx512_vnni"]
+    sets.clear()
     for flags, xla, want in (
         ({"avx2", "avx512_vnni"}, "", "avx512_vnni"),
         ({"avx2", "avx512_vnni"}, "--xla_cpu_max_isa=AVX2", "avx2"),
