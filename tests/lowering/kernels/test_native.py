@@ -95,7 +95,7 @@ def test_the_largest(shape, k, shards):
 
 
 @pytest.mark.parametrize(
-    "how", ["all equal", "mostly NaN", "hidden from a sample", "only a sample is large", "falling"]
+    "how", ["all equal", "mostly NaN", "not in a sample", "only in a sample", "falling"]
 )
 def test_the_largest_where_a_sample_misleads(how):
     n, step = 40_960, 40_960 // 2_048
@@ -103,10 +103,10 @@ def test_the_largest_where_a_sample_misleads(how):
     if how == "mostly NaN":
         scores[::3] = np.nan
         scores[::step] = np.nan
-    elif how == "hidden from a sample":
+    elif how == "not in a sample":
         scores[1 : 900 * step : step] = np.arange(900)
         scores[::step] = -1.0
-    elif how == "only a sample is large":
+    elif how == "only in a sample":
         scores[::step] = np.arange(2_048)
     elif how == "falling":
         scores = np.linspace(1.0, -1.0, n, dtype=np.float32)
