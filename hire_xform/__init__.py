@@ -13,6 +13,8 @@ from hire_xform.calibrating.run import calibrate
 from hire_xform.calibration.calibration import Calibration, SiteCalibration
 from hire_xform.call.sharing import pack
 from hire_xform.call.stages import Traced
+from hire_xform.comparing.comparison import Comparison
+from hire_xform.comparing.run import compare
 from hire_xform.config import Config, Ffn, Rule, Vocab, approximate, lossless
 from hire_xform.errors import HireWarning, PackedMismatchError, TracedWeightsError
 from hire_xform.lowering.kernels import cpu as _cpu_kernels
@@ -35,6 +37,7 @@ _cpu_kernels.install()
 
 __all__ = [
     "Calibration",
+    "Comparison",
     "Config",
     "Device",
     "Ffn",
@@ -65,6 +68,7 @@ __all__ = [
     "approximate",
     "backends",
     "calibrate",
+    "compare",
     "da_top_k",
     "lossless",
     "pack",

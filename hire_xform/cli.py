@@ -1,4 +1,4 @@
-"""The command line: ``hire-xform dump``, ``explain``, ``plan-mesh`` and ``demo``.
+"""The command line: ``hire-xform dump``, ``explain``, ``compare``, ``plan-mesh`` and ``demo``.
 
 Flags of absl and of JAX work beside its own.
 """
@@ -21,6 +21,8 @@ from absl.flags import argparse_flags
 from hire_xform.api import Sparsified, sparsify
 from hire_xform.call.calls import arguments_of
 from hire_xform.call.stages import Traced
+from hire_xform.comparing.comparison import Comparison
+from hire_xform.comparing.run import checked_devices, comparison_of
 from hire_xform.config import Config, Ffn, Rule, Vocab
 from hire_xform.dump.dump import FORMATS, SHOWS, dump
 from hire_xform.files import write_whole
@@ -62,7 +64,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser = _Parser(prog="hire-xform", description=_DESCRIPTION, allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     command: Any
-    for name, text in (("dump", _DUMP_HELP), ("explain", _EXPLAIN_HELP)):
+    for name, text in (("dump", _DUMP_HELP), ("explain", _EXPLAIN_HELP), ("compare", _COMPARE_HELP)):
         command = commands.add_parser(name, help=text, description=text, epilog=_TARGETS, allow_abbrev=False)
         command.add_argument("target", help="the function")
         command.add_argument(
@@ -82,6 +84,12 @@ def _parse(argv: list[str]) -> argparse.Namespace:
                 "--show", choices=SHOWS, default="diff", help="which program (diff: both, and what changed)"
             )
             command.add_argument("--format", choices=FORMATS, default="text", help="text, JSON, or one HTML page")
+        if name == "compare":
+            command.add_argument(
+                "--repeats", type=_positive, default=20, metavar="N", help="calls of each that are timed (20)"
+            )
+            command.add_argument("--sites", action="store_true", help="also measure what each site gives alone")
+            command.add_argument("--format", choices=("text", "json"), default="text", help="text or JSON")
         command.add_argument("-o", "--output", metavar="FILE", help="write there instead of to standard output")
     command = commands.add_parser("plan-mesh", help=_MESH_HELP, description=_MESH_HELP, allow_abbrev=False)
     for flag, text in _MESH_COUNTS.items():
@@ -108,6 +116,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 _DESCRIPTION = "HiRE for JAX: decode with fewer weight bytes, by a compiler pass, without edits to the model."
 _DUMP_HELP = "show the program of a function before and after, and what became of each site"
 _EXPLAIN_HELP = "say what is rewritten in a function, what stays dense, and why"
+_COMPARE_HELP = "run a function dense and sparse on its arguments: which is faster, and how far results are apart"
 _DEMO_HELP = "decode with the bundled model, dense and sparse, then time a layer stack of a billion parameters"
 _MESH_HELP = (
     "say what a decode step would read, send and take on a mesh of devices that are not here, and where it pays"
@@ -128,7 +137,7 @@ _MESH_NUMBERS = {
 _TARGETS = (
     "A TARGET is package.module:name or path/to/file.py:name; modules in the current folder can be imported. --inputs "
     "names the tuple of arguments, arrays or jax.ShapeDtypeStructs, a dictionary of them by name, or a function of no "
-    "arguments that returns either."
+    "arguments that returns either; compare needs arrays."
 )
 
 
@@ -166,6 +175,10 @@ def _run(arguments: argparse.Namespace) -> int:
             return 0
         if arguments.command == "plan-mesh":
             _write(_mesh(arguments), None)
+            return 0
+        if arguments.command == "compare":
+            compared = _compare(arguments)
+            _write(f"{compared.to_json() if arguments.format == 'json' else compared}\n", arguments.output)
             return 0
         traced = _trace(arguments)
         if arguments.command == "dump":
@@ -214,6 +227,21 @@ def _trace(arguments: argparse.Namespace) -> Traced:
         return step.trace(*args, **kwargs)
     except (Exception, SystemExit) as error:
         raise CommandError(f"tracing {arguments.target!r} raised {blame(error, fun)}") from error
+
+
+def _compare(arguments: argparse.Namespace) -> Comparison:
+    """The function, run dense and sparse on the inputs."""
+    fun = load_function(arguments.target)
+    args, kwargs = arguments_of(load_inputs(arguments.inputs))
+    step = _sparsified(fun, arguments)
+    try:
+        checked_devices(step, args, kwargs)
+    except (TypeError, ValueError) as error:
+        raise CommandError(str(error).removeprefix("compare: ")) from error
+    try:
+        return comparison_of(step, args, kwargs, arguments.repeats, arguments.sites)
+    except (Exception, SystemExit) as error:
+        raise CommandError(f"comparing {arguments.target!r} raised {blame(error, fun)}") from error
 
 
 def _sparsified(fun: Any, arguments: argparse.Namespace) -> Sparsified:

@@ -112,13 +112,18 @@ def test_the_readme_s_example_prints_what_stands_below_it(tmp_path):
 
 def test_command_lines_run(elsewhere, monkeypatch, capsys):
     (elsewhere / "pkg").mkdir()
-    (elsewhere / "pkg" / "mod.py").write_text("from goldens.small import decode_step, inputs as example_inputs\n")
+    (elsewhere / "pkg" / "mod.py").write_text(
+        "import jax, jax.numpy as jnp\nfrom goldens.small import decode_step, inputs\n"
+        "def example_inputs():\n    return jax.tree.map(lambda s: jnp.ones(s.shape, s.dtype), inputs())\n"
+    )
     text = "".join(text for _, text in blocks(ROOT / "docs" / "command_line.md", "sh")).replace("\\\n", "")
     commands = [shlex.split(line)[1:] for line in text.splitlines() if line != "hire-xform demo"]
-    assert {command[0] for command in commands} == {"explain", "dump", "plan-mesh"}
+    assert {command[0] for command in commands} == {"explain", "dump", "compare", "plan-mesh"}
     for command in commands:
         assert cli.main(command) == 0, capsys.readouterr().err
-    assert "sites rewritten" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "2 sites rewritten" in out
+    assert "decode_step on cpu: sparse is" in out
     assert (elsewhere / "out.html").read_text().startswith("<!doctype html>")
 
 

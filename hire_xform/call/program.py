@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -16,7 +16,7 @@ from hire_xform.call.in_place import changed_weights, warn_if_lost, weight_leave
 from hire_xform.passes.ir import compat
 from hire_xform.passes.ir.debugging import debugging
 from hire_xform.passes.ir.each_device import is_explicit
-from hire_xform.passes.ir.graph import Graph, walk
+from hire_xform.passes.ir.graph import Graph, Operand, walk
 from hire_xform.passes.ir.verify import verify_graph
 from hire_xform.passes.match.detect import detect
 from hire_xform.passes.match.matches import Detection
@@ -82,6 +82,17 @@ class Program:
     def rule_paths(self) -> list[str]:
         """What a rule's pattern is matched with: the path of each block's last product, and of each vocabulary's."""
         return [match.node.path for match in self._detection.matches]
+
+    @property
+    def results(self) -> Sequence[Operand]:
+        """What it returns, leaf by leaf."""
+        return self._graph.top.outputs
+
+    @property
+    def reads_in_while(self) -> bool:
+        """Whether a weight is read in a while loop, whose iterations are not known: bytes are those of one."""
+        nodes = [p.node for p in self._detection.products] + [r.node for r in self._detection.rejections]
+        return any(scope.kind == "while" for node in nodes for scope in node.scope.chain())
 
     @cached_property
     def _names(self) -> dict[Root, str]:

@@ -180,6 +180,7 @@ class Decision:
       smaller: of a certified site, fewer than ``count``, ascending: the smallest that will do is taken.
       static: units that are always computed, the first that are packed; ``count`` is of the others.
       reads: of a vocabulary, what reads its logits: what is proved, or what candidates are chosen by.
+      predicted: how many times as fast as dense the cost model takes it for.
     """
 
     match: Match
@@ -194,6 +195,7 @@ class Decision:
     smaller: tuple[int, ...] = ()
     static: int = 0
     reads: Reads = NOTHING_READ
+    predicted: float | None = None
 
     @cached_property
     def needs(self) -> tuple[Need, ...]:

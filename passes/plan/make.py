@@ -219,4 +219,5 @@ def _describe(case: Case, sized: _Sized) -> Decision:
         smaller=sizes.smaller,
         static=static,
         reads=reads,
+        predicted=sized.dense_cost / sized.sparse_cost,
     )

@@ -97,6 +97,14 @@ def named(x, *, w):
 
 def by_name():
     return dict(zip("wx", inputs()))
+
+
+def arrays():
+    return jnp.ones((8, 32)), jnp.ones((1, 8))
+
+
+def arrays_by_name():
+    return dict(zip("wx", arrays()))
 """
 
 
@@ -176,6 +184,32 @@ def test_weights_and_inputs_may_be_named(user, capsys):
     assert "1 site rewritten" in capsys.readouterr().out
 
 
+def test_compare_runs_both_and_says_how_far_results_are_apart(user, capsys):
+    assert cli.main(["compare", "user_code:fine", "--inputs", "user_code:arrays", "--force", "--repeats", "2"]) == 0
+    out, err = capsys.readouterr()
+    assert out.startswith("fine on cpu: sparse is ")
+    assert "result  float32[1, 8]: largest difference" in out
+    assert "1 site rewritten:" in out
+    assert "2 calls are few" in out
+    assert err == ""
+
+
+def test_compare_as_json_to_a_file_with_what_each_site_gives(user, capsys):
+    arguments = ["--inputs", "user_code:arrays_by_name", "--weights-argnames", "w", "--force", "--repeats", "1"]
+    assert cli.main(["compare", "user_code:named", *arguments, "--sites", "--format", "json", "-o", "out.json"]) == 0
+    assert capsys.readouterr().out == ""
+    found = json.loads((user / "out.json").read_text())
+    assert (found["name"], found["repeats"], len(found["sites"])) == ("named", 1, 1)
+    assert isinstance(found["sites"][0]["saved"], float)
+
+
+def test_compare_needs_arrays(user, capsys):
+    assert cli.main(["compare", "user_code:fine", "--inputs", "user_code:inputs"]) == 2
+    assert capsys.readouterr().err == (
+        "hire-xform compare: w is a ShapeDtypeStruct; expected an array: the function is run\n"
+    )
+
+
 ERRORS = [
     (["dump", "user_code", "--inputs", "user_code:inputs"], ["'user_code' has no colon", "package.module:name"]),
     (["dump", "user_code:", "--inputs", "user_code:inputs"], ["'user_code:' has no name", "package.module:name"]),
@@ -225,6 +259,10 @@ ERRORS = [
         ["can't write", "No such file"],
     ),
     (["dump", "user_code:fine", "--inputs", "user_code:inputs", "-o", "."], ["can't write '.'", "directory"]),
+    (["compare", "user_code:second", "--inputs", "user_code:arrays"], ["too many positional", "sparsify(second)"]),
+    (["compare", "user_code:wrong", "--inputs", "user_code:arrays"], ["RuntimeError: no such (", "user_code.py:19"]),
+    (["compare", "user_code:fine", "--inputs", "user_code:arrays", "--repeats", "0"], ["'0'", "at least 1"]),
+    (["compare", "user_code:fine", "--inputs", "user_code:arrays", "--format", "html"], ["--format", "'html'"]),
     ([], ["command", "required"]),
     (["bogus"], ["'bogus'"]),
     (["demo", "--tokens", "0"], ["'0'; expected an integer of at least 1"]),
