@@ -28,6 +28,10 @@ TOLD = 5
 FEW_CALLS, WIDE_SPREAD = 5, 0.2
 # Weights that are not so many times the last cache may stay in it.
 CACHES = 2
+# Weights that no accelerator's cache holds.
+LARGE = 256 << 20
+# Bytes read at so many times the speed of memory were not all read from it.
+TOO_FAST = 1.2
 _DENSE = Config(rules=(Rule("*", skip=True),))
 
 
@@ -205,17 +209,24 @@ def _notes(traced: Traced, runs: list[Run], sites: list[SiteComparison], repeats
         notes.append("no site is rewritten: both are the same program, and what differs in their times is chance")
     if repeats < FEW_CALLS:
         notes.append(f"{repeats} calls are few: medians of fewer than {FEW_CALLS} say little")
-    for name, run in zip(("dense", "sparse"), runs, strict=True):
+    named = list(zip(("dense", "sparse"), runs, strict=True))
+    for name, run in named:
         if run.spread > WIDE_SPREAD:
             notes.append(f"{name} times spread by {run.spread:.0%}: they are not steady here")
     weights = plan.dense_bytes + plan.refused_bytes
     cache = cache_bytes() if plan.platform == "cpu" else None
-    if cache is None:
+    if cache is None and (plan.platform == "cpu" or weights < LARGE):
         notes.append("the size of the last cache is not known: times mean something where weights are far larger")
-    elif weights < CACHES * cache:
+    elif cache is not None and weights < CACHES * cache:
         notes.append(
             f"the weights, {size(weights)}, are less than {CACHES} times the third-level cache, {size(cache)}, and may "
             "stay in it: times say little of a model that does not fit"
+        )
+    too_fast = [name for name, run in named if run.share is not None and run.share > TOO_FAST]
+    if too_fast:
+        notes.append(
+            f"{' and '.join(too_fast)}: faster than memory gives, so not all of these bytes come from it: equal "
+            "products are run once by XLA, and a cache may hold weights"
         )
     dense = [site.path for site in sites if site.ran_dense]
     if dense:

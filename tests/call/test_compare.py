@@ -187,9 +187,12 @@ def test_notes_say_where_times_mean_little(monkeypatch):
     wrong = notes(1 << 20, 4, 0.3)
     for part in ("less than 2 times the third-level cache, 1.0 MB", "4 calls are few", "sparse times spread by 30%"):
         assert part in wrong
+    monkeypatch.setattr(run, "memory_speed", lambda device: 1.0)
+    assert "dense and sparse: faster than memory gives" in notes(100, 5, 0.0)
+    monkeypatch.setattr(run, "memory_speed", lambda device: 1e15)
     assert "the size of the last cache is not known" in notes(None, 5, 0.0)
     right = notes(100, 5, 0.2)
-    assert not [part for part in ("cache", "are few", "spread") if part in right]
+    assert not [part for part in ("cache", "are few", "spread", "faster than") if part in right]
 
 
 def test_what_is_donated_static_or_passed_by_keyword():
