@@ -132,4 +132,5 @@ def _as_logits(dense: Any, sparse: Any, axis: int) -> tuple[Any, Any]:
 
 
 def _wide(x: Any) -> Any:
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    # Of four bytes at least; those of fewer do not all promote by themselves.
+    return x.astype(jnp.float32) if x.dtype.itemsize < 4 else x

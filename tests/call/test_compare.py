@@ -113,11 +113,18 @@ def test_infinite_and_masked_entries_are_told_apart_from_differences():
     )
     assert one.relative == pytest.approx(0.5 / np.sqrt(5))
     assert (none.equal, none.largest) == (1.0, None)
-    key = jax.random.key(1)
-    assert agreements([key, 2 * jnp.ones(4, bool)], [key, jnp.ones(4, bool)], {})[0].equal == 1
     (infinite,) = agreements([jnp.zeros((1, 3))], [jnp.array([[0.0, 0.0, -jnp.inf]])], {0: 1})
     assert infinite.kl == np.inf
     assert infinite.unlike == pytest.approx(1 / 3)
+
+
+def test_leaves_of_any_dtype_are_compared():
+    dense = jax.random.split(jax.random.key(1)), jnp.arange(4), jnp.array([True, False])
+    sparse = jax.random.split(jax.random.key(1)), jnp.array([0, 1, 2, 0]), jnp.array([True, True])
+    assert [(one.equal, one.largest) for one in agreements(dense, sparse, {})] == [(1, None), (0.75, None), (0.5, None)]
+    for dtype in (jnp.float8_e4m3fn, jnp.bfloat16, jnp.float16, jnp.complex64):
+        (one,) = agreements([jnp.ones(2, dtype)], [jnp.array([1, 1.5], dtype)], {})
+        assert (one.equal, one.largest, one.relative, one.unlike) == (0.5, 0.5, 0.5, 0)
 
 
 def test_probabilities_are_compared_as_they_are():
