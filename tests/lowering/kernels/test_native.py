@@ -94,9 +94,7 @@ def test_the_largest(shape, k, shards):
     np.testing.assert_array_equal(got[0], want[0])
 
 
-@pytest.mark.parametrize(
-    "how", ["all equal", "mostly NaN", "not in a sample", "only in a sample", "falling"]
-)
+@pytest.mark.parametrize("how", ["all equal", "mostly NaN", "not in a sample", "only in a sample", "falling"])
 def test_the_largest_where_a_sample_misleads(how):
     n, step = 40_960, 40_960 // 2_048
     scores = np.zeros(n, np.float32)
