@@ -110,3 +110,11 @@ def portable_forms(monkeypatch) -> None:
 
     monkeypatch.setattr(kernels, "_kernels", {})
     monkeypatch.setattr(kernels, "_built_in", {})
+
+
+@pytest.fixture
+def untaught(monkeypatch) -> None:
+    """What a test says of the axes of primitives is forgotten after it."""
+    from hire_xform.passes.ir import axis_rules
+
+    monkeypatch.setattr(axis_rules, "_RULES", axis_rules.registered())

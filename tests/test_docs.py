@@ -76,7 +76,7 @@ def elsewhere(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("path", WITH_PYTHON, ids=named)
-def test_a_page_runs(path, elsewhere):
+def test_a_page_runs(path, elsewhere, untaught):
     if path.name in OWN_PROCESS:
         flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
         (elsewhere / path.name).write_text(program(path))

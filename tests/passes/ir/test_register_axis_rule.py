@@ -10,7 +10,6 @@ from jax.extend.core import Primitive
 from jax.interpreters import mlir
 
 import hire_xform as hx
-from hire_xform.passes.ir import axis_rules
 from hire_xform.passes.ir.axis_rules import POINTWISE, Kind, Rule, register_axis_rule
 from hire_xform.passes.ir.links import Link
 
@@ -28,12 +27,6 @@ def new_primitive(name, fun, shape):
 
 bend_p = new_primitive("bend", lambda x, *, by: x - by * jnp.sin(x), lambda shape: shape)
 turn_p = new_primitive("turn", lambda x: jnp.moveaxis(x, -1, 0), lambda shape: (shape[-1], *shape[:-1]))
-
-
-@pytest.fixture
-def untaught(monkeypatch):
-    """What a test registers is forgotten after it."""
-    monkeypatch.setattr(axis_rules, "_RULES", axis_rules.registered())
 
 
 def weights():
