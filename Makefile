@@ -13,28 +13,30 @@ export JAX_PLATFORMS ?= cpu
 # What an installation is made from, besides Python files, which are read where they are.
 BUILT := pyproject.toml setup.py build_backend.py $(wildcard lowering/kernels/cpu/*.cc lowering/kernels/cpu/*.h)
 
-# One stamp a set of extras: installing again only when what is built changed.
+# One stamp a set of extras: installing again only when what is built changed. What builds it is installed first, once,
+# and not anew for each of them.
 $(VENV)/.created:
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "hire_xform needs Python 3.11 or newer; this is " + sys.version.split()[0])'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet 'setuptools>=77' 'jaxlib>=0.10.2'
 	touch $@
 
 $(VENV)/.examples: $(VENV)/.created $(BUILT)
-	$(BIN)/python -m pip install --quiet --editable '.[examples]'
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[examples]'
 	touch $@
 
 $(VENV)/.test: $(VENV)/.created $(BUILT)
-	$(BIN)/python -m pip install --quiet --editable '.[examples,test,frameworks]'
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[examples,test,frameworks]'
 	touch $@
 
 # The TPU's compiler is large; the fast tests do without.
 $(VENV)/.tpu: $(VENV)/.test
-	$(BIN)/python -m pip install --quiet --editable '.[examples,test,frameworks,tpu-aot]'
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[examples,test,frameworks,tpu-aot]'
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.created $(BUILT)
-	$(BIN)/python -m pip install --quiet --editable '.[examples,test,frameworks,dev]'
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[examples,test,frameworks,dev]'
 	touch $@
 
 demo: $(VENV)/.examples
@@ -82,7 +84,7 @@ models: $(VENV)/.test
 	mv docs/models.md.new docs/models.md
 
 $(VENV)/.plots: $(VENV)/.created $(BUILT)
-	$(BIN)/python -m pip install --quiet --editable '.[examples,plots]'
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[examples,plots]'
 	touch $@
 
 # The table and the plots of quality in the docs.
@@ -90,7 +92,7 @@ quality: $(VENV)/.plots
 	$(BIN)/python benchmarks/quality.py
 
 $(VENV)/.docs: $(VENV)/.created $(BUILT)
-	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[docs]'
 	touch $@
 
 # The documentation site; a warning is an error.

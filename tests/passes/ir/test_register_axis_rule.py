@@ -3,7 +3,6 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from checks import FORCE, assert_same, full_width, kinds, narrow
 from jax.core import ShapedArray
 from jax.extend.core import Primitive
