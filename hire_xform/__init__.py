@@ -26,6 +26,7 @@ from hire_xform.lowering.primitives.da_top_k import da_top_k
 from hire_xform.lowering.primitives.kernels import backends, register_kernel
 from hire_xform.lowering.prove.goals import Nucleus, TopSet
 from hire_xform.mesh_plan import Device, MeshPlan, MeshRow, ModelShapes, plan_mesh
+from hire_xform.passes.ir.axis_rules import register_axis_rule
 from hire_xform.passes.kinds import SiteKind, register_site_kind
 from hire_xform.passes.pack.packed import Packed
 from hire_xform.passes.plan.decisions import Plan, Refusal, Site
@@ -73,6 +74,7 @@ __all__ = [
     "lossless",
     "pack",
     "plan_mesh",
+    "register_axis_rule",
     "register_kernel",
     "register_site_kind",
     "sparsify",
