@@ -42,7 +42,9 @@ class Machine:
 
 
 # Measured with one token on matrices of 64 to 512 MB, two cores: with VNNI 12 of 37 to 28 of 42 GB/s in 8 bits, and 9
-# to 11 of 42 in 4; with AVX2 alone 5 to 6 of 29 and 12 of 42 in 8, and 7 of 42 in 4. Others are taken for as slow.
+# to 11 of 42 in 4; with AVX2 alone 5 to 6 of 29 and 12 of 42 in 8, and 7 of 42 in 4. Others are taken for as slow. The
+# native kernels read 29 to 31 of 37 GB/s in 8 bits and 30 to 32 in 4, and chosen rows at 20 to 30; somewhat less is
+# counted on.
 MACHINES = {
     "avx512_vnni": Machine("AVX-512 VNNI", 0.5, 0.22),
     "avx2": Machine("AVX2, no AVX-512 VNNI", 0.2, 0.1),
