@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -17,15 +18,23 @@ def headers() -> Path | None:
     return include if include and (include / "xla" / "ffi" / "api" / "ffi.h").exists() else None
 
 
+def api_version(include: Path) -> str | None:
+    """The version of XLA's FFI that these headers are of, such as ``0_5``: it refuses libraries of a later one."""
+    text = (include / "xla" / "ffi" / "api" / "c_api.h").read_text()
+    found = [re.search(rf"#define XLA_FFI_API_{part} (\d+)", text) for part in ("MAJOR", "MINOR")]
+    return "_".join(match[1] for match in found if match) if all(found) else None
+
+
 def extensions() -> list[Extension]:
     """The one extension: a shared library that is loaded by name, not a module of Python."""
     include = headers()
-    if os.name != "posix" or include is None or os.environ.get("HIRE_BUILD_KERNELS") == "0":
+    version = api_version(include) if include else None
+    if os.name != "posix" or version is None or os.environ.get("HIRE_BUILD_KERNELS") == "0":
         print("hire_xform: without native kernels", file=sys.stderr)
         return []
     return [
         Extension(
-            "hire_xform.lowering.kernels.cpu._native",
+            f"hire_xform.lowering.kernels.cpu._native_{version}",
             sources=sorted(str(path) for path in SOURCES.glob("*.cc")),
             depends=sorted(str(path) for path in SOURCES.glob("*.h")),
             # XLA's headers are not ours to warn of. Sums are added up in the order that is written.

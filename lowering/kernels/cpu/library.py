@@ -6,6 +6,7 @@ import ctypes
 import functools
 import importlib.machinery
 import os
+import re
 from pathlib import Path
 
 import jax
@@ -23,6 +24,38 @@ targets = (
 )
 
 
+def _built() -> dict[tuple[int, int], Path]:
+    """The libraries beside this file, by the version of XLA's FFI that they were built for."""
+    found = {}
+    for path in Path(__file__).parent.glob("_native_*"):
+        match = re.fullmatch(r"_native_(\d+)_(\d+)(\..*)", path.name)
+        if match and match[3] in importlib.machinery.EXTENSION_SUFFIXES:
+            found[int(match[1]), int(match[2])] = path
+    return found
+
+
+def _fitting(built: dict[tuple[int, int], Path]) -> Path | str:
+    """The library to load, or why there is none.
+
+    XLA refuses handlers of a later version of its FFI, and does so when it starts: JAX could not be used at all. So
+    they are compared before anything is registered, with the headers of the jaxlib at hand.
+    """
+    if not built:
+        return "they are not built, as an installation does where it finds a C++ compiler"
+    header = Path(jax.ffi.include_dir()) / "xla" / "ffi" / "api" / "c_api.h"
+    text = header.read_text() if header.exists() else ""
+    found = [re.search(rf"#define XLA_FFI_API_{part} (\d+)", text) for part in ("MAJOR", "MINOR")]
+    numbers = [int(match[1]) for match in found if match]
+    if len(numbers) < 2:
+        return f"jaxlib does not say which version its FFI is: there is none in {header}"
+    major, minor = numbers
+    fitting = [version for version in built if version[0] == major and version[1] <= minor]
+    if not fitting:
+        versions = ", ".join(f"{a}.{b}" for a, b in sorted(built))
+        return f"they are built for version {versions} of XLA's FFI, and this jaxlib has {major}.{minor}: install again"
+    return built[max(fitting)]
+
+
 @functools.cache
 def load() -> ctypes.CDLL | str:
     """The library, its targets registered; or why there is none. Set ``HIRE_KERNELS=off`` to do without.
@@ -31,10 +64,9 @@ def load() -> ctypes.CDLL | str:
     """
     if os.environ.get("HIRE_KERNELS", "").lower() in ("off", "0"):
         return "HIRE_KERNELS is off"
-    here = Path(__file__).parent
-    path = next((p for s in importlib.machinery.EXTENSION_SUFFIXES if (p := here / f"_native{s}").exists()), None)
-    if path is None:
-        return "they are not built, as an installation does where it finds a C++ compiler"
+    path = _fitting(_built())
+    if isinstance(path, str):
+        return path
     try:
         library = ctypes.CDLL(str(path))
         library.hire_instruction_set.restype = ctypes.c_char_p
