@@ -22,7 +22,7 @@ from hire_xform.lowering.engine.block import UpProduct, ffn
 from hire_xform.lowering.engine.bytes_read import ffn_bytes, vocab_bytes
 from hire_xform.lowering.engine.head import vocab_logits
 from hire_xform.lowering.predict.low_rank import LowRank
-from hire_xform.lowering.predict.predictors import PredictorSpec, pack_predictor
+from hire_xform.lowering.predict.predictors import Predictor, pack_predictor
 from hire_xform.lowering.predict.quantized import Quantized
 
 
@@ -44,13 +44,13 @@ def _normal(seed: int, shape: tuple[int, ...], scale: float) -> jax.Array:
     return jax.random.normal(jax.random.key(seed), shape, jnp.float32) * scale
 
 
-def _spec_name(spec: PredictorSpec) -> str:
+def _spec_name(spec: Predictor) -> str:
     if isinstance(spec, Quantized):
         return f"int{spec.bits}"
     return f"low rank {spec.rank:g} d" + (", int8" if spec.bits else "")
 
 
-def _packed_copies(rows: Sequence[jax.Array], spec: PredictorSpec) -> list[dict[str, jax.Array]]:
+def _packed_copies(rows: Sequence[jax.Array], spec: Predictor) -> list[dict[str, jax.Array]]:
     """A predictor for each matrix. The decomposition is made once: timing needs the shapes, not the quality."""
     first = jax.jit(pack_predictor, static_argnums=1)(rows[0], spec)
     return [first, *(jax.tree.map(lambda a: jnp.roll(a, 1, axis=0), first) for _ in rows[1:])]
@@ -89,7 +89,7 @@ def head_table(vocab: int, d: int, candidates: int, copies: int, repeats: int) -
     for spec in specs:
         packed = _packed_copies([rows[0]] * len(xs), spec)
 
-        def to_id(x: jax.Array, w: jax.Array, p: Any, spec: PredictorSpec = spec) -> jax.Array:
+        def to_id(x: jax.Array, w: jax.Array, p: Any, spec: Predictor = spec) -> jax.Array:
             logits = vocab_logits(x, w, p, spec, candidates=candidates, out_dtype=jnp.float32)
             return jnp.argmax(logits, axis=-1)
 
@@ -133,7 +133,7 @@ def ffn_table(d: int, m: int, layers: int, repeats: int) -> Table:
             active = int(share * m)
 
             def run(
-                x: jax.Array, ups: Any, downs: Any, norms: Any, packed: Any, spec: PredictorSpec = spec, k: int = active
+                x: jax.Array, ups: Any, downs: Any, norms: Any, packed: Any, spec: Predictor = spec, k: int = active
             ) -> jax.Array:
                 for up, down, norm, pack in zip(ups, downs, norms, packed, strict=True):
                     product = UpProduct(x=x, rows=up, packed=pack, spec=spec, dtype=jnp.float32)

@@ -22,8 +22,9 @@ from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import hire_xform as hx
-from hire_xform.lowering.engine.rows import combine_rows, select_rows_dot
 from hire_xform.lowering.predict.predictors import pack_predictor, predict_scores
+from hire_xform.lowering.primitives.combine_rows import combine_rows
+from hire_xform.lowering.primitives.select_rows import select_rows_dot
 
 D, M, V = 256, 1024, 8192
 ACTIVE, CANDIDATES = 0.125, 64

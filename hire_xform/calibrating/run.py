@@ -25,7 +25,6 @@ from hire_xform.lowering.predict.low_rank import LowRank
 from hire_xform.lowering.predict.predictors import Predictor
 from hire_xform.lowering.predict.projected import Projected
 from hire_xform.lowering.predict.quantized import Quantized
-from hire_xform.passes.plan.measurement import takes_inputs
 from hire_xform.passes.plan.settings import check_predictor
 
 _ANY_NUMBER = 1 << 62
@@ -157,7 +156,7 @@ def calibrate(
     stated = [s.predictor for s in _all_settings(config)]
     if fitted is not None and not isinstance(fitted, Calibration):
         raise TypeError(f"calibrate: fitted={fitted!r}; expected what hx.calibrate returns, or None")
-    asked = [p for s in stated for p in (predictors if s is None else (s,)) if takes_inputs(p)]
+    asked = [p for s in stated for p in (predictors if s is None else (s,)) if p.takes_inputs]
     fits = fitted is None and bool(asked)
     grouped = regroup and any(s.group_size > 1 for s in _all_settings(config))
     if name != "recall" and iter(batches) is batches:

@@ -11,11 +11,12 @@ import jax
 import jax.numpy as jnp
 
 from hire_xform.lowering.engine.engine import Observer, Steps, selected
-from hire_xform.lowering.engine.rows import combine_rows, select_rows_dot
 from hire_xform.lowering.engine.selection import choose, leaves_out
 from hire_xform.lowering.engine.static_units import static_units
 from hire_xform.lowering.engine.top_groups import group_energy
-from hire_xform.lowering.predict.predictors import Packed, PredictorSpec, predict_scores
+from hire_xform.lowering.predict.predictors import Packed, Predictor, predict_scores
+from hire_xform.lowering.primitives.combine_rows import combine_rows
+from hire_xform.lowering.primitives.select_rows import select_rows_dot
 
 __all__ = ["Gather", "UpProduct", "chosen_products", "combined", "ffn", "gather_chosen", "group_scores"]
 
@@ -37,7 +38,7 @@ class UpProduct:
     # The predictor of the m rows; None when no score hangs on this product.
     packed: Packed | None
     # Its spec.
-    spec: PredictorSpec
+    spec: Predictor
     # dtype of the dense product's result, which the region expects.
     dtype: jax.typing.DTypeLike
 

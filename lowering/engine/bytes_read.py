@@ -6,13 +6,13 @@ import jax
 import jax.numpy as jnp
 
 from hire_xform.lowering.engine.selection import choose
-from hire_xform.lowering.predict.predictors import PredictorSpec, predictor_bytes
+from hire_xform.lowering.predict.predictors import Predictor, predictor_bytes
 
 __all__ = ["ffn_bytes", "vocab_bytes"]
 
 
 def vocab_bytes(
-    tokens: int, vocab: int, d: int, dtype: jax.typing.DTypeLike, spec: PredictorSpec, *, candidates: int
+    tokens: int, vocab: int, d: int, dtype: jax.typing.DTypeLike, spec: Predictor, *, candidates: int
 ) -> int:
     """Weight bytes one call of ``vocab_logits`` reads: the predictor and the candidates' rows."""
     chosen = choose(tokens, vocab, candidates).rows_read(tokens)
@@ -22,7 +22,7 @@ def vocab_bytes(
 def ffn_bytes(
     tokens: int,
     m: int,
-    ups: Sequence[tuple[int, jax.typing.DTypeLike, PredictorSpec | None]],
+    ups: Sequence[tuple[int, jax.typing.DTypeLike, Predictor | None]],
     d_out: int,
     down_dtype: jax.typing.DTypeLike,
     *,

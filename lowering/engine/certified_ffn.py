@@ -18,7 +18,7 @@ from jax import lax
 from hire_xform.lowering.engine.block import Gather, UpProduct, chosen_products, combined, gather_chosen
 from hire_xform.lowering.engine.engine import Operands, Steps
 from hire_xform.lowering.engine.selection import Selection, rungs
-from hire_xform.lowering.predict.predictors import PredictorSpec
+from hire_xform.lowering.predict.predictors import Predictor
 from hire_xform.lowering.prove.bounds import norm
 from hire_xform.lowering.prove.intervals import rounded_up
 from hire_xform.lowering.prove.proofs import scores_with_bounds
@@ -58,7 +58,7 @@ class Block:
     dense_up: Callable[[int, jax.Array, jax.Array], jax.Array]
     dense_down: Callable[[jax.Array, jax.Array], jax.Array]
     own: Callable[[list[jax.Array], list[jax.Array], Any], jax.Array]
-    spec: PredictorSpec
+    spec: Predictor
     active: int
     group_size: int
     up_dtypes: tuple[jnp.dtype, ...]

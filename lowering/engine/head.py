@@ -21,9 +21,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from hire_xform.lowering.engine.engine import Observer, Operands, Steps, proved_or_dense, selected, without
-from hire_xform.lowering.engine.rows import select_rows_dot
 from hire_xform.lowering.engine.selection import Selection, choose, entries, rungs
-from hire_xform.lowering.predict.predictors import Packed, PredictorSpec, predict_scores
+from hire_xform.lowering.predict.predictors import Packed, Predictor, predict_scores
+from hire_xform.lowering.primitives.select_rows import select_rows_dot
 from hire_xform.lowering.prove.bounds import ScoresWithBounds, product_error
 from hire_xform.lowering.prove.goals import proved
 from hire_xform.lowering.prove.intervals import Interval
@@ -42,7 +42,7 @@ def vocab_logits(
     x: jax.Array,
     rows: jax.Array,
     packed: Packed,
-    spec: PredictorSpec,
+    spec: Predictor,
     *,
     candidates: int,
     vocab: int | None = None,
@@ -96,7 +96,7 @@ def vocab_candidates(
     x: jax.Array,
     rows: jax.Array,
     packed: Packed,
-    spec: PredictorSpec,
+    spec: Predictor,
     *,
     candidates: int,
     vocab: int | None = None,
@@ -137,7 +137,7 @@ def certified_logits(
     x: jax.Array,
     rows: jax.Array,
     proof: Proof,
-    spec: PredictorSpec,
+    spec: Predictor,
     dense: Callable[[jax.Array, jax.Array], jax.Array],
     *,
     own: Callable[[jax.Array, Any], jax.Array] | None = None,
@@ -222,7 +222,7 @@ def certified_logits(
 class _Head:
     """What is static of a certified projection."""
 
-    spec: PredictorSpec
+    spec: Predictor
     product: Callable[[jax.Array, jax.Array], jax.Array]
     own: Callable[[jax.Array, Any], jax.Array] | None
     sizes: tuple[int, ...]

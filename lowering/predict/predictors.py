@@ -28,7 +28,6 @@ __all__ = [
     "Given",
     "Packed",
     "Predictor",
-    "PredictorSpec",
     "pack_predictor",
     "packed_shapes",
     "predict_scores",
@@ -200,9 +199,6 @@ class Predictor:
 
 
 # What the engine's signatures call it.
-PredictorSpec = Predictor
-
-
 @functools.lru_cache(maxsize=512)
 def _shapes(
     spec: Predictor, pack: Callable[[jax.Array, Given], Packed], n: int, d: int, dtype: jnp.dtype

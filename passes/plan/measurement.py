@@ -63,11 +63,6 @@ class Chosen:
 MeasurementOf = Callable[[Match, Sequence[str]], Measurement | None]
 
 
-def takes_inputs(spec: Predictor) -> bool:
-    """True for a predictor that is fitted to its inputs where they are known."""
-    return spec.takes_inputs
-
-
 def unpredicted(match: Match, settings: Vocab | Ffn, measurement: Measurement | None, split: bool) -> str | None:
     """Why a site's predictor can't be made, or is not enough; None when it can.
 

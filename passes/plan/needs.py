@@ -19,7 +19,7 @@ from hire_xform.passes.plan.forms import (
     SiteForms,
     UnitOrder,
 )
-from hire_xform.passes.plan.measurement import Measurement, takes_inputs
+from hire_xform.passes.plan.measurement import Measurement
 from hire_xform.passes.plan.placement import in_parts
 from hire_xform.passes.plan.settings import Ffn, Vocab
 from hire_xform.passes.weights.cut_weights import is_cut
@@ -49,7 +49,7 @@ def needs_of(
       order: in which its units are packed; None for that they have.
       static: units that are always computed.
     """
-    fitted = inputs if takes_inputs(settings.spec) else None
+    fitted = inputs if settings.spec.takes_inputs else None
 
     def made(form: Form, number: int) -> Form:
         if isinstance(form, PackedPredictor):

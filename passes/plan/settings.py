@@ -57,8 +57,19 @@ CANDIDATES = 256
 PREDICTOR = Quantized(bits=8)
 
 
+class _Predicted:
+    """Settings that have a predictor."""
+
+    predictor: Predictor | None
+
+    @property
+    def spec(self) -> Predictor:
+        """The predictor: the one that is stated or was chosen, or else the default."""
+        return PREDICTOR if self.predictor is None else self.predictor
+
+
 @dataclass(frozen=True, kw_only=True)
-class Vocab:
+class Vocab(_Predicted):
     """Settings of a vocabulary projection.
 
     ``Vocab(candidates=V)`` computes every logit exactly.
@@ -97,11 +108,6 @@ class Vocab:
         if self.fill not in ("predicted", "-inf"):
             refuse("Vocab", "fill", self.fill, "'predicted' or '-inf'")
         _check_common("Vocab", self.predictor, self.certify, self.max_tokens)
-
-    @property
-    def spec(self) -> Predictor:
-        """The predictor: the one that is stated or was chosen, or else the default."""
-        return PREDICTOR if self.predictor is None else self.predictor
 
     def decided(self, calibrated: bool | None) -> Vocab:
         """These settings with ``certify`` decided.
@@ -142,7 +148,7 @@ ACTIVE, OWN_MARGIN = 0.25, 1.5
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ffn:
+class Ffn(_Predicted):
     """Settings of a feed-forward block.
 
     ``Ffn(active=1.0)`` computes every hidden unit exactly.
@@ -184,11 +190,6 @@ class Ffn:
         if self.activations not in ("zeroing", "any"):
             refuse("Ffn", "activations", self.activations, "'zeroing' or 'any'")
         _check_common("Ffn", self.predictor, self.certify, self.max_tokens)
-
-    @property
-    def spec(self) -> Predictor:
-        """The predictor: the one that is stated or was chosen, or else the default."""
-        return PREDICTOR if self.predictor is None else self.predictor
 
     def decided(self, calibrated: bool | None) -> Ffn:
         """These settings with ``certify`` decided.

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from hire_xform.lowering.engine.engine import Operands, Steps, proved_or_dense, without
-from hire_xform.lowering.engine.rows import select_rows_dot
 from hire_xform.lowering.engine.selection import entries, rungs
+from hire_xform.lowering.primitives.select_rows import select_rows_dot
 from hire_xform.lowering.xla.devices import ONE, Devices
 
 N, D = 12, 5

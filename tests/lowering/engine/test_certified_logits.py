@@ -9,10 +9,10 @@ import pytest
 from jax import lax
 
 from hire_xform.lowering.engine.head import certified_logits
-from hire_xform.lowering.engine.rows import select_rows_dot
 from hire_xform.lowering.predict.low_rank import LowRank
 from hire_xform.lowering.predict.projected import Projected
 from hire_xform.lowering.predict.quantized import Quantized
+from hire_xform.lowering.primitives.select_rows import select_rows_dot
 from hire_xform.lowering.prove.bounds import norm, product_error
 from hire_xform.lowering.prove.proofs import pack_proof, scores_with_bounds
 

@@ -6,8 +6,9 @@ import pytest
 from collectives import arrays_written
 from jax import lax
 
-from hire_xform.lowering.engine.rows import combine_rows, select_rows_dot
 from hire_xform.lowering.engine.static_units import static_units
+from hire_xform.lowering.primitives.combine_rows import combine_rows
+from hire_xform.lowering.primitives.select_rows import select_rows_dot
 
 LAYERS, N, D, CHOSEN = 8, 64, 32, 16
 

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hire_xform.lowering.engine.rows import combine_rows, select_rows_dot
+from hire_xform.lowering.primitives.combine_rows import combine_rows
+from hire_xform.lowering.primitives.select_rows import select_rows_dot
 
 TOLERANCE = {jnp.float32: 1e-4, jnp.bfloat16: 0.1}
 

@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hire_xform.lowering.engine.rows import combine_rows, select_rows_dot
 from hire_xform.lowering.kernels.cpu import library, steps
 from hire_xform.lowering.predict.few_bits import entries, fine_scores, pack_nibbles, quantize, quantized_scores
+from hire_xform.lowering.primitives.combine_rows import combine_rows
 from hire_xform.lowering.primitives.da_top_k import da_top_k
+from hire_xform.lowering.primitives.select_rows import select_rows_dot
 
 SETS = library.instruction_sets()
 if not SETS and shutil.which("c++") and os.environ.get("HIRE_REQUIRE_EXTRAS"):
