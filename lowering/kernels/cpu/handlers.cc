@@ -59,8 +59,15 @@ auto To(ffi::Result<ffi::Buffer<Type>>& buffer) {
   return Result<ffi::NativeType<Type>>{buffer->typed_data(), static_cast<int64_t>(buffer->element_count())};
 }
 
-using Floats = ffi::Result<ffi::Buffer<ffi::F32>>;
-using Integers = ffi::Result<ffi::Buffer<ffi::S32>>;
+using F32 = ffi::Buffer<ffi::F32>;
+using S32 = ffi::Buffer<ffi::S32>;
+using Floats = ffi::Result<F32>;
+using Integers = ffi::Result<S32>;
+
+// The threads that XLA lends, and so many arrays: what every step takes.
+auto One() { return ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<ffi::AnyBuffer>(); }
+auto Two() { return One().Arg<ffi::AnyBuffer>(); }
+auto Three() { return Two().Arg<ffi::AnyBuffer>(); }
 
 ffi::Error ScoresImpl(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer rows, ffi::AnyBuffer scale, Floats out,
                       int64_t bits) {
@@ -98,57 +105,21 @@ ffi::Error LargestImpl(ffi::ThreadPool pool, ffi::AnyBuffer scores, Floats value
 #pragma GCC visibility push(default)
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(hire_scores, hire::ScoresImpl,
-                              xla::ffi::Ffi::Bind()
-                                  .Ctx<xla::ffi::ThreadPool>()
-                                  .Arg<xla::ffi::AnyBuffer>()
-                                  .Arg<xla::ffi::AnyBuffer>()
-                                  .Arg<xla::ffi::AnyBuffer>()
-                                  .Ret<xla::ffi::Buffer<xla::ffi::F32>>()
-                                  .Attr<int64_t>("bits"));
+                              hire::Three().Ret<hire::F32>().Attr<int64_t>("bits"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(hire_fine_scores, hire::FineScoresImpl,
-                              xla::ffi::Ffi::Bind()
-                                  .Ctx<xla::ffi::ThreadPool>()
-                                  .Arg<xla::ffi::AnyBuffer>()
-                                  .Arg<xla::ffi::AnyBuffer>()
-                                  .Arg<xla::ffi::AnyBuffer>()
-                                  .Ret<xla::ffi::Buffer<xla::ffi::F32>>()
-                                  .Ret<xla::ffi::Buffer<xla::ffi::F32>>()
-                                  .Attr<int64_t>("bits"));
+                              hire::Three().Ret<hire::F32>().Ret<hire::F32>().Attr<int64_t>("bits"));
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(hire_products, hire::ProductsImpl,
-                              xla::ffi::Ffi::Bind()
-                                  .Ctx<xla::ffi::ThreadPool>()
-                                  .Arg<xla::ffi::AnyBuffer>()
-                                  .Arg<xla::ffi::AnyBuffer>()
-                                  .Ret<xla::ffi::Buffer<xla::ffi::F32>>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(hire_products, hire::ProductsImpl, hire::Two().Ret<hire::F32>());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(hire_select_rows_dot, hire::SelectRowsDotImpl,
-                              xla::ffi::Ffi::Bind()
-                                  .Ctx<xla::ffi::ThreadPool>()
-                                  .Arg<xla::ffi::AnyBuffer>()
-                                  .Arg<xla::ffi::AnyBuffer>()
-                                  .Arg<xla::ffi::AnyBuffer>()
-                                  .Ret<xla::ffi::Buffer<xla::ffi::F32>>()
-                                  .Attr<int64_t>("group")
-                                  .Attr<bool>("magnitudes"));
+                              hire::Three().Ret<hire::F32>().Attr<int64_t>("group").Attr<bool>("magnitudes"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(hire_combine_rows, hire::CombineRowsImpl,
-                              xla::ffi::Ffi::Bind()
-                                  .Ctx<xla::ffi::ThreadPool>()
-                                  .Arg<xla::ffi::AnyBuffer>()
-                                  .Arg<xla::ffi::AnyBuffer>()
-                                  .Arg<xla::ffi::AnyBuffer>()
-                                  .Ret<xla::ffi::Buffer<xla::ffi::F32>>()
-                                  .Attr<int64_t>("group"));
+                              hire::Three().Ret<hire::F32>().Attr<int64_t>("group"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(hire_largest, hire::LargestImpl,
-                              xla::ffi::Ffi::Bind()
-                                  .Ctx<xla::ffi::ThreadPool>()
-                                  .Arg<xla::ffi::AnyBuffer>()
-                                  .Ret<xla::ffi::Buffer<xla::ffi::F32>>()
-                                  .Ret<xla::ffi::Buffer<xla::ffi::S32>>()
-                                  .Attr<int64_t>("shards"));
+                              hire::One().Ret<hire::F32>().Ret<hire::S32>().Attr<int64_t>("shards"));
 
 extern "C" {
 

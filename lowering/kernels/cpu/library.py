@@ -11,6 +11,8 @@ from pathlib import Path
 
 import jax
 
+from hire_xform.lowering.kernels.cpu.ffi_version import ffi_version
+
 __all__ = ["instruction_sets", "load", "targets", "use"]
 
 # What the library has for XLA to call; each a function of ``handlers.cc``.
@@ -42,13 +44,10 @@ def _fitting(built: dict[tuple[int, int], Path]) -> Path | str:
     """
     if not built:
         return "they are not built, as an installation does where it finds a C++ compiler"
-    header = Path(jax.ffi.include_dir()) / "xla" / "ffi" / "api" / "c_api.h"
-    text = header.read_text() if header.exists() else ""
-    found = [re.search(rf"#define XLA_FFI_API_{part} (\d+)", text) for part in ("MAJOR", "MINOR")]
-    numbers = [int(match[1]) for match in found if match]
-    if len(numbers) < 2:
-        return f"jaxlib does not say which version its FFI is: there is none in {header}"
-    major, minor = numbers
+    here = ffi_version(Path(jax.ffi.include_dir()))
+    if here is None:
+        return f"jaxlib does not say which version its FFI is: there is none in {jax.ffi.include_dir()}"
+    major, minor = here
     fitting = [version for version in built if version[0] == major and version[1] <= minor]
     if not fitting:
         versions = ", ".join(f"{a}.{b}" for a, b in sorted(built))
