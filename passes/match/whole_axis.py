@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import jax.numpy as jnp
 from jax.extend.core import primitives as prims
 
 from hire_xform.passes.ir.axis_rules import is_pointwise, links_of, moves_only
@@ -71,6 +72,14 @@ def cuts_end(node: Node) -> bool:
     cuts = [link for link in links_of(node) or () if link.how is not How.SAME] if moves_only(node) else []
     last = len(shape_of(node.inputs[0])) - 1 if cuts else 0
     return len(node.outputs) == 1 and cuts == [Link((last,), (last,), How.CUT)]
+
+
+def takes_largest(node: Node) -> bool:
+    """True for an arg max along the last axis of floating values."""
+    if node.primitive is not prims.argmax_p:
+        return False
+    aval = node.inputs[0].aval
+    return tuple(node.params["axes"]) == (aval.ndim - 1,) and jnp.issubdtype(aval.dtype, jnp.floating)
 
 
 def selects(node: Node, value: Value) -> bool:

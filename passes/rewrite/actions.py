@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from jax import lax
 
+from hire_xform.lowering.primitives.arg_max import arg_max
 from hire_xform.passes.ir.graph import Node, Operand
+from hire_xform.passes.match.kinds import kind_of
 from hire_xform.passes.match.matches import Detection
+from hire_xform.passes.match.whole_axis import takes_largest
 from hire_xform.passes.plan.decisions import Decision, Need, PackKey, Plan
 from hire_xform.passes.plan.forms import ROWS
 from hire_xform.passes.plan.needs import leaf_needs
@@ -19,7 +22,7 @@ from hire_xform.passes.plan.row_order import other_rows
 from hire_xform.passes.rewrite.action import Action, Context
 from hire_xform.passes.rewrite.canonical import flat_activation, result_shape
 from hire_xform.passes.rewrite.cyclic_lookups import cyclic_lookups
-from hire_xform.passes.rewrite.merge_top_k import Merged, merge, merged
+from hire_xform.passes.rewrite.merge_top_k import Merged, all_readers, merge, merged
 from hire_xform.passes.rewrite.site import RewrittenSite
 from hire_xform.passes.weights.products import Product, normal_form
 from hire_xform.passes.weights.recipe import Root
@@ -106,6 +109,45 @@ class MergedTopK(Action):
         return merge(self.merged, context.read(self.merged.operand))
 
 
+@dataclass(frozen=True, eq=False, repr=False)
+class ArgMax(Action):
+    """An arg max of logits, or of what is made of them, as a step that kernels may run.
+
+    Reading few rows leaves XLA's arg max on CPU, which is no vector loop, as half of what a head takes.
+    """
+
+    equation: Node
+
+    @property
+    def node(self) -> Node:
+        """The equation."""
+        return self.equation
+
+    @property
+    def key(self) -> Hashable:
+        """Of its equation."""
+        return "arg max"
+
+    @property
+    def operands(self) -> Sequence[Operand]:
+        """What it is taken of."""
+        return tuple(self.equation.inputs)
+
+    def emit(self, context: Context) -> Sequence[Any]:
+        """The equation's result."""
+        (out,) = self.node.outputs
+        return [arg_max(context.read(self.node.inputs[0])).astype(out.aval.dtype)]
+
+
+def arg_maxes(decisions: Iterable[Decision]) -> list[ArgMax]:
+    """Every arg max along the vocabulary of what a rewritten head on one device makes."""
+    found: dict[Node, ArgMax] = {}
+    for decision in decisions:
+        if kind_of(decision.match).splits_result and decision.placement is None:
+            found.update((n, ArgMax(n)) for n in all_readers(decision.match.last.out) if takes_largest(n))
+    return list(found.values())
+
+
 # Makes of a decision what is done in its place, knowing which leaves will be there.
 ActionOf = Callable[[Decision, Callable[[Root], bool]], Action]
 
@@ -133,6 +175,7 @@ def actions_of(
         decisions += [one for one in ways if all(there(n) for n in one.needs)][:1]
     found: dict[Node, Action] = {one.node: action_of(one, has_leaf) for one in decisions}
     taken = {p for decision in decisions for p in decision.match.products}
+    found.update((one.node, one) for one in arg_maxes(decisions))
     found.update((one.node, MergedTopK(one)) for one in merged(decisions))
     absent = [one for one in detection.lookups if not has_leaf(one.origin.recipe.root)]
     found.update((one.node, one) for one in cyclic_lookups(absent, decisions))

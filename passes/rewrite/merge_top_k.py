@@ -65,7 +65,7 @@ def merged(decisions: Iterable[Decision]) -> list[Merged]:
             reading = readers(match)
             assert not isinstance(reading, str), reading
         else:
-            reading = [node for node in _all_readers(match.last.out) if _is_merged(node)]
+            reading = [node for node in all_readers(match.last.out) if _is_merged(node)]
         for node in reading:
             operand = _source(node.inputs[0])
             if decision.cyclic == "kept" or _lies_with(operand, placement):
@@ -75,7 +75,7 @@ def merged(decisions: Iterable[Decision]) -> list[Merged]:
     return list(found.values())
 
 
-def _all_readers(logits: Value) -> Iterable[Node]:
+def all_readers(logits: Value) -> Iterable[Node]:
     """What reads logits whose last axis is the vocabulary, or all but its end."""
     for _, reads in reads_of(logits):
         for node in reads:

@@ -36,6 +36,7 @@ def install() -> str | None:
         ("hire_select_rows_dot", _select_rows_dot, _rows_served),
         ("hire_combine_rows", _combine_rows, _rows_served),
         ("da_top_k", _da_top_k, _largest_served),
+        ("hire_arg_max", _arg_max, _floats_served),
     ):
         register_built_in(name, "cpu", rule, serves, f"native, {library.instruction_sets()[0]}")
     return None
@@ -62,6 +63,10 @@ def _largest_served(scores: Any, *, k: int, shards: int) -> bool:
     return jnp.dtype(scores.dtype) == jnp.float32 and 0 not in scores.shape
 
 
+def _floats_served(values: Any) -> bool:
+    return jnp.dtype(values.dtype) in _FLOATS and 0 not in values.shape
+
+
 def _quantized_scores(x: jax.Array, q: jax.Array, scale: jax.Array, *, bits: int) -> jax.Array:
     return steps.scores(x, q, scale, bits)
 
@@ -86,3 +91,7 @@ def _combine_rows(h: jax.Array, rows: jax.Array, index: jax.Array, *, group_size
 
 def _da_top_k(scores: jax.Array, *, k: int, shards: int) -> tuple[jax.Array, jax.Array]:
     return steps.largest(scores, k, shards)
+
+
+def _arg_max(values: jax.Array) -> jax.Array:
+    return steps.arg_max(values.astype(jnp.float32))

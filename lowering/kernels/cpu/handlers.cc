@@ -99,6 +99,10 @@ ffi::Error LargestImpl(ffi::ThreadPool pool, ffi::AnyBuffer scores, Floats value
   return Told(LargestOf(pool, Of(scores), picked, shards, To(values), To(indices)));
 }
 
+ffi::Error ArgMaxImpl(ffi::ThreadPool pool, ffi::AnyBuffer values, Integers out) {
+  return Told(ArgMax(pool, InUse(), Of(values), To(out)));
+}
+
 }  // namespace
 }  // namespace hire
 
@@ -120,6 +124,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(hire_combine_rows, hire::CombineRowsImpl,
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(hire_largest, hire::LargestImpl,
                               hire::One().Ret<hire::F32>().Ret<hire::S32>().Attr<int64_t>("shards"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(hire_arg_max, hire::ArgMaxImpl, hire::One().Ret<hire::S32>());
 
 extern "C" {
 

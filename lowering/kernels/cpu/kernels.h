@@ -72,6 +72,8 @@ struct Kernels {
   void (*dots)(const Dots&, int64_t first, int64_t last);
   // Adds entries first .. last - 1 up in `total`, f32 [T, d], which it sets.
   void (*sums)(const Sums&, int64_t first, int64_t last, float* total);
+  // Where the first NaN stands, or the first of the largest; n > 0.
+  int64_t (*arg_max)(const float* values, int64_t n);
 };
 
 // Bytes read at once: token rows are zero up to a multiple of it.

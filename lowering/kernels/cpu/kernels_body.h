@@ -3,6 +3,7 @@
 //
 //   F, kLanes                   a vector of f32
 //   Zero, Load, LoadBF16, LoadF16, LoadS8, Store, Fma(a, b, c) = a b + c, Abs, Broadcast, Sum
+//   Max, NaNs(a, b)             where neither is NaN, the larger; a, with those entries of b that are NaN
 //   I, kBytes                   a vector of int32 that products of kBytes pairs of bytes are added to
 //   Bytes, LoadBytes, ZeroI, SumI
 //   DotS8(sum, row, token)      row int8 or, where kOffset8 is not zero, what is in it plus that
@@ -271,4 +272,39 @@ inline void SumsAll(const Sums& s, int64_t first, int64_t last, float* total) {
     case RowType::kF16: return SumsOf<RowType::kF16>(s, first, last, total);
     case RowType::kS8: return SumsOf<RowType::kS8>(s, first, last, total);
   }
+}
+
+// Entries of a stretch: the largest is looked for in all of them, and its place only in one.
+constexpr int64_t kStretch = 1024;
+
+inline int64_t ArgMaxAll(const float* values, int64_t n) {
+  float best = values[0];
+  int64_t in = 0;
+  for (int64_t begin = 0; begin < n; begin += kStretch) {
+    const int64_t end = n - begin < kStretch ? n : begin + kStretch;
+    F most = Broadcast(best), nans = Zero();
+    int64_t j = begin;
+    for (; j + kLanes <= end; j += kLanes) {
+      const F v = Load(values + j);
+      most = Max(most, v);
+      nans = NaNs(nans, v);
+    }
+    float lanes[kLanes], found = best, odd = Sum(nans);
+    Store(lanes, most);
+    for (int k = 0; k < kLanes; ++k) found = lanes[k] > found ? lanes[k] : found;
+    for (; j < end; ++j) {
+      found = values[j] > found ? values[j] : found;
+      odd = values[j] != values[j] ? values[j] : odd;
+    }
+    if (odd != odd) {
+      for (j = begin; values[j] == values[j];) ++j;
+      return j;
+    }
+    if (found > best) {
+      best = found;
+      in = begin;
+    }
+  }
+  while (values[in] != best) ++in;
+  return in;
 }

@@ -72,6 +72,14 @@ inline F Abs(F a) {
   for (int i = 0; i < kLanes; ++i) a.v[i] = __builtin_fabsf(a.v[i]);
   return a;
 }
+inline F Max(F a, F b) {
+  for (int i = 0; i < kLanes; ++i) a.v[i] = b.v[i] > a.v[i] ? b.v[i] : a.v[i];
+  return a;
+}
+inline F NaNs(F a, F b) {
+  for (int i = 0; i < kLanes; ++i) a.v[i] = b.v[i] != b.v[i] ? b.v[i] : a.v[i];
+  return a;
+}
 inline float Sum(F a) {
   for (int k = kLanes / 2; k > 0; k /= 2)
     for (int i = 0; i < k; ++i) a.v[i] += a.v[i + k];
@@ -112,6 +120,6 @@ inline Bytes High(Bytes row) {
 
 }  // namespace portable
 
-const Kernels kPortable = {"portable", portable::ScoresAll, portable::DotsAll, portable::SumsAll};
+const Kernels kPortable = {"portable", portable::ScoresAll, portable::DotsAll, portable::SumsAll, portable::ArgMaxAll};
 
 }  // namespace hire

@@ -23,6 +23,7 @@ targets = (
     "hire_select_rows_dot",
     "hire_combine_rows",
     "hire_largest",
+    "hire_arg_max",
 )
 
 

@@ -22,6 +22,9 @@ constexpr int64_t kBlockBytes = 128 * 1024;
 // Parts that a sum over rows is made in, at most: their number hangs on shapes alone, so that results repeat.
 constexpr int64_t kMostParts = 64;
 
+// Values that a thread looks through at a time.
+constexpr int64_t kValuesABlock = 32768;
+
 enum class Element { kF32, kBF16, kF16, kS8, kU8, kS32, kOther };
 
 // An array in row-major order.
@@ -293,6 +296,34 @@ std::string LargestOf(Pool& pool, const Array& scores, int64_t picked, int64_t s
   for (int64_t i = 0; i < lead * shards; ++i)
     Largest(pool, scores.As<float>() + i * block, block, own, i % shards * block, values.data + i * own,
             indices.data + i * own);
+  return "";
+}
+
+// Where the first NaN of the last axis stands, or the first of the largest: values f32 [..., n]; out int32 [...].
+template <typename Pool>
+std::string ArgMax(Pool& pool, const Kernels& kernels, const Array& values, Result<int32_t> out) {
+  if (values.element != Element::kF32 || values.dims.empty()) return "arg_max takes values [..., n] in f32";
+  const int64_t n = values.dims.back(), parts = (n + kValuesABlock - 1) / kValuesABlock;
+  int64_t lead = 1;
+  for (size_t i = 0; i + 1 < values.dims.size(); ++i) lead *= values.dims[i];
+  if (std::string wrong = NotOfSize("arg_max", out, lead); !wrong.empty()) return wrong;
+  if (n < 1 || n > 0x7fffffff) return "arg_max takes an axis of 1 to 2^31 - 1 values, not " + Shape(values);
+  std::vector<int64_t> found(static_cast<size_t>(lead * parts));
+  ForEachBlock(pool, lead * parts, [&](int64_t i) {
+    const int64_t first = i % parts * kValuesABlock;
+    const float* own = values.As<float>() + i / parts * n + first;
+    found[static_cast<size_t>(i)] = first + kernels.arg_max(own, std::min(kValuesABlock, n - first));
+  });
+  for (int64_t i = 0; i < lead; ++i) {
+    const float* own = values.As<float>() + i * n;
+    int64_t best = found[static_cast<size_t>(i * parts)];
+    for (int64_t part = 1; part < parts; ++part) {
+      const int64_t other = found[static_cast<size_t>(i * parts + part)];
+      // A NaN is not to be outdone.
+      if (own[best] == own[best] && !(own[other] <= own[best])) best = other;
+    }
+    out.data[i] = static_cast<int32_t>(best);
+  }
   return "";
 }
 

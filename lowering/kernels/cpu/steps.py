@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-__all__ = ["combine_rows", "fine_scores", "largest", "products", "scores", "select_rows_dot"]
+__all__ = ["arg_max", "combine_rows", "fine_scores", "largest", "products", "scores", "select_rows_dot"]
 
 
 def _f32(*shape: int) -> jax.ShapeDtypeStruct:
@@ -118,3 +118,10 @@ def largest(scores: jax.Array, k: int, shards: int = 1) -> tuple[jax.Array, jax.
     call = jax.ffi.ffi_call("hire_largest", out, vmap_method="sequential")
     values, indices = call(scores, shards=np.int64(shards))
     return values, indices
+
+
+def arg_max(values: jax.Array) -> jax.Array:
+    """As ``arg_max`` of ``lowering/primitives``, for values in f32."""
+    out = jax.ShapeDtypeStruct(values.shape[:-1], jnp.int32)
+    # Examples are further leading axes.
+    return jax.ffi.ffi_call("hire_arg_max", out, vmap_method="broadcast_all")(values)

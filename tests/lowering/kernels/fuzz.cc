@@ -206,6 +206,25 @@ void FuzzLargest(Threads& pool) {
   }
 }
 
+void FuzzArgMax(Threads& pool, const Kernels& kernels) {
+  const int64_t n = Up(Up(3) == 1 ? 100000 : 3000), lead = Up(3), top = Up(4);
+  std::vector<float> values = Floats(lead * n);
+  for (float& value : values) {
+    if (top > 1) value = std::min(value, static_cast<float>(top - 2));  // ties
+    if (top == 4 && Up(n) == 1) value = std::numeric_limits<float>::quiet_NaN();
+    if (Up(9) == 1) value = -std::numeric_limits<float>::infinity();
+  }
+  std::vector<int32_t> found(static_cast<size_t>(lead));
+  Expect(hire::ArgMax(pool, kernels, F32(values, {lead, n}), {found.data(), lead}));
+  for (int64_t i = 0; i < lead; ++i) {
+    const float* own = values.data() + i * n;
+    int64_t best = 0;
+    for (int64_t j = 1; j < n; ++j)
+      if (own[best] == own[best] && !(own[j] <= own[best])) best = j;
+    Expect(found[static_cast<size_t>(i)] == best, "the arg max");
+  }
+}
+
 // What does not fit is refused before any of it is read.
 void FuzzRefusals(Threads& pool, const Kernels& kernels) {
   const auto x = Floats(6), rows = Floats(12);
@@ -221,6 +240,8 @@ void FuzzRefusals(Threads& pool, const Kernels& kernels) {
   refused(hire::SelectRowsDot(pool, kernels, given, matrix, fitting, 1, false, {out, 3}));
   refused(hire::Products(pool, kernels, given, F32(rows, {12}), {out, 6}));
   refused(hire::LargestOf(pool, given, 4, 1, {out, 8}, {nullptr, 8}));
+  refused(hire::ArgMax(pool, kernels, given, {nullptr, 3}));
+  refused(hire::ArgMax(pool, kernels, F32(x, {2, 0}), {nullptr, 2}));
   refused(hire::ScoreRows(pool, kernels, given, matrix, F32(rows, {4}), 8, 1, {out, 6}, {nullptr, 0}));
 }
 
@@ -242,6 +263,7 @@ int main(int argc, char** argv) {
     FuzzScores(pool, kernels);
     FuzzRows(pool, kernels);
     FuzzLargest(pool);
+    FuzzArgMax(pool, kernels);
     FuzzRefusals(pool, kernels);
   }
   std::printf("%" PRId64 " rounds on", count);

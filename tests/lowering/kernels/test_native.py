@@ -114,6 +114,28 @@ def test_the_largest_where_a_sample_misleads(how):
     np.testing.assert_array_equal(got[0], want[0])
 
 
+@pytest.mark.parametrize("how", ["ties", "zeros of both signs", "NaN", "all masked", "the last"])
+@pytest.mark.parametrize("shape", [(1,), (3, 17), (2, 3, 1_025), (2, 70_000)])
+def test_the_arg_max(shape, how):
+    values = np.random.default_rng(7).normal(size=shape).astype(np.float32)
+    flat = values.reshape(-1, shape[-1])
+    if how == "ties":
+        values = np.round(values)
+    elif how == "zeros of both signs":
+        values = np.where(values > 0, 0.0, np.copysign(0.0, -1.0)).astype(np.float32)
+    elif how == "NaN":
+        flat[-1, shape[-1] // 2 :: 5] = np.copysign(np.nan, -1.0)
+    elif how == "all masked":
+        values = np.full(shape, -np.inf, np.float32)
+    else:
+        flat[:, -1] = np.inf
+    got = steps.arg_max(jnp.asarray(values))
+    assert got.dtype == jnp.int32
+    np.testing.assert_array_equal(got, np.argmax(values, axis=-1))
+    if len(shape) > 1:
+        np.testing.assert_array_equal(jax.vmap(steps.arg_max)(jnp.asarray(values)), got)
+
+
 @pytest.mark.parametrize("which", ["x", "index", "x and index", "rows", "all"])
 def test_tokens_of_all_examples_are_taken_together_under_vmap(which):
     x, rows, index = normal(0, 3, 2, 8), normal(1, 3, 16, 8), jnp.asarray([[1, 2], [3, 3], [0, 15]], jnp.int32)
