@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.extend.core import primitives as prims
 
 from hire_xform.passes.ir.axis_rules import is_pointwise, links_of, moves_only
-from hire_xform.passes.ir.graph import Node, Operand, Value
+from hire_xform.passes.ir.graph import Node, Operand, Value, dtype_of
 from hire_xform.passes.ir.links import How, Link
 from hire_xform.passes.match.top_k import top_k_of
 from hire_xform.passes.weights.origins import shape_of
@@ -78,8 +78,10 @@ def takes_largest(node: Node) -> bool:
     """True for an arg max along the last axis of floating values."""
     if node.primitive is not prims.argmax_p:
         return False
-    aval = node.inputs[0].aval
-    return tuple(node.params["axes"]) == (aval.ndim - 1,) and jnp.issubdtype(aval.dtype, jnp.floating)
+    operand = node.inputs[0]
+    return tuple(node.params["axes"]) == (len(shape_of(operand)) - 1,) and jnp.issubdtype(
+        dtype_of(operand), jnp.floating
+    )
 
 
 def selects(node: Node, value: Value) -> bool:

@@ -69,7 +69,7 @@ def test_16_bits_and_another_type_of_index():
 @pytest.mark.parametrize(
     "fun",
     [
-        lambda w, x: (jnp.argmax(x @ w, axis=-1), jnp.argmax(x, axis=-1))[1:] + (jax.lax.top_k(x @ w, 4),),
+        lambda w, x: (jnp.argmax(x, axis=-1), jax.lax.top_k(x @ w, 4)),
         lambda w, x: (jnp.argmax(x @ w, axis=0), jax.lax.top_k(x @ w, 4)),
         lambda w, x: jnp.argmin(-(x @ w), axis=-1),
     ],
