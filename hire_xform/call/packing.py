@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from hire_xform.call.calls import is_array
+from hire_xform.lowering.xla.huge_pages import on_huge_pages
 from hire_xform.passes.ir import compat
 from hire_xform.passes.ir.static_values import value_key
 from hire_xform.passes.pack.make import pack_array, packing_bytes
@@ -40,7 +41,10 @@ def pack_keys(keys: Sequence[PackKey], leaf_of: Callable[[Root], Any], progress:
     def pack(key: PackKey) -> None:
         # One after the other: the temporaries of one form are gone before those of the next are there.
         rows = made.get(replace(key, form=ROWS))
-        made[key] = jax.block_until_ready(pack_array(key, leaf_of(key.recipe.root), rows))
+        leaf = leaf_of(key.recipe.root)
+        made[key] = jax.block_until_ready(pack_array(key, leaf, rows))
+        # Rows of a leaf may be read in place.
+        on_huge_pages((leaf, made[key]))
 
     keys = sorted(keys, key=lambda key: not key.is_rows)
     if not progress or not keys:
@@ -70,7 +74,9 @@ def make_packed(key: int | str, weight: Any, layout: PackLayout, progress: bool 
     """
     arrays = check_weights(key, weight, layout)
     forms = pack_keys(layout.keys, lambda root: arrays[root.index], progress)
-    return Packed([arrays[i] for i in layout.kept], [forms[k] for k in layout.keys], layout)
+    kept = [arrays[i] for i in layout.kept]
+    on_huge_pages(kept)
+    return Packed(kept, [forms[k] for k in layout.keys], layout)
 
 
 def check_weights(key: int | str, weight: Any, layout: PackLayout) -> list[Any]:
