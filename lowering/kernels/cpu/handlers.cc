@@ -96,7 +96,7 @@ ffi::Error CombineRowsImpl(ffi::ThreadPool pool, ffi::AnyBuffer h, ffi::AnyBuffe
 ffi::Error LargestImpl(ffi::ThreadPool pool, ffi::AnyBuffer scores, Floats values, Integers indices, int64_t shards) {
   const auto dims = values->dimensions();
   const int64_t picked = dims.size() ? dims[dims.size() - 1] : 0;
-  return Told(LargestOf(pool, Of(scores), picked, shards, To(values), To(indices)));
+  return Told(LargestOf(pool, InUse(), Of(scores), picked, shards, To(values), To(indices)));
 }
 
 ffi::Error ArgMaxImpl(ffi::ThreadPool pool, ffi::AnyBuffer values, Integers out) {

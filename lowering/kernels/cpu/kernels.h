@@ -74,6 +74,8 @@ struct Kernels {
   void (*sums)(const Sums&, int64_t first, int64_t last, float* total);
   // Where the first NaN stands, or the first of the largest; n > 0.
   int64_t (*arg_max)(const float* values, int64_t n);
+  // Writes where values stand that are not smaller than `least`, NaNs among them, in order; how many there are.
+  int64_t (*not_below)(const float* values, int64_t n, float least, int32_t* out);
 };
 
 // Bytes read at once: token rows are zero up to a multiple of it.

@@ -35,6 +35,7 @@ inline F Add(F a, F b) { return _mm256_add_ps(a, b); }
 inline F Abs(F a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a); }
 inline F Max(F a, F b) { return _mm256_max_ps(a, b); }
 inline F NaNs(F a, F b) { return _mm256_blendv_ps(a, b, _mm256_cmp_ps(b, b, _CMP_UNORD_Q)); }
+inline bool NotBelow(F a, F b) { return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_NLT_UQ)) != 0; }
 inline float Sum(F a) {
   __m128 half = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
   half = _mm_add_ps(half, _mm_movehl_ps(half, half));
@@ -72,7 +73,7 @@ inline Bytes High(Bytes row) { return Low(_mm256_srli_epi16(row, 4)); }
 
 }  // namespace avx2
 
-const Kernels kAvx2 = {"AVX2", avx2::ScoresAll, avx2::DotsAll, avx2::SumsAll, avx2::ArgMaxAll};
+const Kernels kAvx2 = {"AVX2", avx2::ScoresAll, avx2::DotsAll, avx2::SumsAll, avx2::ArgMaxAll, avx2::NotBelowAll};
 
 }  // namespace hire
 

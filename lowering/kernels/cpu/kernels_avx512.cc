@@ -41,6 +41,7 @@ inline F Add(F a, F b) { return _mm512_add_ps(a, b); }
 inline F Abs(F a) { return _mm512_andnot_ps(_mm512_set1_ps(-0.0f), a); }
 inline F Max(F a, F b) { return _mm512_max_ps(a, b); }
 inline F NaNs(F a, F b) { return _mm512_mask_mov_ps(a, _mm512_cmp_ps_mask(b, b, _CMP_UNORD_Q), b); }
+inline bool NotBelow(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_NLT_UQ) != 0; }
 inline float Sum(F a) { return _mm512_reduce_add_ps(a); }
 
 constexpr int64_t kBytes = 64;
@@ -63,7 +64,7 @@ inline Bytes High(Bytes row) { return Low(_mm512_srli_epi16(row, 4)); }
 
 }  // namespace avx512
 
-const Kernels kAvx512 = {"AVX-512 VNNI", avx512::ScoresAll, avx512::DotsAll, avx512::SumsAll, avx512::ArgMaxAll};
+const Kernels kAvx512 = {"AVX-512 VNNI", avx512::ScoresAll, avx512::DotsAll, avx512::SumsAll, avx512::ArgMaxAll, avx512::NotBelowAll};
 
 }  // namespace hire
 

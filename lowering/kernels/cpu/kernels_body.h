@@ -4,6 +4,7 @@
 //   F, kLanes                   a vector of f32
 //   Zero, Load, LoadBF16, LoadF16, LoadS8, Store, Fma(a, b, c) = a b + c, Abs, Broadcast, Sum
 //   Max, NaNs(a, b)             where neither is NaN, the larger; a, with those entries of b that are NaN
+//   NotBelow(a, b)              whether an entry of a is not smaller than that of b, as a NaN is not
 //   I, kBytes                   a vector of int32 that products of kBytes pairs of bytes are added to
 //   Bytes, LoadBytes, ZeroI, SumI
 //   DotS8(sum, row, token)      row int8 or, where kOffset8 is not zero, what is in it plus that
@@ -307,4 +308,27 @@ inline int64_t ArgMaxAll(const float* values, int64_t n) {
   }
   while (values[in] != best) ++in;
   return in;
+}
+
+inline int64_t NotBelowAll(const float* values, int64_t n, float least, int32_t* out) {
+  constexpr int kTogether = 2;
+  const F floor = Broadcast(least);
+  int64_t count = 0, j = 0;
+  auto take = [&](int64_t end) {
+    for (; j < end; ++j) {
+      out[count] = static_cast<int32_t>(j);
+      count += !(values[j] < least);
+    }
+  };
+  // Where few are taken, most are passed over together.
+  while (j + kTogether * kLanes <= n) {
+    bool any = false;
+    for (int k = 0; k < kTogether; ++k) any |= NotBelow(Load(values + j + k * kLanes), floor);
+    if (any)
+      take(j + kTogether * kLanes);
+    else
+      j += kTogether * kLanes;
+  }
+  take(n);
+  return count;
 }

@@ -80,6 +80,11 @@ inline F NaNs(F a, F b) {
   for (int i = 0; i < kLanes; ++i) a.v[i] = b.v[i] != b.v[i] ? b.v[i] : a.v[i];
   return a;
 }
+inline bool NotBelow(F a, F b) {
+  bool any = false;
+  for (int i = 0; i < kLanes; ++i) any |= !(a.v[i] < b.v[i]);
+  return any;
+}
 inline float Sum(F a) {
   for (int k = kLanes / 2; k > 0; k /= 2)
     for (int i = 0; i < k; ++i) a.v[i] += a.v[i + k];
@@ -120,6 +125,6 @@ inline Bytes High(Bytes row) {
 
 }  // namespace portable
 
-const Kernels kPortable = {"portable", portable::ScoresAll, portable::DotsAll, portable::SumsAll, portable::ArgMaxAll};
+const Kernels kPortable = {"portable", portable::ScoresAll, portable::DotsAll, portable::SumsAll, portable::ArgMaxAll, portable::NotBelowAll};
 
 }  // namespace hire

@@ -7,8 +7,10 @@
 #include <cstring>
 #include <functional>
 #include <limits>
+#include <memory>
 #include <vector>
 
+#include "kernels.h"
 #include "parallel.h"
 
 namespace hire {
@@ -34,71 +36,112 @@ inline uint64_t Entry(float score, int64_t i) {
   return (uint64_t{KeyOf(score)} << 32) | (0xffffffffu - static_cast<uint32_t>(i));
 }
 
+inline uint32_t KeyIn(uint64_t entry) { return static_cast<uint32_t>(entry >> 32); }
+
 constexpr int64_t kScoresABlock = 16384;
 
-// Entries among which the k largest are: those no smaller than a score that a sample says about twice as many reach.
-// None where it was wrong, or NaN.
+// Entries of all scores that are not smaller than `least`, in the order of their index; a NaN is not smaller.
 template <typename Pool>
-std::vector<uint64_t> AboveSample(Pool& pool, const float* scores, int64_t n, int64_t k) {
+std::vector<uint64_t> NotBelow(Pool& pool, const Kernels& kernels, const float* scores, int64_t n, float least) {
+  const int64_t blocks = (n + kScoresABlock - 1) / kScoresABlock;
+  // Not filled with zeros, which would take as long as the rest.
+  std::unique_ptr<uint64_t[]> found(new uint64_t[static_cast<size_t>(n)]);
+  std::vector<int64_t> counts(static_cast<size_t>(blocks));
+  ForEachBlock(pool, blocks, [&](int64_t block) {
+    const int64_t begin = block * kScoresABlock, size = std::min(n - begin, kScoresABlock);
+    int32_t own[kScoresABlock];
+    const int64_t count = kernels.not_below(scores + begin, size, least, own);
+    for (int64_t i = 0; i < count; ++i) found[begin + i] = Entry(scores[begin + own[i]], begin + own[i]);
+    counts[static_cast<size_t>(block)] = count;
+  });
+  std::vector<uint64_t> all;
+  for (int64_t block = 0; block < blocks; ++block) {
+    const uint64_t* own = found.get() + block * kScoresABlock;
+    all.insert(all.end(), own, own + counts[static_cast<size_t>(block)]);
+  }
+  return all;
+}
+
+// A score that about twice as many reach as are wanted, going by a sample. NaN where one is among the largest.
+inline float LeastBySample(const float* scores, int64_t n, int64_t k) {
   constexpr int64_t kSample = 2048;
   std::vector<uint32_t> sample(kSample);
   for (int64_t i = 0; i < kSample; ++i) sample[static_cast<size_t>(i)] = KeyOf(scores[i * (n / kSample)]);
   const auto rank = sample.begin() + (2 * k * kSample / n + 8);
   std::nth_element(sample.begin(), rank, sample.end(), std::greater<uint32_t>());
-  const float least = ValueOf(*rank);
-  if (least != least) return {};
-  const int64_t blocks = (n + kScoresABlock - 1) / kScoresABlock;
-  std::vector<std::vector<uint64_t>> found(static_cast<size_t>(blocks));
-  ForEachBlock(pool, blocks, [&](int64_t block) {
-    std::vector<uint64_t>& own = found[static_cast<size_t>(block)];
-    const int64_t end = std::min(n, (block + 1) * kScoresABlock);
-    for (int64_t i = block * kScoresABlock; i < end; ++i)
-      if (!(scores[i] < least)) own.push_back(Entry(scores[i], i));  // a NaN is not smaller
-  });
-  std::vector<uint64_t> all;
-  for (const auto& own : found) all.insert(all.end(), own.begin(), own.end());
-  if (static_cast<int64_t>(all.size()) < k) all.clear();
-  return all;
+  return ValueOf(*rank);
 }
 
-// The same for certain: counts how many scores have each value of their leading bits, which says in which of these bins
-// the k-th stands, and takes that one and all above.
+// The least score of the bin in which the k-th largest stands: scores are counted by the leading bits of their keys.
 template <typename Pool>
-std::vector<uint64_t> AboveBins(Pool& pool, const float* scores, int64_t n, int64_t k) {
-  constexpr int kShift = 20;
+float LeastByBins(Pool& pool, const float* scores, int64_t n, int64_t k) {
+  constexpr int kShift = 20, kTables = 4;
   constexpr int64_t kBins = int64_t{1} << (32 - kShift);
   const int64_t blocks = (n + kScoresABlock - 1) / kScoresABlock;
-  std::vector<uint32_t> counts(static_cast<size_t>(blocks * kBins), 0);
+  // Several tables, since equal scores would wait for each other's count.
+  std::vector<uint32_t> counts(static_cast<size_t>(blocks * kTables * kBins), 0);
   ForEachBlock(pool, blocks, [&](int64_t block) {
-    uint32_t* own = counts.data() + block * kBins;
+    uint32_t* own = counts.data() + block * kTables * kBins;
     const int64_t end = std::min(n, (block + 1) * kScoresABlock);
-    for (int64_t i = block * kScoresABlock; i < end; ++i) ++own[KeyOf(scores[i]) >> kShift];
+    for (int64_t i = block * kScoresABlock; i < end; ++i) ++own[i % kTables * kBins + (KeyOf(scores[i]) >> kShift)];
   });
   int64_t bin = kBins, taken = 0;
   do {
     --bin;
-    for (int64_t block = 0; block < blocks; ++block) taken += counts[static_cast<size_t>(block * kBins + bin)];
+    for (int64_t table = 0; table < blocks * kTables; ++table)
+      taken += counts[static_cast<size_t>(table * kBins + bin)];
   } while (taken < k);
-  std::vector<uint64_t> all;
-  all.reserve(static_cast<size_t>(taken));
-  for (int64_t i = 0; i < n; ++i)
-    if (KeyOf(scores[i]) >> kShift >= bin) all.push_back(Entry(scores[i], i));
-  return all;
+  // The key of the bin's least score. That of the topmost bin may be a NaN's, which every score is taken with.
+  return ValueOf(static_cast<uint32_t>(bin) << kShift);
+}
+
+// Sorts by key from the largest down, and leaves equal keys in the order they are in: a digit of 8 bits at a time.
+inline void SortByKey(std::vector<uint64_t>& entries) {
+  if (entries.size() < 128) {
+    std::stable_sort(entries.begin(), entries.end(), [](uint64_t a, uint64_t b) { return KeyIn(a) > KeyIn(b); });
+    return;
+  }
+  std::vector<uint64_t> other(entries.size());
+  uint32_t counts[4][256] = {};
+  for (uint64_t entry : entries)
+    for (int digit = 0; digit < 4; ++digit) ++counts[digit][~(KeyIn(entry) >> (8 * digit)) & 0xff];
+  for (int digit = 0; digit < 4; ++digit) {
+    auto place = [&](uint64_t entry) { return ~(KeyIn(entry) >> (8 * digit)) & 0xff; };
+    if (counts[digit][place(entries[0])] == entries.size()) continue;
+    uint32_t begin = 0;
+    for (uint32_t& count : counts[digit]) {
+      const uint32_t own = count;
+      count = begin;
+      begin += own;
+    }
+    for (uint64_t entry : entries) other[counts[digit][place(entry)]++] = entry;
+    entries.swap(other);
+  }
 }
 
 // Writes the k largest of scores[0 .. n - 1] and where they stand, from the largest down; ties go to the lower index.
 // 1 <= k <= n < 2^31.
 template <typename Pool>
-void Largest(Pool& pool, const float* scores, int64_t n, int64_t k, int64_t first, float* values, int32_t* indices) {
+void Largest(Pool& pool, const Kernels& kernels, const float* scores, int64_t n, int64_t k, int64_t first,
+             float* values, int32_t* indices) {
   std::vector<uint64_t> chosen;
-  if (n >= kScoresABlock && k <= n / 16) chosen = AboveSample(pool, scores, n, k);
-  if (chosen.empty()) chosen = AboveBins(pool, scores, n, k);
-  const auto end = chosen.begin() + k;
-  if (end != chosen.end()) std::nth_element(chosen.begin(), end, chosen.end(), std::greater<uint64_t>());
-  std::sort(chosen.begin(), end, std::greater<uint64_t>());
+  if (n >= kScoresABlock && k <= n / 16) {
+    const float least = LeastBySample(scores, n, k);
+    if (least == least) chosen = NotBelow(pool, kernels, scores, n, least);
+  }
+  if (static_cast<int64_t>(chosen.size()) < k)
+    chosen = NotBelow(pool, kernels, scores, n, LeastByBins(pool, scores, n, k));
+  if (static_cast<int64_t>(chosen.size()) > k) {
+    std::vector<uint64_t> ranked(chosen);
+    std::nth_element(ranked.begin(), ranked.begin() + (k - 1), ranked.end(), std::greater<uint64_t>());
+    const uint64_t last = ranked[static_cast<size_t>(k - 1)];
+    chosen.erase(std::remove_if(chosen.begin(), chosen.end(), [=](uint64_t entry) { return entry < last; }),
+                 chosen.end());
+  }
+  SortByKey(chosen);
   for (int64_t i = 0; i < k; ++i) {
     const uint64_t entry = chosen[static_cast<size_t>(i)];
-    values[i] = ValueOf(static_cast<uint32_t>(entry >> 32));
+    values[i] = ValueOf(KeyIn(entry));
     indices[i] = static_cast<int32_t>(0xffffffffu - static_cast<uint32_t>(entry) + first);
   }
 }

@@ -282,7 +282,7 @@ std::string CombineRows(Pool& pool, const Kernels& kernels, const Array& h, cons
 
 // The largest of each shard: scores f32 [..., n], of which `picked` of the last axis are written.
 template <typename Pool>
-std::string LargestOf(Pool& pool, const Array& scores, int64_t picked, int64_t shards, Result<float> values,
+std::string LargestOf(Pool& pool, const Kernels& kernels, const Array& scores, int64_t picked, int64_t shards, Result<float> values,
                       Result<int32_t> indices) {
   if (scores.element != Element::kF32 || scores.dims.empty()) return "da_top_k takes scores [..., n] in f32";
   const int64_t n = scores.dims.back();
@@ -294,7 +294,7 @@ std::string LargestOf(Pool& pool, const Array& scores, int64_t picked, int64_t s
   if (std::string wrong = NotOfSize("da_top_k", indices, lead * picked); !wrong.empty()) return wrong;
   const int64_t block = n / shards, own = picked / shards;
   for (int64_t i = 0; i < lead * shards; ++i)
-    Largest(pool, scores.As<float>() + i * block, block, own, i % shards * block, values.data + i * own,
+    Largest(pool, kernels, scores.As<float>() + i * block, block, own, i % shards * block, values.data + i * own,
             indices.data + i * own);
   return "";
 }

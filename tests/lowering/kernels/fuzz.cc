@@ -179,7 +179,7 @@ void FuzzRows(Threads& pool, const Kernels& kernels) {
   }
 }
 
-void FuzzLargest(Threads& pool) {
+void FuzzLargest(Threads& pool, const Kernels& kernels) {
   const int64_t shards = Up(4), block = Up(Up(4) == 1 ? 40000 : 300), lead = Up(3), own = Up(block), n = shards * block;
   std::vector<float> scores = Floats(lead * n);
   for (float& score : scores) {
@@ -190,7 +190,7 @@ void FuzzLargest(Threads& pool) {
   std::vector<float> values(static_cast<size_t>(lead * shards * own));
   std::vector<int32_t> indices(values.size());
   const auto size = static_cast<int64_t>(values.size());
-  Expect(hire::LargestOf(pool, F32(scores, {lead, n}), shards * own, shards, {values.data(), size},
+  Expect(hire::LargestOf(pool, kernels, F32(scores, {lead, n}), shards * own, shards, {values.data(), size},
                          {indices.data(), size}));
   for (int64_t part = 0; part < lead * shards; ++part) {
     const int64_t first = part % shards * block;
@@ -239,7 +239,7 @@ void FuzzRefusals(Threads& pool, const Kernels& kernels) {
   refused(hire::SelectRowsDot(pool, kernels, given, matrix, fitting, 3, false, {out, 6}));
   refused(hire::SelectRowsDot(pool, kernels, given, matrix, fitting, 1, false, {out, 3}));
   refused(hire::Products(pool, kernels, given, F32(rows, {12}), {out, 6}));
-  refused(hire::LargestOf(pool, given, 4, 1, {out, 8}, {nullptr, 8}));
+  refused(hire::LargestOf(pool, kernels, given, 4, 1, {out, 8}, {nullptr, 8}));
   refused(hire::ArgMax(pool, kernels, given, {nullptr, 3}));
   refused(hire::ArgMax(pool, kernels, F32(x, {2, 0}), {nullptr, 2}));
   refused(hire::ScoreRows(pool, kernels, given, matrix, F32(rows, {4}), 8, 1, {out, 6}, {nullptr, 0}));
@@ -262,7 +262,7 @@ int main(int argc, char** argv) {
     const Kernels& kernels = *all[static_cast<size_t>(i) % all.size()];
     FuzzScores(pool, kernels);
     FuzzRows(pool, kernels);
-    FuzzLargest(pool);
+    FuzzLargest(pool, kernels);
     FuzzArgMax(pool, kernels);
     FuzzRefusals(pool, kernels);
   }
