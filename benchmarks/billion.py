@@ -60,14 +60,20 @@ def norm(x: jax.Array) -> jax.Array:
     return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-6)
 
 
+def projected(layer: dict[str, Any], name: str, x: jax.Array) -> jax.Array:
+    """A product of attention."""
+    return x @ layer[f"w_{name}"]
+
+
 def attention(layer: dict[str, Any], x: jax.Array, kv: Any, position: jax.Array) -> tuple[jax.Array, Any]:
     """One token's attention over the cache."""
-    q, k, v = ((x @ layer[f"w_{n}"]).reshape(HEADS, -1) for n in "qkv")
+    q, k, v = (projected(layer, n, x).reshape(HEADS, -1) for n in "qkv")
     keys = jax.lax.dynamic_update_slice(kv[0], k[None], (position, 0, 0))
     values = jax.lax.dynamic_update_slice(kv[1], v[None], (position, 0, 0))
     scores = jnp.einsum("hk,thk->ht", q, keys) / (WIDTH // HEADS) ** 0.5
     weights = jax.nn.softmax(jnp.where(jnp.arange(CONTEXT) <= position, scores, -1e30))
-    return jnp.einsum("ht,thk->hk", weights, values).reshape(1, WIDTH) @ layer["w_o"], (keys, values)
+    mixed = jnp.einsum("ht,thk->hk", weights, values).reshape(1, WIDTH)
+    return projected(layer, "o", mixed), (keys, values)
 
 
 def ffn(layer: dict[str, Any], x: jax.Array) -> jax.Array:
@@ -110,8 +116,8 @@ def by_rows(function: Callable) -> Callable:
     return turned
 
 
-# The peer: every product of FFN and head in 8 bits, activations too. The fastest form XLA has for it on a CPU (two
-# rows, the weight on the left); weight-only forms are slower than f32 there.
+# The peer: every product of FFN and head in 8 bits, and of attention where it says so; activations too. The fastest
+# form XLA has for it on a CPU (two rows, the weight on the left); weight-only forms are slower than f32 there.
 def quantized(w: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Rows of a matrix in 8 bits, and their scales."""
     scale = jnp.max(jnp.abs(w), axis=1) / 127.0
@@ -134,17 +140,22 @@ def int8_ffn(layer: dict[str, Any], x: jax.Array) -> jax.Array:
 
 
 def int8_params(params: dict[str, Any]) -> dict[str, Any]:
-    """The peer's weights; attention stays f32 as in ours."""
+    """The peer's weights. Attention's are there in f32 as well, for the step that leaves them so."""
     pack = jax.jit(quantized)
-    layers = [{**layer, "up": pack(layer["up"].T), "down": pack(layer["down"].T)} for layer in params["layers"]]
+    layers = [
+        layer | {f"int8_{n}": pack(layer[f"w_{n}"].T) for n in "qkvo"} | {n: pack(layer[n].T) for n in ("up", "down")}
+        for layer in params["layers"]
+    ]
     return {"embedding": params["embedding"], "head": pack(params["embedding"]), "layers": layers}
 
 
-def int8_form(function: Callable) -> Callable:
+def int8_form(function: Callable, with_attention: bool = False) -> Callable:
     """A function of this file with the peer's products in it."""
 
     def run(params: dict[str, Any], *rest: Any) -> Any:
         names = {"ffn": int8_ffn, "head": lambda p, x: jnp.argmax(int8_product(x, p["head"]), axis=-1)}
+        if with_attention:
+            names["projected"] = lambda layer, name, x: int8_product(x, layer[f"int8_{name}"])
         before = {name: globals()[name] for name in names}
         globals().update(names)
         try:
@@ -186,15 +197,16 @@ def chained(function: Callable, params: Any, start: Any) -> Callable[[], Any]:
     return call
 
 
-def variants(quick: bool) -> list[tuple[str, hx.Config]]:
-    """Ours, as a user would set it."""
+def variants(quick: bool, step: bool) -> list[tuple[str, hx.Config]]:
+    """Ours, as a user would set it; attention is in a whole step alone."""
     everywhere = (hx.Rule("*", force=True),)
 
-    def config(active: float, predictor: Any = None, head: Any = None) -> hx.Config:
+    def config(active: float, predictor: Any = None, dense: hx.Dense | None = None) -> hx.Config:
         predictor = predictor or hx.Quantized(8)
         return hx.Config(
-            vocab=hx.Vocab(predictor=head or predictor, certify=False),
+            vocab=hx.Vocab(predictor=predictor, certify=False),
             ffn=hx.Ffn(active=active, predictor=predictor),
+            dense=dense,
             rules=everywhere,
         )
 
@@ -204,7 +216,15 @@ def variants(quick: bool) -> list[tuple[str, hx.Config]]:
         ("ours, low rank d/4 in 8 bits, 6.25 % of units", config(0.0625, hx.LowRank(0.25, bits=8))),
         ("ours, low rank d/8 in 8 bits, 6.25 % of units", config(0.0625, hx.LowRank(0.125, bits=8))),
     ]
-    return [found[0], found[2]] if quick else found
+    if quick:
+        return [found[0], found[2]]
+    if step:
+        low_rank = hx.LowRank(0.125, bits=8)
+        found += [
+            ("ours, int8, 25 % of units; attention in int8 (hx.Dense)", config(0.25, None, hx.Dense())),
+            ("ours, low rank d/8, 6.25 %; attention in int8 (hx.Dense)", config(0.0625, low_rank, hx.Dense())),
+        ]
+    return found
 
 
 def table_for(console: Console, title: str, rows: list[Row], base: Row) -> None:
@@ -271,14 +291,18 @@ def run(console: Console, quick: bool = True, layers: int = 16, repeats: int = 1
         ]
         best = min(dense, key=lambda r: r.seconds)
         rows += [Row("dense f32, best layout", best.nbytes, best.seconds)]
-        peer = measure("peer", jax.jit(int8_form(function)), peer_params, dense_bytes // 4 + rest)
-        rows.append(Row("peer: int8 x int8 everywhere, nothing exact", peer.nbytes, peer.seconds))
-        for name, config in variants(quick):
+        left = "; attention stays f32" if step else ""
+        name = f"peer: int8 x int8, nothing exact{left}"
+        rows.append(measure(name, jax.jit(int8_form(function)), peer_params, dense_bytes // 4 + rest))
+        if step and not quick:
+            whole = jax.jit(int8_form(function, with_attention=True))
+            rows.append(measure("peer: int8 x int8 everywhere", whole, peer_params, (dense_bytes + rest) // 4))
+        for name, config in variants(quick, step):
             ours = hx.sparsify(function, config=config)
             arguments = (make_cache(layers), token) if step else start
             traced = ours.trace(params, *arguments)
             packed = traced.pack(params)
-            rows.append(measure(name, ours, packed, traced.plan.sparse_bytes + rest))
+            rows.append(measure(name, ours, packed, traced.plan.sparse_bytes + traced.plan.refused_bytes))
         table_for(console, f"{title}, one token, f32", rows, rows[0])
         results[title] = rows
     console.print(

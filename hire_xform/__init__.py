@@ -15,7 +15,7 @@ from hire_xform.call.sharing import pack
 from hire_xform.call.stages import Traced
 from hire_xform.comparing.comparison import Comparison
 from hire_xform.comparing.run import compare
-from hire_xform.config import Config, Ffn, Rule, Vocab, approximate, lossless
+from hire_xform.config import Config, Dense, Ffn, Rule, Vocab, approximate, lossless
 from hire_xform.errors import HireWarning, PackedMismatchError, TracedWeightsError
 from hire_xform.lowering.kernels import cpu as _cpu_kernels
 from hire_xform.lowering.predict.low_rank import LowRank
@@ -40,6 +40,7 @@ __all__ = [
     "Calibration",
     "Comparison",
     "Config",
+    "Dense",
     "Device",
     "Ffn",
     "HireWarning",

@@ -355,11 +355,12 @@ class Sparsified:
         if not plan.unmatched_rules or len(self._traces) > 1:
             return
         rules = ", ".join(map(repr, plan.unmatched_rules))
-        paths = traced.rule_paths
+        paths = traced.product_paths if self.config.compresses else traced.rule_paths
+        other = ", and no other product" if self.config.compresses else ""
         there = ", ".join(paths[:8]) + (f" and {len(paths) - 8} more" if len(paths) > 8 else "") or "none"
         warnings.warn(
-            f"{self!r}: rules that match no feed-forward block and no vocabulary projection: {rules}. A block goes by "
-            f"the path of its last product. Paths there are: {there}",
+            f"{self!r}: rules that match no feed-forward block and no vocabulary projection{other}: {rules}. A block "
+            f"goes by the path of its last product. Paths there are: {there}",
             HireWarning,
             stacklevel=4,
         )

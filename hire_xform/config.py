@@ -8,9 +8,9 @@ from typing import Any
 
 from hire_xform.passes.ir.debugging import path_matches
 from hire_xform.passes.match.kinds import kind_named
-from hire_xform.passes.plan.settings import Choice, Ffn, Vocab, refuse
+from hire_xform.passes.plan.settings import Choice, Dense, Ffn, Vocab, refuse
 
-__all__ = ["Config", "Ffn", "Rule", "Vocab", "approximate", "lossless"]
+__all__ = ["Config", "Dense", "Ffn", "Rule", "Vocab", "approximate", "lossless"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +34,9 @@ class Rule:
     vocab: Vocab | None = None
     # Settings for feed-forward blocks here; None keeps those of the Config or of an earlier rule.
     ffn: Ffn | None = None
+    # Settings for other weight products here, which are then read compressed; None keeps those of the Config or of an
+    # earlier rule.
+    dense: Dense | None = None
 
     def __post_init__(self) -> None:
         """Checks every field."""
@@ -44,7 +47,7 @@ class Rule:
                 refuse("Rule", name, getattr(self, name), "True or False")
         if self.skip and self.force:
             refuse("Rule", "force", self.force, "not to be combined with skip=True")
-        _check_settings("Rule", self.vocab, self.ffn)
+        _check_settings("Rule", self.vocab, self.ffn, self.dense)
 
     def matches(self, path: str) -> bool:
         """True when the rule applies to a site at ``path``."""
@@ -63,12 +66,15 @@ class Config:
     vocab: Vocab | None = Vocab()
     # Settings of feed-forward blocks; None leaves them all dense.
     ffn: Ffn | None = Ffn()
+    # Settings of all other weight products, and of those in sites that are refused: their results are what a predictor
+    # says, nothing is computed exactly. None, the default, leaves them dense.
+    dense: Dense | None = None
     # Exceptions by path; later rules win.
     rules: tuple[Rule, ...] = ()
 
     def __post_init__(self) -> None:
         """Checks every field."""
-        _check_settings("Config", self.vocab, self.ffn)
+        _check_settings("Config", self.vocab, self.ffn, self.dense)
         if isinstance(self.rules, Rule) or not isinstance(self.rules, (tuple, list)):
             refuse("Config", "rules", self.rules, "a tuple of hx.Rule")
         for rule in self.rules:
@@ -77,23 +83,30 @@ class Config:
         object.__setattr__(self, "rules", tuple(self.rules))
 
     def choose(self, kind: str, path: str) -> Choice:
-        """The settings of a site of a kind ("ffn", "vocab", or one that is registered) at a path."""
+        """The settings of a site of a kind ("ffn", "vocab", "dense", or one that is registered) at a path."""
         known = kind_named(kind)
         stated: Any = getattr(self, kind, None if known is None else known.settings)
         settings = stated
         reason = f"{kind}=None in the Config leaves it dense"
-        force = named = False
+        force = named = skipped = False
         for rule in self.rules:
             if not rule.matches(path):
                 continue
             if rule.skip:
                 settings, force, reason = None, False, f"Rule({rule.path_glob!r}, skip=True) leaves it dense"
+                skipped = True
                 continue
+            skipped = False
             own = getattr(rule, kind, None)
             named = named or own is not None
             settings = own if own is not None else (settings if settings is not None else stated)
             force = force or rule.force
-        return Choice(settings=settings, force=force, named=named, reason=reason)
+        return Choice(settings=settings, force=force, named=named, reason=reason, final=skipped)
+
+    @property
+    def compresses(self) -> bool:
+        """Whether any product outside of blocks and vocabularies may be read compressed."""
+        return self.dense is not None or any(rule.dense is not None for rule in self.rules)
 
     def unmatched(self, paths: Sequence[str]) -> tuple[Rule, ...]:
         """The rules that match none of these paths; "*", which is meant for whatever there is, is never one of them."""
@@ -126,8 +139,10 @@ def approximate(*, rules: tuple[Rule, ...] = ()) -> Config:
     return Config(vocab=Vocab(certify=False), ffn=Ffn(certify=False), rules=rules)
 
 
-def _check_settings(owner: str, vocab: Any, ffn: Any) -> None:
+def _check_settings(owner: str, vocab: Any, ffn: Any, dense: Any) -> None:
     if vocab is not None and not isinstance(vocab, Vocab):
         refuse(owner, "vocab", vocab, "hx.Vocab(...) or None")
     if ffn is not None and not isinstance(ffn, Ffn):
         refuse(owner, "ffn", ffn, "hx.Ffn(...) or None")
+    if dense is not None and not isinstance(dense, Dense):
+        refuse(owner, "dense", dense, "hx.Dense(...) or None")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hire_xform.lowering.prove.goals import Nucleus, TopSet
 from hire_xform.passes.plan.decisions import Plan, Refusal, Site
-from hire_xform.passes.plan.settings import Ffn, Vocab
+from hire_xform.passes.plan.settings import Settings
 
 
 def size(count: float) -> str:
@@ -37,7 +37,7 @@ def explain(plan: Plan) -> str:
     return "\n".join(lines)
 
 
-def describe(settings: Vocab | Ffn) -> str:
+def describe(settings: Settings) -> str:
     """Settings in a few words."""
     return settings.in_words
 
@@ -58,9 +58,12 @@ def _proved(site: Site) -> str:
     return f"proved for every call: {what}; a call that is not proved runs dense{counted}"
 
 
-def at_most(site: Site) -> str:
-    """What stands before the rows that a site computes, where they are the most of several sizes."""
-    return "at most " if len(site.rungs) > 2 else ""
+def exactly(site: Site, what: str = "") -> str:
+    """How many rows of how many a site computes, where it may take several sizes at most; ``what`` they are."""
+    if not site.computed:
+        return f"{site.units:,} outputs as predicted, none exact"
+    most = "at most " if len(site.rungs) > 2 else ""
+    return f"{most}{site.computed:,} of {site.units:,} {what}exact"
 
 
 def _site_key(site: Site) -> tuple:
@@ -101,7 +104,7 @@ def _paths(items: list) -> str:
 def _site(sites: list[Site]) -> list[str]:
     site = sites[0]
     dense, sparse = (sum(getattr(s, f"{kind}_bytes") for s in sites) for kind in ("dense", "sparse"))
-    what = {"vocab": "logits", "ffn": "hidden units"}.get(site.kind, "rows")
+    what = {"vocab": "logits ", "ffn": "hidden units "}.get(site.kind, "rows ")
     for_whom = f"{site.tokens} token" + ("s" if site.tokens > 1 else "")
     shared = ", one set shared by all" if site.shared and site.tokens > 1 else ""
     expected = " expected" if site.rungs and site.rungs[0].share is not None else ""
@@ -109,7 +112,7 @@ def _site(sites: list[Site]) -> list[str]:
         f"  {site.kind:5s}  {_paths(sites)}",
         f"         {site.source}",
         f"         {size(dense)} -> {size(sparse)} ({sparse / dense:.0%}){expected}; {for_whom}: "
-        f"{at_most(site)}{site.computed:,} of {site.units:,} {what} exact{shared}",
+        f"{exactly(site, what)}{shared}",
         f"         {describe(site.settings)}" + (f"; activation: {site.activation}" if site.activation else ""),
         f"         weights: {', '.join(site.weights)}" + (" and alike" if len(sites) > 1 else ""),
     ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -35,6 +37,23 @@ def full_width(predictor=None, *, activations="any", max_tokens=64, stated=True,
 def narrow(active=0.1, candidates=4, **ffn) -> hx.Config:
     """Few units and few candidates, at every site whatever its size."""
     return hx.Config(ffn=hx.Ffn(active=active, **ffn), rules=named(hx.Vocab(candidates=candidates)))
+
+
+@dataclass(frozen=True)
+class Everything(hx.Predictor):
+    """All of a matrix: its scores are the products."""
+
+    def pack(self, rows, given):
+        return {"rows": rows}
+
+    def scores(self, x, packed, n):
+        return x.astype(jnp.float32) @ packed["rows"].astype(jnp.float32).T
+
+
+def compressed(predictor=None, *, max_tokens=64, **sites) -> hx.Config:
+    """Every product of one matrix read from a predictor, by default one that is exact."""
+    dense = hx.Dense(predictor=predictor or Everything(), max_tokens=max_tokens)
+    return hx.Config(**{"vocab": None, "ffn": None, **sites}, dense=dense, rules=FORCE)
 
 
 def kinds(plan) -> list[str]:

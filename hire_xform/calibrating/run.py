@@ -266,7 +266,8 @@ def _everywhere(config: Config, change: Callable[[Any], Any]) -> Config:
     def changed(settings: Any) -> Any:
         return None if settings is None else change(settings)
 
-    rules = [dataclasses.replace(r, vocab=changed(r.vocab), ffn=changed(r.ffn)) for r in config.rules]
+    # Read compressed, other products would be another model than the one that is measured.
+    rules = [dataclasses.replace(r, vocab=changed(r.vocab), ffn=changed(r.ffn), dense=None) for r in config.rules]
     return Config(vocab=changed(config.vocab), ffn=changed(config.ffn), rules=(Rule("*", force=True), *rules))
 
 

@@ -14,7 +14,7 @@ from hire_xform.lowering.predict.predictors import Predictor
 from hire_xform.passes.plan.forms import Inputs, Order
 from hire_xform.passes.plan.ladder import MOST, ladder_of
 from hire_xform.passes.plan.measurement import Chosen
-from hire_xform.passes.plan.settings import Ffn, Vocab
+from hire_xform.passes.plan.settings import Ffn, Settings, Vocab
 
 # Share of the tokens that a certified site's largest size is to prove, at least. What it does not prove reads all rows,
 # and few tokens take it. Text unlike that of the calibration needs more of a head, several times as often.
@@ -359,7 +359,7 @@ CHOICE = " choice"
 STATIC_RATES, STATIC_SHARE, STATIC_WORTH = (0.99, 0.95, 0.9, 0.8), 1 / 32, 0.02
 
 
-def proved_criterion(settings: Vocab | Ffn) -> str:
+def proved_criterion(settings: Settings) -> str:
     """What is counted of a certified site."""
     return "proved" if settings.certify is True else f"proved {settings.certify!r}"
 

@@ -19,7 +19,7 @@ from hire_xform.passes.ir.each_device import is_explicit
 from hire_xform.passes.ir.graph import Graph, Operand, walk
 from hire_xform.passes.ir.verify import verify_graph
 from hire_xform.passes.match.detect import detect
-from hire_xform.passes.match.matches import Detection
+from hire_xform.passes.match.matches import Detection, Match
 from hire_xform.passes.weights.provenance import Provenance
 from hire_xform.passes.weights.recipe import Root
 
@@ -82,6 +82,16 @@ class Program:
     def rule_paths(self) -> list[str]:
         """What a rule's pattern is matched with: the path of each block's last product, and of each vocabulary's."""
         return [match.node.path for match in self._detection.matches]
+
+    @property
+    def product_paths(self) -> list[str]:
+        """The same where other products may be read compressed: the paths of all."""
+        return [product.path for product in self._detection.products]
+
+    @property
+    def matches(self) -> Sequence[Match]:
+        """The feed-forward blocks and vocabulary projections that were found, rewritten or not."""
+        return self._detection.matches
 
     @property
     def results(self) -> Sequence[Operand]:

@@ -49,7 +49,11 @@ class LeavingDense:
     def choose(self, kind: str, path: str, *more: Any) -> Choice:
         """The settings of a site of a kind at a path."""
         reason = self.reasons.get((kind, path))
-        return self.config.choose(kind, path, *more) if reason is None else Choice(settings=None, reason=reason)
+        return (
+            self.config.choose(kind, path, *more)
+            if reason is None
+            else Choice(settings=None, reason=reason, final=True)
+        )
 
     def __getattr__(self, name: str) -> Any:
         """All else is the config's."""

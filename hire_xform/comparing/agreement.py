@@ -29,7 +29,8 @@ class Agreement:
       relative: that, of the root mean square of the dense leaf's finite entries; None where that is 0.
       unlike: of floats, share of entries that are finite in one of both only, or not finite in different ways. From a
         quarter of the dtype's largest number on they count as infinite: masks have such numbers.
-      argmax: of logits that a rewritten vocabulary projection returns, the share of tokens with the same arg max.
+      argmax: of logits that a rewritten vocabulary projection returns, or any where other products are read compressed,
+        the share of tokens with the same arg max.
       kl: of those, the mean KL divergence of the sparse softmax from the dense one, nats a token.
     """
 
@@ -72,12 +73,18 @@ def agreements(dense: Any, sparse: Any, axes: dict[int, int]) -> tuple[Agreement
 
 
 def logits_axes(traced: Traced) -> dict[int, int]:
-    """Which leaves of the result are logits of a site, or rise with them, by number; and the vocabulary's axis."""
+    """Which leaves of the result are logits, or rise with them, by number; and the vocabulary's axis.
+
+    Those of a site; and where products are read compressed those of any projection that something says is one.
+    """
     found: dict[int, int] = {}
-    for decision in traced.plan.decisions:
-        if not isinstance(decision.match, VocabMatch):
+    decided = [decision.match for decision in traced.plan.decisions]
+    # Other products that are read compressed move logits, too, however these are computed.
+    compressed = any(not site.computed for site in traced.plan.sites)
+    for match in traced.matches:
+        if not isinstance(match, VocabMatch) or not (match in decided or (compressed and match.evidence)):
             continue
-        for reader in decision.match.readers:
+        for reader in match.readers:
             if reader.kind == "returned" and reader.slope > 0 and len(reader.dims) == 1:
                 (axis,) = reader.dims
                 found |= {number: axis for number, value in enumerate(traced.results) if value is reader.value}

@@ -9,7 +9,7 @@ from itertools import groupby
 
 from hire_xform.dump.listing import PHASES, Body, Dump, Equation
 from hire_xform.dump.text import count_of, headline, phases_of, plural, short_reason, short_source
-from hire_xform.explain import at_most, describe, size
+from hire_xform.explain import describe, exactly, size
 from hire_xform.passes.plan.decisions import Plan, Refusal, Site
 
 # Neighbouring sites get hues far apart.
@@ -66,7 +66,7 @@ def _site(number: int, site: Site, side: str) -> str:
     share = site.sparse_bytes / max(site.dense_bytes, 1)
     facts = [
         short_source(site.source),
-        f"{plural(site.tokens, 'token')}; {at_most(site)}{site.computed:,} of {site.units:,} exact",
+        f"{plural(site.tokens, 'token')}; {exactly(site)}",
         describe(site.settings),
     ]
     if site.activation:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from hire_xform.dump.listing import PHASES, Body, Dump, Equation, Mark
-from hire_xform.explain import at_most, size
+from hire_xform.explain import exactly, size
 from hire_xform.passes.plan.decisions import Plan, Site
 
 _SOURCE = re.compile(r"(?P<file>.*?):(?P<line>\d+)(?P<rest>.*)")
@@ -123,7 +123,7 @@ def short_reason(reason: str) -> str:
 def _site_header(number: int, site: Site) -> str:
     return (
         f"@@ {site.kind} {number + 1}  {site.path}  {size(site.dense_bytes)} -> {size(site.sparse_bytes)}  "
-        f"{at_most(site)}{site.computed:,} of {site.units:,} exact  # {short_source(site.source)}"
+        f"{exactly(site)}  # {short_source(site.source)}"
     )
 
 

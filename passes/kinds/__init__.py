@@ -4,7 +4,7 @@ In: matches and decisions. Out: subgraphs. The only room that knows what kind a 
 outside by ``register_site_kind``.
 """
 
-from hire_xform.passes.kinds import ffn, vocab
+from hire_xform.passes.kinds import dense, ffn, vocab
 from hire_xform.passes.match.kinds import SiteKind, register_site_kind
 
-__all__ = ["SiteKind", "ffn", "register_site_kind", "vocab"]
+__all__ = ["SiteKind", "dense", "ffn", "register_site_kind", "vocab"]

@@ -32,6 +32,7 @@ class SiteKind(Protocol):
       name: what a match calls it, and a ``Site`` and a ``Refusal`` say.
       settings: what is chosen for its sites where a ``Config`` has no field of the kind's name; see
         ``passes/plan/settings.py`` for what every kind's settings have.
+      chooses: whether rows are chosen, and computed exactly; without, a site reads packed forms alone.
       gathers: whether chosen rows are gathered into an array first, which costs more than reading them in place.
       checks: what a match goes through until it is a site, in order; none stands for ``COMMON`` of
         ``passes/plan/checks.py``.
@@ -40,6 +41,7 @@ class SiteKind(Protocol):
 
     name: str
     settings: Any = None
+    chooses: bool = True
     gathers: bool = False
     splits_result: bool = False
     checks: tuple[Check, ...] = ()
@@ -50,6 +52,17 @@ class SiteKind(Protocol):
         Args:
           product: the product.
           reason: why it is neither in a block nor a vocabulary projection.
+        """
+        return None
+
+    def instead(self, product: Product) -> Match | str | None:
+        """A match of one product that is to stay dense: it is in no site, or its own is refused.
+
+        Taken where settings of this kind are stated for its path; kinds are asked in the order in which they were
+        registered.
+
+        Returns:
+          The match; why there is none; None where the kind has no such matches.
         """
         return None
 
@@ -136,15 +149,19 @@ class SiteKind(Protocol):
 
     def criterion(self, match: Any, settings: Any) -> str:
         """What recall counts; see ``SiteCalibration``."""
-        raise NotImplementedError
+        raise _uncalibrated(self.name)
 
     def measured(self, decision: Measured, given: Sequence[Any], views: Any, ranks: bool) -> tuple[Any, list[Any]]:
         """The dense result ``[T, n]``, and for each product that makes units what is recorded, arrays by name."""
-        raise NotImplementedError
+        raise _uncalibrated(self.name)
 
     def rehearsed(self, decision: Decision, given: Sequence[Any], views: Any, sizes: Any) -> tuple[Any, Any]:
         """The sparse result ``[T, n]``, densely computed with ``sizes`` rows for each token; logits to be compared."""
-        raise NotImplementedError
+        raise _uncalibrated(self.name)
+
+
+def _uncalibrated(name: str) -> Exception:
+    return NotImplementedError(f"sites of kind {name!r} are not calibrated; expected criterion, measured and rehearsed")
 
 
 _KINDS: dict[str, SiteKind] = {}
@@ -171,6 +188,11 @@ def kind_of(match: Match) -> SiteKind:
 def kind_named(name: str) -> SiteKind | None:
     """The kind of a name, if there is one."""
     return _KINDS.get(name)
+
+
+def kinds() -> Iterator[SiteKind]:
+    """All that are registered, in the order they were."""
+    return iter(list(_KINDS.values()))
 
 
 def finders() -> Iterator[Callable[[Product, str], Match | None]]:

@@ -12,7 +12,7 @@ from hire_xform.passes.match.kinds import kind_of
 from hire_xform.passes.match.matches import Match
 from hire_xform.passes.plan.forms import PackedPredictor
 from hire_xform.passes.plan.machine import Machine, machine_here
-from hire_xform.passes.plan.settings import Ffn, Vocab
+from hire_xform.passes.plan.settings import Ffn, Settings, Vocab
 from hire_xform.passes.weights.products import Product, normal_form
 from hire_xform.passes.weights.recipe import Transpose
 
@@ -77,7 +77,7 @@ def sparse_cost(
     cost = float(predicted + FIXED_BYTES.get(platform, 1 << 20))
     if platform == "cpu":
         cost += _narrow_cost(match, settings, machine_here(), shards, static)
-        each = CHOOSING + (BOUNDING if settings.certify else 0)
+        each = CHOOSING + (BOUNDING if settings.certify else 0) if kind_of(match).chooses else 0
         cost += tokens * (match.units // shards - static) * each
     for share, rows, dense in taken:
         cost += share * (_rows_cost(match, settings, rows, platform) + (dense_cost(match, platform) / shards) * dense)
@@ -145,12 +145,12 @@ def why_slower(
         )
     rows = sum(share * size for share, size, _ in taken)
     more = sum(share * _rows_cost(match, settings, size, platform) for share, size, _ in taken) - rows
-    if narrow + more > excess:
+    if rows and narrow + more > excess:
         return f": rows chosen one by one cost {1.0 + more / rows:.0f} times what they cost in a dense product"
     return ""
 
 
-def bytes_read(match: Match, settings: Vocab | Ffn, computed: int, shards: int = 1, static: int = 0) -> tuple[int, int]:
+def bytes_read(match: Match, settings: Settings, computed: int, shards: int = 1, static: int = 0) -> tuple[int, int]:
     """Bytes per execution on one device: of the predictor (and norms), and of the rows computed exactly.
 
     Args:

@@ -16,7 +16,7 @@ from hire_xform.passes.match.matches import Match
 from hire_xform.passes.plan.forms import ROWS, Form, SiteForms
 from hire_xform.passes.plan.levels import Levels
 from hire_xform.passes.plan.placement import Placement
-from hire_xform.passes.plan.settings import Ffn, Vocab
+from hire_xform.passes.plan.settings import Settings
 from hire_xform.passes.prove.what_to_prove import NOTHING_READ, Reads
 from hire_xform.passes.weights.origins import Ref
 from hire_xform.passes.weights.recipe import Recipe, Root
@@ -43,7 +43,7 @@ class Site:
     """A place that is rewritten.
 
     Attributes:
-      kind: "ffn" or "vocab".
+      kind: "ffn", "vocab" or "dense".
       path: the equation whose result is replaced, such as ``scan[0]/dot_general[3]``.
       source: the user's ``file:line (function)``.
       tokens: rows of the activation, T.
@@ -51,11 +51,12 @@ class Site:
         iterations.
       sparse_bytes: weight bytes the rewritten form reads per call. Of a certified site with a calibration what it is
         expected to, dense runs included; without one, what its largest size does.
-      settings: the ``Vocab`` or ``Ffn`` that was used.
+      settings: the ``Vocab``, ``Ffn`` or ``Dense`` that was used.
       weights: names of the weights, in the order of the products.
       inputs: columns of the (first) weight, d.
-      units: rows to choose from: the vocabulary V or the hidden width m.
-      computed: rows computed exactly per call: for one shared set its size, else the sum over tokens.
+      units: rows to choose from: the vocabulary V or the hidden width m; of kind "dense" the outputs.
+      computed: rows computed exactly per call: for one shared set its size, else the sum over tokens; 0 of kind
+        "dense", whose results are all predicted.
       shared: True when all tokens share one set of rows.
       activation: the pointwise operations between the products of an FFN.
       own: the model's own choice of units, such as "top 512"; empty when it makes none.
@@ -81,7 +82,7 @@ class Site:
     tokens: int
     dense_bytes: int
     sparse_bytes: int
-    settings: Vocab | Ffn
+    settings: Settings
     weights: tuple[str, ...]
     inputs: int
     units: int
@@ -169,7 +170,8 @@ class Decision:
       match: the match.
       site: its public description.
       settings: its settings.
-      count: rows (vocabulary) or groups (FFN) each token may have; of a sharded site, on each device.
+      count: rows (vocabulary) or groups (FFN) each token may have; of a sharded site, on each device. 0 of a site that
+        chooses none.
       forms: the packed forms that it reads, by name.
       input_bits: significant bits that a certified product's dense form keeps of its inputs.
       placement: where it runs, when its weights are over several devices.
@@ -185,7 +187,7 @@ class Decision:
 
     match: Match
     site: Site
-    settings: Vocab | Ffn
+    settings: Settings
     count: int
     forms: SiteForms[Need]
     input_bits: int = 24

@@ -285,14 +285,15 @@ class ProductForms(Generic[T]):
     """Of one product of a site its packed forms, or what stands for them (needs, views), by name.
 
     Attributes:
-      rows: its rows, ``[n, d]``.
+      rows: its rows, ``[n, d]``; None of a product of which none are computed exactly.
       predictor: of a product that is scored; where the site is certified with its bounds.
       largest: a bound of the norms of its rows.
       norms: the norms of its rows.
       moments: those of which sums over all units are made; where the site is certified with their bounds.
     """
 
-    rows: T
+    # Whatever chooses rows has them, and need not ask.
+    rows: T = None  # type: ignore[assignment]
     predictor: T | None = None
     largest: T | None = None
     norms: T | None = None

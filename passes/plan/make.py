@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
-from hire_xform.lowering.engine.selection import Selection, choose
+from hire_xform.lowering.engine.selection import Selection
 from hire_xform.passes.ir.debugging import Why, debugging
 from hire_xform.passes.ir.graph import Node
 from hire_xform.passes.match.derivatives import derivative_of
-from hire_xform.passes.match.kinds import kind_of
+from hire_xform.passes.match.kinds import kind_of, kinds
 from hire_xform.passes.match.matches import Detection, Match
 from hire_xform.passes.plan.checks import COMMON, Case
 from hire_xform.passes.plan.cost import dense_cost, sparse_cost, why_slower
@@ -22,6 +22,7 @@ from hire_xform.passes.plan.settings import Choice
 from hire_xform.passes.plan.sizes import UNCHOSEN, Reading, Sizes, sizes_of
 from hire_xform.passes.plan.verify import verify_plan
 from hire_xform.passes.prove.certifiable import ALL_BITS, input_bits
+from hire_xform.passes.weights.products import Product
 from hire_xform.passes.weights.recipe import Root
 
 
@@ -38,38 +39,77 @@ def make_plan(
 
     Args:
       detection: what was found.
-      choose_settings: for a kind ("ffn", "vocab") and a path, the user's settings.
+      choose_settings: for a kind ("ffn", "vocab", "dense") and a path, the user's settings.
       platform: where it will run: "cpu", "gpu" or "tpu".
       name_of: the name of a weight, for reports.
       measure: what a calibration says of a match.
       placed: where a match runs; see ``place``.
       runs_dense: True where the program stays dense and sites are measured only, so that their sizes don't matter.
     """
-    decisions: list[Decision] = []
-    refusals: list[tuple[Node, Refusal]] = []
-    why = Why()
+    planner = _Planner(choose_settings, platform, name_of, placed, runs_dense)
+    found: list[tuple[Node, Decision | Refusal]] = []
     for match in detection.matches:
-        names = tuple(name_of(p.origin.recipe.root) for p in match.products)
-        choice = choose_settings(match.kind, match.node.path)
-        case = Case(match, kind_of(match), choice, platform, names, measure(match, names), placed(match), runs_dense)
-        found = _decide(case, why)
-        if isinstance(found, Decision):
-            decisions.append(found)
+        outcome = planner.decided(match, measure)
+        if isinstance(outcome, Decision):
+            found.append((match.node, outcome))
             continue
-        for product, name in zip(match.products, names, strict=True):
-            size = product.nbytes * product.node.scope.iterations
-            source = product.node.source
-            refusals.append((product.node, Refusal(product.path, source, found, match.kind, size, (name,))))
+        final = choose_settings(match.kind, match.node.path).final
+        found += [(p.node, planner.left(p, outcome, match.kind, final)) for p in match.products]
     for rejection in detection.rejections:
         node, read = rejection.node, rejection.weights_read
+        if rejection.product is not None:
+            found.append((node, planner.left(rejection.product, rejection.reason)))
+            continue
         size, weights = sum(read.values()), tuple(name_of(root) for root in read)
-        source = node.source
-        refusals.append((node, Refusal(node.path, source, rejection.reason, "", size, weights)))
-    refusals.sort(key=lambda pair: detection.order[pair[0]])
-    plan = Plan(tuple(d.site for d in decisions), tuple(r for _, r in refusals), platform, tuple(decisions))
+        found.append((node, Refusal(node.path, node.source, rejection.reason, "", size, weights)))
+    found.sort(key=lambda pair: detection.order[pair[0]])
+    decisions = tuple(outcome for _, outcome in found if isinstance(outcome, Decision))
+    refusals = tuple(outcome for _, outcome in found if isinstance(outcome, Refusal))
+    plan = Plan(tuple(d.site for d in decisions), refusals, platform, decisions)
     if debugging():
         verify_plan(detection, plan)
     return plan
+
+
+@dataclass(frozen=True, eq=False)
+class _Planner:
+    """What all matches are decided by; see ``make_plan``."""
+
+    choose_settings: Callable[[str, str], Choice]
+    platform: str
+    name_of: Callable[[Root], str]
+    placed: Callable[[Match], Placement | str | None]
+    runs_dense: bool
+    why: Why = field(default_factory=Why)
+
+    def decided(self, match: Match, measure: MeasurementOf) -> Decision | str:
+        """A decision, or the reason to stay dense."""
+        names = tuple(self.name_of(p.origin.recipe.root) for p in match.products)
+        choice = self.choose_settings(match.kind, match.node.path)
+        of_match = measure(match, names), self.placed(match)
+        return _decide(Case(match, kind_of(match), choice, self.platform, names, *of_match, self.runs_dense), self.why)
+
+    def left(self, product: Product, reason: str, kind: str = "", final: bool = False) -> Decision | Refusal:
+        """What becomes of a product that is in no site: one of its own where a kind has such, and settings ask for it.
+
+        Args:
+          product: the product.
+          reason: why it is in no site.
+          kind: of the match that it is in, if it is in one.
+          final: that nothing else is to be tried.
+        """
+        for other in () if final else kinds():
+            match = other.instead(product)
+            if match is None or self.choose_settings(other.name, product.path).settings is None:
+                continue
+            # What was measured is of other matches.
+            found = match if isinstance(match, str) else self.decided(match, lambda match, names: None)
+            if isinstance(found, Decision):
+                return found
+            if found != reason:
+                reason = f"{reason}; nor is it a site of kind {other.name!r}: {found}"
+        size, name = product.nbytes * product.node.scope.iterations, self.name_of(product.origin.recipe.root)
+        return Refusal(product.path, product.node.source, reason, kind, size, (name,))
 
 
 def _decide(case: Case, why: Why) -> Decision | str:
@@ -133,12 +173,11 @@ def _size(case: Case) -> _Sized:
     tokens = case.tokens if placement is None else case.tokens // placement.size(placement.tokens)
     count, static = -(-case.count // shards), case.chosen.static
     groups = (match.units // shards - static) // case.group_size
-    selection = choose(tokens, groups, count)
-    computed = selection.rows_read(tokens) * case.group_size + static
     order = None if placement is not None else order_of(match, settings, case.measurement)
     if static and case.measurement is not None:
         order = case.measurement.static_sets()[0]
     read = Reading(match, settings, tokens, groups, case.group_size, shards, static)
+    selection = read.selection(count)
     sizes = sizes_of(read, case.chosen if placement is None else UNCHOSEN, count)
     taken = sizes.taken(read.tried)
     iterations = match.node.scope.iterations
@@ -147,7 +186,7 @@ def _size(case: Case) -> _Sized:
         tokens,
         count,
         selection,
-        computed,
+        read.rows(count),
         static,
         order,
         sizes,

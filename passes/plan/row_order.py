@@ -90,8 +90,8 @@ def other_rows(decision: Decision) -> Decision | None:
 
 def may_be_cyclic(decision: Decision) -> bool:
     """True for a vocabulary whose rows are over several devices."""
-    placement = decision.placement
-    return kind_of(decision.match).splits_result and placement is not None and placement.shards > 1
+    placement, kind = decision.placement, kind_of(decision.match)
+    return kind.splits_result and kind.chooses and placement is not None and placement.shards > 1
 
 
 def _drops_others(decision: Decision) -> bool:

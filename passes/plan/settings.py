@@ -1,4 +1,4 @@
-"""What a user may choose for a vocabulary projection and for a feed-forward block."""
+"""What a user may choose for a vocabulary projection, for a feed-forward block and for any other weight product."""
 
 from __future__ import annotations
 
@@ -237,15 +237,58 @@ class Ffn(_Predicted):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Dense(_Predicted):
+    """Settings of weight products that are read compressed: attention's above all. An approximation.
+
+    The predictor's scores are the result, so nothing is computed exactly and nothing is proved.
+
+    Raises:
+      ValueError: a value is out of range; the message names it.
+    """
+
+    # No row is chosen, and so there is no size.
+    certify: ClassVar[bool] = False
+    group_size: ClassVar[int] = 1
+    fill: ClassVar[str] = ""
+
+    # What the weights are kept as. None is `Quantized(8)`. Fitted to no inputs: calibrations measure blocks and
+    # vocabularies alone.
+    predictor: Predictor | None = None
+    # Calls with more tokens than this (prefill) run dense.
+    max_tokens: int = 8
+
+    def __post_init__(self) -> None:
+        """Checks every field."""
+        _check_common("Dense", self.predictor, None, self.max_tokens)
+        if self.predictor is not None and self.predictor.needs_inputs:
+            needs = f"one that needs no {self.predictor.needs_inputs} of its inputs, which a calibration does not have"
+            refuse("Dense", "predictor", self.predictor, f"{needs} for products outside of blocks and vocabularies")
+
+    def decided(self, calibrated: bool | None) -> Dense:
+        """These settings: there is nothing to prove."""
+        return self
+
+    @property
+    def in_words(self) -> str:
+        """For reports."""
+        return str(self.spec)
+
+
+# Of a site of any kind of this library.
+Settings = Vocab | Ffn | Dense
+
+
+@dataclass(frozen=True, kw_only=True)
 class Choice:
     """What the user's settings say of one site.
 
     ``settings`` is None when the site is to be left alone, and ``reason`` says by what; ``force`` overrides the cost
     model, never a check of meaning. ``named``: a rule for it states settings of its kind, so that the user says what
-    it is.
+    it is. ``final``: a site that is left alone stays dense, whatever other kinds are asked for its products.
     """
 
-    settings: Vocab | Ffn | None
+    settings: Settings | None
     force: bool = False
     named: bool = False
     reason: str = ""
+    final: bool = False

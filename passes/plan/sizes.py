@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from hire_xform.lowering.engine.selection import choose, rungs
+from hire_xform.lowering.engine.selection import Selection, choose, rungs
 from hire_xform.passes.match.kinds import kind_of
 from hire_xform.passes.match.matches import Match
 from hire_xform.passes.plan.cost import bytes_read
@@ -47,9 +47,13 @@ class Reading:
     shards: int
     static: int = 0
 
+    def selection(self, count: int) -> Selection:
+        """How tokens share so many rows, or groups, each; none are of a site that chooses none."""
+        return choose(self.tokens, self.groups, count) if count else Selection(mode="shared", size=0, k=0)
+
     def rows(self, count: int) -> int:
         """Rows computed exactly, where that is the site's one size."""
-        return choose(self.tokens, self.groups, count).rows_read(self.tokens) * self.group_size + self.static
+        return self.selection(count).rows_read(self.tokens) * self.group_size + self.static
 
     def rows_of(self, ladder: Sequence[int]) -> list[int]:
         """The same of each of several sizes."""

@@ -22,12 +22,11 @@ from hire_xform.lowering.xla.devices import Devices
 from hire_xform.passes.ir import compat
 from hire_xform.passes.ir.each_device import mesh_here, under_automatic_axes
 from hire_xform.passes.ir.graph import Node, Value
-from hire_xform.passes.match.kinds import kind_of
 from hire_xform.passes.match.top_k import top_k_of
 from hire_xform.passes.match.whole_axis import cuts_end, reads_of
 from hire_xform.passes.plan.decisions import Decision, Need
 from hire_xform.passes.plan.placement import Placement, names_of
-from hire_xform.passes.plan.row_order import readers
+from hire_xform.passes.plan.row_order import may_be_cyclic, readers
 from hire_xform.passes.weights.origins import shape_of
 
 
@@ -59,7 +58,7 @@ def merged(decisions: Iterable[Decision]) -> list[Merged]:
     found: dict[Node, Merged] = {}
     for decision in decisions:
         match, placement = decision.match, decision.placement
-        if not kind_of(match).splits_result or placement is None or placement.shards == 1:
+        if placement is None or not may_be_cyclic(decision):
             continue
         if decision.cyclic == "kept":
             reading = readers(match)

@@ -1,5 +1,5 @@
-"""Random programs: at full width each gives what the original gives, nothing raises that the original does not, and
-every product with a matrix of weights is a site's or a refusal."""
+"""Random programs: at full width each gives what the original gives, and so it does with every product "compressed" to
+all that it is; nothing raises that the original does not; every product with a weight is a site's or a refusal."""
 
 import os
 from collections import Counter
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import programs
 import pytest
-from checks import FORCE, full_width, narrow
+from checks import FORCE, compressed, full_width, narrow
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from jaxprs import count_weight_products, evaluate
@@ -23,7 +23,7 @@ EXAMPLES = int(os.environ.get("HIRE_TEST_EXAMPLES", "300"))
 # A failing program is small enough as it is drawn; making it smaller takes minutes. HIRE_TEST_SHRINK=1 does.
 PHASES = [p for p in Phase if p is not Phase.shrink or os.environ.get("HIRE_TEST_SHRINK", "0") == "1"]
 # What comes first is drawn most.
-HOWS = ("lossless", "packed", "plain", "closed", "compiled", "narrow", "derivative", "vmap")
+HOWS = ("lossless", "packed", "plain", "closed", "compiled", "compressed", "narrow", "derivative", "vmap")
 SIXTEEN_BITS = {"half", "bf16", "cast", "widened"}
 PREDICTORS = (hx.Quantized(8), hx.Quantized(4), hx.LowRank(0.5))
 TALLY: Counter = Counter()
@@ -36,7 +36,9 @@ def check(statements, tokens, how, seed, run_it=True) -> None:
     w, x = programs.make_weights(seed), programs.make_state(tokens, seed)
     called: list[float] = []
     program = programs.meaning(statements, lambda value: called.append(np.asarray(value).sum()))
-    config = {"narrow": narrow, "lossless": lossless}.get(how, partial(full_width, PREDICTORS[seed % 3]))()
+    config = {"narrow": narrow, "lossless": lossless, "compressed": compressed}.get(
+        how, partial(full_width, PREDICTORS[seed % 3])
+    )()
     step = hx.sparsify(program, config=config)
     traced = step.trace(w, x)
     _count(statements, how, traced.plan)
