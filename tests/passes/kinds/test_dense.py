@@ -37,7 +37,9 @@ def quantised(x):
     """Each row of a matrix as the integers and the scale that int8 has of it, by NumPy."""
     x = np.asarray(x, np.float32)
     scale = np.abs(x).max(axis=1, keepdims=True) / np.float32(127)
-    return np.clip(np.round(x / scale), -127, 127), scale
+    steps = x / scale
+    assert np.abs(np.abs(steps - np.round(steps)) - 0.5).min() > 1e-5, "a tie, which may be rounded either way"
+    return np.clip(np.round(steps), -127, 127), scale
 
 
 def int8_product(x, rows):
@@ -80,7 +82,7 @@ def test_it_has_nothing_to_prove():
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["f32", "bf16"])
 def test_every_product_of_attention_is_what_its_packed_arrays_say(dtype):
-    params, x = layer_params(dtype=dtype), array(2, D, seed=9, dtype=dtype)
+    params, x = layer_params(dtype=dtype), array(2, D, seed=21, dtype=dtype)
     step = hx.sparsify(lambda p, x: jnp.einsum("td,dhk->thk", x, p["q"]), config=INT8)
     want = int8_product(x, params["q"].reshape(D, HEADS * K).T).reshape(2, HEADS, K)
     got = step(params, x)
@@ -89,7 +91,7 @@ def test_every_product_of_attention_is_what_its_packed_arrays_say(dtype):
 
     # The way out contracts two axes at once.
     out = hx.sparsify(lambda p, m: jnp.einsum("thk,hkd->td", m, p["o"]), config=INT8)
-    mixed = array(3, HEADS, K, seed=8, dtype=dtype)
+    mixed = array(3, HEADS, K, seed=20, dtype=dtype)
     want = int8_product(mixed.reshape(3, HEADS * K), params["o"].reshape(HEADS * K, D).T)
     np.testing.assert_allclose(
         np.asarray(out(params, mixed), np.float64), want, rtol=1e-6, atol=2e-3 if dtype != jnp.float32 else 1e-6
