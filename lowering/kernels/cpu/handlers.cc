@@ -3,6 +3,11 @@
 #include <string>
 #include <vector>
 
+#if defined(__aarch64__) && defined(__linux__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#endif
+
 #include "kernels.h"
 #include "steps.h"
 #include "xla/ffi/api/ffi.h"
@@ -21,6 +26,10 @@ std::vector<const Kernels*> Supported() {
     found.push_back(&kAvx512);
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
     found.push_back(&kAvx2);
+#elif defined(__aarch64__) && defined(__linux__)
+  if (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) found.push_back(&kNeon);
+#elif defined(__aarch64__) && defined(__APPLE__)
+  found.push_back(&kNeon);
 #endif
   found.push_back(&kPortable);
   return found;

@@ -256,6 +256,8 @@ int main(int argc, char** argv) {
     all.push_back(&hire::kAvx2);
   if (__builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl"))
     all.push_back(&hire::kAvx512);
+#elif defined(__aarch64__)
+  all.push_back(&hire::kNeon);
 #endif
   for (int64_t i = 0; i < count; ++i) {
     Threads pool(static_cast<int>(Up(4)));

@@ -1,4 +1,4 @@
-"""The native kernels on random shapes, built with sanitizers: of addresses and undefined behaviour, and of threads."""
+"""The native kernels on random shapes, built with sanitizers (addresses and undefined behaviour; threads), and for ARM."""
 
 import shutil
 import subprocess
@@ -10,7 +10,9 @@ HERE = Path(__file__).parent
 SOURCES = HERE.parents[2] / "lowering" / "kernels" / "cpu"
 ROUNDS = 150
 
-
+# Each of the loops is empty on another processor than its own.
+FUZZ = ["-ffp-contract=off", "-pthread", f"-I{SOURCES}", str(HERE / "fuzz.cc")]
+FUZZ += [str(path) for path in sorted(SOURCES.glob("kernels_*.cc"))]
 COMPILER = next((path for name in ("c++", "g++", "clang++") if (path := shutil.which(name))), None)
 
 
@@ -20,9 +22,7 @@ COMPILER = next((path for name in ("c++", "g++", "clang++") if (path := shutil.w
 def test_random_shapes(sanitizer, tmp_path):
     program = tmp_path / "fuzz"
     command = [COMPILER, "-std=c++17", "-O1", "-g", f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all"]
-    command += ["-ffp-contract=off", "-pthread", f"-I{SOURCES}", str(HERE / "fuzz.cc")]
-    command += [str(SOURCES / f"kernels_{name}.cc") for name in ("portable", "avx2", "avx512")]
-    subprocess.run([*command, "-o", str(program)], check=True)
+    subprocess.run([*command, *FUZZ, "-o", str(program)], check=True)
     run = [str(program), "7", str(ROUNDS)]
     done = subprocess.run(run, capture_output=True, text=True)
     if "unexpected memory mapping" in done.stderr and shutil.which("setarch"):
@@ -30,3 +30,18 @@ def test_random_shapes(sanitizer, tmp_path):
         done = subprocess.run(["setarch", "--addr-no-randomize", *run], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
     assert f"{ROUNDS} rounds on portable" in done.stdout
+
+
+CROSS, EMULATOR = shutil.which("aarch64-linux-gnu-g++"), shutil.which("qemu-aarch64")
+
+
+@pytest.mark.skipif(
+    CROSS is None or EMULATOR is None, reason="no compiler and emulator for ARM (g++-aarch64-linux-gnu, qemu-user)"
+)
+@pytest.mark.slow
+def test_random_shapes_on_an_emulated_arm(tmp_path):
+    program = str(tmp_path / "fuzz")
+    subprocess.run([CROSS, "-std=c++17", "-O2", "-Wall", "-Werror", "-static", *FUZZ, "-o", program], check=True)
+    done = subprocess.run([EMULATOR, "-cpu", "max", program, "7", str(ROUNDS)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert f"{ROUNDS} rounds on portable, NEON with dot products" in done.stdout

@@ -1,0 +1,71 @@
+// The inner loops for aarch64 with its integer products (dotprod, of Armv8.2), which all but its oldest processors have.
+#if defined(__aarch64__)
+
+#include <arm_neon.h>
+
+#include <cstring>
+
+#include "kernels.h"
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("dotprod"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("arch=armv8.2-a+dotprod")
+#endif
+
+namespace hire {
+namespace neon {
+
+constexpr int64_t kLanes = 4;
+using F = float32x4_t;
+
+inline F Zero() { return vdupq_n_f32(0.0f); }
+inline F Load(const float* p) { return vld1q_f32(p); }
+inline void Store(float* p, F f) { vst1q_f32(p, f); }
+inline F LoadBF16(const uint16_t* p) { return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p), 16)); }
+inline F LoadF16(const uint16_t* p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
+inline F LoadS8(const int8_t* p) {
+  uint32_t four;
+  std::memcpy(&four, p, 4);
+  const int16x4_t wide = vget_low_s16(vmovl_s8(vreinterpret_s8_u32(vdup_n_u32(four))));
+  return vcvtq_f32_s32(vmovl_s16(wide));
+}
+inline F Broadcast(float x) { return vdupq_n_f32(x); }
+inline F Fma(F a, F b, F c) { return vfmaq_f32(c, a, b); }
+inline F Add(F a, F b) { return vaddq_f32(a, b); }
+inline F Abs(F a) { return vabsq_f32(a); }
+inline F Max(F a, F b) { return vmaxq_f32(a, b); }
+inline F NaNs(F a, F b) { return vbslq_f32(vceqq_f32(b, b), a, b); }
+inline bool NotBelow(F a, F b) { return vminvq_u32(vcltq_f32(a, b)) == 0; }
+inline float Sum(F a) { return vaddvq_f32(a); }
+
+constexpr int64_t kBytes = 16;
+constexpr int32_t kOffset8 = 0;
+using Bytes = int8x16_t;
+using I = int32x4_t;
+inline I ZeroI() { return vdupq_n_s32(0); }
+inline Bytes LoadBytes(const void* p) { return vld1q_s8(static_cast<const int8_t*>(p)); }
+inline I DotS8(I sum, Bytes row, Bytes token) { return vdotq_s32(sum, row, token); }
+inline I DotU8(I sum, Bytes row, Bytes token) { return vdotq_s32(sum, row, token); }
+inline int32_t SumI(I sum) { return vaddvq_s32(sum); }
+inline Bytes Biased(Bytes row) { return row; }
+inline Bytes Low(Bytes row) { return veorq_s8(vandq_s8(row, vdupq_n_s8(0xf)), vdupq_n_s8(8)); }
+inline Bytes High(Bytes row) { return Low(vreinterpretq_s8_u8(vshrq_n_u8(vreinterpretq_u8_s8(row), 4))); }
+
+#include "kernels_body.h"
+
+}  // namespace neon
+
+const Kernels kNeon = {"NEON with dot products", neon::ScoresAll, neon::DotsAll,    neon::SumsAll,
+                       neon::ArgMaxAll,          neon::NotBelowAll};
+
+}  // namespace hire
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+#endif  // __aarch64__
