@@ -1,4 +1,4 @@
-"""The native kernels on random shapes, built with sanitizers (addresses and undefined behaviour; threads), and for ARM."""
+"""The native loops on random shapes: with sanitizers of addresses, undefined behaviour and threads, and on ARM."""
 
 import shutil
 import subprocess
