@@ -8,7 +8,7 @@ PYTEST_ARGS ?=
 # What is installed here runs on the CPU; the TPU's compiler, beside it for the tests, would otherwise look for a TPU.
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: demo test fast other tpu random lint typecheck bench models quality docs wheel clean
+.PHONY: demo test fast other between tpu random lint typecheck bench models quality docs wheel clean
 
 # What an installation is made from, besides Python files, which are read where they are.
 BUILT := pyproject.toml setup.py build_backend.py $(wildcard lowering/kernels/cpu/*.cc lowering/kernels/cpu/*.h)
@@ -53,6 +53,12 @@ fast: $(VENV)/.test
 # On a further version of JAX, once the whole suite has run on one: the fast tests of what may differ between versions.
 other: $(VENV)/.test
 	$(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal -m "not slow" --other-jax $(PYTEST_ARGS)
+
+# On a version of JAX between two that are tested: what meets jaxprs. What is computed inside a subgraph, stored in files
+# or told on the command line has been tested on both of its neighbours.
+BETWEEN := tests/passes tests/call tests/end_to_end tests/frameworks
+between: $(VENV)/.test
+	$(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal -m "not slow" --other-jax $(PYTEST_ARGS) $(BETWEEN)
 
 # Only what is compiled for TPUs that are not here.
 tpu: $(VENV)/.tpu
