@@ -15,7 +15,7 @@ from hire_xform.api import Sparsified
 from hire_xform.calibrating.grouping import grouped_order
 from hire_xform.calibration.calibration import Calibration
 from hire_xform.calibration.curve import Curve
-from hire_xform.calibration.site_calibration import CHOICE, SiteCalibration, proved_criterion
+from hire_xform.calibration.site_calibration import SiteCalibration, proved_criterion
 from hire_xform.call.calls import Weights, abstract_call, arguments_of
 from hire_xform.call.folding import Marks, Totals, fold
 from hire_xform.call.stages import Traced, call_leaves
@@ -224,7 +224,7 @@ class _Collected:
         firsts = list(dict.fromkeys(numbers))
         criterion = kind_of(match).criterion(match, settings)
         if settings.certify:
-            criterion = proved_criterion(settings) + (CHOICE if match.own is not None else "")
+            criterion = proved_criterion(settings)
         group_size = settings.group_size
         predicted = [bytes_read(way.match, way.settings, group_size) for way in decision.ways]
         curves = {

@@ -12,7 +12,7 @@ import numpy as np
 from hire_xform.calibration.curve import Curve, share_by
 from hire_xform.lowering.predict.predictors import Predictor
 from hire_xform.passes.plan.forms import Inputs, Order
-from hire_xform.passes.plan.ladder import MOST, ladder_of
+from hire_xform.passes.plan.ladder import ladder_of
 from hire_xform.passes.plan.measurement import Chosen
 from hire_xform.passes.plan.settings import Ffn, Settings, Vocab
 
@@ -35,8 +35,7 @@ class SiteCalibration:
       group_size: units that were ranked together, g.
       criterion: what recall counts. "argmax": tokens whose dense arg max is among the candidates. "units": units that
         are not zero and are chosen. "energy": the share of energy of the units chosen.
-        "proved" and of what, of a certified site: tokens that so many candidates, or units, prove; " choice" at its end
-        where the model chooses its units itself.
+        "proved" and of what, of a certified site: tokens that so many candidates, or units, prove.
       tokens: int64 ``[*stack]``.
       fired: int64 ``[*stack, m]``, tokens at which a unit is not zero; None for a vocabulary.
       energy: f64 ``[*stack, m]``, sum of the squares of activation times norm of the down row; None for a vocabulary.
@@ -182,12 +181,12 @@ class SiteCalibration:
     def sizes_for(self, recall: float, predictor: Predictor | None = None) -> np.ndarray:
         """For each layer the fewest candidates (or groups) that reach a recall, int ``[*stack]``.
 
-        Of a certified block whose model chooses its units, a recall of the tokens that fewer than all of them prove:
-        the others run dense whatever the size.
+        Of a certified block a recall of the tokens that fewer than all of them prove: the others run dense whatever the
+        size.
         """
         found = self._recall(predictor)
         wanted = np.full((*found.shape[:-1], 1), recall)
-        if self._one_size and found.shape[-1] > 1:
+        if self._proved and self.kind == "ffn" and found.shape[-1] > 1:
             provable = found[..., -2:-1]
             wanted = np.where(provable > 0, recall * provable, 1.0)
         return 1 + np.argmax(found >= wanted - 1e-12, axis=-1)
@@ -268,10 +267,9 @@ class SiteCalibration:
                 curve.wanted[layer],
                 lambda count: count * self.row_bytes,
                 self.units // self.group_size * self.row_bytes,
-                tried=self.kind == "vocab" or self._one_size,
+                tried=self.kind == "vocab",
                 fixed=curve.predictor_bytes,
                 least=int(sizes[layer]),
-                most=1 if self._one_size else MOST,
             )
             sizes[layer], read[layer] = ladder.counts[-1], ladder.read
         return sizes, float(read.mean())
@@ -333,12 +331,7 @@ class SiteCalibration:
 
     @property
     def _proved(self) -> str:
-        return self.criterion.removesuffix(CHOICE) if self.criterion.startswith("proved") else ""
-
-    @property
-    def _one_size(self) -> bool:
-        """True of a certified block whose model chooses its units: it has one size, and proves after computing it."""
-        return self.criterion.endswith(CHOICE)
+        return self.criterion if self.criterion.startswith("proved") else ""
 
     def _best_at(self, size: int) -> Predictor:
         """For a size that is given: the fewest bytes of those that do what is asked for, or else the highest recall."""
@@ -348,10 +341,6 @@ class SiteCalibration:
         if enough:
             return min(enough, key=lambda p: self.curves[p].predictor_bytes)
         return max(self.curves, key=lambda p: reached[p])
-
-
-# What the criterion of a certified block ends in whose model chooses its units itself.
-CHOICE = " choice"
 
 
 # Rates of firing at which units are tried as always computed, the share of the units that they must be at least, and of

@@ -48,8 +48,9 @@ def topk_ffn(
     backward pass as well, and such blocks stay dense. Whatever the activation (SiLU, GELU), units that are not kept are
     zero; ``hx.sparsify`` needs ``activations="any"`` for blocks that have no zeros of their own. Decode with the plain
     ``decode_step``, as above: then the groups that the predictor takes for the largest are computed, as many as were
-    trained. Or sparsify ``hx.topk_ffn(decode_step, active=0.125)``: its top-k is seen as the model's own choice, so
-    half as many groups again are computed and the largest of those kept, which errs less and reads more.
+    trained. Or sparsify ``hx.topk_ffn(decode_step, active=0.125)`` with ``config=hx.approximate()``: its top-k is seen
+    as the model's own choice, so half as many groups again are computed and the largest of those kept, which errs less
+    and reads more.
 
     Args:
       fun: the function, such as a loss of (params, batch); without it, a decorator is returned.

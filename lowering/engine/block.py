@@ -166,16 +166,13 @@ def group_scores(
     return group_energy(activation, down_norms, group_size)
 
 
-def chosen_products(
-    ups: Sequence[UpProduct], index: jax.Array, group_size: int, magnitudes: bool = False
-) -> list[jax.Array]:
+def chosen_products(ups: Sequence[UpProduct], index: jax.Array, group_size: int) -> list[jax.Array]:
     """Each product into the units, of the chosen ones only: ``[T, K * group_size]``, not yet rounded to 16 bits.
 
     Args:
       ups: the products; predictors are not read.
       index: the chosen groups of units, ``[K]`` for all tokens or ``[T, K]``.
       group_size: units in a group.
-      magnitudes: those of tokens and rows instead.
     """
     return [
         select_rows_dot(
@@ -184,7 +181,6 @@ def chosen_products(
             _groups_from(index, up.first_row, group_size),
             group_size=group_size,
             preferred_element_type=jnp.promote_types(up.dtype, jnp.float32),
-            magnitudes=magnitudes,
         )
         for up in ups
     ]

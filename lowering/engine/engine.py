@@ -1,9 +1,9 @@
 """The selection engine: predict, select, compute and, where something is to be proved, prove or fall back.
 
 What rows are predicted, how, and what is made of them says a configuration, as :class:`Steps`: a vocabulary projection
-(``head.py``), a feed-forward block (``block.py``), one with units proved to be zero (``certified_ffn.py``) or whose
-model chooses its units itself (``certified_choice.py``). The first two take the steps of one :class:`Selection` as they
-are. What is certified goes through :func:`proved_or_dense`, the one frame of all proofs.
+(``head.py``), a feed-forward block (``block.py``), or one with units proved to be zero (``certified_ffn.py``). The
+first two take the steps of one :class:`Selection` as they are. What is certified goes through :func:`proved_or_dense`,
+the one frame of all proofs.
 
 Under ``vmap`` all tokens are taken together, and the derivative is that of the dense form. ``vmap`` of a ``lax.cond``
 runs both sides and selects, which would read the dense weights always; so the batched form is written by hand.

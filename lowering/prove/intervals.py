@@ -45,7 +45,6 @@ __all__ = [
     "rounded_up",
     "sloped",
     "smaller",
-    "sum_of_groups",
 ]
 
 # A few units in the last place of f32, which some operations on some platforms are off by.
@@ -234,19 +233,6 @@ def sloped(fun: Callable[[Any], Any], a: Interval, dtype: Any, falls: bool = Fal
     low, high = (a.high, a.low) if falls else (a.low, a.high)
     made = rounded(Interval(fun(low) - _APPROXIMATION, fun(high) + _APPROXIMATION), dtype)
     return _exactly_zero(a.zero, made) if odd else made
-
-
-def sum_of_groups(a: Interval, groups: Callable[[Any], Any], size: int, dtype: Any) -> Interval:
-    """The sum of each group of ``size`` values in any order, made by ``groups``.
-
-    A sum of n terms in any order is within ``n u / (1 - n u)`` times the sum of their absolute values (Higham, Accuracy
-    and Stability of Numerical Algorithms, section 4.2).
-    """
-    unit = float(jnp.finfo(dtype).eps) / 2.0 + U
-    off = groups(a.magnitude) * (1.1 * size * unit)
-    floor = jnp.where(groups((a.low < 0.0).astype(jnp.float32)) > 0.0, -jnp.inf, 0.0)
-    made = rounded(Interval(groups(a.low) - off, groups(a.high) + off), dtype, floor)
-    return _exactly_zero(groups(a.magnitude) == 0.0, made)
 
 
 def greater(a: Interval, b: Interval, or_equal: bool = False) -> Interval:

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
-from jax.extend.core import primitives as prims
 from jax.sharding import PartitionSpec
 
 from hire_xform.lowering.engine.engine import proved_or_dense
@@ -52,7 +51,7 @@ from hire_xform.passes.weights.products import Product
 def leaves_zeros(case: Case) -> str | None:
     """Units of it can be left out, its activation being zero often, or as its user allows.
 
-    Certified, zeros are proved for each input, however rare they are: of a gate, or of the model's own choice.
+    Certified, zeros are proved for each input, however rare they are: of a gate, or of the model's own threshold.
     """
     match, settings = case.match, case.settings
     region = match.region
@@ -79,9 +78,11 @@ def has_a_size(case: Case) -> str | None:
         return None
     if settings.certify or case.runs_dense:
         return None
+    proved = unbounded(case.match.region) is None
     return (
         f"the model itself keeps {own.name}, so how many of its units are to be computed is not known; state it, "
-        "hx.Ffn(active=...), calibrate, or prove it for each input, hx.Ffn(certify=True)"
+        f"hx.Ffn(active=...){', ' if proved else ' or '}calibrate"
+        + (", or prove it for each input, hx.Ffn(certify=True)" if proved else "")
     )
 
 
@@ -126,8 +127,8 @@ class FfnKind(SiteKind):
         return SiteForms(ups, ProductForms[Form](ROWS, largest=LargestNorm() if certify else None, norms=norms))
 
     def tries(self, match: FfnMatch) -> bool:
-        """A model's own choice is proved after its units are computed; zeros are proved before."""
-        return match.own is not None
+        """Zeros are proved before any unit is computed."""
+        return False
 
     def may_reorder(self, match: FfnMatch, settings: Ffn) -> bool:
         """Where nothing is proved and the model does not choose by place, and all weights are stacked alike."""
@@ -145,19 +146,17 @@ class FfnKind(SiteKind):
         return not settings.certify and settings.activations != "any" and match.own is None
 
     def bounded(self, match: FfnMatch) -> list[Product]:
-        """Those that the model chooses by, or else the gate."""
+        """Those that the model's own choice is made of, or else the gate."""
         if match.own is not None:
             return [up.product for up in match.region.ups]
         gate = gate_of(match.region)
         return [match.region.ups[0 if gate is None else gate.up].product]
 
     def unproved(self, match: FfnMatch, platform: str) -> str | None:
-        """Zeros are proved of gates at zero; a choice where all that it takes has bounds."""
+        """Zeros are proved of gates at zero, and of a threshold that is subtracted where all it takes has bounds."""
         if match.own is not None:
-            if platform == "tpu" and any(n.primitive is prims.approx_top_k_p for n in match.region.nodes):
-                return "certify=True proves an exact top-k; approx_max_k is none on a TPU"
-            what = unbounded(match.region)
-            return None if what is None else f"certify=True has no bounds of {what}, which is in the model's own choice"
+            why = unbounded(match.region)
+            return why and f"the model itself keeps {match.own.name}, and certify=True {why}"
         if gate_of(match.region) is None:
             return (
                 f"certify=True proves zeros of max(u, 0), alone, squared, or times another product; not of this "

@@ -1,7 +1,8 @@
-"""A feed-forward block as the engines take it: plain, certified, and certified of the model's own choice."""
+"""A feed-forward block as the engines take it, plain and certified."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,8 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from hire_xform.lowering.engine.block import UpProduct, ffn
-from hire_xform.lowering.engine.certified_choice import ChoiceBlock
-from hire_xform.lowering.engine.certified_ffn import CertifiedBlock
+from hire_xform.lowering.engine.certified_ffn import CertifiedBlock, GatedBlock, ThresholdBlock
 from hire_xform.lowering.engine.engine import Operands
 from hire_xform.lowering.primitives.ranks import moments
 from hire_xform.passes.match.matches import FfnMatch
@@ -21,7 +21,7 @@ from hire_xform.passes.match.zeros import gate_of, upper_of
 from hire_xform.passes.plan.decisions import Decision
 from hire_xform.passes.plan.forms import SiteForms
 from hire_xform.passes.plan.settings import Ffn
-from hire_xform.passes.prove.region_intervals import Bounded, ranks_of
+from hire_xform.passes.prove.region_intervals import threshold_bounds
 from hire_xform.passes.rewrite.canonical import dense_product, dense_up
 from hire_xform.passes.rewrite.environment import PackedView
 from hire_xform.passes.rewrite.own_equations import own_block
@@ -117,8 +117,8 @@ def chosen(decision: Decision, given: Sequence[Any], views: Views, shards: int) 
     )
 
 
-def certified_block(decision: Decision, shards: int = 1) -> CertifiedBlock | ChoiceBlock:
-    """A block whose zeros, or whose model's own choice, are proved, or one device's part of it."""
+def certified_block(decision: Decision, shards: int = 1) -> CertifiedBlock:
+    """A block whose zeros are proved, or one device's part of it."""
     match, settings = match_of(decision), settings_of(decision)
     region, ups = match.region, match.region.ups
     common: dict[str, Any] = {
@@ -135,16 +135,16 @@ def certified_block(decision: Decision, shards: int = 1) -> CertifiedBlock | Cho
         "hidden_dtypes": tuple(up.dtype for up in ups),
         "out_dtype": match.down.out.aval.dtype,
         "input_bits": decision.input_bits,
+        "smaller": decision.smaller,
     }
     if match.own is not None:
-        return ChoiceBlock(**common, proving=Bounded(region), ranks=ranks_of(region))
+        return ThresholdBlock(**common, bounds=functools.partial(threshold_bounds, region))
     gate = gate_of(region)
     assert gate is not None
-    return CertifiedBlock(
+    return GatedBlock(
         **common,
         gate=gate.up,
         gate_value=lambda upper, sides: upper_of(region, gate.expr, upper, sides),
-        smaller=decision.smaller,
     )
 
 

@@ -120,17 +120,16 @@ def own_sparsity(region: Region, probe: Probe) -> OwnSparsity | str:
     if not all(one is None or one.largest for one in found):
         return "tried on numbers, the units it keeps are not those of the largest scores"
     sure = [one for one in found if one is not None and one.count]
+    group = max((e.size for e in region.exprs if isinstance(e, Grouped)), default=1)
     if totals:
         # Of a threshold the units are normally distributed, as its authors take them to be.
         z = sure[0].least - _LIMIT / _COUNT
         if any(one.least != sure[0].least for one in sure):
-            return OwnSparsity(score, None, "units above mean + a multiplier known only at run time", (score,))
+            return OwnSparsity(score, None, "units above mean + a multiplier known only at run time", (score,), group)
         sign = "-" if round(z, 2) < 0 else "+"
-        return OwnSparsity(
-            score, 1.0 - NormalDist().cdf(z), f"units above mean {sign} {abs(z):.2f} deviations", (score,)
-        )
+        told = f"units above mean {sign} {abs(z):.2f} deviations"
+        return OwnSparsity(score, 1.0 - NormalDist().cdf(z), told, (score,), group)
     ranks = [e.rank if isinstance(e, Kth) else e.k for e in region.exprs if isinstance(e, (Kth, Kept))]
-    group = max((e.size for e in region.exprs if isinstance(e, Grouped)), default=1)
     what = "" if group == 1 else f" groups of {group}"
     top = f"top {max(ranks) // group:,}{what}"
     if any(one.count > _MORE * _KEPT for one in sure):

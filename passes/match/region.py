@@ -335,7 +335,7 @@ def _apply(region: Region, expr: Apply, values: Sequence[Any], shape: Any, relu:
         return compat.bind(expr.node.eqn, operands)[0]
 
 
-def _is_zero(expr: Expr) -> bool:
+def is_zero(expr: Expr) -> bool:
     """True for a literal zero, or one that a shard_map marks as varying."""
     if isinstance(expr, Side):
         return known_number(expr.value) == 0.0
@@ -347,6 +347,6 @@ def _is_relu(expr: Apply, region: Region) -> bool:
     return (
         expr.node.primitive is prims.max_p
         and expr.node.frame.kind in ("jit", "custom")
-        and _is_zero(second)
+        and is_zero(second)
         and any(frame.kind == "custom" for frame in expr.node.frame.ancestors())
     )

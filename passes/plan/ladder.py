@@ -40,9 +40,8 @@ def ladder_of(
     tokens: int = 1,
     least: int = 1,
     last: int | None = None,
-    most: int = MOST,
 ) -> Ladder:
-    """The at most ``most`` sizes with the fewest expected bytes.
+    """The at most ``MOST`` sizes with the fewest expected bytes.
 
     Each token takes the smallest size that holds what it needs; needs between two sizes take the larger, so a table
     over the sizes that are needed finds the best ones (dynamic programming).
@@ -57,7 +56,6 @@ def ladder_of(
       tokens: of one execution, which takes what the neediest of them does; they are taken as independent.
       least: what the largest size must be at least.
       last: what it is to be; None leaves that open.
-      most: sizes at most.
     """
     seen = needs.reshape(-1, needs.shape[-1]).astype(np.float64)
     within = np.mean((np.cumsum(seen, axis=1) / np.sum(seen, axis=1, keepdims=True)) ** tokens, axis=0)
@@ -70,7 +68,7 @@ def ladder_of(
     # Of the best ladder that ends at each size: what is read of rows, but for the dense form, and its sizes.
     total, steps = held * cost, [np.full(len(counts), -1)]
     best = _ladder(counts, within, steps, int(np.argmin(total + ends)), float(np.min(total + ends)))
-    for _ in range(1, min(most, len(counts))):
+    for _ in range(1, min(MOST, len(counts))):
         # From a size h to a larger one i: those that need more than h take i.
         longer = np.where(counts[:, None] < counts[None, :], total[:, None] + (held - held[:, None]) * cost, np.inf)
         steps.append(np.argmin(longer, axis=0))

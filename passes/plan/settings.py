@@ -172,8 +172,8 @@ class Ffn(_Predicted):
     # How the units are scored. None is what a calibration chose, without one `Quantized(8)`.
     predictor: Predictor | None = None
     # True: prove for every input that the units left out are zero, or run the dense block. For ReLU, squared ReLU and
-    # ReGLU, and for a model's own top-k or threshold, whose choice is proved to be the dense one; takes weights of f32,
-    # bf16 or f16. None is True, unless an approximation is asked for: by `active`, by `activations="any"`, or by a
+    # ReGLU, and for a threshold at mean and deviation that the model subtracts; takes weights of f32, bf16 or f16. None
+    # is True, unless an approximation is asked for: by `active`, by `activations="any"`, or by a
     # calibration that was not certified.
     certify: bool | None = None
     # "zeroing": only blocks many of whose units are exactly zero for ordinary inputs (ReLU and its kin). "any": all.

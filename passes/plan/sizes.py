@@ -13,7 +13,7 @@ from hire_xform.passes.match.kinds import kind_of
 from hire_xform.passes.match.matches import Match
 from hire_xform.passes.plan.cost import bytes_read
 from hire_xform.passes.plan.decisions import Rung
-from hire_xform.passes.plan.ladder import MOST, Ladder, ladder_of
+from hire_xform.passes.plan.ladder import Ladder, ladder_of
 from hire_xform.passes.plan.levels import WORTH, Levels, levels_of, told
 from hire_xform.passes.plan.measurement import Chosen
 from hire_xform.passes.plan.settings import Ffn, Vocab
@@ -77,11 +77,6 @@ class Reading:
     def tried(self) -> bool:
         """Whether what is computed exactly is read before it is known whether the dense form must be run."""
         return kind_of(self.match).tries(self.match)
-
-    @property
-    def chooses(self) -> bool:
-        """Whether it is a block whose model chooses its units itself: certified, it has one size."""
-        return self.match.own is not None
 
 
 @dataclass(frozen=True)
@@ -166,7 +161,6 @@ def _ladder(read: Reading, predicted: int, needs: np.ndarray, last: int) -> Ladd
         fixed=predicted,
         tokens=read.tokens,
         last=last,
-        most=1 if read.chooses else MOST,
     )
 
 

@@ -15,8 +15,8 @@ from hire_xform.passes.ir.pointwise import COMPARES, stretched_number
 from hire_xform.passes.match.output_axis import Fate
 from hire_xform.passes.match.readers import Reader
 from hire_xform.passes.prove.chains import Chain, Step, keeps_values
+from hire_xform.passes.prove.interval_rules import FLOATS, can_be_bounded
 from hire_xform.passes.prove.logits import Logits
-from hire_xform.passes.prove.region_intervals import FLOATS, can_be_bounded
 from hire_xform.passes.prove.soft_maximum import ENDS, is_left_out
 from hire_xform.passes.weights.products import Product
 

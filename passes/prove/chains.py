@@ -24,7 +24,7 @@ from hire_xform.passes.ir.graph import Node, Operand, Value, dtype_of
 from hire_xform.passes.ir.pointwise import HINTS
 from hire_xform.passes.match.readers import Reader
 from hire_xform.passes.match.region import hashable
-from hire_xform.passes.prove.region_intervals import FLOATS, applied
+from hire_xform.passes.prove.interval_rules import FLOATS, applied
 
 # What a soft maximum that is left out rounds by, as a share of the magnitudes it is made of; see `margin_of`.
 _MARGIN = 2.0**-19

@@ -220,7 +220,9 @@ def test_sparsified_the_top_k_is_the_models_own_choice(act):
     """Half as many groups again are computed, and the trained number of them is kept."""
     w, x = weights(), tokens(1)
     trained = hx.topk_ffn(functools.partial(block, act=act), active=2 * G / M)
-    step = hx.sparsify(trained, config=hx.Config(rules=(hx.Rule("*", force=True),)))
+    rules = (hx.Rule("*", force=True),)
+    assert "no ranking of units" in hx.sparsify(trained, config=hx.Config(rules=rules)).explain(w, x)
+    step = hx.sparsify(trained, config=hx.approximate(rules=rules))
     (site,) = step.trace(w, x).plan.sites
     assert (site.own, site.computed) == ("top 2 groups of 8", 3 * G)
     assert_same(step(w, x), jax.jit(trained)(w, x), 1e-5)

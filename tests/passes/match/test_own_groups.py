@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from checks import FORCE, assert_same, full_width, kinds
 from jax import lax
-from test_own_sparsity import check_held, gated_block, plain_block, rows, site_of, tokens, weights
+from test_own_sparsity import THRESHOLDS, check_held, gated_block, plain_block, rows, site_of, tokens, weights
 
 import hire_xform as hx
 from hire_xform.lowering.primitives.ranks import over_groups
@@ -165,6 +165,21 @@ def test_sums_and_maxima_over_groups():
     groups = np.asarray(values).reshape(3, 4, 6)
     np.testing.assert_allclose(over_groups(values, 6, False), np.repeat(groups.sum(-1), 6, -1), rtol=1e-5)
     np.testing.assert_array_equal(over_groups(values, 6, True), np.repeat(groups.max(-1), 6, -1))
+
+
+def test_groups_behind_a_threshold_are_chosen_whole():
+    """Each unit times the largest of its group, of what is left above the threshold."""
+
+    def scaled(u):
+        kept = THRESHOLDS["gemma"](u)
+        return jnp.repeat(grouped(kept).max(-1), G, axis=-1) * kept
+
+    fun, p, x = plain_block(scaled), weights(), tokens(2)
+    site = site_of(fun, p, x, full_width(activations="zeroing"))
+    assert (site.own, site.settings.group_size) == ("units above mean + 1.28 deviations", G)
+    config = hx.Config(ffn=hx.Ffn(active=0.9, certify=False), rules=FORCE)
+    assert_same(hx.sparsify(fun, config=config)(p, x), fun(p, x))
+    assert "groups of units" in hx.sparsify(fun, config=hx.Config(rules=FORCE)).explain(p, x)
 
 
 def test_groups_of_the_model_are_calibrated_as_they_are():

@@ -50,6 +50,7 @@ CHOICES = {
     "gaussian": gaussian,
     "relu": jax.nn.relu,
 }
+# What is certified: nothing jumps.
 CONTINUOUS = ("gaussian", "relu")
 
 
@@ -100,42 +101,15 @@ NESTED = {
 }
 
 
-@pytest.mark.parametrize(
-    ("choice", "nesting"), [(c, n) for c in CHOICES for n in NESTED if (c, n) != ("scattered", "three axes")]
-)
+@pytest.mark.parametrize("nesting", NESTED)
+@pytest.mark.parametrize("choice", CONTINUOUS)
 def test_certified_is_dense_whether_or_not_it_is_rounded(choice, nesting):
     fun, p = NESTED[nesting](widened(choice)), weights()
-    # Where nothing is chosen, and XLA rounds, sums in two orders may round to two neighbours.
-    limit = 2**-7 if choice in CONTINUOUS and nesting == "three axes" else 2e-5
+    # Where XLA rounds, sums in two orders may round to two neighbours.
+    limit = 2**-7 if nesting == "three axes" else 2e-5
     step, dense = hx.sparsify(fun, config=CERTIFIED), jax.jit(fun)
     assert kinds(step.trace(p, tokens(0)).plan) == ["ffn"], step.trace(p, tokens(0)).explain()
     assert max(apart(step(p, x), dense(p, x)) for x in inputs(40)) < limit
-
-
-@pytest.mark.parametrize("choice", ["kept", "by size"])
-def test_what_is_far_enough_apart_is_proved(choice):
-    step, p = hx.sparsify(widened(choice), config=CERTIFIED), weights()
-    fallen = sum(sum(int(n) for n in step.with_fallbacks(p, x)[1].values()) for x in inputs(0))
-    assert 0 < fallen < 30
-
-
-MIXED = {
-    "cutoff of 16 bits": lambda u: jnp.where(u.astype(jnp.float32) >= largest(u).astype(jnp.float32), u, 0),
-    "compared in 16 bits": lambda u: jnp.where(u >= largest(u), u, 0),
-    "cast twice": lambda u: jnp.where(u.astype(jnp.float32) >= largest(u.astype(jnp.float32)), u, 0),
-}
-
-
-@pytest.mark.parametrize("choice", MIXED)
-def test_readers_of_which_one_may_see_what_is_not_rounded(choice):
-    """The cutoff itself may be on either side of itself: nothing is proved, and the program's own equations decide."""
-    fun, p = (lambda p, x: MIXED[choice](x @ p["up"]) @ p["down"]), weights()
-    step, dense = hx.sparsify(fun, config=CERTIFIED), jax.jit(fun)
-    assert kinds(step.trace(p, tokens(0)).plan) == ["ffn"]
-    for x in inputs(0)[:12]:
-        got, counts = step.with_fallbacks(p, x)
-        assert [int(n) for n in counts.values()] == [1]
-        np.testing.assert_array_equal(got, dense(p, x))
 
 
 GATES = {
