@@ -17,9 +17,10 @@ from typing import Any
 import jax
 
 from hire_xform.calibration.calibration import Calibration
-from hire_xform.call.calls import Abstract, Signature, Weights, abstract_call
+from hire_xform.call.calls import Abstract, abstract_call
 from hire_xform.call.entry import Entry, take_packed
 from hire_xform.call.memory import PackMemory
+from hire_xform.call.signature import Signature, Weights
 from hire_xform.call.stages import Traced
 from hire_xform.call.trial import LeavingDense, Reasons
 from hire_xform.config import Config

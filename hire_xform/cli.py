@@ -19,7 +19,7 @@ from absl import app, flags, logging
 from absl.flags import argparse_flags
 
 from hire_xform.api import Sparsified, sparsify
-from hire_xform.call.calls import arguments_of
+from hire_xform.call.signature import arguments_of
 from hire_xform.call.stages import Traced
 from hire_xform.comparing.comparison import Comparison
 from hire_xform.comparing.run import checked_devices, comparison_of

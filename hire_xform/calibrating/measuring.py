@@ -16,9 +16,10 @@ from hire_xform.calibrating.grouping import grouped_order
 from hire_xform.calibration.calibration import Calibration
 from hire_xform.calibration.curve import Curve
 from hire_xform.calibration.site_calibration import SiteCalibration, proved_criterion
-from hire_xform.call.calls import Weights, abstract_call, arguments_of
+from hire_xform.call.calls import abstract_call, call_leaves
 from hire_xform.call.folding import Marks, Totals, fold
-from hire_xform.call.stages import Traced, call_leaves
+from hire_xform.call.signature import Weights, arguments_of
+from hire_xform.call.stages import Traced
 from hire_xform.config import Config
 from hire_xform.lowering.predict.predictors import Predictor
 from hire_xform.lowering.primitives.records import record_p

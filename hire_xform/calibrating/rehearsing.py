@@ -13,8 +13,8 @@ import numpy as np
 
 from hire_xform.calibrating.measuring import Calibrator, DenseTrace, program, taken_apart
 from hire_xform.calibration.calibration import Calibration
-from hire_xform.call.calls import arguments_of
 from hire_xform.call.folding import Marks, Totals
+from hire_xform.call.signature import arguments_of
 from hire_xform.call.stages import Traced
 from hire_xform.config import Config
 from hire_xform.lowering.primitives.records import record_p

@@ -18,7 +18,7 @@ from hire_xform.calibrating.choose import chosen_for_cost
 from hire_xform.calibrating.measuring import Calibrator
 from hire_xform.calibrating.rehearsing import Rehearsal
 from hire_xform.calibration.calibration import Calibration
-from hire_xform.call.calls import Weights
+from hire_xform.call.signature import Weights
 from hire_xform.config import Config, Ffn, Rule, Vocab
 from hire_xform.errors import HireWarning
 from hire_xform.lowering.predict.low_rank import LowRank

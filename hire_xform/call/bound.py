@@ -7,7 +7,8 @@ from typing import Any
 
 import jax
 
-from hire_xform.call.calls import Signature, Static, is_array
+from hire_xform.call.leaves import is_array
+from hire_xform.call.signature import Signature, Static
 
 
 class Bound:

@@ -12,17 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
-from hire_xform.call.calls import (
-    Abstract,
-    abstract_call,
-    argument_of,
-    aval_of,
-    keyed,
-    platform_in,
-    stated_sharding,
-    unwrap_statics,
-)
+from hire_xform.call.calls import Abstract, abstract_call
 from hire_xform.call.counting import Counts, count_rungs
+from hire_xform.call.leaves import aval_of, platform_in, stated_sharding
+from hire_xform.call.signature import argument_of, keyed, unwrap_statics
 from hire_xform.call.traced_weights import pack_traced
 from hire_xform.call.trial import Trial
 from hire_xform.passes.ir import compat

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from hire_xform.call.calls import Signature
+from hire_xform.call.signature import Signature
 from hire_xform.errors import HireWarning
 from hire_xform.passes.ir.graph import Value, walk
 from hire_xform.passes.weights.provenance import Provenance

@@ -11,7 +11,7 @@ import jax
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-from hire_xform.call.calls import is_array
+from hire_xform.call.leaves import is_array
 from hire_xform.lowering.xla.huge_pages import on_huge_pages
 from hire_xform.passes.ir import compat
 from hire_xform.passes.ir.static_values import value_key

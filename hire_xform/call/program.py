@@ -10,9 +10,10 @@ from typing import Any
 
 import jax
 
-from hire_xform.call.calls import Abstract, Signature, unwrap_statics
+from hire_xform.call.calls import Abstract
 from hire_xform.call.collector import collector_paused
 from hire_xform.call.in_place import changed_weights, warn_if_lost, weight_leaves
+from hire_xform.call.signature import Signature, unwrap_statics
 from hire_xform.passes.ir import compat
 from hire_xform.passes.ir.debugging import debugging
 from hire_xform.passes.ir.each_device import is_explicit

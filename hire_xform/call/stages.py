@@ -6,7 +6,7 @@ import copy
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -15,16 +15,18 @@ import jax
 from hire_xform import explain as _explain
 from hire_xform.calibration.calibration import Calibration
 from hire_xform.call.bound import Bound
-from hire_xform.call.calls import Abstract, Signature, keyed, merge
+from hire_xform.call.calls import ABSENT, Abstract, call_leaves
 from hire_xform.call.collector import collector_paused
-from hire_xform.call.packing import make_packed, pack_keys
+from hire_xform.call.packing import make_packed
 from hire_xform.call.program import Program, struct
+from hire_xform.call.signature import Signature, keyed
+from hire_xform.call.supply import Supply
 from hire_xform.config import Config
 from hire_xform.errors import HireWarning, PackedMismatchError
 from hire_xform.passes.ir.graph import Node
-from hire_xform.passes.pack.make import pack_shapes, unpack_rows
+from hire_xform.passes.pack.make import pack_shapes
 from hire_xform.passes.pack.packed import Packed, PackLayout
-from hire_xform.passes.plan.decisions import Decision, Need, PackKey, Plan
+from hire_xform.passes.plan.decisions import Decision, PackKey, Plan
 from hire_xform.passes.plan.make import make_plan
 from hire_xform.passes.plan.measurement import MeasurementOf
 from hire_xform.passes.plan.placement import place
@@ -34,23 +36,6 @@ from hire_xform.passes.rewrite.actions import actions_of, rewritten
 from hire_xform.passes.rewrite.holding import Holding, Reader, decide_holding
 from hire_xform.passes.rewrite.rewriter import Rewriter
 from hire_xform.passes.weights.recipe import Root
-
-
-@dataclass(eq=False)
-class Supply:
-    """Where the rewritten program gets its weights from: plain leaves, packed forms, or both.
-
-    Attributes:
-      leaf: the plain leaf of a root, or None.
-      form: the packed form of a key, or None.
-      restore: the leaf of a root made from its packed rows, or None.
-      packed: some of it is of ``Packed`` arguments.
-    """
-
-    leaf: Callable[[Root], Any]
-    form: Callable[[PackKey], Any]
-    restore: Callable[[Root], Any]
-    packed: bool = False
 
 
 class Traced(Program):
@@ -152,9 +137,9 @@ class Traced(Program):
 
     def _arrays_by_name(self) -> list[str]:
         """The arguments that came by keyword, are no weights, and hold arrays."""
-        _, kwargs = self.call.rebuild([_ABSENT] * len(self.call.avals))
+        _, kwargs = self.call.rebuild([ABSENT] * len(self.call.avals))
         data = {name: value for name, value in kwargs.items() if self.signature.weight_key(name) is None}
-        return [name for name, value in data.items() if any(leaf is _ABSENT for leaf in jax.tree.leaves(value))]
+        return [name for name, value in data.items() if any(leaf is ABSENT for leaf in jax.tree.leaves(value))]
 
     @cached_property
     def sparse_jaxpr(self) -> Any:
@@ -273,10 +258,7 @@ class Traced(Program):
           supply: the weights.
         """
 
-        def has_leaf(root: Root) -> bool:
-            return root.kind == "const" or supply.leaf(root) is not None
-
-        todo = self._actions(has_leaf, lambda key: supply.form(key) is not None)
+        todo = self._actions(supply.has_leaf, supply.has_form)
         rewriter = self._rewriter(todo)
         operands = []
         for leaf, root, needed in zip(leaves, self.call.roots, rewriter.needed_inputs(), strict=True):
@@ -294,15 +276,8 @@ class Traced(Program):
         if supply.packed:
             self._tell_dense([d.site.path for d in self.plan.decisions if d.node not in todo])
 
-        def form(need: Need) -> Any:
-            found = supply.form(need.key)
-            if found is not None:
-                return found
-            root = need.key.recipe.root
-            return self.const(root) if root.kind == "const" else supply.leaf(root)
-
         with collector_paused():
-            results = rewriter.evaluate(operands, form)
+            results = rewriter.evaluate(operands, supply.read)
         return jax.tree.unflatten(self.out_tree, results)
 
     def _tell_dense(self, paths: Sequence[str]) -> None:
@@ -320,9 +295,9 @@ class Traced(Program):
         )
 
     def _layout(self, key: int | str, holding: Holding) -> PackLayout:
-        argument = self.argument(self.call.rebuild([_ABSENT] * len(self.call.avals)), key)
+        argument = self.argument(self.call.rebuild([ABSENT] * len(self.call.avals)), key)
         leaves, treedef = jax.tree.flatten(argument)
-        static = tuple((i, v) for i, v in enumerate(leaves) if v is not _ABSENT)
+        static = tuple((i, v) for i, v in enumerate(leaves) if v is not ABSENT)
         mine = [i for i, root in enumerate(self.call.roots) if root is not None and root.argument == key]
         avals, placed = (tuple(of[i] for i in mine) for of in (self.call.avals, self.call.placed))
         held = holding.kept, holding.keys, holding.restored
@@ -342,7 +317,7 @@ class Traced(Program):
         """The call's arguments as shapes, with abstract ``Packed`` weights; static ones are wrapped."""
         where, roots = self.call.where, self.call.roots
         given = zip(self.call.avals, where, roots, strict=True)
-        plain, kwargs = self.call.rebuild([_ABSENT if root is not None else struct(a, s) for a, s, root in given])
+        plain, kwargs = self.call.rebuild([ABSENT if root is not None else struct(a, s) for a, s, root in given])
         args = list(plain)
         for slot, key in enumerate(self.signature.weights):
             if slot not in self._holdings:
@@ -373,68 +348,12 @@ class Traced(Program):
         return self.evaluate(leaves, self.supply(packed, {}, {}))
 
     def supply(self, packed: Mapping[Any, Packed], plain: dict[Root, Any], forms: dict[PackKey, Any]) -> Supply:
-        """The weights of one call.
-
-        Args:
-          packed: ``Packed`` arguments by position, or by name where that has none.
-          plain: plain weight leaves.
-          forms: packed forms made outside: of plain leaves, and of closed-over arrays where known.
-        """
-
-        def of(root: Root) -> Packed | None:
-            return packed.get(root.argument)
-
-        def leaf(root: Root) -> Any:
-            held = of(root)
-            return plain.get(root) if held is None else held.leaf(root.index)
-
-        def form(key: PackKey) -> Any:
-            held = of(key.recipe.root)
-            if held is not None:
-                return held.form(key)
-            if key not in forms and key.recipe.root.kind == "const" and key in self._const_keys:
-                forms.update(pack_keys(self._const_keys, self.const, False))
-            return forms.get(key)
-
-        def restore(root: Root) -> Any:
-            held = of(root)
-            if held is None:
-                return None
-            number = dict(held.layout.restored).get(root.index)
-            if number is None:
-                return None
-            key = held.layout.keys[number]
-            layout = held.layout
-            return unpack_rows(key, layout.avals[root.index].shape, held.form(key), layout.placed[root.index])
-
-        return Supply(leaf, form, restore, bool(packed))
+        """The weights of one call; arguments as of ``Supply``."""
+        return Supply(packed, plain, forms, self._const_keys, self.const)
 
     @cached_property
     def _const_keys(self) -> list[PackKey]:
         return [k for k in self.needed_keys() if k.recipe.root.kind == "const"]
-
-
-def call_leaves(signature: Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-    """The traced leaves of a call, None for each leaf that a ``Packed`` stands for."""
-
-    def expand(value: Any) -> Any:
-        if not isinstance(value, Packed):
-            return value
-        layout = value.layout
-        return layout.treedef.unflatten(merge(layout.static, [_ABSENT] * len(layout.avals)))
-
-    expanded = (tuple(expand(a) for a in args), {k: expand(v) for k, v in kwargs.items()})
-    leaves = jax.tree_util.tree_leaves_with_path(expanded)
-    return [
-        None if leaf is _ABSENT else leaf for path, leaf in leaves if leaf is _ABSENT or signature.traces(path, leaf)
-    ]
-
-
-class _Absent:
-    pass
-
-
-_ABSENT = _Absent()
 
 
 def _no_measurement(match: Any, names: Any) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 from hire_xform.lowering.primitives.da_top_k import da_top_k_p
 from hire_xform.passes.ir import compat
 from hire_xform.passes.ir.graph import label, numbered
+from hire_xform.passes.ir.source_lines import source_line
 from hire_xform.passes.plan.decisions import Plan
 
 # What a spliced site does, in order; the names of the scopes its equations stand in.
@@ -144,7 +145,7 @@ class _Lister:
         for var in eqn.outvars:
             env[var] = self._name() if var in read else "_"
             results.append(Named(env[var], type_text(var.aval)))
-        return Equation(path, kind, results, operands, _detail(eqn, kind), compat.source_line(eqn), mark, bodies)
+        return Equation(path, kind, results, operands, _detail(eqn, kind), source_line(eqn), mark, bodies)
 
     def _name(self) -> str:
         number, name = self._made, ""

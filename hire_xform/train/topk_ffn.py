@@ -9,9 +9,9 @@ from typing import Any
 
 import jax
 
-from hire_xform.call.calls import Abstract, Signature, Weights, abstract_call
+from hire_xform.call.calls import Abstract, abstract_call, call_leaves
 from hire_xform.call.program import Program
-from hire_xform.call.stages import call_leaves
+from hire_xform.call.signature import Signature, Weights
 from hire_xform.config import Config, Rule
 from hire_xform.errors import HireWarning
 from hire_xform.explain import explain_top_groups

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -353,23 +352,6 @@ def bind(eqn: Eqn, operands: Sequence[Any], params: dict[str, Any] | None = None
 def without_last_outputs(jaxpr: ClosedJaxpr, count: int) -> ClosedJaxpr:
     """The program without its last ``count`` results; what computes them stays."""
     return jaxpr.replace(jaxpr=jaxpr.jaxpr.replace(outvars=jaxpr.jaxpr.outvars[: len(jaxpr.jaxpr.outvars) - count]))
-
-
-UNKNOWN_SOURCE = "unknown"
-
-
-# Packages of layers: a line inside one of them is the same for every layer, so the line that called it is told instead.
-_LAYERS = re.compile(r"[/\\](?:site|dist)-packages[/\\](?:flax|equinox|haiku|keras|jaxtyping|einops)[/\\]")
-_MANY_FRAMES = 100
-
-
-def source_line(eqn: Eqn) -> str:
-    """The user's ``file:line (function)`` that an equation came from; "unknown" when JAX kept no traceback."""
-    text = source_info_util.summarize(eqn.source_info)
-    if not _LAYERS.search(text):
-        return text or UNKNOWN_SOURCE
-    lines = source_info_util.summarize(eqn.source_info, num_frames=_MANY_FRAMES).splitlines()
-    return next((line for line in reversed(lines) if not _LAYERS.search(line)), text)
 
 
 _TRACE_SETTINGS = (

@@ -19,6 +19,7 @@ from jax.extend.core import primitives as prims
 
 from hire_xform.passes.ir import compat
 from hire_xform.passes.ir.compat import Literal
+from hire_xform.passes.ir.source_lines import UNKNOWN_SOURCE, source_line
 
 
 @dataclass(eq=False, slots=True, repr=False)
@@ -110,10 +111,10 @@ class Node:
     def source(self) -> str:
         """The user's ``file:line (function)``; that of the call it stands in where JAX kept none for it."""
         for eqn in (self.eqn, *(frame.eqn for frame in self.frame.ancestors() if frame.eqn is not None)):
-            line = compat.source_line(eqn)
-            if line != compat.UNKNOWN_SOURCE:
+            line = source_line(eqn)
+            if line != UNKNOWN_SOURCE:
                 return line
-        return compat.UNKNOWN_SOURCE
+        return UNKNOWN_SOURCE
 
     @property
     def inner(self) -> Scope:

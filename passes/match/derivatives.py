@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from hire_xform.passes.ir import compat
 from hire_xform.passes.ir.graph import Frame, Node
+from hire_xform.passes.ir.source_lines import source_line
 from hire_xform.passes.match.matches import Match
 
 
@@ -21,7 +21,7 @@ def derivative_of(match: Match) -> str:
         for frame in node.frame.ancestors():
             if frame.kind != "custom" or _is_relu(frame):
                 continue
-            call = f"{frame.eqn.primitive.name.removesuffix('_call')} at {compat.source_line(frame.eqn)}"
+            call = f"{frame.eqn.primitive.name.removesuffix('_call')} at {source_line(frame.eqn)}"
             if frame in around:
                 found[f"the one that the {call} around it states, which reads the weights as the dense form does"] = (
                     None

@@ -5,10 +5,10 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jax.extend.core import primitives as prims
 
-from hire_xform.passes.ir import compat
 from hire_xform.passes.ir.axes import row_major, whole
 from hire_xform.passes.ir.graph import Frame, Node, Value
 from hire_xform.passes.ir.pointwise import STEPS
+from hire_xform.passes.ir.source_lines import source_line
 from hire_xform.passes.match.block_region import trace_region
 from hire_xform.passes.match.ends import ends_before_products
 from hire_xform.passes.match.matches import FfnMatch
@@ -102,7 +102,7 @@ def _lost_derivative(region: Region, down: Product) -> str | None:
 
 def _partly_inside(frame: Frame) -> str:
     return (
-        f"part of the block is inside the {frame.eqn.primitive} at {compat.source_line(frame.eqn)}, whose own "
+        f"part of the block is inside the {frame.eqn.primitive} at {source_line(frame.eqn)}, whose own "
         "derivative would be lost; put the whole block inside it, or none"
     )
 
