@@ -14,7 +14,7 @@ import numpy as np
 
 from hire_xform.explain import size
 from hire_xform.lowering.engine.bytes_read import ffn_bytes, vocab_bytes
-from hire_xform.lowering.engine.selection import choose
+from hire_xform.lowering.engine.selection import selection_of
 from hire_xform.lowering.predict.predictors import predictor_bytes
 from hire_xform.passes.plan.cost import FIXED_BYTES, row_cost
 from hire_xform.passes.plan.settings import Ffn, Vocab, refuse
@@ -265,7 +265,7 @@ def _block(model: ModelShapes, count: int, tokens: int, ffn: Ffn) -> tuple[int, 
     row = (model.ups + 1) * d * model.itemsize
     ups = [(d, model.dtype, ffn.spec)] * model.ups
     total = ffn_bytes(tokens, units, ups, d, model.dtype, active=groups, group_size=ffn.group_size)
-    exact = choose(tokens, units // ffn.group_size, groups).rows_read(tokens) * ffn.group_size * row
+    exact = selection_of(tokens, units // ffn.group_size, groups).rows_read(tokens) * ffn.group_size * row
     return units * row, total - exact, exact
 
 
@@ -274,7 +274,7 @@ def _head(model: ModelShapes, count: int, tokens: int, vocab: Vocab) -> tuple[in
     rows, row = model.vocab // count, model.inputs * model.itemsize
     candidates = -(-vocab.candidates_of(model.vocab) // count)
     total = vocab_bytes(tokens, rows, model.inputs, model.dtype, vocab.spec, candidates=candidates)
-    exact = choose(tokens, rows, candidates).rows_read(tokens) * row
+    exact = selection_of(tokens, rows, candidates).rows_read(tokens) * row
     return rows * row, total - exact, exact
 
 

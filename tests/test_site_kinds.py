@@ -8,7 +8,6 @@ from checks import assert_same
 
 import hire_xform as hx
 from hire_xform.lowering.engine.head import vocab_logits
-from hire_xform.passes.match import kinds
 from hire_xform.passes.match.matches import Match, Matrix
 from hire_xform.passes.plan.forms import ROWS, PackedPredictor, ProductForms, SiteForms
 from hire_xform.passes.rewrite.canonical import flat_activation, product_key
@@ -68,9 +67,11 @@ class MixedKind(hx.SiteKind):
 
 
 @pytest.fixture
-def mixed(monkeypatch):
-    monkeypatch.setattr(kinds, "_KINDS", dict(kinds._KINDS))
-    return hx.register_site_kind(MixedKind())
+def mixed():
+    kind = MixedKind()
+    remove = hx.register_site_kind(kind)
+    yield kind
+    remove()
 
 
 def program(params, x):
@@ -83,9 +84,19 @@ FORCED = hx.Config(rules=(hx.Rule("*", force=True),))
 
 
 def test_without_it_the_product_is_refused():
-    plan = hx.sparsify(program, config=FORCED).trace(PARAMS, X).plan
-    assert not plan.sites
-    assert "cumsum" in plan.refusals[0].reason
+    def check():
+        plan = hx.sparsify(program, config=FORCED).trace(PARAMS, X).plan
+        assert not plan.sites
+        assert "cumsum" in plan.refusals[0].reason
+
+    check()
+    first, second = hx.register_site_kind(MixedKind()), hx.register_site_kind(MixedKind())
+    first()  # another has taken its place
+    assert hx.sparsify(program, config=FORCED).trace(PARAMS, X).plan.sites
+    second()
+    assert hx.sparsify(program, config=FORCED).trace(PARAMS, X).plan.sites
+    first()
+    check()
 
 
 def test_it_is_planned_packed_and_rewritten(mixed):

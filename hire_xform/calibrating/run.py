@@ -19,13 +19,13 @@ from hire_xform.calibrating.measuring import Calibrator
 from hire_xform.calibrating.rehearsing import Rehearsal
 from hire_xform.calibration.calibration import Calibration
 from hire_xform.call.signature import Weights
-from hire_xform.config import Config, Ffn, Rule, Vocab
+from hire_xform.config import Config, Rule
 from hire_xform.errors import HireWarning
 from hire_xform.lowering.predict.low_rank import LowRank
 from hire_xform.lowering.predict.predictors import Predictor
 from hire_xform.lowering.predict.projected import Projected
 from hire_xform.lowering.predict.quantized import Quantized
-from hire_xform.passes.plan.settings import check_predictor
+from hire_xform.passes.plan.settings import Settings, check_predictor
 
 _ANY_NUMBER = 1 << 62
 # Low rank in 8 bits costs a quarter of what it costs in f32 and loses little, so plain f32 factors are left out.
@@ -255,7 +255,7 @@ def _checked_predictors(predictors: Any) -> tuple[Predictor, ...]:
     return tuple(dict.fromkeys(predictors))
 
 
-def _all_settings(config: Config) -> list[Vocab | Ffn]:
+def _all_settings(config: Config) -> list[Settings]:
     held: list[Config | Rule] = [config, *config.rules]
     return [s for owner in held for s in (owner.vocab, owner.ffn) if s is not None]
 

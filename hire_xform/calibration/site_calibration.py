@@ -14,7 +14,7 @@ from hire_xform.lowering.predict.predictors import Predictor
 from hire_xform.passes.plan.forms import Inputs, Order
 from hire_xform.passes.plan.ladder import ladder_of
 from hire_xform.passes.plan.measurement import Chosen
-from hire_xform.passes.plan.settings import Ffn, Settings, Vocab
+from hire_xform.passes.plan.settings import Settings, SizedSettings
 
 # Share of the tokens that a certified site's largest size is to prove, at least. What it does not prove reads all rows,
 # and few tokens take it. Text unlike that of the calibration needs more of a head, several times as often.
@@ -101,7 +101,7 @@ class SiteCalibration:
         )
         return Order(_digest(self.order), self.order, how)
 
-    def order_for(self, settings: Vocab | Ffn) -> Order | None:
+    def order_for(self, settings: Settings) -> Order | None:
         """The order in which the units of groups of this size are neighbours; None for that they have."""
         return self._order if settings.group_size == self.group_size else None
 
@@ -274,7 +274,7 @@ class SiteCalibration:
             sizes[layer], read[layer] = ladder.counts[-1], ladder.read
         return sizes, float(read.mean())
 
-    def advise(self, settings: Vocab | Ffn, static: bool) -> Chosen:
+    def advise(self, settings: SizedSettings, static: bool) -> Chosen:
         """What these settings should have where they state nothing; the size is the largest of all layers'.
 
         Args:

@@ -10,6 +10,7 @@ import numpy as np
 
 from hire_xform.lowering.primitives.da_top_k import da_top_k_p
 from hire_xform.passes.ir import compat
+from hire_xform.passes.ir.debugging import type_text
 from hire_xform.passes.ir.graph import label, numbered
 from hire_xform.passes.ir.source_lines import source_line
 from hire_xform.passes.plan.decisions import Plan
@@ -176,13 +177,6 @@ def _bodies(eqn: Any) -> Iterator[tuple[str, str, Any]]:
 def _common(marks: Sequence[Mark]) -> Mark | None:
     """The mark of a call whose equations all belong to one site."""
     return marks[0] if marks and marks[0].site is not None and len({m.site for m in marks}) == 1 else None
-
-
-def type_text(aval: Any) -> str:
-    """A type, such as ``float32[1,32]``."""
-    if not hasattr(aval, "shape") or not hasattr(aval, "dtype"):
-        return str(aval)
-    return f"{aval.dtype}[{','.join(str(d) for d in aval.shape)}]"
 
 
 def _operand(atom: Any, env: dict[Any, str]) -> str:

@@ -11,17 +11,17 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import jax
 
 from hire_xform.dump.dump import dump
-from hire_xform.dump.listing import type_text
 from hire_xform.dump.text import plural, short_reason, short_source
 from hire_xform.explain import explain, size
+from hire_xform.passes.ir.debugging import type_text
 from hire_xform.passes.ir.graph import Graph, Operand, Scope, Value
-from hire_xform.passes.match.matches import Detection, Match
-from hire_xform.passes.match.region import Apply, Expr, Number, Side, Up
+from hire_xform.passes.match.kinds import kind_of
+from hire_xform.passes.match.matches import Detection
 from hire_xform.passes.pack.packed import Packed
 from hire_xform.passes.weights.provenance import Root
 
@@ -141,46 +141,11 @@ def _weights(traced: Traced) -> list[str]:
 def _matches(found: Detection) -> list[str]:
     """Each match with its region, and each rejection with its reason."""
     lines = [f"matches: {len(found.matches)}, rejections: {len(found.rejections)}"]
-    told = {"ffn": _block, "vocab": _vocabulary}
     for match in found.matches:
-        lines += ["", *told.get(match.kind, _match)(match)]
+        lines += ["", *map(short_reason, kind_of(match).listing(match))]
     if found.rejections:
         lines += [""]
     return lines + [f"rejected {r.node.path}: {short_reason(r.reason)}" for r in found.rejections]
-
-
-def _match(match: Match) -> list[str]:
-    return [f"{match.kind} {match.node.path}: {match.units:,} rows"]
-
-
-def _vocabulary(match: Any) -> list[str]:
-    lines = [
-        f"vocab {match.node.path}: {match.units:,} rows; logits: {short_reason(match.evidence) or 'nothing says so'}"
-    ]
-    return lines + [f"  read by {reader.kind}: {short_reason(reader.where)}" for reader in match.readers]
-
-
-def _block(match: Any) -> list[str]:
-    region = match.region
-    zeros = f"zeros: {'none' if region.zero_share is None else f'{region.zero_share:.2f}'}"
-    own = f"; the model's own choice: {region.own.name}" if region.own is not None else ""
-    lines = [f"ffn {match.node.path}: {match.units:,} units; {zeros}{own}"]
-    for number, expr in enumerate(region.exprs):
-        root = "  <- activation" if number == region.root else ""
-        lines.append(f"  {number:3d}  {_expression(expr)}{root}")
-    return lines
-
-
-def _expression(expr: Expr) -> str:
-    if isinstance(expr, Up):
-        return f"product {expr.product.path}"
-    if isinstance(expr, Side):
-        return f"from outside {type_text(expr.value.aval)}"
-    if isinstance(expr, Number):
-        return f"number {expr.operand.val}"
-    if isinstance(expr, Apply):
-        return f"{expr.node.primitive} {', '.join(map(str, expr.operands))}  ({expr.node.path})"
-    return repr(expr)
 
 
 def _packed(traced: Traced) -> list[str]:

@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 
 from hire_xform.lowering.engine.engine import Observer, Steps, selected
-from hire_xform.lowering.engine.selection import choose, leaves_out
+from hire_xform.lowering.engine.selection import leaves_out, selection_of
 from hire_xform.lowering.engine.static_units import static_units
 from hire_xform.lowering.engine.top_groups import group_energy
-from hire_xform.lowering.predict.predictors import Packed, Predictor, predict_scores
+from hire_xform.lowering.predict.predictors import PackedArrays, Predictor, predict_scores
 from hire_xform.lowering.primitives.combine_rows import combine_rows
 from hire_xform.lowering.primitives.select_rows import select_rows_dot
 
@@ -36,7 +36,7 @@ class UpProduct:
     # Where the m rows begin in `rows`, a multiple of the group size.
     first_row: jax.Array | int = 0
     # The predictor of the m rows; None when no score hangs on this product.
-    packed: Packed | None
+    packed: PackedArrays | None
     # Its spec.
     spec: Predictor
     # dtype of the dense product's result, which the region expects.
@@ -100,7 +100,7 @@ def ffn(
     if static and (group_size > 1 or score is not None or not 0 < static < m):
         raise ValueError(f"ffn: static={static} of {m} units; expected fewer, in groups of one")
     others = m - static
-    selection = choose(ups[0].x.shape[0], others // group_size, active)
+    selection = selection_of(ups[0].x.shape[0], others // group_size, active)
 
     def predicted(hiddens: list[jax.Array], gather: Gather) -> jax.Array:
         return region(hiddens, (lambda values: values[..., static:]) if static else gather)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from hire_xform.lowering.engine.selection import choose
+from hire_xform.lowering.engine.selection import selection_of
 from hire_xform.lowering.predict.predictors import Predictor, predictor_bytes
 
 __all__ = ["ffn_bytes", "vocab_bytes"]
@@ -15,7 +15,7 @@ def vocab_bytes(
     tokens: int, vocab: int, d: int, dtype: jax.typing.DTypeLike, spec: Predictor, *, candidates: int
 ) -> int:
     """Weight bytes one call of ``vocab_logits`` reads: the predictor and the candidates' rows."""
-    chosen = choose(tokens, vocab, candidates).rows_read(tokens)
+    chosen = selection_of(tokens, vocab, candidates).rows_read(tokens)
     return predictor_bytes(vocab, d, spec, dtype) + chosen * d * jnp.dtype(dtype).itemsize
 
 
@@ -48,7 +48,7 @@ def ffn_bytes(
       Bytes.
     """
     m -= static
-    units = choose(tokens, m // group_size, active).rows_read(tokens) * group_size + static
+    units = selection_of(tokens, m // group_size, active).rows_read(tokens) * group_size + static
     total = (4 * m if norms else 0) + units * d_out * jnp.dtype(down_dtype).itemsize
     for d, dtype, spec in ups:
         row = d * jnp.dtype(dtype).itemsize

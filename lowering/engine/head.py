@@ -21,8 +21,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from hire_xform.lowering.engine.engine import Observer, Operands, Steps, proved_or_dense, selected, without
-from hire_xform.lowering.engine.selection import Selection, choose, entries, rungs
-from hire_xform.lowering.predict.predictors import Packed, Predictor, predict_scores
+from hire_xform.lowering.engine.selection import Selection, entries, rungs, selection_of
+from hire_xform.lowering.predict.predictors import PackedArrays, Predictor, predict_scores
 from hire_xform.lowering.primitives.select_rows import select_rows_dot
 from hire_xform.lowering.prove.bounds import ScoresWithBounds, product_error
 from hire_xform.lowering.prove.goals import proved
@@ -41,7 +41,7 @@ Fill = Literal["predicted", "-inf"]
 def vocab_logits(
     x: jax.Array,
     rows: jax.Array,
-    packed: Packed,
+    packed: PackedArrays,
     spec: Predictor,
     *,
     candidates: int,
@@ -59,7 +59,7 @@ def vocab_logits(
       rows: ``[V, d]``, or a taller matrix that holds these rows somewhere.
       packed: the predictor of the ``V`` rows.
       spec: its spec.
-      candidates: rows each token may have computed exactly, ``1 <= candidates <= V``; see ``choose`` for how several
+      candidates: rows each token may have computed exactly, ``1 <= candidates <= V``; ``selection_of`` says how several
         tokens share them.
       vocab: ``V``; None takes all of ``rows``.
       first_row: where the ``V`` rows begin in ``rows``; one of several stacked matrices is read in place this way.
@@ -95,7 +95,7 @@ def vocab_logits(
 def vocab_candidates(
     x: jax.Array,
     rows: jax.Array,
-    packed: Packed,
+    packed: PackedArrays,
     spec: Predictor,
     *,
     candidates: int,
@@ -112,7 +112,7 @@ def vocab_candidates(
       ``[T, K]``; and the scores of all rows, f32 ``[T, V]``.
     """
     tokens, vocab = x.shape[0], rows.shape[0] if vocab is None else vocab
-    selection = choose(tokens, vocab, candidates)
+    selection = selection_of(tokens, vocab, candidates)
     with jax.named_scope("predict"):
         scores = predict_scores(x, packed, spec, vocab)
     with jax.named_scope("select"):

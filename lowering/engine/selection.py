@@ -1,7 +1,8 @@
 """How many rows to choose for a handful of tokens, and which.
 
 Tokens of one step may each have their own rows, or share one set that holds what every one of them wants. Reading is
-what costs, so the fewer rows read wins (:func:`choose`); which rows they are is decided from scores (:func:`select`).
+what costs, so the fewer rows read wins (:func:`selection_of`); which rows they are is decided from scores
+(:func:`select`).
 """
 
 import itertools
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 
 from hire_xform.lowering.primitives.da_top_k import da_top_k
 
-__all__ = ["Selection", "choose", "entries", "leaves_out", "rungs", "select"]
+__all__ = ["Selection", "entries", "leaves_out", "rungs", "select", "selection_of"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +35,7 @@ class Selection:
         return self.size if self.mode == "shared" else tokens * self.size
 
 
-def choose(tokens: int, n_groups: int, k: int) -> Selection:
+def selection_of(tokens: int, n_groups: int, k: int) -> Selection:
     """Decides between a set for each token and one shared set, by rows read.
 
     ``tokens`` sets of ``k`` read ``tokens * k`` rows. Their union, if the tokens choose independently, has an expected
@@ -54,9 +55,9 @@ def choose(tokens: int, n_groups: int, k: int) -> Selection:
       ValueError: a size is out of range.
     """
     if tokens < 1:
-        raise ValueError(f"choose: tokens={tokens}; expected at least 1")
+        raise ValueError(f"selection_of: tokens={tokens}; expected at least 1")
     if not 1 <= k <= n_groups:
-        raise ValueError(f"choose: k={k}; expected 1 <= k <= {n_groups}")
+        raise ValueError(f"selection_of: k={k}; expected 1 <= k <= {n_groups}")
     if tokens == 1 or k == n_groups:
         return Selection(mode="shared", size=k, k=k)
     union = min(n_groups, _union(tokens, n_groups, k))
@@ -73,18 +74,18 @@ def rungs(tokens: int, n_groups: int, counts: Sequence[int]) -> tuple[Selection,
     """Selections of several sizes for one use, all in the mode of the largest.
 
     Args:
-      tokens, n_groups: as for :func:`choose`.
+      tokens, n_groups: as for :func:`selection_of`.
       counts: how many each token wants, ascending.
 
     Returns:
-      For each a selection, none smaller than the one before; the last is ``choose``'s own.
+      For each a selection, none smaller than the one before; the last is ``selection_of``'s own.
 
     Raises:
       ValueError: a size is out of range, or no larger than the one before.
     """
     if any(a >= b for a, b in itertools.pairwise(counts)):
         raise ValueError(f"rungs: counts={tuple(counts)}; expected ascending sizes")
-    last = choose(tokens, n_groups, counts[-1])
+    last = selection_of(tokens, n_groups, counts[-1])
     if last.mode == "per_token":
         return (*(Selection(mode="per_token", size=k, k=k) for k in counts[:-1]), last)
     sizes = [min(last.size, _union(tokens, n_groups, k)) for k in counts[:-1]]
@@ -100,7 +101,7 @@ def select(scores: jax.Array, selection: Selection) -> jax.Array:
 
     Args:
       scores: f32 ``[T, n_groups]``.
-      selection: from :func:`choose` for these sizes.
+      selection: from :func:`selection_of` for these sizes.
 
     Returns:
       int32 ``[size]`` for a shared selection, else ``[T, size]``. No entry appears twice.

@@ -49,7 +49,6 @@ __all__ = ["coordinate_scores", "coordinate_shapes", "pack_coordinates"]
 _CLIPS = {8: (1.0,), 4: CLIPS}
 _LEVELS = {8: 127, 4: 7}
 _SMALLEST = 2.0**-126
-Packed = dict[str, jax.Array]
 
 
 def _segments(rank: int, bits: int) -> list[tuple[int, int, int]]:
@@ -86,7 +85,7 @@ def coordinate_shapes(
 
 def pack_coordinates(
     rows: jax.Array, rank: int, bits: int | None, directions: Callable[[jax.Array], tuple[jax.Array, jax.Array]]
-) -> Packed:
+) -> dict[str, jax.Array]:
     """The kept coordinates of every row of ``rows [n, d]``, what they are of, and the norms of what is not kept.
 
     A row that holds a NaN or an infinity gets norms that are NaN, and is left out of everything else.
@@ -131,7 +130,7 @@ def pack_coordinates(
     frobenius = norm(basis.reshape(-1))
     half = jnp.dtype(jnp.bfloat16)
 
-    def kept(block: jax.Array) -> Packed:
+    def kept(block: jax.Array) -> dict[str, jax.Array]:
         block, good = finite(block)
         size = (norm(block) + norm(centre)) * (1.0 + 4.0 * U)
         centred = block - centre
@@ -139,7 +138,7 @@ def pack_coordinates(
         own = jnp.where(good, matmul(centred, inverse), jnp.nan)
         left = norm(centred - matmul(own, basis)) * (1.0 + 4.0 * U)
         left = left + slack(d) * (norm(own) * frobenius + size)
-        made: Packed = {"size": _rounded_up(jnp.where(good[:, 0], size, jnp.nan))}
+        made: dict[str, jax.Array] = {"size": _rounded_up(jnp.where(good[:, 0], size, jnp.nan))}
         made["rest"] = _rounded_up(norm(own[:, rank:])) if rank < d else jnp.zeros_like(made["size"])
         made["own_ratio"] = jnp.where(good[:, 0], norm(own) / size, 0.0)
         made["left_ratio"] = jnp.where(good[:, 0], left / size, 0.0)
@@ -190,7 +189,7 @@ def _rounded_up(values: jax.Array) -> jax.Array:
 
 
 def coordinate_scores(
-    x: jax.Array, packed: Packed, rank: int, bits: int | None, *, input_bits: int
+    x: jax.Array, packed: dict[str, jax.Array], rank: int, bits: int | None, *, input_bits: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Predicts products with every row and bounds them; see the head of this file.
 
@@ -236,7 +235,9 @@ def coordinate_scores(
     return scores, lax.stop_gradient(upper), 2.0 * of_sums
 
 
-def _parts(z: jax.Array, packed: Packed, rank: int, bits: int | None) -> Iterator[tuple[jax.Array, Any, Any, float]]:
+def _parts(
+    z: jax.Array, packed: dict[str, jax.Array], rank: int, bits: int | None
+) -> Iterator[tuple[jax.Array, Any, Any, float]]:
     """Of each segment: its share of the scores, its coordinates as used and as they are, and a score's rounding."""
     if bits is None:
         a = packed["a"]

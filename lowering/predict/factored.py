@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from hire_xform.lowering.predict.coordinates import coordinate_scores, coordinate_shapes, pack_coordinates
 from hire_xform.lowering.predict.factors import factor_dtype, leading_directions, matmul
 from hire_xform.lowering.predict.few_bits import fine_scores, pack_nibbles, quantize, quantize_clipped
-from hire_xform.lowering.predict.predictors import Given, Packed, Predictor
+from hire_xform.lowering.predict.predictors import Given, PackedArrays, Predictor
 from hire_xform.lowering.primitives.products import all_products
 from hire_xform.lowering.xla.blocks import fold_row_blocks, map_row_blocks, rows_together
 
@@ -91,7 +91,7 @@ class Factored(Predictor):
     def _leading(self, rank: int) -> int:
         return leading_directions(rank) if self.bits == 4 else 0
 
-    def pack(self, rows: jax.Array, given: Given) -> Packed:
+    def pack(self, rows: jax.Array, given: Given) -> PackedArrays:
         """The arrays of :meth:`shapes`."""
         n, d = rows.shape
 
@@ -134,7 +134,7 @@ class Factored(Predictor):
         basis_q, basis_scale = quantize((of_inputs * size).T, 127)
         return {**parts, "basis_q": basis_q, "basis_scale": basis_scale}
 
-    def scores(self, x: jax.Array, packed: Packed, n: int) -> jax.Array:
+    def scores(self, x: jax.Array, packed: PackedArrays, n: int) -> jax.Array:
         """Products of the factors, with that of the tokens between them."""
         if self.bits is None:
             z = jnp.matmul(x.astype(jnp.float32), packed["basis"], preferred_element_type=jnp.float32)
@@ -151,12 +151,12 @@ class Factored(Predictor):
         """As ``coordinates.py`` keeps rows."""
         return coordinate_shapes(n, d, self.rank_for(n, d), self.bits, dtype)
 
-    def pack_proof(self, rows: jax.Array, given: Given) -> Packed:
+    def pack_proof(self, rows: jax.Array, given: Given) -> PackedArrays:
         """The arrays of :meth:`proof_shapes`."""
         rank = self.rank_for(*rows.shape)
         return pack_coordinates(rows, rank, self.bits, lambda gram: self.coordinates(gram, given.inputs))
 
-    def bounds(self, x: jax.Array, proof: Packed, input_bits: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def bounds(self, x: jax.Array, proof: PackedArrays, input_bits: int) -> tuple[jax.Array, jax.Array, jax.Array]:
         """As ``coordinates.py`` proves them."""
         rank = self.rank_for(proof["size"].shape[0], x.shape[1])
         return coordinate_scores(x, dict(proof), rank, self.bits, input_bits=input_bits)

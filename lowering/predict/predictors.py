@@ -26,7 +26,7 @@ from hire_xform.lowering.xla.promotion import usual_promotion
 
 __all__ = [
     "Given",
-    "Packed",
+    "PackedArrays",
     "Predictor",
     "pack_predictor",
     "packed_shapes",
@@ -36,7 +36,7 @@ __all__ = [
 ]
 
 # The arrays of one packed predictor, by name.
-Packed = Mapping[str, jax.Array]
+PackedArrays = Mapping[str, jax.Array]
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Given:
     """
 
     inputs: jax.Array | None
-    arrays: Packed
+    arrays: PackedArrays
     numbers: jax.Array
 
 
@@ -92,14 +92,14 @@ class Predictor:
     bits: int | None = None
 
     @property
-    def arrays(self) -> Packed:
+    def arrays(self) -> PackedArrays:
         """What it holds besides settings, by name, stack axes first; it is then of the weights of one site.
 
         Keep them where they may stay: as long as a step, or its ``Packed``.
         """
         return {}
 
-    def pack(self, rows: jax.Array, given: Given) -> Packed:
+    def pack(self, rows: jax.Array, given: Given) -> PackedArrays:
         """Makes of a matrix what its scores will read. It is traced, one matrix of a stack at a time.
 
         Args:
@@ -111,7 +111,7 @@ class Predictor:
         """
         raise NotImplementedError(f"{type(self).__name__}: expected a method pack(rows, given)")
 
-    def scores(self, x: jax.Array, packed: Packed, n: int) -> jax.Array:
+    def scores(self, x: jax.Array, packed: PackedArrays, n: int) -> jax.Array:
         """The predicted ``x @ rows.T``.
 
         A token or a row that holds a NaN or an infinity should have NaN scores, and leave those of others alone: what
@@ -136,11 +136,11 @@ class Predictor:
         """Bytes one call of :meth:`scores` reads; by default of everything that is packed."""
         return sum(s.size * s.dtype.itemsize for s in self.shapes(n, d, dtype).values())
 
-    def pack_proof(self, rows: jax.Array, given: Given) -> Packed:
+    def pack_proof(self, rows: jax.Array, given: Given) -> PackedArrays:
         """As :meth:`pack`, with what :meth:`bounds` reads; for predictors that prove."""
         raise NotImplementedError(f"{type(self).__name__}: expected a method pack_proof(rows, given)")
 
-    def bounds(self, x: jax.Array, proof: Packed, input_bits: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def bounds(self, x: jax.Array, proof: PackedArrays, input_bits: int) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Scores with proved bounds, for predictors that prove.
 
         Args:
@@ -164,7 +164,7 @@ class Predictor:
         caller: str,
         rows: jax.Array,
         covariance: jax.Array | None,
-        arrays: Packed | None = None,
+        arrays: PackedArrays | None = None,
         numbers: jax.Array | None = None,
     ) -> Given:
         """What it is packed of these rows with; see :func:`pack_predictor`, which says what the arguments are."""
@@ -201,7 +201,7 @@ class Predictor:
 # What the engine's signatures call it.
 @functools.lru_cache(maxsize=512)
 def _shapes(
-    spec: Predictor, pack: Callable[[jax.Array, Given], Packed], n: int, d: int, dtype: jnp.dtype
+    spec: Predictor, pack: Callable[[jax.Array, Given], PackedArrays], n: int, d: int, dtype: jnp.dtype
 ) -> dict[str, jax.ShapeDtypeStruct]:
     struct = jax.ShapeDtypeStruct
     inputs = struct((d, d), jnp.float32) if spec.takes_inputs else None
@@ -230,7 +230,7 @@ def pack_predictor(
     rows: jax.Array,
     spec: Predictor,
     covariance: jax.Array | None = None,
-    arrays: Packed | None = None,
+    arrays: PackedArrays | None = None,
     numbers: jax.Array | None = None,
 ) -> dict[str, jax.Array]:
     """Makes the predictor of a matrix: read everything once, keep little.
@@ -254,7 +254,7 @@ def pack_predictor(
     return dict(spec.pack(rows, spec.given("pack_predictor", rows, covariance, arrays, numbers)))
 
 
-def predict_scores(x: jax.Array, packed: Packed, spec: Predictor, n: int) -> jax.Array:
+def predict_scores(x: jax.Array, packed: PackedArrays, spec: Predictor, n: int) -> jax.Array:
     """The predicted ``x @ rows.T``, from the packed predictor alone.
 
     Args:

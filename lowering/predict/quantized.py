@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from hire_xform.lowering.predict.few_bits import entries, fine_scores, pack_nibbles, quantize, quantized_scores
-from hire_xform.lowering.predict.predictors import Given, Packed, Predictor
+from hire_xform.lowering.predict.predictors import Given, PackedArrays, Predictor
 from hire_xform.lowering.prove.bounds import U, norm, slack, tiny
 from hire_xform.lowering.xla.blocks import map_row_blocks, rows_together
 
@@ -46,7 +46,7 @@ class Quantized(Predictor):
         q = struct((n, d), jnp.int8) if self.bits == 8 else struct((n, (d + 1) // 2), jnp.uint8)
         return {"q": q, "scale": struct((n,), jnp.float32)}
 
-    def pack(self, rows: jax.Array, given: Given) -> Packed:
+    def pack(self, rows: jax.Array, given: Given) -> PackedArrays:
         """The arrays of :meth:`shapes`."""
         return map_row_blocks(self._kept, rows_together(rows.shape[1]), rows)
 
@@ -54,7 +54,7 @@ class Quantized(Predictor):
         q, scale = quantize(rows, 127 if self.bits == 8 else 7)
         return {"q": q if self.bits == 8 else pack_nibbles(q), "scale": scale}
 
-    def scores(self, x: jax.Array, packed: Packed, n: int) -> jax.Array:
+    def scores(self, x: jax.Array, packed: PackedArrays, n: int) -> jax.Array:
         """Integer products of quantised tokens and quantised rows, then both scales."""
         return quantized_scores(x, packed["q"], packed["scale"], self.bits)
 
@@ -63,7 +63,7 @@ class Quantized(Predictor):
         bound = jax.ShapeDtypeStruct((n,), "float32")
         return {**self.shapes(n, d, dtype), "error": bound, "size": bound}
 
-    def pack_proof(self, rows: jax.Array, given: Given) -> Packed:
+    def pack_proof(self, rows: jax.Array, given: Given) -> PackedArrays:
         """The arrays of :meth:`proof_shapes`."""
         return map_row_blocks(self._kept_with_bounds, rows_together(rows.shape[1]), rows)
 
@@ -75,7 +75,7 @@ class Quantized(Predictor):
         error = norm(exact - kept) * (1.0 + 4.0 * U) + 2.0 * U * norm(exact)
         return {**packed, "error": error, "size": norm(kept)}
 
-    def bounds(self, x: jax.Array, proof: Packed, input_bits: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def bounds(self, x: jax.Array, proof: PackedArrays, input_bits: int) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Scores of tokens in two limbs, bounded as at the head of this file."""
         x = x.astype(jnp.float32)
         d = x.shape[1]

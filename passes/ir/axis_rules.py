@@ -17,6 +17,7 @@ from hire_xform.passes.ir import compat
 from hire_xform.passes.ir.compat import Eqn
 from hire_xform.passes.ir.graph import Node
 from hire_xform.passes.ir.links import How, Link, behind, permuted, regrouped, sliced, straight, without
+from hire_xform.passes.ir.registry import enter
 
 
 class Kind(enum.Enum):
@@ -65,7 +66,7 @@ class Rule:
 _RULES: dict[Any, AxisRule] = {}
 
 
-def register_axis_rule(primitive: Any, rule: AxisRule) -> None:
+def register_axis_rule(primitive: Any, rule: AxisRule) -> Callable[[], None]:
     """Teaches the library what a primitive does to axes, in place of what it knew.
 
     A block with such a primitive between its products, or logits that go through it, are then followed as any other.
@@ -73,8 +74,11 @@ def register_axis_rule(primitive: Any, rule: AxisRule) -> None:
     Args:
       primitive: the ``jax.extend.core.Primitive``, matched by identity.
       rule: see ``AxisRule``; ``POINTWISE`` for one that acts on each element alone.
+
+    Returns:
+      What takes the rule away again, and puts back what was known.
     """
-    _RULES[primitive] = rule
+    return enter(_RULES, primitive, rule)
 
 
 def registered() -> dict[Any, AxisRule]:

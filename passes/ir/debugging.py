@@ -8,11 +8,19 @@ from __future__ import annotations
 import os
 import re
 import sys
+from typing import Any
 
 
 def debugging() -> bool:
     """Whether ``HIRE_DEBUG`` is on: errors that are handled elsewhere are raised, and what passes make is verified."""
     return os.environ.get("HIRE_DEBUG", "0") not in ("", "0")
+
+
+def type_text(aval: Any) -> str:
+    """A type, such as ``float32[1,32]``."""
+    if not hasattr(aval, "shape") or not hasattr(aval, "dtype"):
+        return str(aval)
+    return f"{aval.dtype}[{','.join(str(d) for d in aval.shape)}]"
 
 
 def path_matches(glob: str, path: str) -> bool:

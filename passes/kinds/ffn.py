@@ -100,6 +100,17 @@ class FfnKind(SiteKind):
         assert isinstance(case.settings, Ffn)
         return case.settings.groups_of(case.match.units, None if case.own is None else case.own.share)
 
+    def listing(self, match: FfnMatch) -> list[str]:
+        """With the expressions of its region."""
+        region = match.region
+        zeros = f"zeros: {'none' if region.zero_share is None else f'{region.zero_share:.2f}'}"
+        own = f"; the model's own choice: {region.own.name}" if region.own is not None else ""
+        lines = [f"ffn {match.node.path}: {match.units:,} units; {zeros}{own}"]
+        for number, expr in enumerate(region.exprs):
+            root = "  <- activation" if number == region.root else ""
+            lines.append(f"  {number:3d}  {expr}{root}")
+        return lines
+
     def described(self, case: Case) -> dict[str, Any]:
         """What is between the products."""
         return {"activation": case.match.region.activation}

@@ -91,6 +91,12 @@ class VocabKind(SiteKind):
         split = case.placement is not None or is_cut(case.match.product.origin.refs)
         return reads_of(case.match, case.settings, split)
 
+    def listing(self, match: VocabMatch) -> list[str]:
+        """With what says that they are logits, and what reads them."""
+        (line,) = super().listing(match)
+        readers = [f"  read by {reader.kind}: {reader.where}" for reader in match.readers]
+        return [f"{line}; logits: {match.evidence or 'nothing says so'}", *readers]
+
     def described(self, case: Case) -> dict[str, Any]:
         """Why the outputs are taken for logits."""
         otherwise = "a rule says so" if case.choice.named else "they were measured as such"

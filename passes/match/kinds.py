@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from hire_xform.passes.ir.graph import Node, Operand
+from hire_xform.passes.ir.registry import enter
 from hire_xform.passes.match.matches import Match
 from hire_xform.passes.weights.products import Product
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from hire_xform.passes.plan.decisions import Decision
     from hire_xform.passes.plan.forms import Form, SiteForms
     from hire_xform.passes.plan.placement import Placement
+    from hire_xform.passes.plan.settings import Settings
     from hire_xform.passes.prove.what_to_prove import Reads
     from hire_xform.passes.rewrite.action import Context
 
@@ -30,8 +32,8 @@ class SiteKind(Protocol):
 
     Attributes:
       name: what a match calls it, and a ``Site`` and a ``Refusal`` say.
-      settings: what is chosen for its sites where a ``Config`` has no field of the kind's name; see
-        ``passes/plan/settings.py`` for what every kind's settings have.
+      settings: what is chosen for its sites where a ``Config`` has no field of the kind's name: a ``Settings`` of
+        ``passes/plan/settings.py``, whose docstrings say what every kind's settings have.
       chooses: whether rows are chosen, and computed exactly; without, a site reads packed forms alone.
       gathers: whether chosen rows are gathered into an array first, which costs more than reading them in place.
       checks: what a match goes through until it is a site, in order; none stands for ``COMMON`` of
@@ -40,7 +42,7 @@ class SiteKind(Protocol):
     """
 
     name: str
-    settings: Any = None
+    settings: Settings | None = None
     chooses: bool = True
     gathers: bool = False
     splits_result: bool = False
@@ -65,6 +67,10 @@ class SiteKind(Protocol):
           The match; why there is none; None where the kind has no such matches.
         """
         return None
+
+    def listing(self, match: Any) -> list[str]:
+        """A match for whoever develops the pass, as lines of ``HIRE_DUMP``; the first has its path."""
+        return [f"{match.kind} {match.node.path}: {match.units:,} rows"]
 
     # What the planner asks.
 
@@ -167,17 +173,16 @@ def _uncalibrated(name: str) -> Exception:
 _KINDS: dict[str, SiteKind] = {}
 
 
-def register_site_kind(kind: SiteKind) -> SiteKind:
+def register_site_kind(kind: SiteKind) -> Callable[[], None]:
     """Adds a kind of site: products that it ``find``s are planned, packed and rewritten as it says.
 
     Args:
       kind: the kind; one of the same name is replaced.
 
     Returns:
-      The kind.
+      What takes the kind away again, and puts back the one that was replaced.
     """
-    _KINDS[kind.name] = kind
-    return kind
+    return enter(_KINDS, kind.name, kind)
 
 
 def kind_of(match: Match) -> SiteKind:

@@ -19,6 +19,7 @@ from jax.extend.core import primitives as prims
 from hire_xform.lowering.primitives.ranks import over_groups
 from hire_xform.passes.ir import compat
 from hire_xform.passes.ir.axes import Layout
+from hire_xform.passes.ir.debugging import type_text
 from hire_xform.passes.ir.graph import Node, Value
 from hire_xform.passes.ir.pointwise import known_number, literal_number
 from hire_xform.passes.weights.origins import shape_of
@@ -31,6 +32,10 @@ class Up:
 
     product: Product
     layout: Layout
+
+    def __str__(self) -> str:
+        """For whoever develops the pass."""
+        return f"product {self.product.path}"
 
     @property
     def dtype(self) -> Any:
@@ -45,12 +50,20 @@ class Side:
     value: Value
     layout: Layout
 
+    def __str__(self) -> str:
+        """Likewise."""
+        return f"from outside {type_text(self.value.aval)}"
+
 
 @dataclass(frozen=True, eq=False)
 class Number:
     """A scalar literal."""
 
     operand: Any
+
+    def __str__(self) -> str:
+        """Likewise."""
+        return f"number {self.operand.val}"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -59,6 +72,10 @@ class Apply:
 
     node: Node
     operands: tuple[int, ...]
+
+    def __str__(self) -> str:
+        """Likewise."""
+        return f"{self.node.primitive} {', '.join(map(str, self.operands))}  ({self.node.path})"
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from hire_xform.passes.match.kinds import kind_of
 from hire_xform.passes.match.matches import Match
 from hire_xform.passes.plan.forms import PackedPredictor
 from hire_xform.passes.plan.machine import Machine, machine_here
-from hire_xform.passes.plan.settings import Ffn, Settings, Vocab
+from hire_xform.passes.plan.settings import Settings
 from hire_xform.passes.weights.products import Product, normal_form
 from hire_xform.passes.weights.recipe import Transpose
 
@@ -55,7 +55,7 @@ def _reads_as_stored(product: Product) -> bool:
 
 def sparse_cost(
     match: Match,
-    settings: Vocab | Ffn,
+    settings: Settings,
     tokens: int,
     predicted: int,
     taken: Sequence[tuple[float, int, bool]],
@@ -92,7 +92,7 @@ def row_cost(platform: str) -> float:
     return machine_here().row if platform == "cpu" else 1.0
 
 
-def _rows_cost(match: Match, settings: Vocab | Ffn, rows: int, platform: str) -> float:
+def _rows_cost(match: Match, settings: Settings, rows: int, platform: str) -> float:
     """What so many bytes of rows computed exactly cost."""
     cost = rows * row_cost(platform)
     if platform != "cpu" or not kind_of(match).gathers:
@@ -103,7 +103,7 @@ def _rows_cost(match: Match, settings: Vocab | Ffn, rows: int, platform: str) ->
     return 2 * cost if settings.certify else cost
 
 
-def _narrow_cost(match: Match, settings: Vocab | Ffn, machine: Machine, shards: int, static: int) -> float:
+def _narrow_cost(match: Match, settings: Settings, machine: Machine, shards: int, static: int) -> float:
     """What a predictor's products of few bits cost more than reading it."""
     speeds = {np.dtype(np.int8): machine.int8, np.dtype(np.uint8): machine.int4}
     cost = 0.0
@@ -119,7 +119,7 @@ def _narrow_cost(match: Match, settings: Vocab | Ffn, machine: Machine, shards: 
 
 def why_slower(
     match: Match,
-    settings: Vocab | Ffn,
+    settings: Settings,
     excess: float,
     taken: Sequence[tuple[float, int, bool]],
     platform: str,

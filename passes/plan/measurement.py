@@ -12,7 +12,7 @@ import numpy as np
 from hire_xform.lowering.predict.predictors import Predictor
 from hire_xform.passes.match.matches import Match
 from hire_xform.passes.plan.forms import Inputs, Order
-from hire_xform.passes.plan.settings import Ffn, Vocab
+from hire_xform.passes.plan.settings import Settings, SizedSettings
 from hire_xform.passes.weights.cut_weights import is_cut
 
 
@@ -27,13 +27,13 @@ class Measurement(Protocol):
     def inputs(self) -> Sequence[Inputs]:
         """Of each product into the units; of a vocabulary projection its one."""
 
-    def order_for(self, settings: Vocab | Ffn) -> Order | None:
+    def order_for(self, settings: Settings) -> Order | None:
         """The order in which the units of groups of this size are neighbours; None for that they have."""
 
     def static_sets(self) -> tuple[Order | None, tuple[int, ...]]:
         """The order of a block's units by how often they fire, and how many of the first may be always computed."""
 
-    def advise(self, settings: Vocab | Ffn, static: bool) -> Chosen:
+    def advise(self, settings: SizedSettings, static: bool) -> Chosen:
         """What a site with these settings should have where they state nothing; ``static``: some units always."""
 
 
@@ -63,7 +63,7 @@ class Chosen:
 MeasurementOf = Callable[[Match, Sequence[str]], Measurement | None]
 
 
-def unpredicted(match: Match, settings: Vocab | Ffn, measurement: Measurement | None, split: bool) -> str | None:
+def unpredicted(match: Match, settings: Settings, measurement: Measurement | None, split: bool) -> str | None:
     """Why a site's predictor can't be made, or is not enough; None when it can.
 
     Args:
@@ -95,12 +95,12 @@ def unpredicted(match: Match, settings: Vocab | Ffn, measurement: Measurement | 
 
 
 def with_choices(
-    settings: Vocab | Ffn, measurement: Measurement | None, units: int, static: bool
-) -> tuple[Vocab | Ffn, Chosen]:
+    settings: SizedSettings, measurement: Measurement | None, units: int, static: bool
+) -> tuple[SizedSettings, Chosen]:
     """Settings with the predictor and size a calibration chose where they state none, and what it chose.
 
     Args:
-      settings: what the user states.
+      settings: what the user states; without a measurement those of a kind that chooses no rows will do.
       measurement: what the calibration says; None without one.
       units: rows, or hidden units, there are.
       static: whether some units may be always computed.

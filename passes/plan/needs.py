@@ -21,7 +21,7 @@ from hire_xform.passes.plan.forms import (
 )
 from hire_xform.passes.plan.measurement import Measurement
 from hire_xform.passes.plan.placement import in_parts
-from hire_xform.passes.plan.settings import Ffn, Vocab
+from hire_xform.passes.plan.settings import Settings
 from hire_xform.passes.weights.cut_weights import is_cut
 from hire_xform.passes.weights.products import normal_form
 
@@ -34,7 +34,7 @@ def stack_need(match: Match, form: Form) -> Need:
 
 def needs_of(
     match: Match,
-    settings: Vocab | Ffn,
+    settings: Settings,
     inputs: Sequence[Inputs] | None,
     shards: int,
     order: Order | None,
@@ -92,7 +92,7 @@ def leaf_needs(match: Match) -> tuple[Need, ...]:
     return tuple(Need(PackKey(origin.recipe, Leaf()), origin.refs) for origin in origins)
 
 
-def order_of(match: Match, settings: Vocab | Ffn, measurement: Measurement | None) -> Order | None:
+def order_of(match: Match, settings: Settings, measurement: Measurement | None) -> Order | None:
     """The order that a block's units are packed in, where its groups are of units that fire together."""
     if measurement is None or not kind_of(match).may_reorder(match, settings):
         return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol, Self
 
 from hire_xform.lowering.predict.predictors import Predictor
 from hire_xform.lowering.predict.quantized import Quantized
@@ -55,6 +55,61 @@ def _certified(certify: Any) -> str:
 # What `Vocab(candidates=None)` computes, and what `predictor=None` is without a calibration.
 CANDIDATES = 256
 PREDICTOR = Quantized(bits=8)
+
+
+class Settings(Protocol):
+    """What the settings of any kind of site say: a frozen dataclass."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def predictor(self) -> Predictor | None:
+        """What is stated; None for what a calibration chose, or else the default."""
+
+    @property
+    def spec(self) -> Predictor:
+        """The predictor: the one that is stated or was chosen, or else the default."""
+
+    @property
+    def certify(self) -> Goal | None:
+        """What is proved, False for nothing; None where ``decided`` has not decided it."""
+
+    @property
+    def fill(self) -> str:
+        """What stands for what is not computed; empty where nothing does."""
+
+    @property
+    def group_size(self) -> int:
+        """Rows that are chosen together."""
+
+    @property
+    def max_tokens(self) -> int:
+        """Calls with more tokens run dense."""
+
+    @property
+    def in_words(self) -> str:
+        """For reports."""
+
+    def decided(self, calibrated: bool | None) -> Settings:
+        """These settings with ``certify`` decided.
+
+        Args:
+          calibrated: whether the site was calibrated as a certified one; None where it was not calibrated.
+        """
+
+
+class SizedSettings(Settings, Protocol):
+    """What settings say besides where rows are chosen."""
+
+    @property
+    def size_name(self) -> str:
+        """The field that states a size."""
+
+    def with_size(self, size: int, units: int) -> Self:
+        """With so many rows, or groups, of so many units."""
+
+    def size_in(self, units: int) -> int:
+        """The rows, or groups, of so many units."""
 
 
 class _Predicted:
@@ -173,8 +228,8 @@ class Ffn(_Predicted):
     predictor: Predictor | None = None
     # True: prove for every input that the units left out are zero, or run the dense block. For ReLU, squared ReLU and
     # ReGLU, and for a threshold at mean and deviation that the model subtracts; takes weights of f32, bf16 or f16. None
-    # is True, unless an approximation is asked for: by `active`, by `activations="any"`, or by a
-    # calibration that was not certified.
+    # is True, unless an approximation is asked for: by `active`, by `activations="any"`, or by a calibration that was
+    # not certified.
     certify: bool | None = None
     # "zeroing": only blocks many of whose units are exactly zero for ordinary inputs (ReLU and its kin). "any": all.
     activations: str = "zeroing"
@@ -272,10 +327,6 @@ class Dense(_Predicted):
     def in_words(self) -> str:
         """For reports."""
         return str(self.spec)
-
-
-# Of a site of any kind of this library.
-Settings = Vocab | Ffn | Dense
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from hire_xform.lowering.engine.selection import Selection, choose, rungs
+from hire_xform.lowering.engine.selection import Selection, rungs, selection_of
 from hire_xform.passes.match.kinds import kind_of
 from hire_xform.passes.match.matches import Match
 from hire_xform.passes.plan.cost import bytes_read
@@ -16,7 +16,7 @@ from hire_xform.passes.plan.decisions import Rung
 from hire_xform.passes.plan.ladder import Ladder, ladder_of
 from hire_xform.passes.plan.levels import WORTH, Levels, levels_of, told
 from hire_xform.passes.plan.measurement import Chosen
-from hire_xform.passes.plan.settings import Ffn, Vocab
+from hire_xform.passes.plan.settings import Settings
 from hire_xform.passes.weights.cut_weights import is_cut
 
 # How often a size is taken, the bytes of its rows, and whether the dense form is run after all.
@@ -40,7 +40,7 @@ class Reading:
     """
 
     match: Match
-    settings: Vocab | Ffn
+    settings: Settings
     tokens: int
     groups: int
     group_size: int
@@ -49,7 +49,7 @@ class Reading:
 
     def selection(self, count: int) -> Selection:
         """How tokens share so many rows, or groups, each; none are of a site that chooses none."""
-        return choose(self.tokens, self.groups, count) if count else Selection(mode="shared", size=0, k=0)
+        return selection_of(self.tokens, self.groups, count) if count else Selection(mode="shared", size=0, k=0)
 
     def rows(self, count: int) -> int:
         """Rows computed exactly, where that is the site's one size."""

@@ -5,23 +5,23 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hire_xform.lowering.engine.selection import Selection, choose, select
+from hire_xform.lowering.engine.selection import Selection, select, selection_of
 from hire_xform.lowering.primitives.da_top_k import da_top_k
 
 
 def test_one_token_and_full_width_are_shared():
-    assert choose(1, 100, 7) == Selection(mode="shared", size=7, k=7)
-    assert choose(8, 100, 100) == Selection(mode="shared", size=100, k=100)
+    assert selection_of(1, 100, 7) == Selection(mode="shared", size=7, k=7)
+    assert selection_of(8, 100, 100) == Selection(mode="shared", size=100, k=100)
 
 
 def test_the_fewer_rows_win():
     # 8 x 6.25 %: the union is 40 % of the rows, the sets 50 %.
-    assert choose(8, 8192, 512) == Selection(mode="shared", size=3304, k=512)
+    assert selection_of(8, 8192, 512) == Selection(mode="shared", size=3304, k=512)
     # 4 x 0.2 % hardly overlap: nothing to share.
-    assert choose(4, 131072, 256) == Selection(mode="per_token", size=256, k=256)
+    assert selection_of(4, 131072, 256) == Selection(mode="per_token", size=256, k=256)
     for tokens in (1, 2, 8):
         for k in (1, 50, 500, 1000):
-            selection = choose(tokens, 1000, k)
+            selection = selection_of(tokens, 1000, k)
             assert selection.rows_read(tokens) <= tokens * k
             assert selection.k == k <= selection.size <= 1000
 
@@ -32,7 +32,7 @@ def test_the_fewer_rows_win():
 )
 def test_bad_sizes_are_named(args, message):
     with pytest.raises(ValueError, match=message):
-        choose(*args)
+        selection_of(*args)
 
 
 @settings(max_examples=30, deadline=None)
@@ -68,5 +68,5 @@ def test_per_token_sets_are_each_tokens_best(normal):
 
 def test_full_width_takes_every_row_once(normal):
     for tokens in (1, 3):
-        index = select(normal((tokens, 30)), choose(tokens, 30, 30))
+        index = select(normal((tokens, 30)), selection_of(tokens, 30, 30))
         np.testing.assert_array_equal(np.sort(index), np.arange(30))

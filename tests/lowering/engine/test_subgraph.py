@@ -9,7 +9,7 @@ import pytest
 from hire_xform.lowering.engine.block import UpProduct, ffn
 from hire_xform.lowering.engine.bytes_read import ffn_bytes, vocab_bytes
 from hire_xform.lowering.engine.head import vocab_logits
-from hire_xform.lowering.engine.selection import choose
+from hire_xform.lowering.engine.selection import selection_of
 from hire_xform.lowering.predict import predictors
 from hire_xform.lowering.predict.low_rank import LowRank
 from hire_xform.lowering.predict.predictors import predict_scores, predictor_bytes
@@ -55,7 +55,7 @@ def test_candidates_are_exact_and_the_rest_is_the_fill(tokens, shards, normal):
 
     kept, floored = np.asarray(call()), np.asarray(call(fill="-inf"))
     exact = np.isfinite(floored)
-    assert (exact.sum(axis=1) == shards * choose(tokens, 400 // shards, 16 // shards).size).all()
+    assert (exact.sum(axis=1) == shards * selection_of(tokens, 400 // shards, 16 // shards).size).all()
     np.testing.assert_allclose(kept[exact], np.asarray(dense)[exact], atol=1e-4)
     np.testing.assert_array_equal(kept[~exact], np.asarray(predicted)[~exact])
     np.testing.assert_array_equal(kept.argmax(axis=1), dense.argmax(axis=1))
@@ -129,7 +129,7 @@ def test_gather_brings_values_to_the_chosen_units(varying, group, normal):
         options = {"region": partial(gated, bias=bias), "active": active, "group_size": group}
         got = jax.jit(partial(block, specs=(EXACT, EXACT), **options))(x, gate, up, down)
         activation = np.asarray(gated([x @ gate.T, x @ up.T], lambda v: v, bias))
-        selection = choose(3, 40 // group, active)
+        selection = selection_of(3, 40 // group, active)
         score = (activation * np.linalg.norm(down, axis=1)) ** 2
         score = score.reshape(3, -1, group).sum(-1)
         if selection.mode == "per_token":
