@@ -131,8 +131,7 @@ def ffn(
         observe("activation", activation)
         result = combined(activation, down, index, first_row, group_size, wide)
         if static:
-            products = [(up.x, up.rows, up.first_row, up.dtype) for up in ups]
-            fixed = static_units(products, region, down, first_row, static).astype(wide)
+            fixed = static_units(ups, region, down, first_row, static).astype(wide)
             result = (fixed + result).astype(out_dtype)
     return result, short
 

@@ -159,15 +159,12 @@ class CertifiedBlock:
             for x, rows, first, dtype in zip(o.xs, o.rows, o.first_rows, self.hidden_dtypes, strict=True)
         ]
 
-    def gather(self, o: Operands, index: jax.Array) -> Gather:
-        """What brings values of all units to those of the chosen groups."""
-        return gather_chosen(index, o.xs[0].shape[0], self.units, self.group_size)
-
     def sparse(self, o: Operands, index: jax.Array, hiddens: Sequence[jax.Array], moments: Sequence[Any]) -> jax.Array:
         """The block of the chosen groups, from the products into them."""
         assert o.down is not None
         own = [h.astype(dtype) for h, dtype in zip(hiddens, self.hidden_dtypes, strict=True)]
-        activation = self.region(own, o.sides, self.gather(o, index), moments)
+        gather = gather_chosen(index, o.xs[0].shape[0], self.units, self.group_size)
+        activation = self.region(own, o.sides, gather, moments)
         start = self.start(o.down, o.first_down)
         return combined(activation, o.down, index, start, self.group_size, self.out_dtype)
 

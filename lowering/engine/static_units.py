@@ -4,7 +4,10 @@ Units that fire for almost every token are chosen for almost every token, whatev
 no predictor, and several tokens of a step share the reading (HiRE's overlap of active units, arXiv 2402.09360).
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import jax
 from jax import lax
@@ -12,11 +15,14 @@ from jax import lax
 from hire_xform.lowering.xla.narrow_reads import read_part
 from hire_xform.lowering.xla.skinny_dot import skinny_dot, skinny_dot_transposed, wide_dtype
 
+if TYPE_CHECKING:
+    from hire_xform.lowering.engine.block import UpProduct
+
 __all__ = ["static_units"]
 
 
 def static_units(
-    products: Sequence[tuple[jax.Array, jax.Array, jax.Array | int, jax.typing.DTypeLike]],
+    ups: Sequence[UpProduct],
     region: Callable[[list[jax.Array], Callable[[jax.Array], jax.Array]], jax.Array],
     down: jax.Array,
     first_row: jax.Array | int,
@@ -25,8 +31,7 @@ def static_units(
     """The part of a feed-forward block that its first ``count`` units make.
 
     Args:
-      products: of each product into the units the tokens ``[T, d]``, the rows ``[m, d]`` or a taller matrix, where they
-        begin in it, and the dtype of the result.
+      ups: the products into the units; predictors are not read.
       region: what the model does to the units; see ``ffn``.
       down: ``[m, d_out]``, or a taller matrix.
       first_row: where its rows begin.
@@ -35,7 +40,7 @@ def static_units(
     Returns:
       ``[T, d_out]`` in f32, or f64 for f64 weights.
     """
-    hiddens = [skinny_dot(*_wide(x, _first(rows, first, count))).astype(dtype) for x, rows, first, dtype in products]
+    hiddens = [skinny_dot(*_wide(up.x, _first(up.rows, up.first_row, count))).astype(up.dtype) for up in ups]
     activation = region(hiddens, lambda values: values[..., :count])
     return skinny_dot_transposed(*_wide(activation, _first(down, first_row, count)))
 

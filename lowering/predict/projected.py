@@ -15,7 +15,8 @@ __all__ = ["Projected"]
 class Projected(Factored):
     """The rows on the principal directions of the inputs, as a calibration saw them; needs one.
 
-    Where trained models' inputs live near a subspace of few dimensions, little is lost by it.
+    Where trained models' inputs live near a subspace of few dimensions, little is lost by it. ``LowRank``, fitted to
+    the same inputs, looks at the rows as well, and is to be preferred: docs/calibration.md has what was measured.
     """
 
     # None keeps the projected rows in the matrix's own dtype (f32, or bf16); 8 keeps them, and the directions, as

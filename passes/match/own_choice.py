@@ -13,34 +13,6 @@ from hire_xform.passes.match import sums
 from hire_xform.passes.match.region import Region
 
 
-@dataclass(frozen=True)
-class OfChosen:
-    """The model's own choice of units among the chosen ones; sums are those of all units, from their moments.
-
-    Attributes:
-      mean: mean over all units of the products (by expression) that are summed, ``[T, 1]``.
-      variance: variance of the one that is.
-    """
-
-    mean: dict[int, Any]
-    variance: Any
-
-    def kth(self, values: Any, rank: int) -> Any:
-        """The ``rank``-th largest of the chosen."""
-        return kth_largest(values, rank)
-
-    def kept(self, values: Any, k: int) -> Any:
-        """Which of the chosen are among their ``k`` largest."""
-        return among_largest(values, k)
-
-    def total(self, region: Region, operand: int, values: Sequence[Any]) -> Any:
-        """The sum over all units."""
-        value = one_column(values)
-        return sums.total(
-            region.exprs, region.varies, operand, value, self.mean.__getitem__, self.variance, region.units
-        )
-
-
 class OfAll:
     """The model's own choice of units among all of them, as the dense block makes it."""
 
@@ -55,6 +27,26 @@ class OfAll:
     def total(self, region: Region, operand: int, values: Sequence[Any]) -> Any:
         """The sum, of the values themselves."""
         return jnp.sum(values[operand], axis=1, keepdims=True)
+
+
+@dataclass(frozen=True)
+class OfChosen(OfAll):
+    """The model's own choice of units among the chosen ones; sums are those of all units, from their moments.
+
+    Attributes:
+      mean: mean over all units of the products (by expression) that are summed, ``[T, 1]``.
+      variance: variance of the one that is.
+    """
+
+    mean: dict[int, Any]
+    variance: Any
+
+    def total(self, region: Region, operand: int, values: Sequence[Any]) -> Any:
+        """The sum over all units."""
+        value = one_column(values)
+        return sums.total(
+            region.exprs, region.varies, operand, value, self.mean.__getitem__, self.variance, region.units
+        )
 
 
 def one_column(values: Sequence[Any]) -> Callable[[int], Any]:

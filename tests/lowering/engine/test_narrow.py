@@ -6,7 +6,9 @@ import pytest
 from collectives import arrays_written
 from jax import lax
 
+from hire_xform.lowering.engine.block import UpProduct
 from hire_xform.lowering.engine.static_units import static_units
+from hire_xform.lowering.predict.quantized import Quantized
 from hire_xform.lowering.primitives.combine_rows import combine_rows
 from hire_xform.lowering.primitives.select_rows import select_rows_dot
 
@@ -33,7 +35,8 @@ def own_rows(x, rows, first, group):
 
 
 def always(x, rows, first, group):
-    return static_units([(x, rows, first, jnp.float32)], lambda h, part: jax.nn.relu(h[0]), rows, first, CHOSEN)
+    up = UpProduct(x=x, rows=rows, first_row=first, packed=None, spec=Quantized(8), dtype=jnp.float32)
+    return static_units([up], lambda h, part: jax.nn.relu(h[0]), rows, first, CHOSEN)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2"])
