@@ -78,11 +78,11 @@ lint: $(VENV)/.dev
 typecheck: $(VENV)/.dev
 	$(BIN)/mypy -p hire_xform
 
-bench: $(VENV)/.examples
-	$(BIN)/python benchmarks/kernels.py
-	$(BIN)/python benchmarks/billion.py
-	$(BIN)/python benchmarks/narrow.py
-	$(BIN)/python benchmarks/overhead.py
+# A step and its parts, ours, dense and every peer that is installed; BENCH_ARGS=--help says what it takes. With
+# BENCH_ARGS='--docs docs/benchmarks.md --plot docs/benchmarks.svg' it writes the page of the docs.
+BENCH_ARGS ?=
+bench: $(VENV)/.plots
+	$(BIN)/python -m benchmarks.speed $(BENCH_ARGS)
 
 # The table of frameworks, models and nestings in the docs.
 models: $(VENV)/.test
