@@ -8,25 +8,17 @@ from checks import assert_same
 
 import hire_xform as hx
 from hire_xform.lowering.engine.head import vocab_logits
-from hire_xform.passes.match.matches import Match, Matrix
+from hire_xform.passes.match.matches import OneProduct
 from hire_xform.passes.plan.forms import ROWS, PackedPredictor, ProductForms, SiteForms
 from hire_xform.passes.rewrite.canonical import flat_activation, product_key
 
 D, WIDE, LAYERS = 16, 48, 3
 
 
-class Mixed(Match):
+class Mixed(OneProduct):
     """A product whose results are summed up: the largest are computed exactly, the others predicted."""
 
     kind = "mixed"
-
-    def __init__(self, product):
-        self.product, self.tokens, self.units = product, product.tokens, product.width
-        self.matrices = (Matrix(product, product.rows_free(), product.contracted),)
-
-    @property
-    def last(self):
-        return self.product
 
 
 class MixedKind(hx.SiteKind):

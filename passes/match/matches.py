@@ -15,7 +15,7 @@ from hire_xform.passes.match.output_axis import Fate
 from hire_xform.passes.match.readers import Reader
 from hire_xform.passes.match.region import OwnSparsity, Region, Up
 from hire_xform.passes.weights.lookups import Lookup
-from hire_xform.passes.weights.products import Product, matrix, normal_form, widened_at_once
+from hire_xform.passes.weights.products import Product, normal_form, widened_at_once
 from hire_xform.passes.weights.recipe import Recipe, Reshape, Root, Slice, Stack, Transpose
 
 
@@ -95,24 +95,14 @@ class Match:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class VocabMatch(Match):
-    """A vocabulary projection: ``product`` maps ``[T, d]`` to ``[T, V]``.
+class OneProduct(Match):
+    """A match of one product, which maps ``[T, d]`` to ``[T, n]``: its rows are the units.
 
     Attributes:
       product: the product.
-      fate: what becomes of its output.
-      readers: what takes its logits as a whole.
-      evidence: what says that they are logits; empty where nothing does.
-      smallest: what reads the smallest of them, where candidates are the largest; empty where nothing does.
     """
 
-    kind: ClassVar[str] = "vocab"
-
     product: Product
-    fate: Fate
-    readers: tuple[Reader, ...] = ()
-    evidence: str = ""
-    smallest: str = ""
 
     @property
     def last(self) -> Product:
@@ -121,18 +111,8 @@ class VocabMatch(Match):
 
     @cached_property
     def matrices(self) -> tuple[Matrix, ...]:
-        """Its one weight, ``[V, d]``."""
-        product = self.product
-        rows = matrix(product.origin.recipe, product.weight.shape, product.w_free, product.w_contract)
-        return (Matrix(product, rows, product.contracted),)
-
-    @property
-    def out_dtype(self) -> np.dtype:
-        """dtype of the logits: the product's, or what all that reads it widens it to.
-
-        XLA leaves out the rounding of a product that is widened at once, so it is computed unrounded here, too.
-        """
-        return widened_at_once(self.product)
+        """Its one weight, ``[n, d]``."""
+        return (Matrix(self.product, self.product.rows_free(), self.product.contracted),)
 
     @property
     def tokens(self) -> int:  # type: ignore[override]
@@ -141,8 +121,35 @@ class VocabMatch(Match):
 
     @property
     def units(self) -> int:  # type: ignore[override]
-        """Rows to choose from, V."""
+        """n."""
         return self.product.width
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class VocabMatch(OneProduct):
+    """A vocabulary projection: ``product`` maps ``[T, d]`` to ``[T, V]``.
+
+    Attributes:
+      fate: what becomes of its output.
+      readers: what takes its logits as a whole.
+      evidence: what says that they are logits; empty where nothing does.
+      smallest: what reads the smallest of them, where candidates are the largest; empty where nothing does.
+    """
+
+    kind: ClassVar[str] = "vocab"
+
+    fate: Fate
+    readers: tuple[Reader, ...] = ()
+    evidence: str = ""
+    smallest: str = ""
+
+    @property
+    def out_dtype(self) -> np.dtype:
+        """dtype of the logits: the product's, or what all that reads it widens it to.
+
+        XLA leaves out the rounding of a product that is widened at once, so it is computed unrounded here, too.
+        """
+        return widened_at_once(self.product)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
