@@ -1,12 +1,11 @@
 """Several sizes of a certified head or block: each input takes the smallest that will do, and the result is dense."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_certified_logits import V, dense, jitted_dense, made, trained_like
+from test_certified_logits import step as certified
 
 from hire_xform.lowering.engine.head import certified_logits
 from hire_xform.lowering.engine.selection import rungs
@@ -20,20 +19,9 @@ pytestmark = pytest.mark.any_jax("cases vary numbers, dtypes and predictors of a
 SPEC = Quantized(8)
 
 
-@functools.partial(jax.jit, static_argnames=("sizes", "out", "options"))
 def climbed(x, rows, proof, sizes, out, options):
     *smaller, candidates = sizes
-    return certified_logits(
-        x,
-        rows,
-        proof,
-        SPEC,
-        lambda x, rows: dense(x, rows, out),
-        candidates=candidates,
-        smaller=smaller,
-        out_dtype=out,
-        **dict(options),
-    )
+    return certified(x, rows, proof, candidates, SPEC, out, (*options, ("smaller", tuple(smaller))))
 
 
 def run(x, rows, sizes, out=jnp.float32, **options):
