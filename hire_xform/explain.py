@@ -84,6 +84,7 @@ def _site_key(site: Site) -> tuple:
         site.proved,
         site.unproved,
         site.widened,
+        site.stored,
     )
 
 
@@ -116,6 +117,8 @@ def _site(sites: list[Site]) -> list[str]:
         f"         {describe(site.settings)}" + (f"; activation: {site.activation}" if site.activation else ""),
         f"         weights: {', '.join(site.weights)}" + (" and alike" if len(sites) > 1 else ""),
     ]
+    if site.stored:
+        lines.append(f"         stored as {site.stored}")
     if site.evidence:
         lines.append(f"         its outputs are logits: {site.evidence}")
     if site.widened:

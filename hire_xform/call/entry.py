@@ -204,7 +204,9 @@ class Entry:
         traced = self._traced(leaves, situation)
         way = self._way(situation, traced)
         plain = dict(zip(self._weight_roots, weights, strict=True))
-        inside = [key for key in way.keys if self._any_traced and compat.is_tracer(plain.get(key.recipe.root))]
+        inside = [
+            k for k in way.keys if self._any_traced and any(map(compat.is_tracer, map(plain.get, k.recipe.roots)))
+        ]
         # All forms, not only those of this shape: those of other shapes would be stale once the weights changed.
         made = self._owner.memory.forms([key for key in way.keys if key not in inside], plain, traced)
         if inside:

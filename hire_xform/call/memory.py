@@ -32,8 +32,8 @@ class PackMemory:
 
     def __init__(self) -> None:
         """Empty."""
-        # Each mark with the form that was made of what it marks: replaced as one, and read without the lock.
-        self._made: dict[PackKey, tuple[Any, Any]] = {}
+        # Marks with the form that was made of what they mark: replaced as one, and read without the lock.
+        self._made: dict[PackKey, tuple[list[Any], Any]] = {}
         self._times: dict[PackKey, int] = {}
         self._told = False
         # Held while packing, so that threads do not pack the same weights at once. No user's code runs under it.
@@ -41,7 +41,7 @@ class PackMemory:
 
     def forms(self, keys: Sequence[PackKey], plain: dict[Root, Any], traced: Traced) -> dict[PackKey, Any]:
         """The packed forms of these keys of these weights, made or remembered."""
-        leaves = {key.recipe.root: plain.get(key.recipe.root) for key in keys}
+        leaves = {root: plain.get(root) for key in keys for root in key.recipe.roots}
         leaves = {root: traced.const(root) if root.kind == "const" else leaf for root, leaf in leaves.items()}
         marks = {root: _mark(leaf) for root, leaf in leaves.items()}
         found: dict[PackKey, Any] = {}
@@ -63,7 +63,7 @@ class PackMemory:
         """Puts what is remembered of these weights into ``found``; True when that is all of it."""
         for key in keys:
             made = self._made.get(key)
-            if made is not None and _same(made[0], marks[key.recipe.root]):
+            if made is not None and all(map(_same, made[0], _marks(key, marks))):
                 found[key] = made[1]
         return len(found) == len(keys)
 
@@ -75,7 +75,7 @@ class PackMemory:
             self._made.pop(key, None)  # free the old form before the new one is made
         for key, form in pack_keys(missing, leaves.__getitem__, None).items():
             self._times[key] = self._times.get(key, 0) + 1
-            self._made[key] = marks[key.recipe.root], form
+            self._made[key] = _marks(key, marks), form
             found[key] = form
         often = [key for key in missing if self._times[key] >= REPACK_LIMIT]
         if not often or self._told:
@@ -91,6 +91,11 @@ class PackMemory:
             HireWarning,
             stacklevel=6,
         )
+
+
+def _marks(key: PackKey, marks: dict[Root, Any]) -> list[Any]:
+    """Those of all leaves that a form is made of."""
+    return [marks[root] for root in key.recipe.roots]
 
 
 def _mark(leaf: Any) -> Any:

@@ -41,10 +41,10 @@ def pack_keys(keys: Sequence[PackKey], leaf_of: Callable[[Root], Any], progress:
     def pack(key: PackKey) -> None:
         # One after the other: the temporaries of one form are gone before those of the next are there.
         rows = made.get(replace(key, form=ROWS))
-        leaf = leaf_of(key.recipe.root)
-        made[key] = jax.block_until_ready(pack_array(key, leaf, rows))
+        leaves = [leaf_of(root) for root in key.recipe.roots]
+        made[key] = jax.block_until_ready(pack_array(key, *leaves, rows=rows))
         # Rows of a leaf may be read in place.
-        on_huge_pages((leaf, made[key]))
+        on_huge_pages((leaves, made[key]))
 
     keys = sorted(keys, key=lambda key: not key.is_rows)
     if not progress or not keys:

@@ -327,8 +327,8 @@ class Traced(Program):
             kept = [struct(layout.avals[i], layout.placed[i] or there[i]) for i in layout.kept]
             forms = []
             for form in layout.keys:
-                leaf = form.recipe.root.index
-                forms.append(pack_shapes(form, layout.avals[leaf], layout.placed[leaf] or there[leaf]))
+                leaf, avals = form.recipe.root.index, [layout.avals[root.index] for root in form.recipe.roots]
+                forms.append(pack_shapes(form, *avals, sharding=layout.placed[leaf] or there[leaf]))
             packed = Packed(kept, forms, layout)
             if isinstance(key, int) and key < len(args):
                 args[key] = packed

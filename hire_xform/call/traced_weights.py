@@ -36,12 +36,12 @@ def pack_traced(owner: str, keys: Sequence[PackKey], plain: dict[Root, Any], tra
     marked: dict[Root, Any] = {}
     made = {}
     for key in keys:
-        root = key.recipe.root
-        name = traced.name(root)
-        if root not in marked:
-            marked[root] = traced_weights_p.bind(plain[root], step=owner, weight=name)
+        name = traced.name(key.recipe.root)
+        for root in key.recipe.roots:
+            if root not in marked:
+                marked[root] = traced_weights_p.bind(plain[root], step=owner, weight=traced.name(root))
         try:
-            made[key] = pack_array(key, marked[root])
+            made[key] = pack_array(key, *(marked[root] for root in key.recipe.roots))
         except Exception as error:  # a packer is written for arrays: some traces have what it does not take
             raise _error(owner, name) from error
     return made

@@ -26,6 +26,7 @@ from hire_xform.lowering.engine.block import Gather, UpProduct, chosen_products,
 from hire_xform.lowering.engine.engine import Operands, Steps
 from hire_xform.lowering.engine.selection import Selection, rungs
 from hire_xform.lowering.predict.predictors import Predictor
+from hire_xform.lowering.primitives.stored_rows import own_rows
 from hire_xform.lowering.prove.bounds import norm, slack, tiny
 from hire_xform.lowering.prove.intervals import Interval, rounded, rounded_up
 from hire_xform.lowering.prove.moment_bounds import UnitMoments, bounded_moments
@@ -92,7 +93,7 @@ class CertifiedBlock:
 
     def own_rows(self, rows: jax.Array, first: Any) -> jax.Array:
         """The block's rows, ``[m, n]``, of a matrix that may be taller."""
-        return rows if rows.shape[0] == self.units else lax.dynamic_slice_in_dim(rows, first, self.units)
+        return own_rows(rows, first, self.units)
 
     def start(self, rows: jax.Array, first: Any) -> Any:
         """Where its rows begin: at zero where they are all."""

@@ -24,6 +24,7 @@ from hire_xform.lowering.engine.engine import Observer, Operands, Steps, proved_
 from hire_xform.lowering.engine.selection import Selection, entries, rungs, selection_of
 from hire_xform.lowering.predict.predictors import PackedArrays, Predictor, predict_scores
 from hire_xform.lowering.primitives.select_rows import select_rows_dot
+from hire_xform.lowering.primitives.stored_rows import own_rows
 from hire_xform.lowering.prove.bounds import ScoresWithBounds, product_error
 from hire_xform.lowering.prove.goals import proved
 from hire_xform.lowering.prove.intervals import Interval
@@ -243,8 +244,7 @@ class _Head:
     def dense(self, o: Operands) -> jax.Array:
         """The dense product of packed rows."""
         (x,), (rows,), (first,) = o.xs, o.rows, o.first_rows
-        own = rows if rows.shape[0] == self.vocab else lax.dynamic_slice_in_dim(rows, first, self.vocab)
-        return self.product(x, own)
+        return self.product(x, own_rows(rows, first, self.vocab))
 
     def fallback(self, o: Operands) -> jax.Array:
         """The program's own product."""

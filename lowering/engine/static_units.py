@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import jax
 from jax import lax
 
+from hire_xform.lowering.primitives.stored_rows import StoredRows
 from hire_xform.lowering.xla.narrow_reads import read_part
 from hire_xform.lowering.xla.skinny_dot import skinny_dot, skinny_dot_transposed, wide_dtype
 
@@ -45,7 +46,9 @@ def static_units(
     return skinny_dot_transposed(*_wide(activation, _first(down, first_row, count)))
 
 
-def _first(rows: jax.Array, first: jax.Array | int, count: int) -> jax.Array:
+def _first(rows: jax.Array | StoredRows, first: jax.Array | int, count: int) -> jax.Array:
+    if isinstance(rows, StoredRows):
+        return rows.block(first, count)
     if isinstance(first, int):
         return lax.slice_in_dim(rows, first, first + count)
     return read_part(lambda rows, first: lax.dynamic_slice_in_dim(rows, first, count), rows, first)

@@ -7,12 +7,13 @@ import jax.numpy as jnp
 from jax import lax
 
 from hire_xform.lowering.primitives.kernels import bind_step, step_primitive
+from hire_xform.lowering.primitives.stored_rows import StoredRows, as_operands, rows_at
 from hire_xform.lowering.xla.blocks import fold_row_blocks
 from hire_xform.lowering.xla.narrow_reads import sliced_on_cpu
 from hire_xform.lowering.xla.skinny_dot import skinny_dot_transposed, wide_dtype
-from hire_xform.lowering.xla.slabs import block_of, check_rows, each_token, slabs_of
+from hire_xform.lowering.xla.slabs import block_of, check_rows, each_token
 
-__all__ = ["combine_rows", "combine_rows_p"]
+__all__ = ["combine_rows", "combine_rows_p", "combine_stored_rows_p"]
 
 # Slabs that one step of `_walk_rows` adds up.
 _ROWS_A_STEP = 8
@@ -20,7 +21,7 @@ _ROWS_A_STEP = 8
 
 def combine_rows(
     h: jax.Array,
-    rows: jax.Array,
+    rows: jax.Array | StoredRows,
     index: jax.Array,
     *,
     group_size: int = 1,
@@ -30,7 +31,7 @@ def combine_rows(
 
     Args:
       h: ``[T, K * group_size]``.
-      rows: ``[n, d]``, of a floating dtype that may be narrower than that of ``h``.
+      rows: ``[n, d]``, floats or integers, maybe narrower than ``h``; or such times scales.
       index: ``[K]`` or ``[T, K]`` int; counts groups of ``group_size`` rows. Must be in bounds.
       group_size: neighbours read as one slab, a divisor of ``n``.
       preferred_element_type: dtype of the result; None is the operands' common dtype. Sums run in f32 at least.
@@ -48,33 +49,35 @@ def combine_rows(
         )
     out_dtype = jnp.result_type(h.dtype, rows.dtype) if preferred_element_type is None else preferred_element_type
 
-    def portable(h: jax.Array, rows: jax.Array, index: jax.Array) -> list[jax.Array]:
+    def portable(h: jax.Array, rows: jax.Array | StoredRows, index: jax.Array) -> list[jax.Array]:
         return [_portable(h, rows, index, group_size).astype(out_dtype)]
 
     settings = {"group_size": group_size, "out_dtype": jnp.dtype(out_dtype)}
+    if isinstance(rows, StoredRows):
+        arrays, together, told = as_operands(rows)
+        form = lambda h, index, *arrays: portable(h, together(*arrays), index)  # noqa: E731
+        return bind_step(combine_stored_rows_p, form, h, index, *arrays, **settings, **told)[0]
     return bind_step(combine_rows_p, portable, h, rows, index, **settings)[0]
 
 
-def _portable(h: jax.Array, rows: jax.Array, index: jax.Array, group_size: int) -> jax.Array:
+def _portable(h: jax.Array, rows: jax.Array | StoredRows, index: jax.Array, group_size: int) -> jax.Array:
     common = wide_dtype(h.dtype, rows.dtype)
     h = h.astype(common)
-
-    def in_rows(h: jax.Array, index: jax.Array) -> jax.Array:
-        return _walk_rows(h, rows, index, group_size)
 
     def gathered(h: jax.Array, index: jax.Array) -> jax.Array:
         def share(part: jax.Array, h_part: jax.Array) -> jax.Array:
             h_part = h_part.reshape(-1, h.shape[0]).T
-            return skinny_dot_transposed(h_part, slabs_of(rows, part, group_size).astype(common))
+            return skinny_dot_transposed(h_part, rows_at(rows, part, group_size).astype(common))
 
         h_groups = h.T.reshape(index.shape[0], group_size, h.shape[0])
         return fold_row_blocks(share, block_of(rows, index, group_size), index, h_groups)
 
     if index.ndim == 2:
         return each_token(gathered, h, index)
-    if index.shape[0] % _ROWS_A_STEP or not sliced_on_cpu(rows.dtype):
+    if isinstance(rows, StoredRows) or index.shape[0] % _ROWS_A_STEP or not sliced_on_cpu(rows.dtype):
         return gathered(h, index)
-    return lax.platform_dependent(h, index, cpu=in_rows, default=gathered)
+    in_rows = functools.partial(_walk_rows, rows=rows, group_size=group_size)
+    return lax.platform_dependent(h, index, cpu=lambda h, index: in_rows(h, index=index), default=gathered)
 
 
 def _walk_rows(h: jax.Array, rows: jax.Array, index: jax.Array, group_size: int) -> jax.Array:
@@ -106,3 +109,6 @@ def _walk_rows(h: jax.Array, rows: jax.Array, index: jax.Array, group_size: int)
 
 # A kernel: rule(h, rows, index, *, group_size, out_dtype) -> what combine_rows returns.
 combine_rows_p = step_primitive("hire_combine_rows")
+# A kernel: rule(h, index, values, *others, group_size, out_dtype, operations, shared) -> the same, of rows that are
+# stored in few bits, as `StoredRows` has them.
+combine_stored_rows_p = step_primitive("hire_combine_stored_rows")

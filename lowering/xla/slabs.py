@@ -6,6 +6,7 @@ shared by all tokens, one of two axes holds each token's own choice.
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +26,7 @@ _BLOCK_BYTES = 2**20
 _UNROLLED_TOKENS = 16
 
 
-def block_of(rows: jax.Array, index: jax.Array, group_size: int) -> int:
+def block_of(rows: Any, index: jax.Array, group_size: int) -> int:
     """How many entries of ``index`` are gathered together."""
     entry = group_size * rows.shape[1] * rows.dtype.itemsize
     return index.shape[0] if index.shape[0] * entry <= _WHOLE_BYTES else max(1, _BLOCK_BYTES // entry)
@@ -38,7 +39,7 @@ def each_token(fun: Callable[[jax.Array, jax.Array], jax.Array], x: jax.Array, i
     return lax.map(lambda pair: fun(pair[0][None], pair[1])[0], (x, index))
 
 
-def check_rows(name: str, rows: jax.Array, index: jax.Array, group_size: int, tokens: int) -> None:
+def check_rows(name: str, rows: Any, index: jax.Array, group_size: int, tokens: int) -> None:
     """Raises the error for rows and an index that do not fit each other, or the tokens."""
     if rows.ndim != 2:
         raise ValueError(f"{name}: rows has shape {rows.shape}; expected [n, d]")

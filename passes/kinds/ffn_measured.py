@@ -9,7 +9,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from hire_xform.lowering.engine.block import UpProduct, group_scores
 from hire_xform.lowering.measure.cofiring import cofiring
@@ -20,6 +19,7 @@ from hire_xform.lowering.measure.statistics import (
     unit_ranks,
     unit_totals,
 )
+from hire_xform.lowering.primitives.stored_rows import own_rows
 from hire_xform.passes.kinds.ffn_blocks import (
     FfnParts,
     Views,
@@ -96,7 +96,7 @@ def _dense_activation(match: FfnMatch, parts: FfnParts) -> Any:
 
 
 def _own_rows(up: UpProduct, units: int) -> jax.Array:
-    return up.rows if up.rows.shape[0] == units else lax.dynamic_slice_in_dim(up.rows, up.first_row, units)
+    return own_rows(up.rows, up.first_row, units)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar
 
+import jax.numpy as jnp
 import numpy as np
 
 from hire_xform.passes.ir.axes import Layout
@@ -29,8 +30,15 @@ class Matrix:
 
     @property
     def dtype(self) -> np.dtype:
-        """dtype of the weight as it is used."""
-        return np.dtype(self.product.weight.aval.dtype)
+        """dtype of the weight as it is used; f32 of integers that are multiplied as they are."""
+        used = self.product.weight.aval.dtype
+        return np.dtype(used if jnp.issubdtype(used, jnp.floating) else np.float32)
+
+    @property
+    def row_nbytes(self) -> int:
+        """Bytes of a row as it is stored, with its share of what it is scaled by."""
+        units = self.product.nbytes / (math.prod(self.product.weight.shape) // self.columns)
+        return math.ceil(units)
 
     @property
     def stack(self) -> tuple[int, ...]:
@@ -259,9 +267,7 @@ class Rejection:
     @property
     def weights_read(self) -> dict[Root, int]:
         """Its weights, and the bytes of each that a call reads."""
-        if self.product is None:
-            return self.read
-        return {self.product.origin.recipe.root: self.product.nbytes * self.node.scope.iterations}
+        return self.read if self.product is None else self.product.read
 
 
 @dataclass(frozen=True, repr=False)

@@ -18,12 +18,11 @@ from hire_xform.passes.ir import compat
 from hire_xform.passes.ir.trace_context import concretely
 from hire_xform.passes.pack.packers import as_blocks, pack_placed, packed_spec, packer
 from hire_xform.passes.plan.decisions import PackKey
-from hire_xform.passes.plan.forms import Form
 from hire_xform.passes.plan.placement import placement_of
 from hire_xform.passes.weights.recipe import Cyclic, Reshape, Root, Stack, Step, Transpose
 
 
-def pack_array(key: PackKey, leaf: Any, rows: Any = None) -> Any:
+def pack_array(key: PackKey, leaf: Any, *others: Any, rows: Any = None) -> Any:
     """One packed form: ``[*stack, n, d]`` rows, f32 ``[*stack, n]`` norms, or a predictor's dictionary of arrays.
 
     Of a leaf that is sharded along the rows, each device packs those it holds, and holds what it packed.
@@ -31,6 +30,7 @@ def pack_array(key: PackKey, leaf: Any, rows: Any = None) -> Any:
     Args:
       key: which form.
       leaf: the weight.
+      *others: the leaves that it is scaled by, where it is stored in few bits.
       rows: its packed rows of the same recipe, where these are there: laying them out again would take a copy.
     """
     sharding = placement_of(leaf) if not compat.is_tracer(leaf) else None
@@ -41,13 +41,18 @@ def pack_array(key: PackKey, leaf: Any, rows: Any = None) -> Any:
         key, leaf = replace(key, recipe=replace(key.recipe, steps=stacks)), rows
     # Under a trace around the call too: packed forms of concrete weights are remembered, so they must be concrete.
     with usual_promotion() if compat.is_tracer(leaf) else concretely():
-        return packer(key.recipe.steps, key.form.bare)(leaf, *(array for array, _ in key.form.given))
+        return _packer(key)(leaf, *others, *(array for array, _ in key.form.given))
 
 
-def pack_shapes(key: PackKey, leaf: Any, sharding: Sharding | None = None) -> Any:
+def _packer(key: PackKey) -> Any:
+    scalings = key.recipe.from_roots(lambda root: Root("", 0)).scalings
+    return packer(key.recipe.steps, key.form.bare, *((scalings,) if scalings else ()))
+
+
+def pack_shapes(key: PackKey, leaf: Any, *others: Any, sharding: Sharding | None = None) -> Any:
     """Shapes and dtypes of ``pack_array``'s result, and where it is, of a leaf that is there; computes nothing."""
-    given = tuple((tuple(a.shape), np.dtype(a.dtype)) for a, _ in key.form.given)
-    made = _pack_shapes(key.recipe.steps, key.form.bare, ((tuple(leaf.shape), np.dtype(leaf.dtype)), *given))
+    arrays = (leaf, *others, *(array for array, _ in key.form.given))
+    made = _pack_shapes(_packer(key), tuple((tuple(a.shape), np.dtype(a.dtype)) for a in arrays))
     if sharding is None:
         return made
     if isinstance(sharding, NamedSharding):
@@ -56,8 +61,8 @@ def pack_shapes(key: PackKey, leaf: Any, sharding: Sharding | None = None) -> An
 
 
 @functools.lru_cache(maxsize=256)
-def _pack_shapes(steps: tuple[Step, ...], form: Form, arrays: tuple[tuple[tuple[int, ...], Any], ...]) -> Any:
-    return jax.eval_shape(packer(steps, form), *(jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in arrays))
+def _pack_shapes(pack: Any, arrays: tuple[tuple[tuple[int, ...], Any], ...]) -> Any:
+    return jax.eval_shape(pack, *(jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in arrays))
 
 
 def unpack_rows(key: PackKey, leaf_shape: Sequence[int], rows: Any, sharding: NamedSharding | None) -> Any:
@@ -86,4 +91,5 @@ def _undo(steps: Sequence[Step], shape: tuple[int, ...], rows: Any) -> Any:
 
 def packing_bytes(keys: Iterable[PackKey], leaf_of: Callable[[Root], Any]) -> int:
     """Bytes read while packing, for progress."""
-    return sum(math.prod(leaf_of(k.recipe.root).shape) * np.dtype(leaf_of(k.recipe.root).dtype).itemsize for k in keys)
+    leaves = (leaf_of(root) for key in keys for root in key.recipe.roots)
+    return sum(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in leaves)

@@ -11,24 +11,48 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from hire_xform.lowering.engine.cyclic_rows import from_cyclic, to_cyclic
+from hire_xform.lowering.primitives.stored_rows import StoredRows
 from hire_xform.lowering.xla.devices import Devices
 from hire_xform.passes.ir.each_device import mesh_here, under_automatic_axes
 from hire_xform.passes.ir.trace_context import as_usual, concretely
 from hire_xform.passes.plan.decisions import PackKey
 from hire_xform.passes.plan.forms import ROWS, Form
 from hire_xform.passes.plan.placement import Names, as_automatic, names_of, placed_rows, stacks_of
-from hire_xform.passes.weights.recipe import Cyclic, Recipe, Root, Step
+from hire_xform.passes.weights.recipe import Cyclic, Recipe, Root, Scaling, Step
 
 
 @functools.lru_cache(maxsize=256)
-def packer(steps: tuple[Step, ...], form: Form) -> Any:
-    """The jitted function that packs a leaf that is on one device, one for all leaves that are packed alike."""
+def packer(steps: tuple[Step, ...], form: Form, scalings: tuple[Scaling, ...] = ()) -> Any:
+    """The jitted function that packs a leaf that is on one device, one for all leaves that are packed alike.
+
+    With ``scalings``, of no leaf in particular, it takes the leaves that these are made of after it.
+    """
     recipe = Recipe(Root("", 0), steps)
     if not form.of_rows:
         return jax.jit(form.pack)
+    if scalings:
+        return jax.jit(functools.partial(_of_scaled, Recipe(Root("", 0), steps, scalings), form))
     if form.given:
-        return jax.jit(lambda leaf, *given: _of_each(form, recipe.apply(leaf), given))
+        return jax.jit(lambda leaf, *given: _of_each(form.pack, form, recipe.apply(leaf), given))
     return jax.jit(recipe.apply) if form == ROWS else jax.jit(lambda leaf: recipe.apply(leaf, form.pack))
+
+
+def _of_scaled(recipe: Recipe, form: Form, *arrays: Any) -> Any:
+    """A form of the matrices, of a stack or one, that are stored in few bits: of each as it is made."""
+    count, stacks = len(recipe.parts), stacks_of(recipe.steps)
+    values, *others = (part.apply(leaf) for part, leaf in zip(recipe.parts, arrays[:count], strict=True))
+    given = arrays[count:]
+
+    def made(rows: Any, *given: Any) -> Any:
+        stored = StoredRows(rows[0], rows[1], recipe.operations, tuple(o.shape[0] == 1 for o in rows[1]))
+        return form.pack(stored.dense(), *given)
+
+    rows = values, tuple(others)
+    if given:
+        return _of_each(made, form, rows, given)
+    for _ in range(stacks):
+        made = functools.partial(jax.lax.map, made)  # one matrix after the other: temporaries are those of one
+    return made(rows)
 
 
 def pack_placed(key: PackKey, leaf: Any, sharding: NamedSharding) -> Any:
@@ -79,7 +103,7 @@ def shard_packer(steps: tuple[Step, ...], form: Form, mesh: Any, spec: Partition
         if cyclic is not None and stacks > around:
             rows = jnp.expand_dims(rows, around)  # the one part that a device has
         if given:
-            return _of_each(form, rows, given)
+            return _of_each(form.pack, form, rows, given)
         if form == ROWS:
             return rows
         made = form.pack
@@ -146,10 +170,9 @@ def packed_spec(sharding: NamedSharding, shape: Sequence[int], key: PackKey) -> 
     return PartitionSpec(*(names or None for names in kept))
 
 
-def _of_each(form: Form, rows: Any, given: Sequence[Any]) -> Any:
+def _of_each(make: Callable[..., Any], form: Form, rows: Any, given: Sequence[Any]) -> Any:
     """Of each matrix of a stack, ``[*stack, n, d]``, with its own of what is given: that of a matrix's parts is one."""
-    make = form.pack
     depths = [array.ndim - own for array, (_, own) in zip(given, form.given, strict=True)]
-    for axis in range(rows.ndim - 2, 0, -1):
+    for axis in range(jax.tree.leaves(rows)[0].ndim - 2, 0, -1):
         make = jax.vmap(make, in_axes=(0, *(0 if axis <= depth else None for depth in depths)))
     return make(rows, *given)

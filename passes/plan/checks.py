@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from hire_xform.passes.match.kinds import SiteKind
@@ -21,6 +22,7 @@ from hire_xform.passes.plan.placement import Placement
 from hire_xform.passes.plan.settings import Choice
 from hire_xform.passes.prove.certifiable import not_certifiable
 from hire_xform.passes.prove.what_to_prove import NOTHING_READ, Reads
+from hire_xform.passes.weights.few_bits import in_few_bits
 
 
 @dataclass(eq=False, repr=False)
@@ -133,11 +135,19 @@ def is_executed(case: Case) -> str | None:
 
 
 def has_float_weights(case: Case) -> str | None:
-    """Its weights are of a dtype that is predicted."""
-    dtypes = {np.dtype(p.weight.aval.dtype).name for p in case.match.products}
-    if dtypes <= {"float32", "bfloat16", "float16", "float64"}:
-        return None
-    return f"its weights are {', '.join(sorted(dtypes))}; only floating-point weights are predicted"
+    """Its weights are of a dtype that is predicted, or stored in few bits and multiplied as they are."""
+    for product in case.match.products:
+        weight, x = (np.dtype(v.aval.dtype).name for v in (product.weight, product.x))
+        integers = in_few_bits(weight) and jnp.issubdtype(product.weight.aval.dtype, jnp.integer)
+        if weight in _FLOATS or (x in _FLOATS and integers):
+            continue
+        if integers:
+            return f"its weights are {weight}, multiplied by {x}; only products of floating-point data are predicted"
+        return f"its weights are {weight}; only floating-point weights are predicted"
+    return None
+
+
+_FLOATS = ("float32", "bfloat16", "float16", "float64")
 
 
 def has_few_tokens(case: Case) -> str | None:

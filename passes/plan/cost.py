@@ -162,4 +162,4 @@ def bytes_read(match: Match, settings: Settings, computed: int, shards: int = 1,
     n = match.units // shards - static
     held = zip(match.matrices, kind_of(match).forms(match, settings).products, strict=True)
     predicted = sum(form.nbytes(n, matrix.columns, matrix.dtype) for matrix, forms in held for form in forms)
-    return predicted, computed * sum(matrix.columns * matrix.product.stored.itemsize for matrix in match.matrices)
+    return predicted, computed * sum(matrix.row_nbytes for matrix in match.matrices)

@@ -74,6 +74,7 @@ class Site:
       proved: of a certified vocabulary, what is proved of its readers.
       unproved: its readers of which nothing is proved.
       widened: True where the dense product has weights that are stored narrower widened whole first, at every call.
+      stored: how its weights are stored, where that is in few bits, such as "int8 times float32 per row".
     """
 
     kind: str
@@ -102,6 +103,7 @@ class Site:
     proved: tuple[str, ...] = ()
     unproved: tuple[str, ...] = ()
     widened: bool = False
+    stored: str = ""
 
 
 @dataclass(frozen=True)
@@ -145,7 +147,7 @@ class PackKey:
     @property
     def anywhere(self) -> PackKey:
         """The same of a leaf of any argument: what is packed does not hang on where weights are passed."""
-        return replace(self, recipe=replace(self.recipe, root=Root("", self.recipe.root.index)))
+        return replace(self, recipe=self.recipe.from_roots(lambda root: Root("", root.index)))
 
 
 @dataclass(frozen=True, eq=False, repr=False)

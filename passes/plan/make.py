@@ -22,6 +22,7 @@ from hire_xform.passes.plan.settings import Choice
 from hire_xform.passes.plan.sizes import UNCHOSEN, Reading, Sizes, sizes_of
 from hire_xform.passes.plan.verify import verify_plan
 from hire_xform.passes.prove.certifiable import ALL_BITS, input_bits
+from hire_xform.passes.weights.few_bits import in_words
 from hire_xform.passes.weights.products import Product
 from hire_xform.passes.weights.recipe import Root
 
@@ -108,8 +109,9 @@ class _Planner:
                 return found
             if found != reason:
                 reason = f"{reason}; nor is it a site of kind {other.name!r}: {found}"
-        size, name = product.nbytes * product.node.scope.iterations, self.name_of(product.origin.recipe.root)
-        return Refusal(product.path, product.node.source, reason, kind, size, (name,))
+        read = product.read
+        names = tuple(self.name_of(root) for root in read)
+        return Refusal(product.path, product.node.source, reason, kind, sum(read.values()), names)
 
 
 def _decide(case: Case, why: Why) -> Decision | str:
@@ -212,6 +214,11 @@ def _slower(case: Case, sized: _Sized) -> str | None:
     )
 
 
+def _stored(match: Match) -> str:
+    told = (in_words(m.rows, (match.units, m.columns), m.product.stored) for m in match.matrices)
+    return ", ".join(dict.fromkeys(text for text in told if text))
+
+
 def _describe(case: Case, sized: _Sized) -> Decision:
     match, settings, placement, shards = case.match, case.settings, case.placement, case.shards
     order, sizes, static, reads = sized.order, sized.sizes, sized.static, case.reads
@@ -240,6 +247,7 @@ def _describe(case: Case, sized: _Sized) -> Decision:
         proved=reads.proved,
         unproved=reads.unproved,
         widened=sized.dense_cost > sized.dense_bytes,
+        stored=_stored(match),
         **case.kind.described(case),
     )
     inputs = None if case.measurement is None else case.measurement.inputs

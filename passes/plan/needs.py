@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
+
+import jax.numpy as jnp
 
 from hire_xform.passes.match.kinds import kind_of
 from hire_xform.passes.match.matches import Match, Matrix
@@ -16,20 +19,25 @@ from hire_xform.passes.plan.forms import (
     Order,
     PackedPredictor,
     ProductForms,
+    Rows,
     SiteForms,
+    Stored,
     UnitOrder,
 )
 from hire_xform.passes.plan.measurement import Measurement
 from hire_xform.passes.plan.placement import in_parts
 from hire_xform.passes.plan.settings import Settings
 from hire_xform.passes.weights.cut_weights import is_cut
+from hire_xform.passes.weights.few_bits import blocks, compact, in_blocks
+from hire_xform.passes.weights.origins import Ref
 from hire_xform.passes.weights.products import normal_form
+from hire_xform.passes.weights.recipe import Convert, Recipe
 
 
 def stack_need(match: Match, form: Form) -> Need:
     """A form that has an entry for each layer of a site's (first) weight, whatever the weight."""
     first = match.matrices[0]
-    return Need(PackKey(first.rows, form), first.product.origin.refs)
+    return Need(PackKey(first.rows.parts[0], form), first.product.origin.refs)
 
 
 def needs_of(
@@ -58,15 +66,19 @@ def needs_of(
 
     def product(forms: ProductForms[Form], matrix: Matrix, number: int) -> ProductForms[Need]:
         # Rows lie as they are, each device's part of them together; all else is made of each part by itself.
-        parts = in_parts(matrix.rows, match.units, matrix.columns, shards)
-        rows, refs = normal_form(matrix.rows.as_stored), matrix.product.origin.refs
-        return ProductForms(
-            **{
-                slot: Need(PackKey(rows if form == ROWS and order is None else parts, made(form, number)), refs)
-                for slot, form in vars(forms).items()
-                if form is not None
-            }
-        )
+        shape, refs = (match.units, matrix.columns), matrix.product.origin.refs
+        whole = in_blocks(matrix.rows, shape)
+        if not jnp.issubdtype(matrix.product.weight.aval.dtype, jnp.floating):
+            whole = whole.then(Convert(matrix.dtype, exact=True))
+        parts = in_parts(whole, *shape, shards)
+        slots: dict[str, Any] = {
+            slot: rows_need(matrix.rows, shape, refs, order)
+            if form == ROWS
+            else Need(PackKey(parts, made(form, number)), refs)
+            for slot, form in vars(forms).items()
+            if form is not None
+        }
+        return ProductForms(**slots)
 
     forms = kind_of(match).forms(match, settings)
     made_of = [
@@ -79,13 +91,36 @@ def needs_of(
     )
 
 
+def rows_need(
+    recipe: Recipe, shape: tuple[int, int], refs: tuple[Ref, ...], order: Order | None = None
+) -> Need | Stored[Need]:
+    """The rows of a matrix as they are stored: where that is in few bits, with what they are scaled by.
+
+    Args:
+      recipe: makes ``[n, d]``.
+      shape: ``(n, d)``.
+      refs: what resolves its stack axes.
+      order: that in which its rows are packed; None for that they have.
+    """
+
+    def need(part: Recipe, reordered: bool = True) -> Need:
+        return Need(PackKey(normal_form(part), ROWS if order is None or not reordered else Rows(order=order)), refs)
+
+    values, *others = recipe.as_stored.parts
+    if not recipe.scalings:
+        return need(values)
+    small = [(compact(other, shape, order is not None), blocks(other)[0] < shape[0]) for other in others]
+    return Stored(need(values), tuple(need(*other) for other in small), recipe.operations)
+
+
 def leaf_needs(match: Match) -> tuple[Need, ...]:
     """The leaves that a site's own products are made of, for its fallback; none where one of them can't be passed on.
 
-    In the order of ``match.products``. A part of a weight that one device of a shard_map has is none.
+    In the order of ``match.products``. A part of a weight that one device of a shard_map has is none, nor is a weight
+    that is made of several leaves.
     """
     origins = [product.origin for product in match.products]
-    if any(is_cut(origin.refs) for origin in origins):
+    if any(is_cut(origin.refs) or origin.recipe.scalings for origin in origins):
         return ()
     if not kind_of(match).has_own_equations(match):
         return ()

@@ -176,6 +176,8 @@ def place(match: Match, leaf_of: Callable[[Root], Any], token_axes: Names) -> Pl
         product, recipe = matrix.product, matrix.rows
         leaf = leaf_of(recipe.root)
         sharding = placement_of(leaf)
+        if recipe.scalings and any(placement_of(leaf_of(root)) is not None for root in recipe.roots):
+            return f"{product.path}: its weight is stored in few bits and scaled, over several devices"
         if sharding is None:
             found.add(())
             continue

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import jax.numpy as jnp
+import numpy as np
 from jax.lax import Precision
 
+from hire_xform.lowering.primitives.stored_rows import Operation
 from hire_xform.passes.match.kinds import kind_of
 from hire_xform.passes.match.matches import Match
+from hire_xform.passes.weights.few_bits import in_few_bits
+from hire_xform.passes.weights.products import Product
 
 # Significant bits of an f32 input: all of them. Fewer where a product rounds its inputs first.
 ALL_BITS = 24
@@ -17,13 +23,44 @@ _PROVED = ("float32", "bfloat16", "float16")
 def not_certifiable(match: Match, platform: str) -> str | None:
     """Why a site can't be certified; None when it can."""
     for product in match.products:
-        values = (product.x, product.weight, product.out)
-        other = next((v.aval.dtype.name for v in values if v.aval.dtype.name not in _PROVED), None)
+        dtypes = [v.aval.dtype for v in (product.x, product.out)]
+        # Integers of eight bits are multiplied as they are, being exact in all of these.
+        dtypes += [] if _is_exact(product) else [product.weight.aval.dtype]
+        other = next((dtype.name for dtype in dtypes if dtype.name not in _PROVED), None)
         if other is not None:
             return f"certify=True is proved for float32, bfloat16 and float16; this has {other}"
+        why = _unsure(product.origin.recipe.operations)
+        if why is not None:
+            return f"certify=True is not proved of weights that are made {why}"
     if input_bits(match, platform) is None:
         return f"certify=True does not know what precision={_precision(match)} rounds to on {platform}"
     return kind_of(match).unproved(match, platform)
+
+
+def _is_exact(product: Product) -> bool:
+    return jnp.issubdtype(product.weight.aval.dtype, jnp.integer) and in_few_bits(product.weight.aval.dtype)
+
+
+def _unsure(operations: Sequence[Operation]) -> str | None:
+    """Why it is not known to the last bit which weights a program makes of what is stored; None where it is.
+
+    Integers are added exactly, and f32 is rounded at each operation: XLA keeps its roundings, but for those of bfloat16
+    and float16 that are widened again, for a product that is added to (which may be fused), and for a division (which
+    may be by a reciprocal).
+    """
+    multiplied = False
+    for operation in operations:
+        dtype = np.dtype(operation.dtype)
+        if jnp.issubdtype(dtype, jnp.integer):
+            continue
+        if dtype != np.float32:
+            return f"of scales in {dtype.name}: whether they are rounded is the compiler's choice"
+        if operation.name == "div":
+            return "by a division, which a compiler may make a product of"
+        if operation.name in ("add", "sub") and multiplied:
+            return f"by {'an addition to' if operation.name == 'add' else 'a subtraction from'} a product"
+        multiplied |= operation.name == "mul"
+    return None
 
 
 def input_bits(match: Match, platform: str) -> int | None:

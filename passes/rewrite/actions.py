@@ -8,6 +8,7 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 from jax import lax
 
 from hire_xform.lowering.primitives.arg_max import arg_max
@@ -16,15 +17,15 @@ from hire_xform.passes.match.kinds import kind_of
 from hire_xform.passes.match.matches import Detection
 from hire_xform.passes.match.whole_axis import takes_largest
 from hire_xform.passes.plan.decisions import Decision, Need, PackKey, Plan
-from hire_xform.passes.plan.forms import ROWS
-from hire_xform.passes.plan.needs import leaf_needs
+from hire_xform.passes.plan.forms import Stored
+from hire_xform.passes.plan.needs import leaf_needs, rows_need
 from hire_xform.passes.plan.row_order import other_rows
 from hire_xform.passes.rewrite.action import Action, Context
 from hire_xform.passes.rewrite.canonical import flat_activation, result_shape
 from hire_xform.passes.rewrite.cyclic_lookups import cyclic_lookups
 from hire_xform.passes.rewrite.merge_top_k import Merged, all_readers, merge, merged
 from hire_xform.passes.rewrite.site import RewrittenSite
-from hire_xform.passes.weights.products import Product, normal_form
+from hire_xform.passes.weights.products import Product
 from hire_xform.passes.weights.recipe import Root
 
 
@@ -39,7 +40,7 @@ class DenseRows(Action):
     """
 
     product: Product
-    rows: Need
+    rows: Need | Stored[Need]
     contracted_first: bool
 
     @property
@@ -50,12 +51,12 @@ class DenseRows(Action):
     @property
     def key(self) -> Hashable:
         """Of its equation and how the rows lie."""
-        return "dense", self.contracted_first
+        return "dense", self.contracted_first, jax.tree.structure(self.rows)
 
     @property
     def needs(self) -> tuple[Need, ...]:
         """The packed rows."""
-        return (self.rows,)
+        return tuple(jax.tree.leaves(self.rows))
 
     @property
     def operands(self) -> Sequence[Operand]:
@@ -64,7 +65,7 @@ class DenseRows(Action):
 
     def emit(self, context: Context) -> Sequence[Any]:
         """The product from packed rows."""
-        product, view = self.product, context.view(self.rows)
+        product, view = self.product, context.views(self.rows)
         params = product.node.params
         flat = lax.dot_general(
             flat_activation(product, context.read(product.x)),
@@ -180,12 +181,13 @@ def actions_of(
     absent = [one for one in detection.lookups if not has_leaf(one.origin.recipe.root)]
     found.update((one.node, one) for one in cyclic_lookups(absent, decisions))
     for product in detection.products:
-        if product in taken or has_leaf(product.origin.recipe.root) or product.batched:
+        if product in taken or all(map(has_leaf, product.origin.recipe.roots)) or product.batched:
             continue
         for contracted_first, recipe in ((False, product.rows_free()), (True, product.rows_contracted())):
-            key = PackKey(normal_form(recipe.as_stored), ROWS)
-            if has_key(key):
-                found[product.node] = DenseRows(product, Need(key, product.origin.refs), contracted_first)
+            shape = product.width, product.contracted
+            rows = rows_need(recipe, shape[::-1] if contracted_first else shape, product.origin.refs)
+            if all(there(need) for need in jax.tree.leaves(rows)):
+                found[product.node] = DenseRows(product, rows, contracted_first)
                 break
     return found
 

@@ -48,7 +48,7 @@ class Reader:
 
     def shared_key(self, key: PackKey) -> PackKey:
         """The key of the shared root."""
-        return replace(key, recipe=replace(key.recipe, root=self.shared(key.recipe.root)))
+        return replace(key, recipe=key.recipe.from_roots(self.shared))
 
     def decisions(self, in_place: Container[Root]) -> list[Decision]:
         """The plan's decisions, with rows as contiguous blocks of the weights of these shared roots."""

@@ -149,21 +149,25 @@ def moved(node: Node, origin: Origin) -> list[Origin] | None:
 
 
 def _convert(node: Node, origin: Origin) -> list[Origin] | None:
-    # Only between floating types: a cast to integers is not a layout change of a matrix of weights.
+    # Of integers only what keeps each of them: any other cast is not a change of dtype of a matrix of weights.
     source, target = dtype_of(node.inputs[0]), np.dtype(node.params["new_dtype"])
-    if not (jnp.issubdtype(source, jnp.floating) and jnp.issubdtype(target, jnp.floating)):
-        return None
     if source == target:
         return [origin]
+    floats = jnp.issubdtype(source, jnp.floating) and jnp.issubdtype(target, jnp.floating)
+    if origin.recipe.scalings:
+        from_integers = jnp.issubdtype(source, jnp.integer) and jnp.issubdtype(target, jnp.floating)
+        return _extended(origin, Convert(target)) if floats or from_integers else None
+    if not jnp.issubdtype(origin.stored, jnp.floating) and not jnp.issubdtype(origin.stored, jnp.integer):
+        return None
     if represents(target, origin.stored):
         return _extended(origin, Convert(target, exact=True))
-    return _extended(dataclasses.replace(origin, stored=target), Convert(target))
+    return _extended(dataclasses.replace(origin, stored=target), Convert(target)) if floats else None
 
 
 def _dynamic_slice(node: Node, origin: Origin) -> list[Origin] | None:
     shape, sizes = shape_of(node.inputs[0]), tuple(node.params["slice_sizes"])
     indexed = [axis for axis, (have, take) in enumerate(zip(shape, sizes, strict=True)) if have != take]
-    if not picks_matrix(node) or not indexed or any(sizes[axis] != 1 for axis in indexed):
+    if not indexed or any(sizes[axis] != 1 for axis in indexed):
         return None
     return _indexed(node, origin, indexed, [IndexSlice(node, 1 + axis) for axis in indexed])
 
@@ -174,7 +178,7 @@ def _gather(node: Node, origin: Origin) -> list[Origin] | None:
     shape, sizes = shape_of(node.inputs[0]), tuple(node.params["slice_sizes"])
     axes = tuple(numbers.start_index_map)
     fills = mode == lax.GatherScatterMode.FILL_OR_DROP
-    if not picks_matrix(node) or math.prod(shape_of(node.inputs[1])) != len(axes) or numbers.operand_batching_dims:
+    if math.prod(shape_of(node.inputs[1])) != len(axes) or numbers.operand_batching_dims:
         return None
     if fills:
         value = node.params["fill_value"]
@@ -206,10 +210,16 @@ def picks_matrix(node: Node) -> bool:
     return sum(size > 1 for size in node.params["slice_sizes"]) >= 2
 
 
+def _of_matrices(rule: Rule) -> Rule:
+    return lambda node, origin: rule(node, origin) if picks_matrix(node) else None
+
+
+# What takes entries of a stack by an index, matrices or not.
+TAKES: dict[Any, Rule] = {prims.dynamic_slice_p: _dynamic_slice, prims.gather_p: _gather}
+
 RULES: dict[Any, Rule] = {
     prims.convert_element_type_p: _convert,
-    prims.dynamic_slice_p: _dynamic_slice,
-    prims.gather_p: _gather,
+    **{primitive: _of_matrices(rule) for primitive, rule in TAKES.items()},
     prims.copy_p: _same,
     compat.PVARY: _same,
     prims.name_p: _same,

@@ -14,9 +14,10 @@ from jax.lax import Precision
 from hire_xform.passes.ir import compat
 from hire_xform.passes.ir.axis_rules import is_pointwise
 from hire_xform.passes.ir.graph import Graph, Node, Operand, Value, used_nodes
+from hire_xform.passes.weights.few_bits import stored_bytes, stored_parts
 from hire_xform.passes.weights.origins import Origin
 from hire_xform.passes.weights.provenance import Provenance
-from hire_xform.passes.weights.recipe import Convert, Recipe, Reshape, Root, Slice, Transpose
+from hire_xform.passes.weights.recipe import Convert, Recipe, Reshape, Root, Slice, Stretch, Transpose
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -76,11 +77,19 @@ class Product:
 
         Where it is stored wider than it is used, as it is used: a loop around it may be left with the narrow copy.
         """
-        return math.prod(self.weight.shape) * self.stored.itemsize
+        return stored_bytes(self.origin, self.weight.shape)
+
+    @property
+    def read(self) -> dict[Root, int]:
+        """The leaves that its weight is made of, and the bytes of each that a call of the dense program reads."""
+        found: dict[Root, int] = {}
+        for recipe, size in stored_parts(self.origin, self.weight.shape):
+            found[recipe.root] = found.get(recipe.root, 0) + size * self.node.scope.iterations
+        return found
 
     @property
     def stored(self) -> np.dtype:
-        """dtype of its packed rows: the narrowest one known to have its values."""
+        """dtype of its packed rows: the narrowest one known to have its values, or those that are scaled."""
         return np.dtype(self.origin.stored)
 
     @property
@@ -139,6 +148,10 @@ def matrix(recipe: Recipe, shape: tuple[int, ...], lead: tuple[int, ...], rest: 
 
 def normal_form(recipe: Recipe) -> Recipe:
     """The same recipe with neighbouring steps fused and identities dropped, so that equal weights compare equal."""
+    return recipe.each(_normal_form)
+
+
+def _normal_form(recipe: Recipe) -> Recipe:
     steps: list[Any] = []
     for step in recipe.steps:
         last = steps[-1] if steps else None
@@ -166,7 +179,7 @@ def widened_at_once(product: Product) -> np.dtype:
 
 def rounding_free(recipe: Recipe) -> bool:
     """True when the leaf can be had back from what the recipe makes: nothing is cut away and nothing rounded."""
-    return not any(isinstance(s, (Slice, Convert)) for s in recipe.steps)
+    return not recipe.scalings and not any(isinstance(s, (Slice, Convert, Stretch)) for s in recipe.steps)
 
 
 @dataclass(frozen=True, repr=False)
@@ -258,6 +271,10 @@ def _derived_weight(node: Node, provenance: Provenance) -> Loose | None:
         how = provenance.derived(operand)
         if how is not None and isinstance(operand, Value) and len(operand.shape) >= 2:
             reason = f"its weight is computed inside the program, by {how}"
+            return Loose(node, reason, provenance.read_by([operand]))
+        how = provenance.scaled_by_data(operand)
+        if how is not None and isinstance(operand, Value) and len(operand.shape) >= 2:
+            reason = f"its weight is scaled by what differs from call to call, by {how}"
             return Loose(node, reason, provenance.read_by([operand]))
     return None
 

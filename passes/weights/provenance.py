@@ -1,9 +1,10 @@
 """Answers for a value: is it a weight, and how is it computed once, outside the program?
 
 A weight is an argument leaf marked as weights, or a closed-over array, reached only through layout and dtype
-operations, a scan's slicing of its leading axis, a shard_map's cutting, or indexing a stack. The steps from the leaf to
-the value are its ``Recipe``: applied to the leaf when packing, never at run time. What is made of weights alone by
-other operations is derived: no weight, but known to be none of the data.
+operations, a scan's slicing of its leading axis, a shard_map's cutting, or indexing a stack; or one of few bits, times
+scales that are weights (``few_bits.py``). The steps from the leaf to the value are its ``Recipe``: applied to the leaf
+when packing, never at run time. What is made of weights alone by other operations is derived: no weight, but known to
+be none of the data.
 """
 
 from __future__ import annotations
@@ -12,14 +13,25 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import numpy as np
 from jax.extend.core import primitives as prims
 
 from hire_xform.passes.ir import compat
 from hire_xform.passes.ir.axis_rules import moves_only
 from hire_xform.passes.ir.compat import Literal
 from hire_xform.passes.ir.graph import Graph, Node, Operand, Scope, Value, carried_inputs, dtype_of
-from hire_xform.passes.weights.origins import RULES, Origin, ScanSlice, moved, picks_matrix, shape_of, sharded, stacked
+from hire_xform.passes.weights.few_bits import COMMUTES, SCALES, in_few_bits, scaled, stored_parts, stretched
+from hire_xform.passes.weights.origins import (
+    RULES,
+    TAKES,
+    Origin,
+    Rule,
+    ScanSlice,
+    moved,
+    picks_matrix,
+    shape_of,
+    sharded,
+    stacked,
+)
 from hire_xform.passes.weights.recipe import Recipe, Root, Stack
 
 
@@ -38,6 +50,12 @@ class Provenance:
         self._origins: dict[Value, Origin] = {}
         # Of a value made of weights the operation that made it, and of what.
         self._derived: dict[Value, tuple[str, tuple[Operand, ...]]] = {}
+        # What is stretched of weights, and rows that are taken of them: no weights, but what others may be scaled by.
+        self._scales: dict[Value, Origin] = {}
+        # Of weights that are scaled by data the operation, and the weight.
+        self._by_data: dict[Value, tuple[str, tuple[Operand, ...]]] = {}
+        # Of operations on weights in few bits that make no weight of them, why.
+        self._unscaled: dict[Node, str] = {}
         self._fixed: set[Value] = set()
         self.consts: dict[int, Any] = {}
         for value, root in zip(graph.top.inputs, roots, strict=True):
@@ -59,6 +77,11 @@ class Provenance:
         found = self._derived.get(operand) if isinstance(operand, Value) else None
         return None if found is None else found[0]
 
+    def scaled_by_data(self, operand: Operand) -> str | None:
+        """For weights that are scaled by what differs from call to call: the operation that does it."""
+        found = self._by_data.get(operand) if isinstance(operand, Value) else None
+        return None if found is None else found[0]
+
     def read_by(self, operands: Iterable[Operand]) -> dict[Root, int]:
         """The weights that some values are made of, in the order they are met, and the bytes read of each in a call.
 
@@ -74,10 +97,11 @@ class Provenance:
             seen.add(value)
             origin = self.origin(value)
             if origin is None:
-                queue += [o for o in self._derived.get(value, ("", ()))[1] if isinstance(o, Value)][::-1]
+                made = self._derived.get(value) or self._by_data.get(value) or ("", ())
+                queue += [o for o in made[1] if isinstance(o, Value)][::-1]
                 continue
-            size = math.prod(value.shape) * np.dtype(origin.stored).itemsize * value.scope.iterations
-            parts[origin.recipe, size] = origin.recipe.root
+            for recipe, size in stored_parts(origin, value.shape):
+                parts[recipe, size * value.scope.iterations] = recipe.root
         read: dict[Root, int] = {}
         for (_, size), root in parts.items():
             read[root] = read.get(root, 0) + size
@@ -92,6 +116,9 @@ class Provenance:
                 size = shape_of(value.outer)[0]
                 origin = stacked(origin, [Stack(size)], [ScanSlice(scope)])
             if origin is not None and value.split:
+                if origin.recipe.scalings:
+                    self._derived[value] = "scaling it outside of the shard_map that cuts it", (value.outer,)
+                    continue
                 origin = sharded(origin, value)
             if origin is not None:
                 self._origins[value] = origin
@@ -143,8 +170,8 @@ class Provenance:
             self._derived.pop(value, None)
         for node in scope.nodes:
             for value in node.outputs:
-                self._origins.pop(value, None)
-                self._derived.pop(value, None)
+                for found in (self._origins, self._derived, self._scales, self._by_data):
+                    found.pop(value, None)
             for child in node.children:
                 self._forget(child)
 
@@ -161,13 +188,49 @@ class Provenance:
                 self._set(result, self.origin(operand))
             return
         origin = self.origin(node.inputs[0]) if node.inputs else None
-        if origin is not None and (rule := moved if moves_only(node) else RULES.get(node.primitive)) is not None:
-            results = rule(node, origin)
-            if results is not None:
-                for result, found in zip(node.outputs, results, strict=True):
-                    self._set(result, found)
-                return
+        rule = moved if moves_only(node) else RULES.get(node.primitive)
+        results = rule(node, origin) if rule is not None and origin is not None else None
+        if results is None and node.primitive in SCALES:
+            results = self._scaled(node)
+        if results is not None:
+            for result, found in zip(node.outputs, results, strict=True):
+                self._set(result, found)
+            return
         self._mark_derived(node)
+        self._note(node, rule)
+
+    def _note(self, node: Node, rule: Rule | None) -> None:
+        """Notes what is no weight, but what weights may be scaled by; and what is moved of weights scaled by data."""
+        first = node.inputs[0] if node.inputs else None
+        if first is None or isinstance(first, Literal):
+            return
+        origin, rule = self.origin(first) or self._scales.get(first), TAKES.get(node.primitive, rule)
+        found = rule(node, origin) if origin is not None and rule is not None else None
+        if found is None and origin is not None and node.primitive is prims.broadcast_in_dim_p:
+            found = [stretched(node, origin)]
+        self._scales.update(zip(node.outputs, found or (), strict=False))
+        if first in self._by_data and rule is not None:
+            self._by_data.update((result, self._by_data[first]) for result in node.outputs)
+
+    def _scaled(self, node: Node) -> list[Origin] | None:
+        """A weight that is stored in few bits, times or plus another weight or a number."""
+        for first, second in ((0, 1), (1, 0)) if node.primitive in COMMUTES else ((0, 1),):
+            values, by = node.inputs[first], node.inputs[second]
+            origin = self.origin(values)
+            if origin is None or shape_of(values) != node.outputs[0].shape or not in_few_bits(origin.stored):
+                continue
+            other = self.origin(by) or (self._scales.get(by) if isinstance(by, Value) else None)
+            made = scaled(node, origin, by, other)
+            if made is None and self.derived(by) is not None:
+                made = "its scales are computed inside the program"
+            if isinstance(made, Origin):
+                return [made]
+            how = f"{node.primitive} at {node.source}"
+            if made is not None:
+                how = self._unscaled[node] = f"{how} ({made})"
+            if isinstance(by, Value) and 1 < math.prod(shape_of(by)) < math.prod(shape_of(values)):
+                self._by_data[node.outputs[0]] = how, (values,)
+        return None
 
     def _set(self, value: Value, origin: Origin | None) -> None:
         if origin is not None:
@@ -190,7 +253,7 @@ class Provenance:
         if not made_of:
             self._fixed.update(node.outputs)
         elif all(v.const is not None or v in self._origins or v in self._derived for v in made_of):
-            how = f"{node.primitive} at {node.source}"
+            how = self._unscaled.get(node) or f"{node.primitive} at {node.source}"
             for result in node.outputs:
                 self._derived[result] = how, tuple(made_of)
 

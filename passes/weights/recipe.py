@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from hire_xform.lowering.primitives.stored_rows import Operation
 from hire_xform.passes.ir.links import How, Link, permuted, regrouped, sliced, straight
 
 Shape = tuple[int, ...]
@@ -92,7 +93,19 @@ class Convert(_Step):
 
 
 def represents(target: Any, source: Any) -> bool:
-    """True when a floating dtype of 16 bits or more has every value of another one of 8 bits or more."""
+    """True when a dtype of 16 bits or more has every value of another one: of an integer, or a float of 8 bits or more.
+
+    Integers are represented by integers and floats, floats by floats.
+    """
+    if jnp.issubdtype(source, jnp.integer):
+        lowest, highest = int(jnp.iinfo(source).min), int(jnp.iinfo(source).max)
+        if jnp.issubdtype(target, jnp.integer):
+            return int(jnp.iinfo(target).min) <= lowest and highest <= int(jnp.iinfo(target).max)
+        # One that is a power of two takes a digit less than those next to it.
+        digits = int(jnp.finfo(target).nmant) + 1
+        return jnp.finfo(target).bits >= 16 and max(highest, -lowest - 1) < 2**digits
+    if not jnp.issubdtype(target, jnp.floating):
+        return False
     wide, narrow = jnp.finfo(target), jnp.finfo(source)
     if wide.bits < 16 or narrow.bits < 8:
         return False
@@ -157,29 +170,99 @@ class Cyclic(_Step):
         return jnp.swapaxes(x.reshape(*sizes, *x.shape[1:]), 0, 1).reshape(x.shape)
 
 
-Step = Transpose | Reshape | Convert | Slice | Stack | Cyclic
+@dataclass(frozen=True)
+class Stretch(_Step):
+    """Axes repeated, as ``lax.broadcast_in_dim`` has it. Of what weights are scaled by only, never of weights.
+
+    Attributes:
+      before: the shape that is stretched.
+      shape: what it is stretched to.
+      dims: for each dimension before, which it becomes.
+    """
+
+    before: tuple[int, ...]
+    shape: tuple[int, ...]
+    dims: tuple[int, ...]
+
+    def apply(self, x: Any) -> Any:
+        """The step on an array."""
+        return lax.broadcast_in_dim(x, self.shape, self.dims)
+
+
+Step = Transpose | Reshape | Convert | Slice | Stack | Cyclic | Stretch
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """One operation of those that make weights of what is stored in few bits.
+
+    Attributes:
+      how: the operation, with the dtype that it runs in.
+      by: the other operand, as stored and stretched to the weight's shape; None where it is a number, or none.
+      stored: dtype of that operand as it is stored.
+    """
+
+    how: Operation
+    by: Recipe | None = None
+    stored: Any = None
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A weight as the program uses it: a leaf and the steps from it. Hashable; equal recipes are equal arrays."""
+    """A weight as the program uses it: a leaf and the steps from it. Hashable; equal recipes are equal arrays.
+
+    Where it is stored in few bits, ``scalings`` make the weight of what ``steps`` make of the leaf: each takes a recipe
+    of its own, of the same shape and with the same stacks.
+    """
 
     root: Root
     steps: tuple[Step, ...] = ()
+    scalings: tuple[Scaling, ...] = ()
 
     def then(self, *steps: Step) -> Recipe:
         """This recipe with more steps, those that do nothing left out by the caller."""
-        return Recipe(self.root, self.steps + steps)
+        moves = steps if not self.scalings else tuple(s for s in steps if not isinstance(s, Convert))
+        own = [replace(s, by=None if s.by is None else s.by.then(*moves)) for s in self.scalings]
+        if self.scalings:
+            own += [Scaling(Operation("convert", s.dtype)) for s in steps if isinstance(s, Convert)]
+        return Recipe(self.root, self.steps + moves, tuple(own))
+
+    def each(self, change: Callable[[Recipe], Recipe]) -> Recipe:
+        """The same with every recipe that it is made of changed: that of the leaf, and those that scale it."""
+        own = change(Recipe(self.root, self.steps))
+        scalings = (replace(s, by=None if s.by is None else change(s.by)) for s in self.scalings)
+        return Recipe(own.root, own.steps, tuple(scalings))
+
+    @property
+    def parts(self) -> tuple[Recipe, ...]:
+        """The recipes that it is made of: that of the leaf, then those that scale it."""
+        return (Recipe(self.root, self.steps), *(s.by for s in self.scalings if s.by is not None))
+
+    @property
+    def roots(self) -> tuple[Root, ...]:
+        """The leaves that it is made of."""
+        return tuple(part.root for part in self.parts)
+
+    def from_roots(self, change: Callable[[Root], Root]) -> Recipe:
+        """The same of other leaves."""
+        return self.each(lambda part: Recipe(change(part.root), part.steps))
 
     @property
     def as_stored(self) -> Recipe:
         """The same values in the narrowest dtype that is known to have them: without the steps that only widen."""
-        return Recipe(self.root, tuple(s for s in self.steps if not (isinstance(s, Convert) and s.exact)))
+        return self.each(
+            lambda p: Recipe(p.root, tuple(s for s in p.steps if not (isinstance(s, Convert) and s.exact)))
+        )
 
     @property
     def is_leaf(self) -> bool:
         """True when it makes the leaf itself: no steps but stacks that are taken as they lie."""
-        return all(isinstance(s, Stack) for s in self.steps)
+        return not self.scalings and all(isinstance(s, Stack) for s in self.steps)
+
+    @property
+    def operations(self) -> tuple[Operation, ...]:
+        """What its scalings do, without what they do it with."""
+        return tuple(s.how for s in self.scalings)
 
     def apply(self, leaf: Any, finish: Callable[[Any], Any] | None = None) -> Any:
         """Runs the steps, then ``finish``, on the leaf; the result leads with the stack axes.

@@ -115,6 +115,19 @@ def experts_ragged(p, x):
     return lax.ragged_dot(relu(lax.ragged_dot(x, p["e1"], sizes)), p["e2"], sizes)
 
 
+def quantised_at_run_time(p, x):
+    """A block of integers times integers, as one has whose activations are quantised for each token."""
+
+    def product(x, q):
+        scale = jnp.max(jnp.abs(x), axis=1, keepdims=True) / 127
+        whole = lax.dot_general(
+            jnp.round(x / scale).astype(jnp.int8), q, (((1,), (0,)), ((), ())), preferred_element_type=jnp.int32
+        )
+        return whole.astype(jnp.float32) * scale
+
+    return product(relu(product(x, p["q1"])), p["q2"])
+
+
 def lstm_gates(p, x):
     i, f, o, g = jnp.split(x @ p["wide"] + x @ p["recurrent"], 4, axis=-1)
     return jax.nn.sigmoid(o) * jnp.tanh(jax.nn.sigmoid(f) * x + jax.nn.sigmoid(i) * jnp.tanh(g))
@@ -232,16 +245,33 @@ NEAR_MISSES = {
     "experts_ragged": (experts_ragged, "one product for each group of tokens", 2),
     "lstm_gates": (lstm_gates, "split or merged", 2),
     "lstm_slices": (lstm_slices, "split or merged", 1),
-    "int8_dequantised": (
-        lambda p, x: relu(x @ (p["q1"].astype(jnp.float32) * p["bias"])) @ p["q2"].astype(jnp.float32),
-        "computed inside the program, by convert_element_type",
+    "int8_scaled_by_data": (
+        lambda p, x: relu(x @ (p["q1"].astype(jnp.float32) * x[0][:, None])) @ p["w2"],
+        "scaled by what differs from call to call, by mul",
         2,
     ),
-    "int8_scaled_after": (
-        lambda p, x: relu(x @ p["q1"].astype(jnp.float32) * p["bias"]) @ p["w2"],
-        "computed inside the program, by convert_element_type",
+    "int8_scaled_by_the_scaled": (
+        lambda p, x: relu(x @ (p["q1"].astype(jnp.float32) * (p["q1"][0].astype(jnp.float32) * p["bias"][0])))
+        @ p["w2"],
+        "its scales are themselves integers times scales",
         2,
     ),
+    "int8_scaled_by_what_is_computed": (
+        lambda p, x: relu(x @ (p["q1"].astype(jnp.float32) * jnp.exp(p["bias"]))) @ p["w2"],
+        "its scales are computed inside the program",
+        2,
+    ),
+    "int8_scaled_entry_by_entry": (
+        lambda p, x: relu(x @ (p["q1"].astype(jnp.float32) * p["w1"])) @ p["w2"],
+        "it has a scale for each entry",
+        2,
+    ),
+    "int8_rounded": (
+        lambda p, x: relu(x @ jnp.round(p["q1"].astype(jnp.float32) * p["bias"])) @ p["w2"],
+        "computed inside the program, by round",
+        2,
+    ),
+    "int8_of_quantised_activations": (quantised_at_run_time, "is quantised at run time to int8", 2),
     "complex": (lambda p, x: jnp.abs(x @ (p["w1"] + 1j * p["wg"])) @ p["w2"], "computed inside the program, by add", 2),
     "sum_of_products": (
         lambda p, x: (relu((x[:, :, None] * p["w1"]).sum(1))[:, :, None] * p["w2"]).sum(1),

@@ -94,13 +94,20 @@ NEAR_MISSES = {
     "attention": (attention, "another product", 2),
     "recurrent": (recurrent, "returned as well as contracted", 2),
     "int8": (
-        lambda p, x: lax.dot_general(x, p["int8"], (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32),
-        "its weights are int8",
+        lambda p, x: lax.dot_general(
+            x.astype(jnp.int8), p["int8"], (((1,), (0,)), ((), ())), preferred_element_type=jnp.int32
+        ).astype(jnp.float32),
+        "its weights are int8, multiplied by int8",
         1,
     ),
-    "int8_dequantised": (
-        lambda p, x: x @ (p["int8"].astype(jnp.float32) * p["scale"]),
-        "computed inside the program, by mul",
+    "int8_scaled_by_data": (
+        lambda p, x: x @ (p["int8"].astype(jnp.float32) * x[0][:, None]),
+        "scaled by what differs from call to call, by mul",
+        1,
+    ),
+    "int8_scaled_oddly": (
+        lambda p, x: x @ (p["int8"].astype(jnp.float32) * p["scale"] ** 2),
+        "its scales are computed inside the program",
         1,
     ),
     "scaled_by_data": (lambda p, x: x @ (p["head"] * x[0, 0]), "computed inside the program, by mul", 1),

@@ -45,7 +45,7 @@ def test_norms_are_those_of_the_rows_made_of_the_leaf_or_of_rows_that_are_there(
     rows = pack_array(key_of(name), LEAF)
     norms = pack_array(key, LEAF)
     np.testing.assert_allclose(norms, jnp.linalg.norm(rows, axis=-1), rtol=1e-5)
-    np.testing.assert_array_equal(pack_array(key, LEAF, rows), norms)
+    np.testing.assert_array_equal(pack_array(key, LEAF, rows=rows), norms)
 
 
 def test_what_is_rounded_can_not_be_undone():
