@@ -95,9 +95,9 @@ def packs(monkeypatch) -> list:
     calls = []
     original = packing.pack_array
 
-    def counted(key, leaf, rows=None):
+    def counted(key, leaf, *others, rows=None):
         calls.append(leaf)
-        return original(key, leaf, rows)
+        return original(key, leaf, *others, rows=rows)
 
     monkeypatch.setattr(packing, "pack_array", counted)
     return calls

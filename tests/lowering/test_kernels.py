@@ -9,20 +9,38 @@ from jax import export
 from hire_xform.lowering.predict.predictors import pack_predictor, predict_scores
 from hire_xform.lowering.predict.quantized import Quantized
 from hire_xform.lowering.primitives import kernels
-from hire_xform.lowering.primitives.combine_rows import combine_rows, combine_rows_p
+from hire_xform.lowering.primitives.combine_rows import combine_rows, combine_rows_p, combine_stored_rows_p
 from hire_xform.lowering.primitives.da_top_k import da_top_k, da_top_k_p
 from hire_xform.lowering.primitives.kernels import backends, register_kernel
 from hire_xform.lowering.primitives.scores import bounds_p, scores_p
-from hire_xform.lowering.primitives.select_rows import select_rows_dot, select_rows_dot_p
+from hire_xform.lowering.primitives.select_rows import select_rows_dot, select_rows_dot_p, select_stored_rows_dot_p
+from hire_xform.lowering.primitives.stored_rows import Operation, StoredRows
 from hire_xform.lowering.prove.proofs import pack_proof, scores_with_bounds
 
 N, D, T, K = 24, 8, 3, 5
 SPEC = Quantized(8)
+
+
+def stored(rows):
+    """Rows in eight bits, with a scale for each."""
+    scale = jnp.abs(rows).max(axis=1, keepdims=True) / 127
+    values = jnp.round(rows / scale).astype(jnp.int8)
+    return StoredRows(values, (scale,), (Operation("mul", jnp.dtype("float32")),), (False,))
+
+
 STEPS = {
     "hire_scores": (scores_p, lambda x, rows, index: predict_scores(x, pack_predictor(rows, SPEC), SPEC, N)),
     "hire_bounds": (bounds_p, lambda x, rows, index: scores_with_bounds(x, pack_proof(rows, SPEC), SPEC).scores),
     "hire_select_rows_dot": (select_rows_dot_p, select_rows_dot),
     "hire_combine_rows": (combine_rows_p, lambda x, rows, index: combine_rows(x[:, :K], rows, index)),
+    "hire_select_stored_rows_dot": (
+        select_stored_rows_dot_p,
+        lambda x, rows, index: select_rows_dot(x, stored(rows), index),
+    ),
+    "hire_combine_stored_rows": (
+        combine_stored_rows_p,
+        lambda x, rows, index: combine_rows(x[:, :K], stored(rows), index),
+    ),
     "da_top_k": (da_top_k_p, lambda x, rows, index: da_top_k(x @ rows.T, K)[0]),
 }
 
