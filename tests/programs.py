@@ -66,6 +66,28 @@ STORED = ("bfloat16", "float16", "float8_e4m3fn")
 USED = {"f32": ["float32"], "bf16": ["bfloat16"], "f16": ["float16"], "bf16, f32": ["bfloat16", "float32"]}
 stored, used = st.sampled_from(STORED), st.sampled_from(sorted(USED))
 
+# Weights ``[n, m]`` of integers, and products with them: of each, ``q`` with scales by name.
+INTEGERS = ("int8", "int4", "uint8")
+SCALED = {
+    "inputs": lambda x, w: x @ (w["q"].astype(x.dtype) * w["inputs"][:, None]),
+    "outputs": lambda x, w: x @ (w["outputs"] * w["q"].astype(x.dtype)),
+    "groups": lambda x, w: x @ (w["q"].astype(x.dtype) * jnp.repeat(w["groups"], 2, axis=0)),
+    "reshaped": lambda x, w: x @ (_in_pairs(w["q"].astype(x.dtype)) * w["groups"][:, None]).reshape(w["q"].shape),
+    "zero": lambda x, w: x @ ((w["q"].astype(jnp.int32) - w["zero"]).astype(x.dtype) * w["outputs"]),
+    "number": lambda x, w: x @ ((w["q"].astype(x.dtype) - 3.0) * w["outputs"]),
+    "offset": lambda x, w: x @ (w["q"].astype(x.dtype) * w["outputs"] + w["inputs"][:, None]),
+    "half": lambda x, w: x @ (w["q"].astype(jnp.bfloat16) * w["outputs"].astype(jnp.bfloat16)).astype(x.dtype),
+    "after": lambda x, w: lax.dot(x, w["q"], preferred_element_type=x.dtype) * w["outputs"],
+    "converted": lambda x, w: (x @ w["q"].astype(x.dtype)) * w["outputs"],
+    "data": lambda x, w: x @ (w["q"].astype(x.dtype) * (w["outputs"] * (1 + jnp.tanh(x.sum())))),
+    "twice": lambda x, w: x @ (w["q"].astype(x.dtype) * w["outputs"] * w["inputs"][:, None]),
+}
+
+
+def _in_pairs(q):
+    return q.reshape(q.shape[0] // 2, 2, q.shape[1])
+
+
 # What takes a token of logits ``[T, V]``; ``w`` has what is added.
 READ = {
     "arg max": lambda u, w, x: jnp.argmax(u, -1),
@@ -101,6 +123,10 @@ simple = st.one_of(
     st.tuples(st.just("packed"), act),
     st.tuples(st.just("cast"), which, act, st.sampled_from(["bfloat16", "float16", "int8", "unrounded"])),
     st.tuples(st.just("widened"), act, stored, used, st.sampled_from(["layer", "scan", "head"])),
+    st.tuples(
+        *(st.just("integers"), act, st.sampled_from(INTEGERS), st.sampled_from(sorted(SCALED))),
+        st.sampled_from(["layer", "scan", "head"]),
+    ),
     st.tuples(st.just("product"), which),
     st.tuples(st.just("leak"), which, act),
     st.tuples(st.just("attention"), which),
@@ -145,6 +171,17 @@ def make_weights(seed):
         scale = max(1, shape[-2]) ** -0.5 if len(shape) > 1 else 1
         return jnp.asarray(rng.normal(size=shape) * scale, dtype)
 
+    def integers(dtype, *shape):
+        """Of matrices of a stack, or one, the integers and what they are scaled by."""
+        *lead, n, m = shape
+        top = jnp.iinfo(dtype)
+        sizes = {"inputs": (n,), "outputs": (m,), "groups": (n // 2, m)}
+        found = {
+            name: jnp.asarray(rng.uniform(0.5, 1.5, (*lead, *own)) / int(top.max), "f4") for name, own in sizes.items()
+        }
+        q = rng.integers(int(top.min), int(top.max) + 1, shape)
+        return {"q": jnp.asarray(q).astype(dtype), "zero": jnp.asarray(rng.integers(-3, 4, (*lead, m)), "i4"), **found}
+
     return {
         "up": [[array(D, m) for m in MS] for _ in range(SHARED)],
         "gate": [array(D, MS[0]) for _ in range(SHARED)],
@@ -160,6 +197,14 @@ def make_weights(seed):
                 "head": array(V, D, dtype=dtype),
             }
             for dtype in STORED
+        },
+        "integers": {
+            dtype: {
+                "up": integers(dtype, LAYERS, D, MS[1]),
+                "down": integers(dtype, LAYERS, MS[1], D),
+                "head": integers(dtype, D, V),
+            }
+            for dtype in INTEGERS
         },
         "both": array(D, 2 * MS[0]),
         "back": array(V, D),
@@ -264,6 +309,20 @@ def _widened(w, x, kept, name, stored, ways, where):
     return (lax.scan(layer, x, stack) if where == "scan" else layer(x, jax.tree.map(lambda a: a[1], stack)))[0]
 
 
+def _integers(w, x, kept, name, stored, scaled, where):
+    """Weights that are integers times scales."""
+    held, product = w["integers"][stored], SCALED[scaled]
+
+    def layer(x, one):
+        return jnp.tanh(x + product(ACTS[name](product(x, one["up"])).astype(x.dtype), one["down"])), None
+
+    if where == "head":
+        kept.append(product(x, held["head"]))
+        return x
+    stack = {"up": held["up"], "down": held["down"]}
+    return (lax.scan(layer, x, stack) if where == "scan" else layer(x, jax.tree.map(lambda a: a[1], stack)))[0]
+
+
 def _leak(w, x, kept, number, name):
     u = ACTS[name](x @ w["up"][number][0]).astype(x.dtype)
     return jnp.tanh(x + u @ w["down"][number][0] + u.sum(-1, keepdims=True))
@@ -358,6 +417,7 @@ _SIMPLE = {
     "packed": _packed,
     "cast": _cast,
     "widened": _widened,
+    "integers": _integers,
     "product": lambda w, x, kept, number: jnp.tanh(x @ w["square"][number]),
     "leak": _leak,
     "attention": _attention,

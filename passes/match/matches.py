@@ -15,6 +15,7 @@ from hire_xform.passes.ir.graph import Node, Value
 from hire_xform.passes.match.output_axis import Fate
 from hire_xform.passes.match.readers import Reader
 from hire_xform.passes.match.region import OwnSparsity, Region, Up
+from hire_xform.passes.weights.few_bits import blocks
 from hire_xform.passes.weights.lookups import Lookup
 from hire_xform.passes.weights.products import Product, normal_form, widened_at_once
 from hire_xform.passes.weights.recipe import Recipe, Reshape, Root, Slice, Stack, Transpose
@@ -95,6 +96,12 @@ class Match:
     def input_numbers(self) -> list[int]:
         """For each product that makes units, the first of them with the same inputs."""
         return [0]
+
+    @property
+    def scaled_in_groups(self) -> bool:
+        """Whether neighbouring rows of a weight share a scale, so that they have to stay where they are."""
+        scales = (s.by for matrix in self.matrices for s in matrix.rows.scalings if s.by is not None)
+        return any(1 < blocks(by)[0] < self.units for by in scales)
 
     @property
     def stack(self) -> tuple[int, ...]:

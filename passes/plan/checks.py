@@ -68,7 +68,8 @@ class Case:
         if own is not None and settings.group_size == 1:
             # Where none are stated, the groups are those that the model itself keeps.
             settings = dataclasses.replace(settings, group_size=own.group)
-        static = self.placed is None and self.kind.may_be_static(self.match, settings)
+        stays = self.placed is not None or self.match.scaled_in_groups
+        static = not stays and self.kind.may_be_static(self.match, settings)
         return with_choices(settings, measurement, self.match.units, static)
 
     @property

@@ -103,14 +103,15 @@ def rows_need(
       order: that in which its rows are packed; None for that they have.
     """
 
-    def need(part: Recipe, reordered: bool = True) -> Need:
-        return Need(PackKey(normal_form(part), ROWS if order is None or not reordered else Rows(order=order)), refs)
+    def need(part: Recipe, rows: int = 1) -> Need:
+        # One row for all has no order.
+        return Need(PackKey(normal_form(part), ROWS if order is None or rows > 1 else Rows(order=order)), refs)
 
     values, *others = recipe.as_stored.parts
     if not recipe.scalings:
         return need(values)
-    small = [(compact(other, shape, order is not None), blocks(other)[0] < shape[0]) for other in others]
-    return Stored(need(values), tuple(need(*other) for other in small), recipe.operations)
+    small = tuple(need(compact(other, shape), blocks(other)[0]) for other in others)
+    return Stored(need(values), small, recipe.operations)
 
 
 def leaf_needs(match: Match) -> tuple[Need, ...]:
@@ -129,6 +130,6 @@ def leaf_needs(match: Match) -> tuple[Need, ...]:
 
 def order_of(match: Match, settings: Settings, measurement: Measurement | None) -> Order | None:
     """The order that a block's units are packed in, where its groups are of units that fire together."""
-    if measurement is None or not kind_of(match).may_reorder(match, settings):
+    if measurement is None or match.scaled_in_groups or not kind_of(match).may_reorder(match, settings):
         return None
     return measurement.order_for(settings)

@@ -156,14 +156,10 @@ def blocks(recipe: Recipe) -> tuple[int, int]:
     return _last_copies(rows), _last_copies(columns)
 
 
-def compact(recipe: Recipe, shape: tuple[int, int], reordered: bool = False) -> Recipe:
-    """What scales a matrix of a shape, with every entry once for a block of rows and columns.
-
-    Where rows are to be reordered, a row for each, or one for all.
-    """
-    rows, columns = blocks(recipe)
-    rows = 1 if reordered and rows < shape[0] else rows
-    return recipe if (rows, columns) == (1, 1) else recipe.then(Slice((0, 0), shape, (rows, columns)))
+def compact(recipe: Recipe, shape: tuple[int, int]) -> Recipe:
+    """What scales a matrix of a shape, with every entry once for a block of rows and columns."""
+    block = blocks(recipe)
+    return recipe if block == (1, 1) else recipe.then(Slice((0, 0), shape, block))
 
 
 def in_blocks(recipe: Recipe, shape: tuple[int, int]) -> Recipe:

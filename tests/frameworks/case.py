@@ -16,6 +16,7 @@ FRAMEWORKS = {
     "Haiku": ("haiku_models", "haiku"),
     "Keras": ("keras_models", "keras"),
     "transformers": ("huggingface_models", "transformers"),
+    "Qwix": ("qwix_models", "qwix"),
 }
 
 

@@ -115,6 +115,11 @@ def experts_ragged(p, x):
     return lax.ragged_dot(relu(lax.ragged_dot(x, p["e1"], sizes)), p["e2"], sizes)
 
 
+def from_bytes(q):
+    """Two integers of four bits out of each byte."""
+    return jnp.stack([q & 15, q >> 4], axis=1).reshape(-1, q.shape[1])
+
+
 def quantised_at_run_time(p, x):
     """A block of integers times integers, as one has whose activations are quantised for each token."""
 
@@ -269,6 +274,11 @@ NEAR_MISSES = {
     "int8_rounded": (
         lambda p, x: relu(x @ jnp.round(p["q1"].astype(jnp.float32) * p["bias"])) @ p["w2"],
         "computed inside the program, by round",
+        2,
+    ),
+    "int4_two_to_a_byte": (
+        lambda p, x: relu(x @ (from_bytes(p["q1"]).astype(jnp.float32) * p["bias"][0])[:D]) @ p["e2"][0],
+        "computed inside the program",
         2,
     ),
     "int8_of_quantised_activations": (quantised_at_run_time, "is quantised at run time to int8", 2),

@@ -409,3 +409,39 @@ def test_a_copy_of_what_is_stored_predicts_for_nothing(platform, predictor, site
     assert len(traced.plan.sites) == sites
     assert ("which would not be faster" in traced.explain()) != bool(sites)
     assert [r.dense_bytes for r in (*traced.plan.sites, *traced.plan.refusals)] == [65536 * (1024 + 4)]
+
+
+# --- measured, and laid out otherwise ---
+
+
+@pytest.mark.parametrize(
+    ("name", "reordered"), [("per output", True), ("per input", True), ("groups of inputs", False)]
+)
+def test_a_calibration_measures_scaled_rows_and_reorders_them_with_their_scales(name, reordered):
+    """Units that fire together are made neighbours, but for rows that share a scale, which stay."""
+    net, params = net_of(name, "scanned"), stored_weights(name, (LAYERS,))
+    batches = [(params, tokens(4) * (1 + seed)) for seed in range(2)]
+    config = hx.Config(ffn=hx.Ffn(group_size=4, active=1.0), rules=named(hx.Vocab(candidates=V)))
+    found = hx.calibrate(net, batches, predictors=[hx.Quantized(8)], config=config)
+    step = hx.sparsify(net, config=config, calibration=found)
+    x = tokens()
+    traced = step.trace(params, x)
+    assert kinds(traced.plan) == ["ffn", "vocab"], traced.explain()
+    assert ("fire together" in traced.explain()) == reordered
+    packed = traced.pack(params)
+    assert {a.dtype.name for a in packed.leaves if a.size == LAYERS * M * D} == {"int8"}
+    assert_same(step(packed, x), jax.jit(net)(params, x), 1e-4)
+
+
+def test_other_weight_products_are_read_compressed_where_asked_for():
+    def net(params, x):
+        return jnp.tanh(x @ used("per output", params["up"])) @ used("per output", params["down"]), 1.0
+
+    params, x = stored_weights("per output"), tokens()
+    config = hx.Config(
+        ffn=None, vocab=None, dense=hx.Dense(predictor=hx.Quantized(8)), rules=(hx.Rule("*", force=True),)
+    )
+    step = hx.sparsify(net, config=config)
+    traced = step.trace(params, x)
+    assert kinds(traced.plan) == ["dense", "dense"], traced.explain()
+    assert_same(step(traced.pack(params), x), jax.jit(net)(params, x), 2e-2)
