@@ -73,7 +73,6 @@ class VocabKind(SiteKind):
 
     name = "vocab"
     gathers = True
-    splits_result = True
     checks = (
         *(is_wanted, is_known_for_logits, *MEANING, has_few_tokens, is_placed, can_be_certified),
         *(has_provable_readers, has_enough_candidates),
@@ -148,6 +147,10 @@ class VocabKind(SiteKind):
     def specs(self, decision: Decision, given: Sequence[Any], placement: Placement) -> list[PartitionSpec]:
         """Tokens over their axes."""
         return [PartitionSpec(placement.tokens or None, None) for _ in given]
+
+    def splits_result(self, match: VocabMatch) -> bool:
+        """Logits stay where they are made."""
+        return True
 
     def subgraph(
         self, decision: Decision, given: Sequence[Any], views: Views, placement: Placement | None

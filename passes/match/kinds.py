@@ -38,14 +38,12 @@ class SiteKind(Protocol):
       gathers: whether chosen rows are gathered into an array first, which costs more than reading them in place.
       checks: what a match goes through until it is a site, in order; none stands for ``COMMON`` of
         ``passes/plan/checks.py``.
-      splits_result: on several devices, whether each has its columns of the result, else all have the sum.
     """
 
     name: str
     settings: Settings | None = None
     chooses: bool = True
     gathers: bool = False
-    splits_result: bool = False
     checks: tuple[Check, ...] = ()
 
     def find(self, product: Product, reason: str) -> Match | None:
@@ -71,6 +69,14 @@ class SiteKind(Protocol):
     def listing(self, match: Any) -> list[str]:
         """A match for whoever develops the pass, as lines of ``HIRE_DUMP``; the first has its path."""
         return [f"{match.kind} {match.node.path}: {match.units:,} rows"]
+
+    def in_parts(self, match: Any, parts: int) -> Match | None:
+        """The match of a product each row of whose weight is cut, on as many devices, into so many equal parts.
+
+        These parts are its rows, those of the first device first, and a site sums the devices' results up; None where
+        the kind does not, and the product stays dense.
+        """
+        return None
 
     # What the planner asks.
 
@@ -150,6 +156,10 @@ class SiteKind(Protocol):
           views: its packed forms; see ``PackedView``.
           placement: inside the body of a device of this placement; None on one device.
         """
+
+    def splits_result(self, match: Any) -> bool:
+        """On several devices, whether each has its columns of the result, else all have the sum."""
+        return False
 
     # What a calibration asks.
 

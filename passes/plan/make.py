@@ -17,7 +17,7 @@ from hire_xform.passes.plan.decisions import Decision, Plan, Refusal, Rung, Site
 from hire_xform.passes.plan.forms import Order
 from hire_xform.passes.plan.measurement import MeasurementOf
 from hire_xform.passes.plan.needs import needs_of, order_of, stack_need
-from hire_xform.passes.plan.placement import Placement
+from hire_xform.passes.plan.placement import CutRows, Placement
 from hire_xform.passes.plan.settings import Choice
 from hire_xform.passes.plan.sizes import UNCHOSEN, Reading, Sizes, sizes_of
 from hire_xform.passes.plan.verify import verify_plan
@@ -33,7 +33,7 @@ def make_plan(
     platform: str,
     name_of: Callable[[Root], str],
     measure: MeasurementOf = lambda match, names: None,
-    placed: Callable[[Match], Placement | str | None] = lambda match: None,
+    placed: Callable[[Match], Placement | CutRows | str | None] = lambda match: None,
     runs_dense: bool = False,
 ) -> Plan:
     """Turns matches into decisions or refusals.
@@ -79,16 +79,21 @@ class _Planner:
     choose_settings: Callable[[str, str], Choice]
     platform: str
     name_of: Callable[[Root], str]
-    placed: Callable[[Match], Placement | str | None]
+    placed: Callable[[Match], Placement | CutRows | str | None]
     runs_dense: bool
     why: Why = field(default_factory=Why)
 
     def decided(self, match: Match, measure: MeasurementOf) -> Decision | str:
         """A decision, or the reason to stay dense."""
+        kind, placed = kind_of(match), self.placed(match)
+        if isinstance(placed, CutRows) and (other := kind.in_parts(match, placed.parts)) is not None:
+            match, placed = other, self.placed(other)
+        placed = placed.reason if isinstance(placed, CutRows) else placed
         names = tuple(self.name_of(p.origin.recipe.root) for p in match.products)
         choice = self.choose_settings(match.kind, match.node.path)
-        of_match = measure(match, names), self.placed(match)
-        return _decide(Case(match, kind_of(match), choice, self.platform, names, *of_match, self.runs_dense), self.why)
+        measured = measure(match, names)
+        case = Case(match, kind, choice, self.platform, names, measured, placed, self.runs_dense)
+        return _decide(case, self.why)
 
     def left(self, product: Product, reason: str, kind: str = "", final: bool = False) -> Decision | Refusal:
         """What becomes of a product that is in no site: one of its own where a kind has such, and settings ask for it.
@@ -248,8 +253,8 @@ def _describe(case: Case, sized: _Sized) -> Decision:
         unproved=reads.unproved,
         widened=sized.dense_cost > sized.dense_bytes,
         stored=_stored(match),
-        **case.kind.described(case),
     )
+    site = replace(site, **case.kind.described(case))
     inputs = None if case.measurement is None else case.measurement.inputs
     forms = needs_of(match, settings, inputs, shards, order, static)
     if sizes.levels is not None:

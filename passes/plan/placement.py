@@ -64,6 +64,19 @@ class Placement:
         return f"{count} devices along {'*'.join(names)!r}" if count > 1 else "the devices"
 
 
+@dataclass(frozen=True)
+class CutRows:
+    """Why a match stays dense whose weight is sharded along the axis that it contracts.
+
+    Attributes:
+      parts: how many each row is cut into.
+      reason: why.
+    """
+
+    parts: int
+    reason: str
+
+
 def as_automatic(mesh: Any) -> Mesh:
     """The same devices with automatic axes."""
     return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
@@ -157,7 +170,7 @@ def in_parts(recipe: Recipe, rows: int, columns: int, shards: int) -> Recipe:
     return recipe if shards == 1 else recipe.then(Reshape((shards, rows // shards, columns)), Stack(shards))
 
 
-def place(match: Match, leaf_of: Callable[[Root], Any], token_axes: Names) -> Placement | str | None:
+def place(match: Match, leaf_of: Callable[[Root], Any], token_axes: Names) -> Placement | CutRows | str | None:
     """Where a match runs.
 
     Args:
@@ -190,10 +203,11 @@ def place(match: Match, leaf_of: Callable[[Root], Any], token_axes: Names) -> Pl
             return f"{product.path}: its weight is sharded along the axis that stacks it, over {_text(stacks)}"
         if columns:
             what = "its output" if matrix is not match.matrices[0] and product is match.last else "its input"
-            return (
+            reason = (
                 f"{product.path}: its weight is sharded along {what} axis, over {_text([columns])}; only those sharded "
                 "along the hidden units or the vocabulary are predicted"
             )
+            return CutRows(math.prod(sharding.mesh.shape[name] for name in columns), reason)
         found.add(rows)
     if not meshes:
         return None

@@ -91,7 +91,7 @@ def other_rows(decision: Decision) -> Decision | None:
 def may_be_cyclic(decision: Decision) -> bool:
     """True for a vocabulary whose rows are over several devices."""
     placement, kind = decision.placement, kind_of(decision.match)
-    return kind.splits_result and kind.chooses and placement is not None and placement.shards > 1
+    return kind.chooses and kind.splits_result(decision.match) and placement is not None and placement.shards > 1
 
 
 def _drops_others(decision: Decision) -> bool:

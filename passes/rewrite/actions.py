@@ -144,7 +144,7 @@ def arg_maxes(decisions: Iterable[Decision]) -> list[ArgMax]:
     """Every arg max along the vocabulary of what a rewritten head on one device makes."""
     found: dict[Node, ArgMax] = {}
     for decision in decisions:
-        if kind_of(decision.match).splits_result and decision.placement is None:
+        if kind_of(decision.match).splits_result(decision.match) and decision.placement is None:
             found.update((n, ArgMax(n)) for n in all_readers(decision.match.last.out) if takes_largest(n))
     return list(found.values())
 

@@ -197,7 +197,7 @@ def _on_each_device(decision: Decision, placement: Placement) -> SiteFunction:
             return (part, mark.astype(jnp.int32)[None]) if marked else part
 
         axes = (*placement.rows, *tokens)
-        columns: Names = placement.rows if kind.splits_result else ()
+        columns: Names = placement.rows if kind.splits_result(match) else ()
         out = PartitionSpec(tokens or None, columns or None)
         mapped = jax.shard_map(
             body,
