@@ -28,6 +28,10 @@ def explain(plan: Plan) -> str:
         )
         for sites in _grouped(plan.sites, _site_key):
             lines += _site(sites)
+        predicted = sum(not site.computed for site in plan.sites)
+        if predicted and any(site.settings.certify for site in plan.sites):
+            what = "1 product" if predicted == 1 else f"{predicted} products"
+            lines.append(f"  What is proved is so of what sites are given; {what} read compressed may change that.")
     else:
         lines.append(f"No site is rewritten for {plan.platform}: the function runs as jax.jit would run it.")
     lines += _refusals(plan)

@@ -326,6 +326,10 @@ def test_reports():
     assert "  dense  dot_general[0]" in text
     assert "1.0 kB -> 192 B (19%); 1 token: 16 outputs as predicted, none exact" in text
     assert "Quantized(bits=4)" in text
+    assert "may change that" not in text
+    proved = dataclasses.replace(step.config, vocab=hx.Vocab())
+    text = hx.sparsify(decode, config=proved).trace(params, TOKEN).explain()
+    assert "What is proved is so of what sites are given; 8 products read compressed may change that." in text
     sites = json.loads(traced.plan.to_json())["sites"]
     assert sites[0]["settings"] == {"predictor": "Quantized(bits=4)", "max_tokens": 64}
     assert (sites[0]["kind"], sites[0]["computed"]) == ("dense", 0)
