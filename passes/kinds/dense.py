@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar
 
+import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
@@ -135,7 +136,8 @@ class DenseKind(SiteKind):
         match, predictor = _match(decision), views.head.predictor
         assert predictor is not None
         outputs = match.units // (1 if placement is None else placement.shards)
-        scores = predict_scores(given[0], predictor.whole(), decision.settings.spec, outputs)
+        with jax.named_scope("predict"):
+            scores = predict_scores(given[0], predictor.whole(), decision.settings.spec, outputs)
         result = predictor.filled(scores).astype(match.product.out.aval.dtype)
         return result if placement is None or match.parts == 1 else placement.devices.total(result), None
 

@@ -11,6 +11,7 @@ from checks import FORCE, Everything, assert_same, assert_says, compressed, kind
 
 import hire_xform as hx
 from hire_xform.call.trial import LeavingDense
+from hire_xform.dump.dump import dump
 from hire_xform.lowering.predict.predictors import pack_predictor
 
 D, HEADS, K, M, V, LAYERS = 16, 2, 8, 40, 96, 2
@@ -330,6 +331,9 @@ def test_reports():
     proved = dataclasses.replace(step.config, vocab=hx.Vocab())
     text = hx.sparsify(decode, config=proved).trace(params, TOKEN).explain()
     assert "What is proved is so of what sites are given; 8 products read compressed may change that." in text
+    assert "@@ dense 1  dot_general[0]  1.0 kB -> 192 B" in dump(traced, show="diff")
+    assert "16 outputs as predicted, none exact" in dump(traced, format="html")
+    assert json.loads(dump(traced, format="json"))["plan"]["sites"][0]["kind"] == "dense"
     sites = json.loads(traced.plan.to_json())["sites"]
     assert sites[0]["settings"] == {"predictor": "Quantized(bits=4)", "max_tokens": 64}
     assert (sites[0]["kind"], sites[0]["computed"]) == ("dense", 0)
