@@ -92,7 +92,7 @@ class DenseKind(SiteKind):
             return BATCHED
         return DenseMatch(product) if product.width and product.contracted and product.tokens else None
 
-    def in_parts(self, match: DenseMatch, parts: int) -> Match | None:
+    def with_cut_rows(self, match: DenseMatch, parts: int) -> Match | None:
         """The same product: each device reads its part of every row, and the sum over devices is the result."""
         return None if match.product.contracted % parts else replace(match, parts=parts)
 

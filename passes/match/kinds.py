@@ -70,7 +70,7 @@ class SiteKind(Protocol):
         """A match for whoever develops the pass, as lines of ``HIRE_DUMP``; the first has its path."""
         return [f"{match.kind} {match.node.path}: {match.units:,} rows"]
 
-    def in_parts(self, match: Any, parts: int) -> Match | None:
+    def with_cut_rows(self, match: Any, parts: int) -> Match | None:
         """The match of a product each row of whose weight is cut, on as many devices, into so many equal parts.
 
         These parts are its rows, those of the first device first, and a site sums the devices' results up; None where

@@ -86,7 +86,7 @@ class _Planner:
     def decided(self, match: Match, measure: MeasurementOf) -> Decision | str:
         """A decision, or the reason to stay dense."""
         kind, placed = kind_of(match), self.placed(match)
-        if isinstance(placed, CutRows) and (other := kind.in_parts(match, placed.parts)) is not None:
+        if isinstance(placed, CutRows) and (other := kind.with_cut_rows(match, placed.parts)) is not None:
             match, placed = other, self.placed(other)
         placed = placed.reason if isinstance(placed, CutRows) else placed
         names = tuple(self.name_of(p.origin.recipe.root) for p in match.products)
