@@ -63,6 +63,11 @@ def settings_of(case: Case) -> list[dict[str, hx.Config | None]]:
         for group, predictor, active in ((groups[1], EIGHT, max(case.active)), (groups[2], EIGHTH, min(case.active))):
             name = f"ours: {WORDS[predictor]}, {_share(active)}, attention int8"
             group[name] = _approximate(case, predictor, active, dense=hx.Dense(predictor=EIGHT))
+    if case.kind == "step":
+        # What int8 peers do: every product in 8 bits, attention's too, and none computed exactly.
+        compressed = hx.Dense(predictor=EIGHT, max_tokens=max(8, case.tokens))
+        everything = hx.Config(vocab=None, ffn=None, dense=compressed, rules=(hx.Rule("*", force=True),))
+        groups.append({"ours: int8 everywhere (hx.Dense)": everything})
     return [group for group in groups if group]
 
 
@@ -81,6 +86,8 @@ def _tolerance(case: Case, config: hx.Config | None) -> float:
         return NARROW
     if config is None:
         return EXACT if case.stored == "float32" else BF16
+    if config.ffn is None:
+        return INT8
     predictor, active = config.ffn.predictor, config.ffn.active or 0.25
     if case.kind != "head" and (active < FIRING or case.activation == "silu"):
         return LOSSY
