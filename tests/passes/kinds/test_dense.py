@@ -365,6 +365,20 @@ def test_calibrations_measure_the_model_as_it_is():
     assert all(bool(site.calibrated) == (site.kind != "dense") for site in plan.sites)
 
 
+def test_what_is_stored_in_8_bits_has_nothing_to_gain():
+    w = array(1024, 1024, seed=1)
+    scale = jnp.max(jnp.abs(w), axis=0) / 127
+    params, x = {"q": jnp.round(w / scale).astype(jnp.int8), "scale": scale}, array(2, 1024, seed=2)
+
+    def fun(params, x):
+        return jnp.cumsum(x @ (params["q"].astype(jnp.float32) * params["scale"]), axis=1)
+
+    plan = hx.sparsify(fun, config=hx.Config(dense=hx.Dense(predictor=hx.LowRank(1.0)))).trace(params, x).plan
+    assert "would not be faster" in plan.refusals[0].reason
+    step = hx.sparsify(fun, config=compressed())
+    assert_same(step(step.trace(params, x).pack(params), x), fun(params, x), 1e-4)
+
+
 def test_a_predictor_of_ones_own():
     params, x = layer_params(), array(2, D, seed=9)
     step = hx.sparsify(attention, config=compressed(Everything()))
