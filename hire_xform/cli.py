@@ -1,4 +1,4 @@
-"""The command line: ``hire-xform dump``, ``explain``, ``compare``, ``plan-mesh`` and ``demo``.
+"""The command line: ``hire-xform dump``, ``explain``, ``compare``, ``tune``, ``plan-mesh`` and ``demo``.
 
 Flags of absl and of JAX work beside its own.
 """
@@ -28,6 +28,10 @@ from hire_xform.dump.dump import FORMATS, SHOWS, dump
 from hire_xform.files import write_whole
 from hire_xform.loading import LoadError, blame, demonstration, load_function, load_inputs
 from hire_xform.mesh_plan import Device, ModelShapes, plan_mesh
+from hire_xform.passes.plan.placement import platform_named
+from hire_xform.tuning.keeping import VARIABLE, keep, key_of, profile_for, source_of
+from hire_xform.tuning.measuring import measure
+from hire_xform.tuning.report import key_text, table
 
 _EVERYWHERE = Rule("*", force=True)
 
@@ -105,6 +109,13 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     command.add_argument("--tokens", type=_positive, default=1, help="tokens a step (1)")
     command.add_argument("--candidates", type=_positive, help="logits computed exactly")
     command.add_argument("--active", type=float, help="share of the hidden units computed exactly")
+    command = commands.add_parser(
+        "tune", help=_TUNE_HELP, description=_TUNE_HELP, epilog=_TUNE_MORE, allow_abbrev=False
+    )
+    command.add_argument("--show", action="store_true", help="only show the profile that plans are made for")
+    command.add_argument(
+        "-o", "--output", metavar="FILE", help="write the profile there, and not to the user's cache folder"
+    )
     command = commands.add_parser("demo", help=_DEMO_HELP, description=_DEMO_HELP, allow_abbrev=False)
     command.add_argument("--tokens", type=_positive, default=300, help="tokens to decode (300)")
     command.add_argument("--positions", type=_positive, default=1536, help="held-out positions to compare on (1536)")
@@ -117,6 +128,15 @@ _DESCRIPTION = "HiRE for JAX: decode with fewer weight bytes, by a compiler pass
 _DUMP_HELP = "show the program of a function before and after, and what became of each site"
 _EXPLAIN_HELP = "say what is rewritten in a function, what stays dense, and why"
 _COMPARE_HELP = "run a function dense and sparse on its arguments: which is faster, and how far results are apart"
+_TUNE_HELP = (
+    "measure this machine in a few seconds and keep the profile, from which plans predict times, in the user's cache "
+    "folder"
+)
+_TUNE_MORE = (
+    "HIRE_TUNE says which profile plans are made for. Not set: the one that is kept, or else a cautious one that is "
+    "built in. auto: measure where none is kept. off: one that is built in. A file, or the name of one that is built "
+    "in: that one."
+)
 _DEMO_HELP = "decode with the bundled model, dense and sparse, then time a layer stack of a billion parameters"
 _MESH_HELP = (
     "say what a decode step would read, send and take on a mesh of devices that are not here, and where it pays"
@@ -176,6 +196,9 @@ def _run(arguments: argparse.Namespace) -> int:
         if arguments.command == "plan-mesh":
             _write(_mesh(arguments), None)
             return 0
+        if arguments.command == "tune":
+            _write(_tune(arguments), None)
+            return 0
         if arguments.command == "compare":
             compared = _compare(arguments)
             _write(f"{compared.to_json() if arguments.format == 'json' else compared}\n", arguments.output)
@@ -216,6 +239,27 @@ def _mesh(arguments: argparse.Namespace) -> str:
     except (ValueError, OverflowError) as error:
         raise CommandError(str(error)) from error
     return f"{plan}\n"
+
+
+def _tune(arguments: argparse.Namespace) -> str:
+    """Measures and keeps the profile of this machine, or only shows the one that is used; as a table."""
+    platform = platform_named(jax.default_backend())
+    output = None if arguments.output is None else Path(os.path.realpath(arguments.output))
+    try:
+        profile = profile_for(platform) if arguments.show else measure(platform)
+        told = [table(profile)]
+        if not arguments.show:
+            told.append(f"measured on {key_text(key_of(platform))}")
+        if output is None and arguments.show:
+            told.append(f"{source_of(platform)}; HIRE_TUNE is {os.environ.get(VARIABLE) or 'not set'}")
+        else:
+            where = keep(profile, output)
+            told.append("not kept" if where is None else f"kept in {where}")
+    except ValueError as error:
+        raise CommandError(str(error)) from error
+    except OSError as error:
+        raise CommandError(f"can't write {arguments.output!r}: {error.strerror or error}") from error
+    return "\n".join(told) + "\n"
 
 
 def _trace(arguments: argparse.Namespace) -> Traced:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from hire_xform.lowering.prove.goals import Nucleus, TopSet
 from hire_xform.passes.plan.decisions import Plan, Refusal, Site
+from hire_xform.passes.plan.profile import Profile, seconds_text
 from hire_xform.passes.plan.settings import Settings
 
 
@@ -26,6 +27,8 @@ def explain(plan: Plan) -> str:
             f"{count} rewritten for {plan.platform}: {size(plan.dense_bytes)} of weights read dense, "
             f"{size(plan.sparse_bytes)} sparse ({share:.0%})"
         )
+        if plan.profile is not None:
+            lines.append(_predicted(plan.dense_seconds, plan.sparse_seconds))
         for sites in _grouped(plan.sites, _site_key):
             lines += _site(sites)
         predicted = sum(not site.computed for site in plan.sites)
@@ -34,11 +37,23 @@ def explain(plan: Plan) -> str:
             lines.append(f"  What is proved is so of what sites are given; {what} read compressed may change that.")
     else:
         lines.append(f"No site is rewritten for {plan.platform}: the function runs as jax.jit would run it.")
+    if plan.profile is not None:
+        lines.insert(2 if plan.sites else 1, _machine(plan.profile))
     lines += _refusals(plan)
     if plan.unmatched_rules:
         lines.append("")
         lines.append(f"Rules that match nothing here: {', '.join(map(repr, plan.unmatched_rules))}")
     return "\n".join(lines)
+
+
+def _predicted(dense: float, sparse: float) -> str:
+    return f"{seconds_text(dense)} predicted dense, {seconds_text(sparse)} sparse"
+
+
+def _machine(profile: Profile) -> str:
+    """What times are predicted from, and what would make them better."""
+    better = "" if profile.source == "measured" else "; `hire-xform tune` measures this machine"
+    return f"times are those of the profile {profile.in_words}{better}"
 
 
 def describe(settings: Settings) -> str:
@@ -118,6 +133,7 @@ def _site(sites: list[Site]) -> list[str]:
         f"         {site.source}",
         f"         {size(dense)} -> {size(sparse)} ({sparse / dense:.0%}){expected}; {for_whom}: "
         f"{exactly(site, what)}{shared}",
+        f"         {_predicted(*(sum(getattr(s, f'{kind}_seconds') for s in sites) for kind in ('dense', 'sparse')))}",
         f"         {describe(site.settings)}" + (f"; activation: {site.activation}" if site.activation else ""),
         f"         weights: {', '.join(site.weights)}" + (" and alike" if len(sites) > 1 else ""),
     ]

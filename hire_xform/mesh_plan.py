@@ -16,7 +16,7 @@ from hire_xform.explain import size
 from hire_xform.lowering.engine.bytes_read import ffn_bytes, vocab_bytes
 from hire_xform.lowering.engine.selection import selection_of
 from hire_xform.lowering.predict.predictors import predictor_bytes
-from hire_xform.passes.plan.cost import FIXED_BYTES, row_cost
+from hire_xform.passes.plan.machine import PLATFORMS, of_memory
 from hire_xform.passes.plan.settings import Ffn, Vocab, refuse
 
 # A value and an id: what each device sends of a token for an arg max.
@@ -91,8 +91,8 @@ class Device:
             number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
             if not number or value < 0 or (value == 0 and name != "latency"):
                 refuse("Device", name, value, "a positive number")
-        if self.platform not in FIXED_BYTES:
-            refuse("Device", "platform", self.platform, f"one of {sorted(FIXED_BYTES)}")
+        if self.platform not in PLATFORMS:
+            refuse("Device", "platform", self.platform, f"one of {sorted(PLATFORMS)}")
 
 
 @dataclass(frozen=True)
@@ -242,7 +242,7 @@ def plan_mesh(
     rows = tuple(_row(model, device, count, tokens, vocab, ffn, wanted_units, wanted_logits) for count in counts)
     tried = [1 << i for i in range(_MOST.bit_length())]
     tried = [count for count in tried if _indivisible(model, ffn, count) is None]
-    costs = {count: _costs(model, device.platform, count, tokens, vocab, ffn) for count in tried}
+    costs = {count: _seconds(model, device, count, tokens, vocab, ffn) for count in tried}
     until = [
         max((count for count in tried if costs[count][part][1] < costs[count][part][0]), default=0) for part in (0, 1)
     ]
@@ -278,15 +278,16 @@ def _head(model: ModelShapes, count: int, tokens: int, vocab: Vocab) -> tuple[in
     return rows * row, total - exact, exact
 
 
-def _costs(
-    model: ModelShapes, platform: str, count: int, tokens: int, vocab: Vocab, ffn: Ffn
+def _seconds(
+    model: ModelShapes, device: Device, count: int, tokens: int, vocab: Vocab, ffn: Ffn
 ) -> tuple[tuple[float, float], tuple[float, float]]:
-    """Dense and sparse cost of all blocks, and of the head, in bytes that a dense product would read in that time."""
+    """Dense and sparse seconds of all blocks, and of the head."""
+    row, fixed = of_memory(device.platform)
 
     def pair(parts: tuple[int, int, int], times: int) -> tuple[float, float]:
         dense, predicted, exact = parts
-        sparse = predicted + exact * row_cost(platform) + FIXED_BYTES[platform]
-        return dense * times, sparse * times
+        sparse = (predicted + exact * row) / device.bandwidth + fixed
+        return dense / device.bandwidth * times, sparse * times
 
     return pair(_block(model, count, tokens, ffn), model.layers), pair(_head(model, count, tokens, vocab), 1)
 
@@ -305,14 +306,14 @@ def _row(
     other = model.other_bytes // count
     reads = [(block[0] * model.layers, head[0]), ((block[1] + block[2]) * model.layers, head[1] + head[2])]
     total = [sum(read) + other for read in reads]
-    costs = _costs(model, device.platform, count, tokens, vocab, ffn)
+    costs = _seconds(model, device, count, tokens, vocab, ffn)
     summed = tokens * model.inputs * model.itemsize
     sent = (2 * model.layers * summed + ARG_MAX_BYTES * tokens) if count > 1 else 0
     # A ring passes each sum around twice but for one part of it; an arg max is gathered from all.
     ring = 2 * (count - 1) / count * 2 * model.layers * summed + (count - 1) * ARG_MAX_BYTES * tokens
     collectives = 2 * model.layers + 1 if count > 1 else 0
     travel = ring / device.link + collectives * device.latency
-    seconds = [(costs[0][i] + costs[1][i] + other) / device.bandwidth + travel for i in (0, 1)]
+    seconds = [costs[0][i] + costs[1][i] + other / device.bandwidth + travel for i in (0, 1)]
     predictors = model.layers * model.ups * predictor_bytes(model.hidden // count, model.inputs, ffn.spec, model.dtype)
     predictors += predictor_bytes(model.vocab // count, model.inputs, vocab.spec, model.dtype)
     held = total[0] + predictors

@@ -20,8 +20,8 @@ if os.environ.get("HIRE_TEST_OPTIMISED", "0") != "1":
     os.environ["XLA_FLAGS"] = " ".join([*_QUICK, os.environ.get("XLA_FLAGS", "")]).strip()
 # Unless told otherwise: the TPU's compiler, which some tests have installed, would have JAX look for a TPU.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Plans hang on the CPU's instruction set: the same one wherever the suite runs.
-os.environ["HIRE_CPU"] = "avx512_vnni"
+# Plans hang on what the machine takes for what: the same profile wherever the suite runs, whatever is kept there.
+os.environ["HIRE_TUNE"] = "avx512_vnni"
 # What passes make is verified, and nothing that they raise is handled silently: under 1 % of the suite's time.
 os.environ.setdefault("HIRE_DEBUG", "1")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -320,6 +320,25 @@ class SiteCalibration:
             how += f"; its logits are {self.kl_at(size, predictor).max():.2g} nats a token from the dense ones"
         return Chosen(predictor, size, how, sizes if self.stack else None, self._needs(predictor), self.static)
 
+    def alternatives(self, settings: Vocab | Ffn) -> Sequence[Predictor]:
+        """The predictors that do what was asked for at some size, of which the planner takes the fastest.
+
+        None where only the one that was chosen has a size: those found for a cost were weighed all together.
+
+        Args:
+          settings: what is stated, without a predictor.
+        """
+        criterion = proved_criterion(settings) if settings.certify else ""
+        if settings.group_size != self.group_size or criterion != self._proved or not self.tokens.min():
+            return ()
+        stated = getattr(settings, settings.size_name)
+        if stated is not None:
+            return self._enough_at(settings.size_in(self.units))
+        if self.recall is None:
+            return ()
+        within = [p for p in self.curves if not self._beyond(self._sized_for(p)[0], p)]
+        return within or (self.predictor,)
+
     def _needs(self, predictor: Predictor) -> np.ndarray | None:
         """How many tokens need 1, 2, ... rows (or groups) of a certified site, ``[*stack, n]``, where that is known."""
         return self.curves[predictor].wanted if self._proved and predictor in self.curves else None
@@ -335,12 +354,17 @@ class SiteCalibration:
 
     def _best_at(self, size: int) -> Predictor:
         """For a size that is given: the fewest bytes of those that do what is asked for, or else the highest recall."""
-        reached = {p: float(self.recall_at(size, p).min()) for p in self.curves}
-        enough = [p for p in self.curves if self.recall is not None and reached[p] >= self.recall]
-        enough = [p for p in enough if not self._beyond(np.full(self.stack, size), p)] or enough
+        enough = self._enough_at(size)
         if enough:
             return min(enough, key=lambda p: self.curves[p].predictor_bytes)
-        return max(self.curves, key=lambda p: reached[p])
+        return max(self.curves, key=lambda p: float(self.recall_at(size, p).min()))
+
+    def _enough_at(self, size: int) -> list[Predictor]:
+        """The predictors that do what is asked for with a size that is given."""
+        if self.recall is None:
+            return []
+        enough = [p for p in self.curves if float(self.recall_at(size, p).min()) >= self.recall]
+        return [p for p in enough if not self._beyond(np.full(self.stack, size), p)] or enough
 
 
 # Rates of firing at which units are tried as always computed, the share of the units that they must be at least, and of

@@ -27,6 +27,7 @@ from hire_xform.passes.ir.graph import Node
 from hire_xform.passes.pack.make import pack_shapes
 from hire_xform.passes.pack.packed import Packed, PackLayout
 from hire_xform.passes.plan.decisions import Decision, PackKey, Plan
+from hire_xform.passes.plan.machine import built_in_for
 from hire_xform.passes.plan.make import make_plan
 from hire_xform.passes.plan.measurement import MeasurementOf
 from hire_xform.passes.plan.placement import place
@@ -36,6 +37,7 @@ from hire_xform.passes.rewrite.actions import actions_of, rewritten
 from hire_xform.passes.rewrite.holding import Holding, Reader, decide_holding
 from hire_xform.passes.rewrite.rewriter import Rewriter
 from hire_xform.passes.weights.recipe import Root
+from hire_xform.tuning.keeping import profile_for
 
 
 class Traced(Program):
@@ -76,7 +78,8 @@ class Traced(Program):
 
     def _plan(self, config: Config, platform: str, *measured: MeasurementOf) -> Plan:
         measure = measured[0] if measured else _no_measurement
-        plan = make_plan(self._detection, config.choose, platform, self.name, measure, self._place, self.runs_dense)
+        profile = built_in_for(platform) if self.runs_dense else profile_for(platform)
+        plan = make_plan(self._detection, config.choose, profile, self.name, measure, self._place, self.runs_dense)
         return distribute_rows(plan, self._read_as_they_are)
 
     def _read_as_they_are(self, plan: Plan) -> list[Root]:

@@ -10,6 +10,7 @@ from typing import Any
 from hire_xform.comparing.agreement import Agreement
 from hire_xform.explain import size
 from hire_xform.passes.plan.decisions import Refusal
+from hire_xform.passes.plan.profile import seconds_text
 
 
 @dataclass(frozen=True)
@@ -38,10 +39,11 @@ class SiteComparison:
     Attributes:
       kind, path, source: as of ``Site``.
       dense_bytes, sparse_bytes: as of ``Site``: what is planned.
+      dense_seconds, sparse_seconds: as of ``Site``: what is predicted.
+      predicted: how many times as fast that is.
       executions: how often it was run in a call; None where nothing counts that.
       ran_dense: of a certified site, in how many of these it ran dense, being not proved.
       short: of a block that is not certified, in how many it had more non-zero units than it computes.
-      predicted: how many times as fast the cost model takes it for, sparse.
       saved: seconds by which a call with this site alone sparse is faster than the dense one; only if asked for.
     """
 
@@ -50,17 +52,24 @@ class SiteComparison:
     source: str
     dense_bytes: int
     sparse_bytes: int
+    dense_seconds: float
+    sparse_seconds: float
+    predicted: float
     executions: int | None = None
     ran_dense: int | None = None
     short: int | None = None
-    predicted: float | None = None
     saved: float | None = None
+
+    @property
+    def gain(self) -> float:
+        """By how many seconds a call with this site alone sparse is predicted to be faster."""
+        return self.dense_seconds - self.sparse_seconds
 
     def lines(self) -> list[str]:
         """For people."""
         told = [f"{size(self.dense_bytes)} -> {size(self.sparse_bytes)} ({self.sparse_bytes / self.dense_bytes:.0%})"]
-        if self.predicted is not None:
-            told.append(f"predicted {self.predicted:.2f} times as fast")
+        times = f"{seconds_text(self.dense_seconds)} -> {seconds_text(self.sparse_seconds)}"
+        told.append(f"predicted {self.predicted:.2f} times as fast, {times}")
         of = f"{self.executions:,} execution{'' if self.executions == 1 else 's'}" if self.executions else ""
         if self.executions == 0:
             told.append("not executed")
@@ -69,9 +78,12 @@ class SiteComparison:
         elif self.short is not None:
             told.append(f"short of units in {self.short:,} of {of}")
         if self.saved is not None:
-            change = "faster" if self.saved >= 0 else "slower"
-            told.append(f"alone it makes the call {seconds_text(abs(self.saved))} {change}")
+            told.append(f"alone it makes the call {_change(self.saved)}, predicted {_change(self.gain)}")
         return [f"  {self.kind:5s}  {self.path}", f"         {self.source}", f"         {'; '.join(told)}"]
+
+
+def _change(saved: float) -> str:
+    return f"{seconds_text(abs(saved))} {'faster' if saved >= 0 else 'slower'}"
 
 
 @dataclass(frozen=True)
@@ -86,6 +98,8 @@ class Comparison:
       sparse: the sparsified one, its weights packed.
       ratio: how many times as fast the sparse one is.
       memory_speed: bytes a second that a large product reads here; None where it was not measured.
+      predicted: seconds by which a call is predicted to be faster sparse, all sites together.
+      profile: the machine that this is predicted for, and how it is known.
       agreement: for each leaf of the result how far the sparse one is from the dense one.
       sites: what is rewritten, in program order.
       refused: how many products with weights stay dense.
@@ -101,6 +115,8 @@ class Comparison:
     sparse: Run
     ratio: float
     memory_speed: float | None
+    predicted: float
+    profile: str
     agreement: tuple[Agreement, ...]
     sites: tuple[SiteComparison, ...]
     refused: int
@@ -115,6 +131,7 @@ class Comparison:
             *(self._run(name, run) for name, run in (("dense", self.dense), ("sparse", self.sparse))),
             f"  medians of {self.repeats} calls in turn, and the range of their middle half"
             + ("" if self.memory_speed is None else f"; memory gives {self.memory_speed / 1e9:.1f} GB/s"),
+            *self._prediction(),
             "",
             "Sparse results, against dense ones:",
             *(f"  {leaf}" for leaf in self.agreement),
@@ -139,17 +156,15 @@ class Comparison:
             text += f", {run.speed / 1e9:.2f} GB/s"
         return text + ("" if run.share is None else f", {run.share:.0%} of the speed of memory")
 
+    def _prediction(self) -> list[str]:
+        if not self.sites:
+            return []
+        measured = self.dense.seconds - self.sparse.seconds
+        return [f"  sparse is {_change(measured)}, predicted {_change(self.predicted)} (profile: {self.profile})"]
+
     def to_json(self, indent: int | None = 2) -> str:
         """All of it as JSON, by the names of the attributes; null for what is unknown, infinite or not a number."""
         return json.dumps(_plain({f.name: getattr(self, f.name) for f in fields(self)}), indent=indent)
-
-
-def seconds_text(seconds: float) -> str:
-    """A time for people: ``1.23 ms``."""
-    for unit, scale in (("s", 1.0), ("ms", 1e3)):
-        if seconds * scale >= 1:
-            return f"{seconds * scale:.2f} {unit}"
-    return f"{seconds * 1e6:.1f} us"
 
 
 def _plain(value: Any) -> Any:

@@ -108,6 +108,8 @@ def comparison_of(
         sparse=runs[1],
         ratio=medians[0] / medians[1],
         memory_speed=speed,
+        predicted=plan.dense_seconds - plan.sparse_seconds,
+        profile="" if plan.profile is None else plan.profile.in_words,
         agreement=agreement,
         sites=tuple(compared),
         refused=len(refusals),
@@ -179,10 +181,12 @@ def _site(decision: Decision, taken: np.ndarray | None, saved: float | None) -> 
         source=site.source,
         dense_bytes=site.dense_bytes,
         sparse_bytes=site.sparse_bytes,
+        dense_seconds=site.dense_seconds,
+        sparse_seconds=site.sparse_seconds,
+        predicted=site.dense_seconds / site.sparse_seconds,
         executions=None if taken is None else int(taken.sum()),
         ran_dense=last if site.settings.certify else None,
         short=None if site.settings.certify else last,
-        predicted=decision.predicted,
         saved=saved,
     )
 

@@ -29,6 +29,7 @@ class Factored(Predictor):
 
     takes_inputs = True
     proves = True
+    fine = True
 
     def __post_init__(self) -> None:
         """Refuses a value out of range."""

@@ -86,6 +86,9 @@ class Predictor:
     proves: ClassVar[bool] = False
     # What a report says besides where its integer products are what makes a site slow; see `bits`.
     instead: ClassVar[str] = ""
+    # Whether its integer products are of tokens in two limbs of 8 bits, as those of all certified sites are: of several
+    # tokens these take longer.
+    fine: ClassVar[bool] = False
     # How many axes of `arrays` are those of a stack of matrices: 1 for the layers of a scan.
     stack_axes: int = 0
     # Bits of its integer products; None where they are of floating point.

@@ -7,7 +7,7 @@ that take long, proofs above all, come last.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -19,6 +19,7 @@ from hire_xform.passes.match.kinds import SiteKind
 from hire_xform.passes.match.region import OwnSparsity
 from hire_xform.passes.plan.measurement import Chosen, Measurement, unpredicted, with_choices
 from hire_xform.passes.plan.placement import Placement
+from hire_xform.passes.plan.profile import Profile
 from hire_xform.passes.plan.settings import Choice
 from hire_xform.passes.prove.certifiable import not_certifiable
 from hire_xform.passes.prove.what_to_prove import NOTHING_READ, Reads
@@ -33,7 +34,7 @@ class Case:
       match: the match.
       kind: that of the match.
       choice: what the user states for it.
-      platform: where it will run: "cpu", "gpu" or "tpu".
+      profile: of the machine where it will run.
       names: of its weights, for reports.
       measurement: what a calibration says of it.
       placed: where its weights are, where they are over several devices; or why it can't run there.
@@ -43,11 +44,16 @@ class Case:
     match: Any
     kind: SiteKind
     choice: Choice
-    platform: str
+    profile: Profile
     names: tuple[str, ...]
     measurement: Measurement | None
     placed: Placement | str | None
     runs_dense: bool
+
+    @property
+    def platform(self) -> str:
+        """Where it will run: "cpu", "gpu" or "tpu"."""
+        return self.profile.platform
 
     @property
     def placement(self) -> Placement | None:
@@ -60,7 +66,8 @@ class Case:
         return 1 if self.placement is None else self.placement.shards
 
     @cached_property
-    def _chosen(self) -> tuple[Any, Chosen]:
+    def _stated(self) -> Any:
+        """The settings as they are stated, and what is certified decided."""
         assert self.choice.settings is not None
         measurement = self.measurement
         settings: Any = self.choice.settings.decided(None if measurement is None else measurement.certified)
@@ -68,14 +75,31 @@ class Case:
         if own is not None and settings.group_size == 1:
             # Where none are stated, the groups are those that the model itself keeps.
             settings = dataclasses.replace(settings, group_size=own.group)
+        return settings
+
+    @cached_property
+    def _chosen(self) -> tuple[Any, Chosen]:
         stays = self.placed is not None or self.match.scaled_in_groups
-        static = not stays and self.kind.may_be_static(self.match, settings)
-        return with_choices(settings, measurement, self.match.units, static)
+        static = not stays and self.kind.may_be_static(self.match, self._stated)
+        return with_choices(self._stated, self.measurement, self.match.units, static)
 
     @property
     def settings(self) -> Any:
         """The settings, with what a calibration chose where they state nothing. Only of what is not to stay dense."""
         return self._chosen[0]
+
+    def alternatives(self) -> Iterator[Case]:
+        """The same with each other predictor that a calibration found to do as well, where none is stated."""
+        if self.measurement is None or self._stated.predictor is not None:
+            return
+        for predictor in self.measurement.alternatives(self._stated):
+            if predictor == self.settings.predictor:
+                continue
+            settings: Any = dataclasses.replace(self.choice.settings, predictor=predictor)  # type: ignore[type-var]
+            other = dataclasses.replace(self, choice=dataclasses.replace(self.choice, settings=settings))
+            # What is proved of readers is the same for all predictors, and takes long to find.
+            other.found_reads = self.found_reads
+            yield other
 
     @property
     def chosen(self) -> Chosen:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 
@@ -16,6 +16,7 @@ from hire_xform.passes.match.matches import Match
 from hire_xform.passes.plan.forms import ROWS, Form, SiteForms
 from hire_xform.passes.plan.levels import Levels
 from hire_xform.passes.plan.placement import Placement
+from hire_xform.passes.plan.profile import Profile
 from hire_xform.passes.plan.settings import Settings
 from hire_xform.passes.prove.what_to_prove import NOTHING_READ, Reads
 from hire_xform.passes.weights.origins import Ref
@@ -73,8 +74,12 @@ class Site:
       evidence: of a vocabulary, why its outputs are taken for logits.
       proved: of a certified vocabulary, what is proved of its readers.
       unproved: its readers of which nothing is proved.
-      widened: True where the dense product has weights that are stored narrower widened whole first, at every call.
+      widened: True where the dense product has weights that are stored narrower widened whole first, at every call, or
+        takes as long.
       stored: how its weights are stored, where that is in few bits, such as "int8 times float32 per row".
+      dense_seconds: what the dense form is predicted to take per call, by the plan's profile; inside a scan, over all
+        its iterations.
+      sparse_seconds: the same of the rewritten form; of a certified site as ``sparse_bytes`` says.
     """
 
     kind: str
@@ -104,6 +109,8 @@ class Site:
     unproved: tuple[str, ...] = ()
     widened: bool = False
     stored: str = ""
+    dense_seconds: float = 0.0
+    sparse_seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -184,7 +191,6 @@ class Decision:
       smaller: of a certified site, fewer than ``count``, ascending: the smallest that will do is taken.
       static: units that are always computed, the first that are packed; ``count`` is of the others.
       reads: of a vocabulary, what reads its logits: what is proved, or what candidates are chosen by.
-      predicted: how many times as fast as dense the cost model takes it for.
     """
 
     match: Match
@@ -199,7 +205,6 @@ class Decision:
     smaller: tuple[int, ...] = ()
     static: int = 0
     reads: Reads = NOTHING_READ
-    predicted: float | None = None
 
     @cached_property
     def needs(self) -> tuple[Need, ...]:
@@ -244,7 +249,8 @@ class Decision:
 class Plan:
     """What is rewritten (``sites``) and what is not (``refusals``), each in program order.
 
-    ``unmatched_rules`` are the path patterns of rules that match no block and no vocabulary projection.
+    ``unmatched_rules`` are the path patterns of rules that match no block and no vocabulary projection. ``profile`` is
+    that of the machine that times are predicted for; None where none are.
     """
 
     sites: tuple[Site, ...]
@@ -252,6 +258,17 @@ class Plan:
     platform: str
     decisions: tuple[Decision, ...] = field(default=(), repr=False, compare=False)
     unmatched_rules: tuple[str, ...] = ()
+    profile: Profile | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def dense_seconds(self) -> float:
+        """What all sites are predicted to take in a call, dense."""
+        return sum(s.dense_seconds for s in self.sites)
+
+    @property
+    def sparse_seconds(self) -> float:
+        """What all sites are predicted to take in a call, rewritten."""
+        return sum(s.sparse_seconds for s in self.sites)
 
     @property
     def dense_bytes(self) -> int:
@@ -269,12 +286,17 @@ class Plan:
         return sum(r.dense_bytes for r in self.refusals)
 
     def to_json(self, indent: int | None = 2) -> str:
-        """The plan as JSON: ``{"platform", "sites": [...], "refusals": [...], "unmatched_rules": [...]}``."""
+        """The plan as JSON: ``{"platform", "profile", "sites": [...], "refusals": [...], "unmatched_rules": [...]}``.
+
+        The profile is that of the machine: its name, and whether it was measured.
+        """
         sites = []
         for site in self.sites:
             entry = asdict(replace(site, settings=replace(site.settings, predictor=None)))
             entry["settings"] = {**entry.pop("settings"), "predictor": repr(site.settings.spec)}
             sites.append(entry)
-        found = {"platform": self.platform, "sites": sites, "refusals": [asdict(r) for r in self.refusals]}
+        profile = None if self.profile is None else {"name": self.profile.name, "source": self.profile.source}
+        found: dict[str, Any] = {"platform": self.platform, "profile": profile, "sites": sites}
+        found["refusals"] = [asdict(r) for r in self.refusals]
         found["unmatched_rules"] = list(self.unmatched_rules)
         return json.dumps(found, indent=indent)

@@ -1,82 +1,178 @@
-"""What the CPU at hand does fast: how products of narrow numbers compare with reading, by instruction set and kernels.
+"""The profiles that are built in, and which of them is that of a machine which nobody has measured.
 
-A stand-in for measuring: the figures are those of two machines, and say by how much a product of 8 bits falls short of
-the speed at which a dense one in f32 reads its weights. What is planned here for a CPU elsewhere is planned for this.
+Those of CPUs go by instruction set, with the native kernels and without: each is that of two machines that were
+measured, and cautious. Those of GPUs and TPUs go by the kind of device. They are modelled: speeds of memory are those
+of public data sheets, of which a share is counted on, and nothing is measured.
 """
 
 from __future__ import annotations
 
 import functools
 import os
-import platform
+import platform as host
 import re
 import subprocess
-from dataclasses import dataclass
+
+import jax
 
 from hire_xform.lowering.kernels.cpu import library
+from hire_xform.passes.plan.profile import FORMS, ROWS, SCORES, SPELLINGS, ByTokens, Profile, RowTimes
 
-# Names an instruction set, a key of `MACHINES`, whatever the machine has: for tests, and to plan for another CPU.
-VARIABLE = "HIRE_CPU"
+PLATFORMS = ("cpu", "gpu", "tpu")
+# Bytes a second that a CPU's dense products in f32 read. Decisions hang on ratios to it, predicted times on itself.
+CPU_MEMORY = 30e9
+# Bytes of rows up to which an array that they are gathered into is the same at every call.
+GATHERED = 8 << 20
+# What a byte of rows costs that lie anywhere on a CPU, of those of a dense product; and of those beyond `GATHERED`,
+# which XLA gathers into one array first: its pages are new at every call.
+ROW, NEW_PAGES = 1.5, 8.0
+# What a site on a CPU costs besides reading, as the bytes that a dense product reads in that time: once, for each row
+# and token that is chosen from, and more where each is bounded.
+FIXED_BYTES, CHOOSING, BOUNDING = 1 << 20, 64, 96
 
 
-@dataclass(frozen=True)
-class Machine:
-    """A CPU, by its instruction set, with the native kernels or without.
+def _cpu(name: str, int8: float, int4: float, kernels: bool = False) -> Profile:
+    """A CPU whose products of few bits read at these shares of the speed of dense ones in f32, whatever the tokens."""
+    second = 1.0 / CPU_MEMORY
 
-    Attributes:
-      name: for reports.
-      int8: bytes of 8-bit entries that a product reads in the time a dense product in f32 reads one byte.
-      int4: the same of 4-bit entries, two to a byte, which are taken apart first.
-      row: what a byte of a row that is read out of order costs, of those of a dense product.
-      gathered: the same where more rows are read than a few megabytes, which XLA gathers into one array first: its
-        pages are new at every call.
-      whose: whose products these are, for reports.
+    def always(times: float) -> ByTokens:
+        return ((1, times * second),)
+
+    pages = ROW if kernels else NEW_PAGES
+    points = (GATHERED, ROW * GATHERED * second), (2 * GATHERED, (ROW + pages) * GATHERED * second)
+    shares = {"int8": int8, "int4": int4}
+    return Profile(
+        name=name,
+        platform="cpu",
+        source="built in",
+        kernels=kernels,
+        dense={form: {how: _dense_on_cpu(form, how) for how in SPELLINGS} for form in FORMS},
+        scores={kind: always(1.0 / shares.get(kind.split()[0], 1.0)) for kind in SCORES},
+        score_rows=((1, 0.0),),
+        rows={step: RowTimes(points=points, each=0.0, further=0.0) for step in ROWS},
+        fixed=FIXED_BYTES * second,
+        choosing=CHOOSING * second,
+        bounding=BOUNDING * second,
+        picking=0.0,
+    )
+
+
+def _dense_on_cpu(form: str, spelling: str) -> ByTokens:
+    """What XLA's CPU backend takes for a byte of dense weights.
+
+    It reads those of f32 as they are. Those of 16 bits it reads as they are stored in two cases: of one token where
+    rows are stored, and of several where rows are stored and the result is f32. All else it widens whole, at every
+    call, which takes as long as f32 weights at least (six to sixty times as long, on two cores). Measured on JAX 0.10;
+    where versions or spellings differ, the faster is counted on.
     """
+    second = 1.0 / CPU_MEMORY
+    if form == "f32":
+        return ((1, second),)
+    if form == "8 bits widened":
+        return ((1, 4 * second),)
+    one = second if spelling != "x @ w" else 2 * second
+    several = second if spelling != "x @ w" and form == "16 bits to f32" else 2 * second
+    return (1, one), (2, several), (3, several)
 
-    name: str
-    int8: float
-    int4: float
-    row: float = 1.5
-    gathered: float = 8.0
-    whose: str = "XLA's "
 
-
-# Measured with one token on matrices of 64 to 512 MB, two cores: with VNNI 12 of 37 to 28 of 42 GB/s in 8 bits, and 9
-# to 11 of 42 in 4; with AVX2 alone 5 to 6 of 29 and 12 of 42 in 8, and 7 of 42 in 4. Others are taken for as slow. The
-# native kernels read 29 to 31 of 37 GB/s in 8 bits and 30 to 32 in 4, and chosen rows at 20 to 30; somewhat less is
-# counted on.
-MACHINES = {
-    "avx512_vnni": Machine("AVX-512 VNNI", 0.5, 0.22),
-    "avx2": Machine("AVX2, no AVX-512 VNNI", 0.2, 0.1),
-    "other": Machine(f"{platform.machine() or 'unknown'}, no AVX-512 VNNI", 0.2, 0.1),
-    "native_avx512_vnni": Machine("AVX-512 VNNI, native kernels", 0.7, 0.6, gathered=1.5, whose=""),
-    "native_avx2": Machine("AVX2, native kernels", 0.6, 0.6, gathered=1.5, whose=""),
+# One token, matrices of 64 to 512 MB, two cores: with VNNI XLA's products of 8 bits read 12 of 37 to 28 of 42 GB/s, and
+# of 4 bits 9 to 11 of 42; with AVX2 alone 5 to 6 of 29 and 12 of 42 in 8, and 7 of 42 in 4. Other CPUs are taken for as
+# slow. The native kernels read 29 to 31 of 37 GB/s in 8 bits and 30 to 32 in 4, and chosen rows at 20 to 30; somewhat
+# less is counted on.
+_CPUS = {
+    "avx512_vnni": _cpu("AVX-512 VNNI", 0.5, 0.22),
+    "avx2": _cpu("AVX2, no AVX-512 VNNI", 0.2, 0.1),
+    "other": _cpu(f"{host.machine() or 'unknown'}, no AVX-512 VNNI", 0.2, 0.1),
+    "native_avx512_vnni": _cpu("AVX-512 VNNI, native kernels", 0.7, 0.6, kernels=True),
+    "native_avx2": _cpu("AVX2, native kernels", 0.6, 0.6, kernels=True),
 }
 _NATIVE = {"AVX-512 VNNI": "native_avx512_vnni", "AVX2": "native_avx2"}
 
 
-def machine_here() -> Machine:
-    """The CPU of this process: that of ``HIRE_CPU``, or else what it says of itself and ``XLA_FLAGS`` leave of it.
+def accelerator(name: str, platform: str, sheet: float) -> Profile:
+    """A GPU or TPU whose memory gives so many bytes a second by its data sheet.
 
-    Raises:
-      ValueError: ``HIRE_CPU`` names no instruction set that is known.
+    Rows of a kilobyte or more it reads about as fast as anything else, and compressed ones as fast as others: that is
+    what its own compiler and kernels are made for, and it is not measured. A site's small steps take as long as ten
+    launches of kernels.
     """
-    named = os.environ.get(VARIABLE)
-    if not named:
-        return MACHINES[_native() or _detected(os.environ.get("XLA_FLAGS", ""))]
-    if named not in MACHINES:
-        raise ValueError(f"{VARIABLE}={named!r}: expected one of {', '.join(MACHINES)}, or nothing to look")
-    return MACHINES[named]
+    second = ((1, 1.0 / (SHEET_SHARE * sheet)),)
+    return Profile(
+        name=name,
+        platform=platform,
+        source="modelled",
+        kernels=False,
+        dense={form: dict.fromkeys(SPELLINGS, second) for form in FORMS},
+        scores=dict.fromkeys(SCORES, second),
+        score_rows=((1, 0.0),),
+        rows=dict.fromkeys(ROWS, RowTimes(points=((GATHERED, GATHERED * second[0][1]),), each=0.0, further=0.0)),
+        fixed=FIXED_SECONDS[platform],
+        choosing=0.0,
+        bounding=0.0,
+        picking=0.0,
+    )
+
+
+# Of the speed of memory that a data sheet says, what programs are counted on to reach.
+SHEET_SHARE = 0.85
+# Of a site on an accelerator, besides reading.
+FIXED_SECONDS = {"gpu": 20e-6, "tpu": 10e-6}
+# By a name, what a device's kind has in it, and bytes a second by NVIDIA's and Google's data sheets.
+_SHEETS = {
+    "h200": ("gpu", "H200", 4.8e12),
+    "h100": ("gpu", "H100", 3.35e12),
+    "a100": ("gpu", "A100", 2.0e12),
+    "v6e": ("tpu", "TPU v6", 1.64e12),
+    "v5e": ("tpu", "TPU v5 lite|TPU v5e", 0.819e12),
+    "v5p": ("tpu", "TPU v5", 2.765e12),
+    "v4": ("tpu", "TPU v4", 1.2e12),
+}
+_ACCELERATORS = {name: accelerator(name, platform, sheet) for name, (platform, _, sheet) in _SHEETS.items()}
+# Of a kind that is not known: memory that is fast, so that dense programs are.
+_UNKNOWN = {"gpu": accelerator("unknown GPU", "gpu", 3.35e12), "tpu": accelerator("unknown TPU", "tpu", 1.64e12)}
+
+BUILT_IN: dict[str, Profile] = {**_CPUS, **_ACCELERATORS}
+
+
+def of_memory(platform: str) -> tuple[float, float]:
+    """Of a platform: what a byte of rows that are chosen costs of any other, and a site's seconds besides reading."""
+    if platform == "cpu":
+        return ROW, FIXED_BYTES / CPU_MEMORY
+    return 1.0, FIXED_SECONDS[platform]
+
+
+def built_in_for(platform: str) -> Profile:
+    """The profile of a platform's devices here, as far as it is known without measuring."""
+    if platform == "cpu":
+        return BUILT_IN[_native() or instruction_set(os.environ.get("XLA_FLAGS", ""))]
+    return of_device_kind(platform, device_kind(platform))
+
+
+def of_device_kind(platform: str, kind: str) -> Profile:
+    """The profile of an accelerator by what JAX calls its kind."""
+    for name, (where, words, _) in _SHEETS.items():
+        if where == platform and re.search(words, kind, re.IGNORECASE):
+            return BUILT_IN[name]
+    return _UNKNOWN[platform]
+
+
+def device_kind(platform: str) -> str:
+    """What JAX calls the kind of a platform's devices here; empty where there are none, as ahead of time."""
+    try:
+        return str(jax.devices(platform)[0].device_kind)
+    except (RuntimeError, IndexError):
+        return ""
 
 
 def _native() -> str | None:
-    """The key of the machine whose native kernels run here; None where none do, or none that are fast."""
+    """The name of the profile whose native kernels run here; None where none do, or none that are fast."""
     found = library.instruction_sets()
     return _NATIVE.get(found[0]) if found else None
 
 
 @functools.lru_cache
-def _detected(xla_flags: str) -> str:
+def instruction_set(xla_flags: str) -> str:
+    """What XLA's code for this CPU is of: "avx512_vnni", "avx2" or "other"."""
     flags = _cpu_flags()
     most = re.findall(r"--xla_cpu_max_isa=(\w+)", xla_flags)
     # AVX512_VNNI and all after it (AVX512_BF16, AMX, ...) have it; of the names before it only these are short of it.
@@ -89,11 +185,11 @@ def _detected(xla_flags: str) -> str:
 def _cpu_flags() -> frozenset[str]:
     """Names of the CPU's instruction sets, as Linux spells them; none where they can't be read."""
     try:
-        if platform.system() == "Linux":
+        if host.system() == "Linux":
             with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as info:
                 line = next((line for line in info if line.startswith("flags")), "")
             return frozenset(line.partition(":")[2].split())
-        if platform.system() == "Darwin" and platform.machine() == "x86_64":
+        if host.system() == "Darwin" and host.machine() == "x86_64":
             asked = ["sysctl", "-n", "machdep.cpu.features", "machdep.cpu.leaf7_features"]
             told = subprocess.run(asked, capture_output=True, text=True, timeout=5, check=False).stdout
             return frozenset(told.lower().replace("avx512vnni", "avx512_vnni").split())

@@ -1,4 +1,4 @@
-"""Decides by bytes which matches are rewritten, and says why the others stay dense."""
+"""Decides by predicted times which matches are rewritten, and says why the others stay dense."""
 
 from __future__ import annotations
 
@@ -6,18 +6,20 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from hire_xform.lowering.engine.selection import Selection
+from hire_xform.lowering.predict.predictors import Predictor
 from hire_xform.passes.ir.debugging import Why, debugging
 from hire_xform.passes.ir.graph import Node
 from hire_xform.passes.match.derivatives import derivative_of
 from hire_xform.passes.match.kinds import kind_of, kinds
 from hire_xform.passes.match.matches import Detection, Match
-from hire_xform.passes.plan.checks import COMMON, Case
-from hire_xform.passes.plan.cost import dense_cost, sparse_cost, why_slower
+from hire_xform.passes.plan.checks import COMMON, Case, has_a_predictor
+from hire_xform.passes.plan.cost import Running, dense_seconds, is_widened
 from hire_xform.passes.plan.decisions import Decision, Plan, Refusal, Rung, Site
 from hire_xform.passes.plan.forms import Order
 from hire_xform.passes.plan.measurement import MeasurementOf
 from hire_xform.passes.plan.needs import needs_of, order_of, stack_need
 from hire_xform.passes.plan.placement import CutRows, Placement
+from hire_xform.passes.plan.profile import Profile, seconds_text
 from hire_xform.passes.plan.settings import Choice
 from hire_xform.passes.plan.sizes import UNCHOSEN, Reading, Sizes, sizes_of
 from hire_xform.passes.plan.verify import verify_plan
@@ -30,7 +32,7 @@ from hire_xform.passes.weights.recipe import Root
 def make_plan(
     detection: Detection,
     choose_settings: Callable[[str, str], Choice],
-    platform: str,
+    profile: Profile,
     name_of: Callable[[Root], str],
     measure: MeasurementOf = lambda match, names: None,
     placed: Callable[[Match], Placement | CutRows | str | None] = lambda match: None,
@@ -41,13 +43,13 @@ def make_plan(
     Args:
       detection: what was found.
       choose_settings: for a kind ("ffn", "vocab", "dense") and a path, the user's settings.
-      platform: where it will run: "cpu", "gpu" or "tpu".
+      profile: of the machine where it will run.
       name_of: the name of a weight, for reports.
       measure: what a calibration says of a match.
       placed: where a match runs; see ``place``.
       runs_dense: True where the program stays dense and sites are measured only, so that their sizes don't matter.
     """
-    planner = _Planner(choose_settings, platform, name_of, placed, runs_dense)
+    planner = _Planner(choose_settings, profile, name_of, placed, runs_dense)
     found: list[tuple[Node, Decision | Refusal]] = []
     for match in detection.matches:
         outcome = planner.decided(match, measure)
@@ -66,7 +68,7 @@ def make_plan(
     found.sort(key=lambda pair: detection.order[pair[0]])
     decisions = tuple(outcome for _, outcome in found if isinstance(outcome, Decision))
     refusals = tuple(outcome for _, outcome in found if isinstance(outcome, Refusal))
-    plan = Plan(tuple(d.site for d in decisions), refusals, platform, decisions)
+    plan = Plan(tuple(d.site for d in decisions), refusals, profile.platform, decisions, profile=profile)
     if debugging():
         verify_plan(detection, plan)
     return plan
@@ -77,7 +79,7 @@ class _Planner:
     """What all matches are decided by; see ``make_plan``."""
 
     choose_settings: Callable[[str, str], Choice]
-    platform: str
+    profile: Profile
     name_of: Callable[[Root], str]
     placed: Callable[[Match], Placement | CutRows | str | None]
     runs_dense: bool
@@ -92,7 +94,7 @@ class _Planner:
         names = tuple(self.name_of(p.origin.recipe.root) for p in match.products)
         choice = self.choose_settings(match.kind, match.node.path)
         measured = measure(match, names)
-        case = Case(match, kind, choice, self.platform, names, measured, placed, self.runs_dense)
+        case = Case(match, kind, choice, self.profile, names, measured, placed, self.runs_dense)
         return _decide(case, self.why)
 
     def left(self, product: Product, reason: str, kind: str = "", final: bool = False) -> Decision | Refusal:
@@ -133,9 +135,9 @@ def _decide(case: Case, why: Why) -> Decision | str:
         tell(check.__name__.replace("_", " "), reason or "yes")
         if reason:
             return reason
-    sized = _size(case)
+    case, sized = _fastest(case)
     reason = _slower(case, sized)
-    tell("is faster", reason or f"yes: {sized.sparse_cost:,.0f} bytes' worth of time, dense {sized.dense_cost:,}")
+    tell("is faster", reason or f"yes: {seconds_text(sized.sparse_seconds)}, dense {seconds_text(sized.dense_seconds)}")
     if reason:
         return reason
     decision = _describe(case, sized)
@@ -157,7 +159,9 @@ class _Sized:
       sizes: the sizes it may take.
       taken: how often each is expected to be.
       dense_bytes, sparse_bytes: weight bytes read per call, over all devices.
-      dense_cost, sparse_cost: what they cost, as bytes read.
+      dense_seconds, sparse_seconds: what a call is predicted to take, on each device at once.
+      running: what that is predicted from.
+      instead: the predictor of fewer bytes that a calibration chose, where another one is faster.
     """
 
     tokens: int
@@ -170,8 +174,27 @@ class _Sized:
     taken: list[tuple[float, int, bool]]
     dense_bytes: int
     sparse_bytes: int
-    dense_cost: int
-    sparse_cost: float
+    dense_seconds: float
+    sparse_seconds: float
+    running: Running
+    instead: Predictor | None = None
+
+
+# Another predictor than the one of fewest bytes, which a calibration chose, is worth it where it saves this share of
+# the predicted time: less may be chance, and it takes more memory.
+WORTH = 0.05
+
+
+def _fastest(case: Case) -> tuple[Case, _Sized]:
+    """The case with the predictor of least predicted time, of those that a calibration found to do, and its size."""
+    sized = _size(case)
+    if case.runs_dense:
+        return case, sized
+    others = [(other, _size(other)) for other in case.alternatives() if has_a_predictor(other) is None]
+    best, fastest = min(others, key=lambda one: one[1].sparse_seconds, default=(case, sized))
+    if fastest.sparse_seconds > (1.0 - WORTH) * sized.sparse_seconds:
+        best, fastest = case, sized
+    return best, replace(fastest, instead=None if best is case else case.settings.spec)
 
 
 def _size(case: Case) -> _Sized:
@@ -188,7 +211,7 @@ def _size(case: Case) -> _Sized:
     sizes = sizes_of(read, case.chosen if placement is None else UNCHOSEN, count)
     taken = sizes.taken(read.tried)
     iterations = match.node.scope.iterations
-    cost = iterations * sparse_cost(match, settings, tokens, sizes.predicted, taken, case.platform, shards, static)
+    running = Running(match, settings, case.profile, tokens, selection.mode == "shared", shards, static)
     return _Sized(
         tokens,
         count,
@@ -200,22 +223,24 @@ def _size(case: Case) -> _Sized:
         taken,
         dense_bytes=sum(p.nbytes for p in match.products) * iterations,
         sparse_bytes=(sizes.predicted + sizes.exact) * iterations * shards,
-        dense_cost=dense_cost(match, case.platform) * iterations,
-        sparse_cost=cost * shards,
+        dense_seconds=dense_seconds(match, case.profile, tokens) * iterations / shards,
+        sparse_seconds=running.seconds(sizes.predicted, taken) * iterations,
+        running=running,
     )
 
 
 def _slower(case: Case, sized: _Sized) -> str | None:
     """Why a site would not be faster; None where it would be, or a rule forces it."""
-    if sized.sparse_cost < sized.dense_cost or case.choice.force:
+    if sized.sparse_seconds < sized.dense_seconds or case.choice.force:
         return None
-    shards, static = case.shards, sized.static
-    excess = (sized.sparse_cost - sized.dense_cost) / shards / case.match.node.scope.iterations
-    why = why_slower(case.match, case.settings, excess, sized.taken, case.platform, shards, static)
+    excess = (sized.sparse_seconds - sized.dense_seconds) / case.match.node.scope.iterations
+    why = sized.running.why_slower(excess, sized.taken)
     over = "" if case.placement is None else f", over {case.placement}"
+    dense, sparse = seconds_text(sized.dense_seconds), seconds_text(sized.sparse_seconds)
     return (
         f"it reads {sized.dense_bytes:,} bytes dense and {sized.sparse_bytes:,} sparse{over}, which would not be "
-        f"faster on {case.platform}{why}; a Rule with force=True overrides this"
+        f"faster on {case.platform}{why}; predicted are {dense} dense and {sparse} sparse; a Rule with force=True "
+        "overrides this"
     )
 
 
@@ -228,6 +253,8 @@ def _describe(case: Case, sized: _Sized) -> Decision:
     match, settings, placement, shards = case.match, case.settings, case.placement, case.shards
     order, sizes, static, reads = sized.order, sized.sizes, sized.static, case.reads
     ordered = "" if order is None else f"; {order.how}"
+    if sized.instead is not None:
+        ordered += f"; {settings.spec} is predicted to be faster here than {sized.instead}, which reads fewer bytes"
     site = Site(
         kind=match.kind,
         path=match.node.path,
@@ -251,8 +278,10 @@ def _describe(case: Case, sized: _Sized) -> Decision:
         derivative=derivative_of(match),
         proved=reads.proved,
         unproved=reads.unproved,
-        widened=sized.dense_cost > sized.dense_bytes,
+        widened=is_widened(match, case.profile, sized.tokens),
         stored=_stored(match),
+        dense_seconds=sized.dense_seconds,
+        sparse_seconds=sized.sparse_seconds,
     )
     site = replace(site, **case.kind.described(case))
     inputs = None if case.measurement is None else case.measurement.inputs
@@ -271,5 +300,4 @@ def _describe(case: Case, sized: _Sized) -> Decision:
         smaller=sizes.smaller,
         static=static,
         reads=reads,
-        predicted=sized.dense_cost / sized.sparse_cost,
     )

@@ -11,16 +11,13 @@ import numpy as np
 from hire_xform.lowering.engine.selection import Selection, rungs, selection_of
 from hire_xform.passes.match.kinds import kind_of
 from hire_xform.passes.match.matches import Match
-from hire_xform.passes.plan.cost import bytes_read
+from hire_xform.passes.plan.cost import Taken, bytes_read
 from hire_xform.passes.plan.decisions import Rung
 from hire_xform.passes.plan.ladder import Ladder, ladder_of
 from hire_xform.passes.plan.levels import WORTH, Levels, levels_of, told
 from hire_xform.passes.plan.measurement import Chosen
 from hire_xform.passes.plan.settings import Settings
 from hire_xform.passes.weights.cut_weights import is_cut
-
-# How often a size is taken, the bytes of its rows, and whether the dense form is run after all.
-Taken = tuple[float, int, bool]
 
 UNCHOSEN = Chosen(None, None, "")
 

@@ -7,7 +7,9 @@ from checks import FORCE
 
 import hire_xform as hx
 from hire_xform.passes.plan import machine
-from hire_xform.passes.plan.cost import dense_cost, sparse_cost
+from hire_xform.passes.plan.cost import Running, dense_seconds
+from hire_xform.passes.plan.machine import BUILT_IN, CPU_MEMORY
+from hire_xform.tuning import keeping
 
 V, D, M = 65_536, 1024, 4096
 
@@ -40,20 +42,20 @@ def plan_of(program, *rules, **settings):
 
 @pytest.fixture(params=["avx2", "other"])
 def slow(request, monkeypatch):
-    monkeypatch.setenv(machine.VARIABLE, request.param)
-    return machine.MACHINES[request.param]
+    monkeypatch.setenv(keeping.VARIABLE, request.param)
+    return BUILT_IN[request.param]
 
 
 @pytest.mark.parametrize("program", [HEAD, BLOCK], ids=["head", "block"])
 def test_with_vnni_it_is_rewritten(program, monkeypatch):
-    monkeypatch.setenv(machine.VARIABLE, "avx512_vnni")
+    monkeypatch.setenv(keeping.VARIABLE, "avx512_vnni")
     for certify in (False, True):
         assert len(plan_of(program, certify=certify).sites) == 1
 
 
 @pytest.mark.parametrize("program", [HEAD, BLOCK], ids=["head", "block"])
 def test_with_native_kernels_it_is_rewritten_whatever_the_instruction_set(program, monkeypatch):
-    monkeypatch.setenv(machine.VARIABLE, "native_avx2")
+    monkeypatch.setenv(keeping.VARIABLE, "native_avx2")
     for certify in (False, True):
         assert len(plan_of(program, certify=certify).sites) == 1
 
@@ -84,17 +86,23 @@ def test_what_is_too_small_on_any_cpu_is_not_put_down_to_this_one(slow):
         assert "would not be faster on cpu;" in refusal.reason
 
 
-def test_other_platforms_are_planned_as_before(slow):
-    for fun, shapes in (HEAD, BLOCK):
-        found = {}
-        for platform in ("gpu", "tpu"):
-            traced = hx.sparsify(fun, config=config())
-            plan = traced.trace(*shapes)._plan(config(), platform)
+def test_other_platforms_are_planned_by_their_own_profiles(slow):
+    """A slow CPU has no say in them; a site's small steps have, so that a small block stays dense on a fast GPU."""
+    large = block, ({"up": struct(8 * D, 4 * M), "down": struct(4 * M, 8 * D)}, struct(1, 8 * D))
+    for fun, shapes in (HEAD, large):
+        for platform, fixed in (("gpu", 20e-6), ("tpu", 10e-6)):
+            plan = hx.sparsify(fun, config=config()).trace(*shapes)._plan(config(), platform)
             (decision,) = plan.decisions
             site = decision.site
-            found[platform] = sparse_cost(decision.match, decision.settings, 1, 100, [(1.0, 10, False)], platform)
             assert site.sparse_bytes < site.dense_bytes
-        assert found == {"gpu": 110 + (4 << 20), "tpu": 110 + (4 << 20)}
+            running = Running(decision.match, decision.settings, plan.profile, 1)
+            arrays = sum(nbytes for _, nbytes in running.predictor_arrays())
+            read = (arrays + 100 + 10) / plan.profile.memory
+            assert running.seconds(arrays + 100, [(1.0, 10, False)]) == pytest.approx(fixed + read, rel=1e-6)
+    fun, shapes = BLOCK
+    traced = hx.sparsify(fun, config=config()).trace(*shapes)
+    assert len(traced._plan(config(), "tpu").sites) == 1
+    assert not traced._plan(config(), "gpu").sites
 
 
 def test_many_rows_of_a_head_cost_more_than_their_bytes():
@@ -102,16 +110,18 @@ def test_many_rows_of_a_head_cost_more_than_their_bytes():
     settings = {certify: hx.Vocab(certify=certify, predictor=hx.Quantized(8)) for certify in (False, True)}
 
     def cost(rows, certify, share=1.0, dense=0.0):
+        """In bytes that a dense product reads in that time."""
         ladders = [(share, rows, False), (dense, rows, True)]
-        return sparse_cost(decision.match, settings[certify], 1, 0, ladders, "cpu")
+        running = Running(decision.match, settings[certify], BUILT_IN["avx512_vnni"], 1)
+        return running.seconds(0, ladders) * CPU_MEMORY
 
     row = D * 4
     few, many = (cost(n * row, False) - cost(0, False) for n in (256, 16_384))
-    assert few == 1.5 * 256 * row
+    assert few == pytest.approx(1.5 * 256 * row)
     assert many > 6 * 16_384 * row
-    assert cost(256 * row, True) - cost(0, True) == 2 * few
+    assert cost(256 * row, True) - cost(0, True) == pytest.approx(2 * few)
     # A share of dense runs is added in full.
-    assert cost(0, True, 0.5, 0.5) - cost(0, True) == 0.5 * D * V * 4
+    assert cost(0, True, 0.5, 0.5) - cost(0, True) == pytest.approx(0.5 * D * V * 4)
     assert cost(0, True) > cost(0, False)
 
 
@@ -132,7 +142,7 @@ def test_a_certified_head_that_would_open_thousands_of_rows_stays_dense():
         (lambda w, x: jnp.argmax(x @ w, -1), (D, V), 1, 4),
         (lambda w, x: jnp.argmax(x @ w.T, -1), (V, D), 1, 2),
         (lambda w, x: jnp.argmax(x @ w.T, -1), (V, D), 2, 4),
-        (lambda w, x: jnp.argmax(jnp.matmul(x, w.T, preferred_element_type=jnp.float32), -1), (V, D), 1, 4),
+        (lambda w, x: jnp.argmax(jnp.matmul(x, w.T, preferred_element_type=jnp.float32), -1), (V, D), 1, 2),
         (lambda w, x: jnp.argmax(jnp.matmul(x, w.T, preferred_element_type=jnp.float32), -1), (V, D), 2, 2),
         (lambda w, x: jnp.argmax(x.astype(jnp.float32) @ w.T.astype(jnp.float32), -1), (V, D), 1, 2),
         (lambda w, x: jnp.argmax(x.astype(jnp.float32) @ w.T.astype(jnp.float32), -1), (V, D), 2, 4),
@@ -141,20 +151,24 @@ def test_a_certified_head_that_would_open_thousands_of_rows_stays_dense():
 def test_bfloat16_costs_what_xla_makes_of_it(fun, shape, tokens, itemsize):
     shapes = struct(*shape, dtype=jnp.bfloat16), struct(tokens, D, dtype=jnp.bfloat16)
     (decision,) = hx.sparsify(fun, config=config(FORCE)).trace(*shapes).plan.decisions
-    assert dense_cost(decision.match, "cpu") == itemsize * V * D
-    assert dense_cost(decision.match, "gpu") == dense_cost(decision.match, "tpu") == 2 * V * D
+
+    def read(profile):
+        return dense_seconds(decision.match, profile, tokens) * profile.memory
+
+    assert read(BUILT_IN["avx512_vnni"]) == pytest.approx(itemsize * V * D)
+    assert read(BUILT_IN["h100"]) == read(BUILT_IN["v5e"]) == pytest.approx(2 * V * D)
     assert decision.site.widened == (itemsize == 4)
 
 
 def test_the_machine_is_what_the_variable_says_or_what_is_found(monkeypatch):
-    monkeypatch.delenv(machine.VARIABLE)
+    monkeypatch.setenv(keeping.VARIABLE, "off")
     has = {"flags": frozenset({"avx2", "avx512_vnni"})}
     monkeypatch.setattr(machine, "_cpu_flags", lambda: has["flags"])
     sets = ["AVX2", "portable"]
     monkeypatch.setattr(machine.library, "instruction_sets", lambda: tuple(sets))
-    assert machine.machine_here() is machine.MACHINES["native_avx2"]
+    assert keeping.profile_for("cpu") is BUILT_IN["native_avx2"]
     sets.insert(0, "AVX-512 VNNI")
-    assert machine.machine_here() is machine.MACHINES["native_avx512_vnni"]
+    assert keeping.profile_for("cpu") is BUILT_IN["native_avx512_vnni"]
     sets.clear()
     for flags, xla, want in (
         ({"avx2", "avx512_vnni"}, "", "avx512_vnni"),
@@ -163,14 +177,34 @@ def test_the_machine_is_what_the_variable_says_or_what_is_found(monkeypatch):
         ({"avx2", "avx_vnni"}, "", "avx2"),
         (set(), "", "other"),
     ):
-        machine._detected.cache_clear()
+        machine.instruction_set.cache_clear()
         has["flags"] = frozenset(flags)
         monkeypatch.setenv("XLA_FLAGS", xla)
-        assert machine.machine_here() is machine.MACHINES[want]
-    machine._detected.cache_clear()
-    monkeypatch.setenv(machine.VARIABLE, "sse9")
-    with pytest.raises(ValueError, match=r"HIRE_CPU='sse9': expected one of avx512_vnni, avx2, other"):
-        machine.machine_here()
+        assert keeping.profile_for("cpu") is BUILT_IN[want]
+    machine.instruction_set.cache_clear()
+    monkeypatch.setenv(keeping.VARIABLE, "sse9")
+    with pytest.raises(
+        ValueError, match=r"HIRE_TUNE='sse9': expected off, auto, .* or one of avx512_vnni, avx2, other"
+    ):
+        keeping.profile_for("cpu")
+
+
+@pytest.mark.parametrize(
+    ("platform", "kind", "want"),
+    [
+        ("gpu", "NVIDIA H100 80GB HBM3", "h100"),
+        ("gpu", "NVIDIA H200", "h200"),
+        ("tpu", "TPU v5 lite", "v5e"),
+        ("tpu", "TPU v5p", "v5p"),
+        ("tpu", "TPU v6 lite", "v6e"),
+    ],
+)
+def test_accelerators_go_by_their_kind_and_are_modelled(platform, kind, want):
+    profile = machine.of_device_kind(platform, kind)
+    assert profile is BUILT_IN[want]
+    assert (profile.platform, profile.source) == (platform, "modelled")
+    unknown = machine.of_device_kind(platform, "something new")
+    assert (unknown.platform, unknown.source) == (platform, "modelled")
 
 
 def test_what_this_cpu_says_of_itself_can_be_read():
