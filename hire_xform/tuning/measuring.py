@@ -7,14 +7,17 @@ all programs the fastest call of each counts, since what else runs on a machine 
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
 import jax
+import numpy as np
 
 from hire_xform.comparing.timing import cache_bytes
+from hire_xform.errors import HireWarning
 from hire_xform.passes.plan.machine import device_kind
 from hire_xform.passes.plan.profile import FORMS, ROWS, SCORES, SPELLINGS, ByTokens, Profile, RowTimes
 from hire_xform.tuning import programs
@@ -71,6 +74,8 @@ class Sizes:
 _SWEPT = 128 << 20, 512 << 20
 # Programs that take longer are timed in two rounds only.
 _LONG = 5e-3
+# By so much the usual call may be slower than the fastest.
+_BUSY = 1.5
 
 
 @dataclass
@@ -80,7 +85,7 @@ class _Program:
     fun: Callable[..., Any]
     operands: Sequence[tuple[Any, ...]]
     compiled: Any = None
-    seconds: float = float("inf")
+    times: list[float] = field(default_factory=list)
 
     def compile(self) -> None:
         self.compiled = jax.jit(self.fun).lower(*self.operands[0]).compile()
@@ -89,7 +94,11 @@ class _Program:
         given = self.operands[number % len(self.operands)]
         start = time.perf_counter()
         jax.block_until_ready(self.compiled(*given))
-        self.seconds = min(self.seconds, time.perf_counter() - start)
+        self.times.append(time.perf_counter() - start)
+
+    @property
+    def seconds(self) -> float:
+        return min(self.times)
 
 
 @dataclass
@@ -123,9 +132,9 @@ def measure(platform: str, sizes: Sizes | None = None) -> Profile:
 
 def _measure(platform: str, sizes: Sizes) -> Profile:
     device = jax.devices(platform)[0]
+    found = _Measured()
     try:
         with jax.default_device(device):
-            found = _Measured()
             for name, fun, operands in _all_programs(sizes):
                 found.add(name, fun, *operands)
             _time(list(found.made.values()), sizes, device)
@@ -175,7 +184,7 @@ def _time(all_programs: list[_Program], sizes: Sizes, device: Any) -> None:
     sweep = jax.jit(sweep)
     for program in all_programs:
         program.run(0)
-        program.seconds = float("inf")
+        program.times.clear()
     start = time.perf_counter()
     for number in range(sizes.rounds):
         if number >= 2 and time.perf_counter() - start > sizes.seconds:
@@ -184,6 +193,19 @@ def _time(all_programs: list[_Program], sizes: Sizes, device: Any) -> None:
             if number < 2 or program.seconds < _LONG:
                 jax.block_until_ready(sweep(*operands))
                 program.run(number)
+    _warn_if_busy([float(np.median(p.times)) / p.seconds for p in all_programs if len(p.times) > 2])
+
+
+def _warn_if_busy(ratios: Sequence[float]) -> None:
+    """Warns where most calls took much longer than the fastest of their program did."""
+    ratio = float(np.median(ratios)) if ratios else 1.0
+    if ratio > _BUSY:
+        warnings.warn(
+            f"the machine was busy while it was measured: most programs took {ratio:.1f} times as long as at best; run "
+            "`hire-xform tune` again when it is idle",
+            HireWarning,
+            stacklevel=2,
+        )
 
 
 def _profile(platform: str, found: _Measured, sizes: Sizes) -> Profile:

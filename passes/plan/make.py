@@ -231,9 +231,10 @@ def _size(case: Case) -> _Sized:
 
 def _slower(case: Case, sized: _Sized) -> str | None:
     """Why a site would not be faster; None where it would be, or a rule forces it."""
-    if sized.sparse_seconds < sized.dense_seconds or case.choice.force:
+    enough = (1.0 - case.profile.margin) * sized.dense_seconds
+    if sized.sparse_seconds < enough or case.choice.force:
         return None
-    excess = (sized.sparse_seconds - sized.dense_seconds) / case.match.node.scope.iterations
+    excess = (sized.sparse_seconds - enough) / case.match.node.scope.iterations
     why = sized.running.why_slower(excess, sized.taken)
     over = "" if case.placement is None else f", over {case.placement}"
     dense, sparse = seconds_text(sized.dense_seconds), seconds_text(sized.sparse_seconds)

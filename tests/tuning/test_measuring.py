@@ -1,12 +1,15 @@
 """What is measured of a machine: every table of a profile, in numbers that can be."""
 
 import math
+import warnings
 
 import jax
 import jax.numpy as jnp
 import pytest
 
+import hire_xform as hx
 from hire_xform.passes.plan.profile import FORMS, ROWS, SCORES, SPELLINGS, Profile
+from hire_xform.tuning import measuring
 from hire_xform.tuning.measuring import Sizes, measure
 from hire_xform.tuning.programs import dense
 from hire_xform.tuning.report import table
@@ -58,6 +61,15 @@ def test_measuring_fills_every_table():
     # It is what a file can hold.
     assert Profile.from_dict(profile.to_dict()) == profile
     assert len(table(profile).splitlines()) > len(FORMS) * len(SPELLINGS)
+
+
+def test_a_busy_machine_is_told_of():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        measuring._warn_if_busy([1.0, 1.1, 9.0])
+        measuring._warn_if_busy([])
+    with pytest.warns(hx.HireWarning, match=r"busy while it was measured: .* 2\.5 times .* when it is idle"):
+        measuring._warn_if_busy([1.0, 2.5, 3.0])
 
 
 @pytest.mark.parametrize("form", FORMS)
