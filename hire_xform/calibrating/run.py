@@ -79,7 +79,8 @@ def calibrate(
     Recall is, for a vocabulary projection, the share of tokens whose dense arg max is among the candidates; for a
     feed-forward block the share of its units that are not zero that are chosen, and where units are never exactly zero,
     of its energy: the square of activation times norm of the down row. Each site gets the predictor, and the size, that
-    reach it at the fewest weight bytes that one token reads. Of the logits of no candidate, which are the predictor's,
+    reach it at the fewest weight bytes that one token reads; a step that is planned takes another that reaches it where
+    that is predicted to be faster on the machine. Of the logits of no candidate, which are the predictor's,
     recall says nothing: so a head's softmax has to be close as well, by ``head_kl``. Layers of one loop have sizes of
     their own, in branches of the loop's body, where that saves enough; ``explain()`` says so. Units that fire for
     almost every token are always computed, and have no predictor, where that saves 2 % or more of what a block reads:

@@ -320,7 +320,7 @@ class SiteCalibration:
             how += f"; its logits are {self.kl_at(size, predictor).max():.2g} nats a token from the dense ones"
         return Chosen(predictor, size, how, sizes if self.stack else None, self._needs(predictor), self.static)
 
-    def alternatives(self, settings: Vocab | Ffn) -> Sequence[Predictor]:
+    def alternatives(self, settings: SizedSettings) -> Sequence[Predictor]:
         """The predictors that do what was asked for at some size, of which the planner takes the fastest.
 
         None where only the one that was chosen has a size: those found for a cost were weighed all together.

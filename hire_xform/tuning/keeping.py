@@ -14,6 +14,7 @@ import os
 import platform as host
 import re
 import sys
+import threading
 import warnings
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,9 @@ def profile_for(platform: str) -> Profile:
     """
     stated = os.environ.get(VARIABLE, "")
     if stated in ("", "auto"):
+        if jax.process_count() > 1:
+            # Processes that run one program have to plan it alike, and each has its own folder.
+            return built_in_for(platform)
         return kept(platform) or (_measured_now(platform) if stated else None) or built_in_for(platform)
     fixed = None if stated == "off" else _named(stated)
     return fixed if fixed is not None and fixed.platform == platform else built_in_for(platform)
@@ -104,7 +108,12 @@ def _measured_now(platform: str) -> Profile | None:
 
     Once in a process: what could not be kept is not measured again for each plan.
     """
-    return _measured_once(platform, _digest(platform))
+    with _MEASURING:
+        return _measured_once(platform, _digest(platform))
+
+
+# Two at once would measure each other.
+_MEASURING = threading.Lock()
 
 
 @functools.lru_cache

@@ -18,6 +18,7 @@ import numpy as np
 
 from hire_xform.comparing.timing import cache_bytes
 from hire_xform.errors import HireWarning
+from hire_xform.passes.ir.trace_context import as_usual
 from hire_xform.passes.plan.machine import device_kind
 from hire_xform.passes.plan.profile import FORMS, ROWS, SCORES, SPELLINGS, ByTokens, Profile, RowTimes
 from hire_xform.tuning import programs
@@ -134,7 +135,7 @@ def _measure(platform: str, sizes: Sizes) -> Profile:
     device = jax.devices(platform)[0]
     found = _Measured()
     try:
-        with jax.default_device(device):
+        with as_usual(), jax.default_device(device):
             for name, fun, operands in _all_programs(sizes):
                 found.add(name, fun, *operands)
             _time(list(found.made.values()), sizes, device)
@@ -172,7 +173,7 @@ def _time(all_programs: list[_Program], sizes: Sizes, device: Any) -> None:
     """Compiles all, two at once, then runs them round after round."""
 
     def compiled(program: _Program) -> None:
-        with jax.default_device(device):  # which each thread has of its own
+        with as_usual(), jax.default_device(device):  # which each thread has of its own
             program.compile()
 
     with ThreadPoolExecutor(2) as two:

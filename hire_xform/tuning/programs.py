@@ -14,7 +14,7 @@ from jax import lax
 from hire_xform.lowering.engine.block import UpProduct, ffn
 from hire_xform.lowering.engine.head import certified_logits, vocab_logits
 from hire_xform.lowering.predict.few_bits import fine_scores, quantized_scores
-from hire_xform.lowering.predict.predictors import Given, Packed, Predictor
+from hire_xform.lowering.predict.predictors import Given, PackedArrays, Predictor
 from hire_xform.lowering.primitives.combine_rows import combine_rows
 from hire_xform.lowering.primitives.da_top_k import da_top_k
 from hire_xform.lowering.primitives.products import all_products
@@ -128,15 +128,15 @@ class _Known(Predictor):
 
     proves = True
 
-    def pack(self, rows: jax.Array, given: Given) -> Packed:
+    def pack(self, rows: jax.Array, given: Given) -> PackedArrays:
         """The entries."""
         return {"entry": rows[:, 0]}
 
-    def scores(self, x: jax.Array, packed: Packed, n: int) -> jax.Array:
+    def scores(self, x: jax.Array, packed: PackedArrays, n: int) -> jax.Array:
         """Exact."""
         return x[:, :1] * packed["entry"]
 
-    def bounds(self, x: jax.Array, proof: Packed, input_bits: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def bounds(self, x: jax.Array, proof: PackedArrays, input_bits: int) -> tuple[jax.Array, jax.Array, jax.Array]:
         """A little above."""
         scores = self.scores(x, proof, 0)
         error = 1e-6 * jnp.abs(scores)

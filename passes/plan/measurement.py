@@ -36,7 +36,7 @@ class Measurement(Protocol):
     def advise(self, settings: SizedSettings, static: bool) -> Chosen:
         """What a site with these settings should have where they state nothing; ``static``: some units always."""
 
-    def alternatives(self, settings: Vocab | Ffn) -> Sequence[Predictor]:
+    def alternatives(self, settings: SizedSettings) -> Sequence[Predictor]:
         """The predictors that do what was asked for at some size, with settings that state none; that advised too."""
 
 

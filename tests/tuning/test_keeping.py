@@ -92,6 +92,16 @@ def test_off_and_names_and_files_stand_before_what_is_kept(monkeypatch, tmp_path
     assert keeping.profile_for("tpu").platform == "tpu"
 
 
+def test_processes_that_run_one_program_plan_alike(monkeypatch, tmp_path):
+    keeping.keep(with_int8(0.9))
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    assert keeping.profile_for("cpu").source == "built in"
+    # Unless they are given one.
+    keeping.keep(with_int8(0.9), tmp_path / "mine.json")
+    monkeypatch.setenv(keeping.VARIABLE, str(tmp_path / "mine.json"))
+    assert keeping.profile_for("cpu").source == "measured"
+
+
 @pytest.mark.parametrize("change", ["cores", "jax", "library", "xla_flags", "device"])
 def test_a_profile_of_another_machine_is_left_aside(change, monkeypatch, folder):
     keeping.keep(with_int8(0.9))
