@@ -30,10 +30,12 @@ TINY = Sizes(
     some_tokens=(1, 2),
     swept=4096,
     rounds=1,
+    seconds=0.0,
 )
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:the machine was busy")
 def test_measuring_fills_every_table():
     found = []
 
@@ -52,6 +54,7 @@ def test_measuring_fills_every_table():
         assert [count for count, _ in by_tokens] == [1, 2]
         assert all(0 < seconds < math.inf for _, seconds in by_tokens)
     assert all(set(own) == set(SPELLINGS) for own in profile.dense.values())
+    assert len({own[0] for own in profile.dense["f32"].values()}) == 1
     for times in profile.rows.values():
         (few, low), (many, high) = times.points
         assert (few, many) == (16 * 128, 32 * 128)
@@ -63,13 +66,20 @@ def test_measuring_fills_every_table():
     assert len(table(profile).splitlines()) > len(FORMS) * len(SPELLINGS)
 
 
+def test_a_time_counts_once_another_agrees():
+    program = measuring._Program(None, [])
+    for times, sure in (([1.0], False), ([3.0, 1.0], False), ([3.0, 1.0, 1.1], True), ([1.0, 1.1, 0.5], False)):
+        program.times = times
+        assert program.is_sure == sure
+        assert program.seconds == sorted(times)[:2][-1]
+
+
 def test_a_busy_machine_is_told_of():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        measuring._warn_if_busy([1.0, 1.1, 9.0])
-        measuring._warn_if_busy([])
-    with pytest.warns(hx.HireWarning, match=r"busy while it was measured: .* 2\.5 times .* when it is idle"):
-        measuring._warn_if_busy([1.0, 2.5, 3.0])
+        measuring._warn_if_busy(0.05)
+    with pytest.warns(hx.HireWarning, match=r"busy while it was measured: 30% of the programs .* when it is idle"):
+        measuring._warn_if_busy(0.3)
 
 
 @pytest.mark.parametrize("form", FORMS)
