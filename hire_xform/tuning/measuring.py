@@ -235,8 +235,8 @@ def _profile(platform: str, found: _Measured, sizes: Sizes) -> Profile:
         rows, measured = sizes.dense(form)
         size = rows * sizes.columns * programs.itemsize(form)
         dense[form] = {how: by_tokens(size, measured, form, how) for how in SPELLINGS}
-    # In f32 one token is multiplied at the speed of memory, or nearly, however it is spelled. What is slower was chance,
-    # by which dense products are not to be taken for slow.
+    # In f32 one token is multiplied at the speed of memory, or nearly, however it is spelled. What is slower was
+    # chance, by which dense products are not to be taken for slow.
     (one, fastest), *_ = min(dense["f32"].values(), key=lambda times: times[0][1])
     dense["f32"] = {how: ((one, fastest), *times[1:]) for how, times in dense["f32"].items()}
     scores = {
