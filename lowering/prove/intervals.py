@@ -4,7 +4,10 @@ An interval is two arrays between which a value of the dense program lies. Sums,
 rounded to nearest rise with what goes into them, so that the ends of an interval, computed alike, enclose the result;
 :func:`rounded` then moves both ends outwards by more than one rounding in the result's dtype. That covers a compiler
 that leaves a rounding out (a fused multiply and add, 16 bits kept in f32) and operations that are off by some units in
-the last place. What is exactly zero stays so: zero times anything finite, the larger of zero and less.
+the last place. In 16 bits a rounding is half of the last place, so that each one that a compiler may make on the way
+counts: a power is made of products, a quotient by a constant is a product with its inverse, one over a root is made of
+the root, a logistic function of an exponential, a sum and a quotient. What is exactly zero stays so: zero times
+anything finite, the larger of zero and less.
 
 A NaN at either end means that nothing is known: of what overflows, of a quotient by what may be zero, of a root of what
 may be negative. No comparison with it holds, so it proves nothing.
@@ -115,16 +118,18 @@ def interval(value: Any) -> Interval:
     return value if isinstance(value, Interval) else point(value)
 
 
-def rounded(value: Interval, dtype: Any, floor: Any = None) -> Interval:
+def rounded(value: Interval, dtype: Any, floor: Any = None, times: int = 1) -> Interval:
     """What a result in this interval may be after it is rounded to a dtype; where it may overflow, nothing is known.
 
     Args:
       value: the interval of the result before rounding, its ends computed in f32.
       dtype: f32, bf16 or f16.
       floor: what the result is not below, whatever is rounded; None for no such thing.
+      times: how often it may be rounded on the way, each time by a share of it; three at most.
     """
     kind = jnp.finfo(dtype)
-    relative = _UNITS + (0.51 * float(kind.eps) if kind.bits < 32 else 0.0)
+    # (1 + eps / 2)^3 is less than 1 + 3 * 0.51 eps.
+    relative = times * (_UNITS + (0.51 * float(kind.eps) if kind.bits < 32 else 0.0))
     least, most = float(kind.tiny), float(kind.max) / 4.0
     low = value.low - jnp.abs(value.low) * relative - least
     high = value.high + jnp.abs(value.high) * relative + least
@@ -189,11 +194,11 @@ def _extremes(ends: list[Any]) -> tuple[Any, Any]:
 
 
 def quotient(a: Interval, b: Interval, dtype: Any) -> Interval:
-    """One over the other."""
-    apart = (b.low > 0.0) | (b.high < 0.0)
+    """One over the other; nothing is known where the inverse of the other may be lost to zero."""
+    apart = ((b.low > 0.0) | (b.high < 0.0)) & (b.magnitude <= 1.0 / float(jnp.finfo(dtype).tiny))
     divisor = b.map(lambda end: jnp.where(apart, end, jnp.nan))
     low, high = _extremes([x / y for x in a for y in divisor])
-    return _exactly_zero(a.zero, rounded(Interval(low, high), dtype, _floor(a, b)))
+    return _exactly_zero(a.zero, rounded(Interval(low, high), dtype, _floor(a, b), times=2))
 
 
 def larger(a: Interval, b: Interval) -> Interval:
@@ -212,11 +217,11 @@ def absolute(a: Interval) -> Interval:
 
 
 def power(a: Interval, exponent: int, dtype: Any) -> Interval:
-    """A positive integer power, made of products."""
+    """A positive integer power of at most four, made of products."""
     even = exponent % 2 == 0
     base = absolute(a) if even else a
     made = Interval(base.low**exponent, base.high**exponent)
-    return _exactly_zero(a.zero, rounded(made, dtype, 0.0 if even else None))
+    return _exactly_zero(a.zero, rounded(made, dtype, 0.0 if even else None, times=exponent - 1))
 
 
 def root(a: Interval, dtype: Any, inverse: bool = False) -> Interval:
@@ -224,14 +229,14 @@ def root(a: Interval, dtype: Any, inverse: bool = False) -> Interval:
     inside = a.map(lambda end: jnp.where(a.low > 0.0 if inverse else a.low >= 0.0, end, jnp.nan))
     ends = inside.map(jnp.sqrt)
     if inverse:
-        return rounded(Interval(1.0 / ends.high, 1.0 / ends.low), dtype, 0.0)
+        return rounded(Interval(1.0 / ends.high, 1.0 / ends.low), dtype, 0.0, times=2)
     return _exactly_zero(a.zero, rounded(ends, dtype, 0.0))
 
 
 def sloped(fun: Callable[[Any], Any], a: Interval, dtype: Any, falls: bool = False, odd: bool = False) -> Interval:
     """A bounded function that only rises (or falls), known to be zero at zero where it is odd."""
     low, high = (a.high, a.low) if falls else (a.low, a.high)
-    made = rounded(Interval(fun(low) - _APPROXIMATION, fun(high) + _APPROXIMATION), dtype)
+    made = rounded(Interval(fun(low) - _APPROXIMATION, fun(high) + _APPROXIMATION), dtype, times=3)
     return _exactly_zero(a.zero, made) if odd else made
 
 

@@ -87,8 +87,9 @@ class _Errors:
         if p is prims.copy_p or p is prims.neg_p:
             return self.of(operands[0])
         if p is prims.div_p:
-            divisor = 1.0 / self.value(operands[1])
-            return self.rounded(self.of(operands[0]) * divisor.magnitude, number, dtype)
+            # A compiler may multiply with the divisor's inverse, which it rounds as well.
+            divisor = intervals.quotient(intervals.point(1.0), self.value(operands[1]), dtype)
+            return self.rounded(self.of(operands[0]) * divisor.magnitude, number, dtype, times=2)
         if p is prims.mul_p:
             return self.rounded(self.product(*operands), number, dtype)
         if p is prims.square_p or p is prims.integer_pow_p:
@@ -100,6 +101,6 @@ class _Errors:
         first, second = self.of(a), self.of(b)
         return first * (self.norm(b) + second) + self.norm(a) * second
 
-    def rounded(self, off: jax.Array, number: int, dtype: Any) -> jax.Array:
-        """That of a result which is rounded to a dtype."""
-        return (off + _unit(dtype) * (self.norm(number) + off)) * (1.0 + 16.0 * _U) + _LOST
+    def rounded(self, off: jax.Array, number: int, dtype: Any, times: int = 1) -> jax.Array:
+        """That of a result which is rounded to a dtype, so often on the way."""
+        return (off + times * _unit(dtype) * (self.norm(number) + off)) * (1.0 + 16.0 * _U) + _LOST
