@@ -1,4 +1,4 @@
-"""Layouts of tokens and units: each equation's operands have those under which its result is the same canonical array."""
+"""Layouts of tokens and units: under those of its operands an equation makes the canonical array of its result."""
 
 import itertools
 import math
@@ -130,9 +130,9 @@ def test_random_moves():
     """Of random reshapes, transposes and slices those that are followed are followed rightly, and most are."""
     rng, followed = np.random.default_rng(0), 0
     for _ in range(60):
-        shape = tuple(int(n) for n in rng.choice([1, 2, 3, 4], 3))
+        shape, seed = tuple(int(n) for n in rng.choice([1, 2, 3, 4], 3)), int(rng.integers(1 << 30))
 
-        def fun(x, seed=int(rng.integers(1 << 30))):
+        def fun(x, seed=seed):
             draw = np.random.default_rng(seed)
             for _ in range(3):
                 kind = draw.integers(3)
