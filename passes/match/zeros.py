@@ -47,10 +47,12 @@ def gate_of(region: Region) -> Gate | None:
 
 
 def upper_of(region: Region, expr: int, upper: Any, sides: Sequence[Any]) -> Any:
-    """An upper bound of a gate, f32: casts and sums of one product, side inputs and numbers.
+    """An upper bound of a gate, f32: casts and sums of one product, side inputs and numbers, and the product scaled.
 
     Sums that are rounded to nearest rise with what goes into them. Whether a compiler rounds to 16 bits on the way is
-    not known: each result is taken as rounded up, or not at all.
+    not known: each result is taken as rounded up, or not at all. A scale that is not negative keeps the order; whether
+    what it makes is rounded before something is added (or multiplied and added in one) is not known either, so it is
+    taken as more than it can be. Nothing is known where a scale is negative.
 
     Args:
       region: the region.
@@ -71,7 +73,19 @@ def upper_of(region: Region, expr: int, upper: Any, sides: Sequence[Any]) -> Any
     p, dtype = e.node.primitive, e.node.outputs[0].aval.dtype
     if p in _CASTS:
         return intervals.rounded_up(first, dtype)
+    if p is prims.mul_p:
+        scale = isinstance(region.exprs[e.operands[0]], (Side, Number))
+        return intervals.rounded_up(_scaled_up(*((others[0], first) if scale else (first, others[0]))), dtype)
     return intervals.rounded_up(first - others[0] if p is prims.sub_p else first + others[0], dtype)
+
+
+def _scaled_up(upper: Any, scale: Any) -> Any:
+    """More than anything up to ``upper`` times a scale that is not negative, which nothing below zero makes positive."""
+    product = upper * scale
+    # Twice what one rounding is off by; and what a product that is too small for f32 may lose.
+    above = product + jnp.abs(product) * 2.0**-22 + float(jnp.finfo(jnp.float32).tiny)
+    above = jnp.where(upper <= 0, jnp.minimum(above, 0), above)
+    return jnp.where(scale >= 0, above, jnp.inf)
 
 
 def _number(region: Region, expr: int) -> float | None:
@@ -126,7 +140,7 @@ def _rises_with(region: Region, expr: int) -> int | None:
     p, operands = e.node.primitive, e.operands
     if p in _CASTS:
         return _rises_with(region, operands[0])
-    if p in _ADDS:
+    if p in _ADDS or p is prims.mul_p:
         for a, b in (operands, operands[::-1]):
             if isinstance(region.exprs[b], (Side, Number)):
                 return _rises_with(region, a)
