@@ -80,7 +80,7 @@ def upper_of(region: Region, expr: int, upper: Any, sides: Sequence[Any]) -> Any
 
 
 def _scaled_up(upper: Any, scale: Any) -> Any:
-    """More than anything up to ``upper`` times a scale that is not negative, which nothing below zero makes positive."""
+    """More than all up to ``upper`` times a scale that is not negative; of what is below zero nothing positive."""
     product = upper * scale
     # Twice what one rounding is off by; and what a product that is too small for f32 may lose.
     above = product + jnp.abs(product) * 2.0**-22 + float(jnp.finfo(jnp.float32).tiny)

@@ -151,10 +151,10 @@ class PackKey:
         """Whether it is rows that lie in the leaf as they are: there is nothing to pack."""
         return self.is_rows and self.recipe.is_leaf
 
-    @property
+    @cached_property
     def anywhere(self) -> PackKey:
         """The same of a leaf of any argument: what is packed does not hang on where weights are passed."""
-        return replace(self, recipe=self.recipe.from_roots(lambda root: Root("", root.index)))
+        return PackKey(self.recipe.from_roots(Root.anywhere), self.form)
 
 
 @dataclass(frozen=True, eq=False, repr=False)

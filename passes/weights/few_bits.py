@@ -7,6 +7,7 @@ their own, to the weight's shape, so that they are cut and moved alike; packed, 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -31,11 +32,13 @@ COMMUTES = frozenset({prims.mul_p, prims.add_p})
 _MOST_EQUATIONS = 32
 
 
+@functools.lru_cache(maxsize=64)
 def in_few_bits(dtype: Any) -> bool:
     """True for integers and floats of at most eight bits."""
     return bits_of(dtype) <= 8 and any(jnp.issubdtype(dtype, kind) for kind in (jnp.integer, jnp.floating))
 
 
+@functools.lru_cache(maxsize=64)
 def bits_of(dtype: Any) -> int:
     """Bits that an entry takes as it is stored: half a byte of what has four."""
     kind = next((k for k in (jnp.integer, jnp.floating) if jnp.issubdtype(dtype, k)), None)
@@ -46,6 +49,8 @@ def bits_of(dtype: Any) -> int:
 
 def stored_bytes(origin: Origin, shape: Sequence[int]) -> int:
     """Bytes of a weight of some shape as it is stored, what it is scaled by included."""
+    if not origin.recipe.scalings:
+        return -(-math.prod(shape) * bits_of(origin.stored) // 8)
     return sum(size for _, size in stored_parts(origin, shape))
 
 
@@ -53,6 +58,8 @@ def stored_parts(origin: Origin, shape: Sequence[int]) -> list[tuple[Recipe, int
     """The same of each recipe that a weight is made of."""
     recipe, size = origin.recipe, math.prod(shape)
     found = [(recipe.parts[0], -(-size * bits_of(origin.stored) // 8))]
+    if not recipe.scalings:
+        return found
     for scaling in recipe.scalings:
         if scaling.by is not None:
             copies = math.prod(n for digits in _digits(scaling.by.steps) or [] for n, copied in digits if copied)

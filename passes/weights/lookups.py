@@ -28,16 +28,17 @@ def find_lookups(graph: Graph, provenance: Provenance) -> list[Lookup]:
     """The lookups of a graph, of weights that are no part of a stack."""
     found = []
     for node in graph.program_order():
-        if _takes_rows(node):
+        if node.primitive in _TAKE and _takes_rows(node):
             origin = provenance.origin(node.inputs[0])
             if origin is not None and not origin.refs:
                 found.append(Lookup(node, origin))
     return found
 
 
+_TAKE = (prims.gather_p, prims.dynamic_slice_p)
+
+
 def _takes_rows(node: Node) -> bool:
-    if node.primitive not in (prims.gather_p, prims.dynamic_slice_p):
-        return False
     shape, sizes = shape_of(node.inputs[0]), tuple(node.params["slice_sizes"])
     if len(shape) != 2 or sizes != (1, shape[1]):
         return False

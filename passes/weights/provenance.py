@@ -128,7 +128,8 @@ class Provenance:
             self._node(node)
             for child in node.children:
                 self._child(child)
-            self._leave(node)
+            if node.children:
+                self._leave(node)
 
     def _child(self, scope: Scope) -> None:
         """An inner scope. Weights in its state that it changes count as computed, if it makes them of weights."""
@@ -156,8 +157,6 @@ class Provenance:
 
     def _leave(self, node: Node) -> None:
         """Results of a loop or branch that are weights again, whichever way they were come by."""
-        if not node.children:
-            return
         for i, result in enumerate(node.outputs):
             made = [child.outputs[i] for child in node.children]
             stacked = node.children[0].kind == "scan" and i >= len(carried_inputs(node))
@@ -187,17 +186,25 @@ class Provenance:
             for operand, result in zip(node.inputs, node.outputs, strict=True):
                 self._set(result, self.origin(operand))
             return
-        origin = self.origin(node.inputs[0]) if node.inputs else None
-        rule = moved if moves_only(node) else RULES.get(node.primitive)
+        first = node.inputs[0] if node.inputs else None
+        origin = self.origin(first) if first is not None else None
+        # Of weights, and of what may become them: most equations have none.
+        noted = isinstance(first, Value) and (first in self._scales or first in self._by_data)
+        rule: Rule | None = None
+        if origin is not None or noted:
+            rule = moved if moves_only(node) else RULES.get(node.primitive)
         results = rule(node, origin) if rule is not None and origin is not None else None
         if results is None and node.primitive in SCALES:
-            results = self._scaled(node)
+            second = node.inputs[1]
+            if origin is not None or (isinstance(second, Value) and second in self._origins):
+                results = self._scaled(node)
         if results is not None:
             for result, found in zip(node.outputs, results, strict=True):
                 self._set(result, found)
             return
         self._mark_derived(node)
-        self._note(node, rule)
+        if origin is not None or noted:
+            self._note(node, rule)
 
     def _note(self, node: Node, rule: Rule | None) -> None:
         """Notes what is no weight, but what weights may be scaled by; and what is moved of weights scaled by data."""
@@ -247,7 +254,7 @@ class Provenance:
                 return  # of data alone
         if picks_matrix(node):
             made_of = made_of[:1]
-        elif any(_is_matrix(v) for v in made_of) and node.primitive not in _READS_BY_DATA:
+        elif node.primitive not in _READS_BY_DATA and any(map(_is_matrix, made_of)):
             made_of = [v for v in made_of if math.prod(v.shape) > 1]
         made_of = [v for v in made_of if v not in self._fixed]
         if not made_of:
@@ -264,4 +271,7 @@ _READS_BY_DATA = (prims.dot_general_p, prims.gather_p, prims.dynamic_slice_p)
 
 def _is_matrix(operand: Operand) -> bool:
     """True for what has two axes longer than one."""
-    return sum(size > 1 for size in shape_of(operand)) >= 2
+    long = 0
+    for size in operand.aval.shape:  # type: ignore[union-attr] # asked of nearly every operand there is
+        long += size > 1
+    return long >= 2

@@ -34,6 +34,10 @@ class Root:
         """A leaf of the argument that is at a position or has a name."""
         return cls(f"arg{argument}" if isinstance(argument, int) else f"arg:{argument}", index)
 
+    def anywhere(self) -> Root:
+        """The same leaf of whichever argument."""
+        return Root("", self.index)
+
     @property
     def argument(self) -> int | str | None:
         """The position or name of the argument; None for a closed-over array."""
@@ -221,14 +225,17 @@ class Recipe:
 
     def then(self, *steps: Step) -> Recipe:
         """This recipe with more steps, those that do nothing left out by the caller."""
-        moves = steps if not self.scalings else tuple(s for s in steps if not isinstance(s, Convert))
+        if not self.scalings:
+            return Recipe(self.root, self.steps + steps)
+        moves = tuple(s for s in steps if not isinstance(s, Convert))
         own = [replace(s, by=None if s.by is None else s.by.then(*moves)) for s in self.scalings]
-        if self.scalings:
-            own += [Scaling(Operation("convert", s.dtype)) for s in steps if isinstance(s, Convert)]
+        own += [Scaling(Operation("convert", s.dtype)) for s in steps if isinstance(s, Convert)]
         return Recipe(self.root, self.steps + moves, tuple(own))
 
     def each(self, change: Callable[[Recipe], Recipe]) -> Recipe:
         """The same with every recipe that it is made of changed: that of the leaf, and those that scale it."""
+        if not self.scalings:
+            return change(self)
         own = change(Recipe(self.root, self.steps))
         scalings = (replace(s, by=None if s.by is None else change(s.by)) for s in self.scalings)
         return Recipe(own.root, own.steps, tuple(scalings))
@@ -236,23 +243,27 @@ class Recipe:
     @property
     def parts(self) -> tuple[Recipe, ...]:
         """The recipes that it is made of: that of the leaf, then those that scale it."""
+        if not self.scalings:
+            return (self,)
         return (Recipe(self.root, self.steps), *(s.by for s in self.scalings if s.by is not None))
 
     @property
     def roots(self) -> tuple[Root, ...]:
         """The leaves that it is made of."""
-        return tuple(part.root for part in self.parts)
+        return tuple(part.root for part in self.parts) if self.scalings else (self.root,)
 
     def from_roots(self, change: Callable[[Root], Root]) -> Recipe:
         """The same of other leaves."""
-        return self.each(lambda part: Recipe(change(part.root), part.steps))
+        if not self.scalings:
+            return Recipe(change(self.root), self.steps)
+        return self.each(lambda part: part.from_roots(change))
 
     @property
     def as_stored(self) -> Recipe:
         """The same values in the narrowest dtype that is known to have them: without the steps that only widen."""
-        return self.each(
-            lambda p: Recipe(p.root, tuple(s for s in p.steps if not (isinstance(s, Convert) and s.exact)))
-        )
+        if self.scalings:
+            return self.each(lambda part: part.as_stored)
+        return Recipe(self.root, tuple(s for s in self.steps if not (isinstance(s, Convert) and s.exact)))
 
     @property
     def is_leaf(self) -> bool:
