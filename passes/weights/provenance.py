@@ -187,11 +187,12 @@ class Provenance:
                 self._set(result, self.origin(operand))
             return
         first = node.inputs[0] if node.inputs else None
-        origin = self.origin(first) if first is not None else None
-        # Of weights, and of what may become them: most equations have none.
-        noted = isinstance(first, Value) and (first in self._scales or first in self._by_data)
+        origin, noted = None, False
+        if isinstance(first, Value):
+            origin = self._origins.get(first) if first.const is None else self.origin(first)
+            noted = first in self._scales or first in self._by_data
         rule: Rule | None = None
-        if origin is not None or noted:
+        if origin is not None or noted:  # few equations take weights, or what may become them
             rule = moved if moves_only(node) else RULES.get(node.primitive)
         results = rule(node, origin) if rule is not None and origin is not None else None
         if results is None and node.primitive in SCALES:
@@ -245,13 +246,16 @@ class Provenance:
 
     def _mark_derived(self, node: Node) -> None:
         """Marks what is made of weights alone. Data may say which part of a weight is taken, and how it is scaled."""
-        made_of = [v for v in node.inputs if isinstance(v, Value)]
-        for value in made_of:
+        made_of: list[Value] = []
+        of_data = True
+        for value in node.inputs:
+            if not isinstance(value, Value):
+                continue
+            made_of.append(value)
             if value.const is not None or value in self._fixed or value in self._origins or value in self._derived:
-                break
-        else:
-            if made_of:
-                return  # of data alone
+                of_data = False
+        if made_of and of_data:
+            return
         if picks_matrix(node):
             made_of = made_of[:1]
         elif node.primitive not in _READS_BY_DATA and any(map(_is_matrix, made_of)):
