@@ -74,9 +74,9 @@ def ladder_of(
         steps.append(np.argmin(longer, axis=0))
         total = np.min(longer, axis=0)
         found = _ladder(counts, within, steps, int(np.argmin(total + ends)), float(np.min(total + ends)))
-        if best.read - found.read < WORTH * (fixed + best.read):
-            break
-        best = found
+        # Two more may be worth it where one is not.
+        if best.read - found.read >= (len(found.counts) - len(best.counts)) * WORTH * (fixed + best.read):
+            best = found
     return best
 
 
