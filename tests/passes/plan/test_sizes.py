@@ -115,6 +115,12 @@ def test_one_size_more_is_taken_for_its_worth_only():
     assert ladder_of(needs, lambda c: float(c), 100.0, tried=True, fixed=1e5).counts == (8,)
 
 
+def test_the_largest_size_is_at_least_what_is_asked_for():
+    needs = np.asarray([0, 9, 0, 0, 0, 0])
+    assert ladder_of(needs, lambda c: float(c), 1e9, tried=True).counts == (2,)
+    assert ladder_of(needs, lambda c: 10.0 * c, 0.0, tried=False, least=5).counts[-1] == 5
+
+
 # --- the sizes of a site ---
 
 D, M, L = 8, 64, 4
@@ -124,10 +130,16 @@ def block(w, x):
     return jnp.maximum(x @ w["up"], 0) @ w["down"]
 
 
-def reading(certify=False, tokens=1, static=0):
-    found = laid_out(block, {"down": jnp.ones((M, D)), "up": jnp.ones((D, M))}, jnp.ones((tokens, D)))
+def head(w, x):
+    return jnp.argmax(x @ w["up"], -1)
+
+
+def reading(certify=False, tokens=1, static=0, fun=block):
+    found = laid_out(fun, {"down": jnp.ones((M, D)), "up": jnp.ones((D, M))}, jnp.ones((tokens, D)))
     (match,) = detect(found.graph, found.provenance).matches
     settings = Ffn(active=0.5, certify=certify, predictor=hx.Quantized(8))
+    if fun is head:
+        settings = hx.Vocab(candidates=8, certify=certify, predictor=hx.Quantized(8))
     return Reading(match, settings, tokens, M - static, 1, 1, static)
 
 
@@ -155,8 +167,11 @@ def test_one_size_without_a_calibration():
     assert found.taken(True) == [(1.0, found.exact, False)]
 
 
-def test_a_certified_site_has_its_size_and_the_dense_form():
-    read = reading(certify=True)
+@pytest.mark.parametrize("fun", [block, head], ids=["block", "head"])
+def test_a_certified_site_has_its_size_and_the_dense_form(fun):
+    read = reading(certify=True, fun=fun)
+    # A head reads its candidates before it knows whether they prove anything.
+    assert read.tried is (fun is head)
     found = sizes_of(read, UNCHOSEN, 16)
     own, dense = found.rungs
     assert (own.computed, own.share) == (16, None)
@@ -172,8 +187,9 @@ def needing(*pairs):
     return needs
 
 
-def test_a_calibrated_certified_site_has_a_ladder():
-    read = reading(certify=True)
+@pytest.mark.parametrize("fun", [block, head], ids=["block", "head"])
+def test_a_calibrated_certified_site_has_a_ladder(fun):
+    read = reading(certify=True, fun=fun)
     chosen = Chosen(None, 40, "", needs=needing((4, 70), (40, 20), (60, 10)))
     found = sizes_of(read, chosen, 40)
     assert found.smaller == (4,)
