@@ -14,6 +14,21 @@ ORDER = {
 }
 PACKAGES = ["lowering", "passes", "hire_xform"]
 
+# Modules that no unit test of their room imports, and where else they are tested by themselves.
+TESTED_ELSEWHERE = {
+    "lowering.engine.cyclic_rows": "tests/sharded/test_cyclic.py",
+    "passes.plan.profile": "tests/tuning/test_keeping.py",
+}
+# Those that only whole programs test. The list may get shorter.
+TESTED_BY_PROGRAMS = {
+    "passes.kinds.dense",
+    "passes.kinds.ffn_blocks",
+    "passes.kinds.ffn_measured",
+    "passes.kinds.readings",
+    "passes.kinds.top_groups",
+    "passes.weights.few_bits",
+}
+
 
 def sources(package):
     inner = ROOT / package
@@ -66,3 +81,35 @@ def test_every_room_is_in_the_wheel_and_says_what_it_is():
                 assert ast.get_docstring(ast.parse(path.read_text()))
     stated = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
     assert sorted(stated) == sorted(found)
+
+
+def modules(package):
+    """Names of a package's modules, those that say what a room is apart."""
+    for path in sources(package):
+        if path.name != "__init__.py":
+            yield ".".join(path.relative_to(ROOT).with_suffix("").parts)
+
+
+def names_in(path):
+    """The modules of this project that a test imports, by itself or by a helper of the suite."""
+    found = {".".join(parts[1:]) for parts in imported(path)}
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            # `from hire_xform.passes.ir import compat` names a module, too.
+            found |= {f"{node.module}.{name.name}".removeprefix("hire_xform.") for name in node.names}
+            helper = ROOT / "tests" / f"{node.module}.py"
+            found |= names_in(helper) if helper.exists() else set()
+    return found
+
+
+def test_every_module_has_a_unit_test_of_its_room():
+    tests = [path for package in ORDER for path in sorted((ROOT / "tests" / package).rglob("*.py"))]
+    tested = set().union(*map(names_in, tests))
+    known = {name for package in ORDER for name in modules(package)}
+    without = known - tested - set(TESTED_ELSEWHERE) - TESTED_BY_PROGRAMS
+    assert not without, f"add a test that calls them to tests/passes or tests/lowering: {sorted(without)}"
+    listed = set(TESTED_ELSEWHERE) | TESTED_BY_PROGRAMS
+    assert not listed & tested, "these have one: take them off the list"
+    assert listed <= known
+    for name, test in TESTED_ELSEWHERE.items():
+        assert name in names_in(ROOT / test)

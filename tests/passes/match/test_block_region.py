@@ -7,8 +7,9 @@ import pytest
 from jax import lax
 from laid_out import laid_out
 
-from hire_xform.passes.ir.axes import to_canonical
+from hire_xform.passes.ir.axes import Atom, to_canonical, whole
 from hire_xform.passes.match import kinds
+from hire_xform.passes.match.block_region import trace_region
 from hire_xform.passes.match.ends import end_of, ends_before_products, outlives
 from hire_xform.passes.match.ffn import ffn_ending_in
 from hire_xform.passes.match.matches import FfnMatch
@@ -129,6 +130,23 @@ def test_a_region_makes_what_is_contracted(name):
     few = [h[:, chosen] for h in hiddens]
     got = replay(match.region, few, sides, lambda v: v[:, chosen], jax.nn.relu, OfAll())
     np.testing.assert_allclose(got, want[:, chosen], rtol=1e-4, atol=1e-5)
+
+
+def test_a_region_is_of_the_units_that_its_layout_names():
+    found = laid_out(BLOCKS["relu"][0], W, X)
+    up, down = found.found[0]
+    by_node = {p.node: p for p in (up, down)}
+    tokens, units = whole([Atom("t", 1, T)], T), whole([Atom("h", 1, M)], M)
+    region = trace_region(down, (tokens, units), by_node, Probe())
+    assert [one.product for one in region.ups] == [up]
+    assert region.varies == [True, False, True]
+    assert region.nodes == {up.node, down.x.node}
+    assert region.inner == {up.out, down.x}
+    assert trace_region(down, (tokens, units), {}, Probe()).reason.startswith(
+        "what it contracts is made by what is not"
+    )
+    # As tokens the units are none.
+    assert isinstance(trace_region(down, (units, tokens), by_node, Probe()), Unfollowed)
 
 
 def test_which_zeros_a_region_leaves():
