@@ -19,6 +19,8 @@ from hire_xform.lowering.primitives.kernels import no_built_in, register_built_i
 __all__ = ["MOST_TOKENS", "install"]
 
 MOST_TOKENS = 16
+# Columns that a scale's entry is for are one, all, or a multiple of this: `kScaled` of kernels.h.
+SCALED = 64
 _FLOATS = frozenset({jnp.dtype(t) for t in (jnp.float32, jnp.bfloat16, jnp.float16)})
 
 
@@ -35,6 +37,8 @@ def install() -> str | None:
         ("hire_products", _products, _products_served),
         ("hire_select_rows_dot", _select_rows_dot, _rows_served),
         ("hire_combine_rows", _combine_rows, _rows_served),
+        ("hire_select_stored_rows_dot", _select_stored_rows_dot, _stored_rows_served),
+        ("hire_combine_stored_rows", _combine_stored_rows, _stored_rows_served),
         ("da_top_k", _da_top_k, _largest_served),
         ("hire_arg_max", _arg_max, _floats_served),
     ):
@@ -55,8 +59,19 @@ def _products_served(x: Any, rows: Any) -> bool:
 
 
 def _rows_served(x: Any, rows: Any, index: Any, **settings: Any) -> bool:
-    floats = jnp.dtype(x.dtype) in _FLOATS and jnp.dtype(rows.dtype) in _FLOATS
-    return floats and _few(x) and 0 not in rows.shape and jnp.dtype(index.dtype) == jnp.int32
+    known = jnp.dtype(x.dtype) in _FLOATS and jnp.dtype(rows.dtype) in _FLOATS | {jnp.dtype(jnp.int8)}
+    return known and _few(x) and 0 not in rows.shape and jnp.dtype(index.dtype) == jnp.int32
+
+
+def _stored_rows_served(x: Any, index: Any, values: Any, *others: Any, operations: Any, **settings: Any) -> bool:
+    """Rows of int8 times one scale in f32, in blocks that the loops take; conversions before keep all of an int8."""
+    if jnp.dtype(values.dtype) != jnp.int8 or len(others) != 1 or not _rows_served(x, values, index):
+        return False
+    *before, last = operations
+    exact = all(each.name == "convert" and jnp.dtype(each.dtype) in _FLOATS for each in before)
+    columns = values.shape[1] // others[0].shape[1]
+    blocks = columns in (1, values.shape[1]) or columns % SCALED == 0
+    return exact and (last.name, jnp.dtype(last.dtype)) == ("mul", jnp.float32) and blocks
 
 
 def _largest_served(scores: Any, *, k: int, shards: int) -> bool:
@@ -87,6 +102,21 @@ def _select_rows_dot(
 
 def _combine_rows(h: jax.Array, rows: jax.Array, index: jax.Array, *, group_size: int, out_dtype: Any) -> jax.Array:
     return steps.combine_rows(h.astype(jnp.float32), rows, index, group_size).astype(out_dtype)
+
+
+def _select_stored_rows_dot(
+    x: jax.Array, index: jax.Array, values: jax.Array, scale: jax.Array, **settings: Any
+) -> jax.Array:
+    group, magnitudes = settings["group_size"], settings["magnitudes"]
+    made = steps.select_rows_dot(x.astype(jnp.float32), values, index, group, magnitudes, scale)
+    return made.astype(settings["out_dtype"])
+
+
+def _combine_stored_rows(
+    h: jax.Array, index: jax.Array, values: jax.Array, scale: jax.Array, **settings: Any
+) -> jax.Array:
+    made = steps.combine_rows(h.astype(jnp.float32), values, index, settings["group_size"], scale)
+    return made.astype(settings["out_dtype"])
 
 
 def _da_top_k(scores: jax.Array, *, k: int, shards: int) -> tuple[jax.Array, jax.Array]:

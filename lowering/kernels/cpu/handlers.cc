@@ -77,6 +77,7 @@ using Integers = ffi::Result<S32>;
 auto One() { return ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<ffi::AnyBuffer>(); }
 auto Two() { return One().Arg<ffi::AnyBuffer>(); }
 auto Three() { return Two().Arg<ffi::AnyBuffer>(); }
+auto Four() { return Three().Arg<ffi::AnyBuffer>(); }
 
 ffi::Error ScoresImpl(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer rows, ffi::AnyBuffer scale, Floats out,
                       int64_t bits) {
@@ -92,14 +93,14 @@ ffi::Error ProductsImpl(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer r
   return Told(Products(pool, InUse(), Of(x), Of(rows), To(out)));
 }
 
-ffi::Error SelectRowsDotImpl(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer rows, ffi::AnyBuffer index,
-                             Floats out, int64_t group, bool magnitudes) {
-  return Told(SelectRowsDot(pool, InUse(), Of(x), Of(rows), Of(index), group, magnitudes, To(out)));
+ffi::Error SelectRowsDotImpl(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer rows, ffi::AnyBuffer scale,
+                             ffi::AnyBuffer index, Floats out, int64_t group, bool magnitudes) {
+  return Told(SelectRowsDot(pool, InUse(), Of(x), Of(rows), Of(scale), Of(index), group, magnitudes, To(out)));
 }
 
-ffi::Error CombineRowsImpl(ffi::ThreadPool pool, ffi::AnyBuffer h, ffi::AnyBuffer rows, ffi::AnyBuffer index,
-                           Floats out, int64_t group) {
-  return Told(CombineRows(pool, InUse(), Of(h), Of(rows), Of(index), group, To(out)));
+ffi::Error CombineRowsImpl(ffi::ThreadPool pool, ffi::AnyBuffer h, ffi::AnyBuffer rows, ffi::AnyBuffer scale,
+                           ffi::AnyBuffer index, Floats out, int64_t group) {
+  return Told(CombineRows(pool, InUse(), Of(h), Of(rows), Of(scale), Of(index), group, To(out)));
 }
 
 ffi::Error LargestImpl(ffi::ThreadPool pool, ffi::AnyBuffer scores, Floats values, Integers indices, int64_t shards) {
@@ -126,10 +127,10 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(hire_fine_scores, hire::FineScoresImpl,
 XLA_FFI_DEFINE_HANDLER_SYMBOL(hire_products, hire::ProductsImpl, hire::Two().Ret<hire::F32>());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(hire_select_rows_dot, hire::SelectRowsDotImpl,
-                              hire::Three().Ret<hire::F32>().Attr<int64_t>("group").Attr<bool>("magnitudes"));
+                              hire::Four().Ret<hire::F32>().Attr<int64_t>("group").Attr<bool>("magnitudes"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(hire_combine_rows, hire::CombineRowsImpl,
-                              hire::Three().Ret<hire::F32>().Attr<int64_t>("group"));
+                              hire::Four().Ret<hire::F32>().Attr<int64_t>("group"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(hire_largest, hire::LargestImpl,
                               hire::One().Ret<hire::F32>().Ret<hire::S32>().Attr<int64_t>("shards"));

@@ -38,10 +38,20 @@ struct Scores {
   int64_t n;
 };
 
+// What rows of int8 are multiplied with: [n / rows, d / columns], each for so many rows and columns. Null: nothing.
+// `columns` is 1, d, or a multiple of kScaled.
+struct Scale {
+  const float* values;
+  int64_t rows;
+  int64_t columns;
+};
+constexpr int64_t kScaled = 64;
+
 // Products of chosen rows: out[t, i] = rows[index[i]] . x[t].
 struct Dots {
   const uint8_t* rows;   // [n, d]
   RowType type;
+  Scale scale;
   int64_t d;
   const int32_t* index;  // counts groups; null: all rows in order
   int64_t group;
@@ -56,6 +66,7 @@ struct Dots {
 struct Sums {
   const uint8_t* rows;   // [n, d]
   RowType type;
+  Scale scale;
   int64_t d;
   const int32_t* index;  // counts groups
   int64_t group;

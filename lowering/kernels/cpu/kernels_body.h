@@ -144,9 +144,45 @@ inline F LoadPart(const float* p, int64_t count) {
   return LoadRowPart<RowType::kF32>(reinterpret_cast<const uint8_t*>(p), count);
 }
 
+// How the entries of a row become numbers: as they are, or times what a scale has for their columns.
+enum class Scaling { kNone, kColumns, kBlocks };
+
+inline const float* ScaleOf(const Scale& scale, int64_t d, int64_t row) {
+  return scale.values ? scale.values + row / scale.rows * (d / scale.columns) : nullptr;
+}
+
+template <RowType Type, Scaling Scaled>
+inline F LoadScaled(const uint8_t* row, const float* scale, int64_t columns, int64_t j) {
+  constexpr int64_t size = Type == RowType::kF32 ? 4 : Type == RowType::kS8 ? 1 : 2;
+  const F w = LoadRow<Type>(row + j * size);
+  if constexpr (Scaled == Scaling::kColumns) return Fma(w, Load(scale + j), Zero());
+  if constexpr (Scaled == Scaling::kBlocks) return Fma(w, Broadcast(scale[j / columns]), Zero());
+  return w;
+}
+
+template <RowType Type, Scaling Scaled>
+inline F LoadScaledPart(const uint8_t* row, const float* scale, int64_t columns, int64_t j, int64_t count) {
+  constexpr int64_t size = Type == RowType::kF32 ? 4 : Type == RowType::kS8 ? 1 : 2;
+  const F w = LoadRowPart<Type>(row + j * size, count);
+  if constexpr (Scaled == Scaling::kColumns) return Fma(w, LoadPart(scale + j, count), Zero());
+  if constexpr (Scaled == Scaling::kBlocks) return Fma(w, Broadcast(scale[j / columns]), Zero());
+  return w;
+}
+
+// Calls fun(width of a scaling) for that of a scale; only rows of int8 have one.
+template <RowType Type, typename Fun>
+inline void WithScaling(const Scale& scale, const Fun& fun) {
+  if constexpr (Type == RowType::kS8) {
+    if (scale.values && scale.columns == 1) return fun(Width<static_cast<int>(Scaling::kColumns)>());
+    if (scale.values) return fun(Width<static_cast<int>(Scaling::kBlocks)>());
+  }
+  fun(Width<static_cast<int>(Scaling::kNone)>());
+}
+
 // One row with T tokens. `ahead` is where the next row lies: it is fetched while this one is multiplied.
-template <RowType Type, int T, bool Magnitudes>
-inline void DotRow(const Dots& s, const uint8_t* row, const uint8_t* ahead, const float* x, float* out) {
+template <RowType Type, int T, bool Magnitudes, Scaling Scaled>
+inline void DotRow(const Dots& s, const uint8_t* row, const uint8_t* ahead, const float* scale, const float* x,
+                   float* out) {
   constexpr int64_t size = Type == RowType::kF32 ? 4 : Type == RowType::kS8 ? 1 : 2;
   constexpr int kSums = T == 1 ? 4 : T == 2 ? 2 : 1;
   F sum[T][kSums];
@@ -156,14 +192,15 @@ inline void DotRow(const Dots& s, const uint8_t* row, const uint8_t* ahead, cons
   for (; j + kSums * kLanes <= s.d; j += kSums * kLanes) {
     for (int64_t b = 0; b < kSums * kLanes * size; b += 64) __builtin_prefetch(ahead + j * size + b);
     for (int k = 0; k < kSums; ++k) {
-      F w = LoadRow<Type>(row + (j + k * kLanes) * size);
+      F w = LoadScaled<Type, Scaled>(row, scale, s.scale.columns, j + k * kLanes);
       if (Magnitudes) w = Abs(w);
       for (int t = 0; t < T; ++t) sum[t][k] = Fma(w, Load(x + t * s.d + j + k * kLanes), sum[t][k]);
     }
   }
   for (; j < s.d; j += kLanes) {
     const int64_t left = s.d - j;
-    F w = left < kLanes ? LoadRowPart<Type>(row + j * size, left) : LoadRow<Type>(row + j * size);
+    F w = left < kLanes ? LoadScaledPart<Type, Scaled>(row, scale, s.scale.columns, j, left)
+                        : LoadScaled<Type, Scaled>(row, scale, s.scale.columns, j);
     if (Magnitudes) w = Abs(w);
     for (int t = 0; t < T; ++t) {
       const float* at = x + t * s.d + j;
@@ -177,33 +214,39 @@ inline void DotRow(const Dots& s, const uint8_t* row, const uint8_t* ahead, cons
   }
 }
 
-template <RowType Type, bool Magnitudes>
+template <RowType Type, bool Magnitudes, Scaling Scaled>
 inline void DotsOf(const Dots& s, int64_t first, int64_t last) {
   const int64_t row_bytes = s.d * BytesOf(Type);
-  auto at = [&](int64_t i) {
+  auto number = [&](int64_t i) {
     const int64_t entry = i / s.group;
-    return s.rows + ((s.index ? s.index[entry] : entry) * s.group + i % s.group) * row_bytes;
+    return (s.index ? s.index[entry] : entry) * s.group + i % s.group;
   };
   const int64_t end = last * s.group;
   for (int64_t i = first * s.group; i < end; ++i) {
-    const uint8_t* row = at(i);
-    const uint8_t* ahead = i + 1 < end ? at(i + 1) : row;
+    const uint8_t* row = s.rows + number(i) * row_bytes;
+    const uint8_t* ahead = i + 1 < end ? s.rows + number(i + 1) * row_bytes : row;
+    const float* scale = ScaleOf(s.scale, s.d, number(i));
     int64_t t = 0;
-    for (; t + 4 <= s.tokens; t += 4)
-      DotRow<Type, 4, Magnitudes>(s, row, ahead, s.x + t * s.d, s.out + t * s.stride + i);
-    for (; t + 2 <= s.tokens; t += 2)
-      DotRow<Type, 2, Magnitudes>(s, row, ahead, s.x + t * s.d, s.out + t * s.stride + i);
-    for (; t < s.tokens; ++t)
-      DotRow<Type, 1, Magnitudes>(s, row, ahead, s.x + t * s.d, s.out + t * s.stride + i);
+    auto some = [&](auto width) {
+      constexpr int T = decltype(width)::value;
+      DotRow<Type, T, Magnitudes, Scaled>(s, row, ahead, scale, s.x + t * s.d, s.out + t * s.stride + i);
+      t += T;
+    };
+    while (t + 4 <= s.tokens) some(Width<4>());
+    while (t + 2 <= s.tokens) some(Width<2>());
+    while (t < s.tokens) some(Width<1>());
   }
 }
 
 template <RowType Type>
 inline void DotsOf(const Dots& s, int64_t first, int64_t last) {
-  if (s.magnitudes)
-    DotsOf<Type, true>(s, first, last);
-  else
-    DotsOf<Type, false>(s, first, last);
+  WithScaling<Type>(s.scale, [&](auto scaling) {
+    constexpr auto Scaled = static_cast<Scaling>(decltype(scaling)::value);
+    if (s.magnitudes)
+      DotsOf<Type, true, Scaled>(s, first, last);
+    else
+      DotsOf<Type, false, Scaled>(s, first, last);
+  });
 }
 
 inline void DotsAll(const Dots& s, int64_t first, int64_t last) {
@@ -216,15 +259,16 @@ inline void DotsAll(const Dots& s, int64_t first, int64_t last) {
 }
 
 // Adds R rows, each times its token's number, to `total`.
-template <RowType Type, int R>
-inline void AddRows(const Sums& s, const uint8_t* const* rows, const uint8_t* const* ahead, int64_t i, float* total) {
+template <RowType Type, int R, Scaling Scaled>
+inline void AddRows(const Sums& s, const uint8_t* const* rows, const uint8_t* const* ahead, const float* const* scales,
+                    int64_t i, float* total) {
   constexpr int64_t size = Type == RowType::kF32 ? 4 : Type == RowType::kS8 ? 1 : 2;
   int64_t j = 0;
   for (; j + kLanes <= s.d; j += kLanes) {
     F row[R];
     for (int r = 0; r < R; ++r) {
       if (j * size % 64 == 0) __builtin_prefetch(ahead[r] + j * size);
-      row[r] = LoadRow<Type>(rows[r] + j * size);
+      row[r] = LoadScaled<Type, Scaled>(rows[r], scales[r], s.scale.columns, j);
     }
     for (int64_t t = 0; t < s.tokens; ++t) {
       F sum = Load(total + t * s.d + j);
@@ -234,7 +278,8 @@ inline void AddRows(const Sums& s, const uint8_t* const* rows, const uint8_t* co
   }
   if (j < s.d) {
     F row[R];
-    for (int r = 0; r < R; ++r) row[r] = LoadRowPart<Type>(rows[r] + j * size, s.d - j);
+    for (int r = 0; r < R; ++r)
+      row[r] = LoadScaledPart<Type, Scaled>(rows[r], scales[r], s.scale.columns, j, s.d - j);
     for (int64_t t = 0; t < s.tokens; ++t) {
       F sum = LoadPart(total + t * s.d + j, s.d - j);
       for (int r = 0; r < R; ++r) sum = Fma(Broadcast(s.h[t * s.stride + i + r]), row[r], sum);
@@ -245,25 +290,34 @@ inline void AddRows(const Sums& s, const uint8_t* const* rows, const uint8_t* co
   }
 }
 
-template <RowType Type>
+template <RowType Type, Scaling Scaled>
 inline void SumsOf(const Sums& s, int64_t first, int64_t last, float* total) {
   const int64_t row_bytes = s.d * BytesOf(Type);
-  auto at = [&](int64_t i) { return s.rows + (s.index[i / s.group] * s.group + i % s.group) * row_bytes; };
+  auto number = [&](int64_t i) { return s.index[i / s.group] * s.group + i % s.group; };
   for (int64_t j = 0; j < s.tokens * s.d; ++j) total[j] = 0.0f;
   const int64_t end = last * s.group;
   int64_t i = first * s.group;
-  for (; i + kRowsTogether <= end; i += kRowsTogether) {
-    const uint8_t *rows[kRowsTogether], *ahead[kRowsTogether];
-    for (int r = 0; r < kRowsTogether; ++r) {
-      rows[r] = at(i + r);
-      ahead[r] = i + r + kRowsTogether < end ? at(i + r + kRowsTogether) : rows[r];
+  auto some = [&](auto width) {
+    constexpr int R = decltype(width)::value;
+    const uint8_t *rows[R], *ahead[R];
+    const float* scales[R];
+    for (int r = 0; r < R; ++r) {
+      rows[r] = s.rows + number(i + r) * row_bytes;
+      ahead[r] = i + r + R < end ? s.rows + number(i + r + R) * row_bytes : rows[r];
+      scales[r] = ScaleOf(s.scale, s.d, number(i + r));
     }
-    AddRows<Type, kRowsTogether>(s, rows, ahead, i, total);
-  }
-  for (; i < end; ++i) {
-    const uint8_t* row = at(i);
-    AddRows<Type, 1>(s, &row, &row, i, total);
-  }
+    AddRows<Type, R, Scaled>(s, rows, ahead, scales, i, total);
+    i += R;
+  };
+  while (i + kRowsTogether <= end) some(Width<kRowsTogether>());
+  while (i < end) some(Width<1>());
+}
+
+template <RowType Type>
+inline void SumsOf(const Sums& s, int64_t first, int64_t last, float* total) {
+  WithScaling<Type>(s.scale, [&](auto scaling) {
+    SumsOf<Type, static_cast<Scaling>(decltype(scaling)::value)>(s, first, last, total);
+  });
 }
 
 inline void SumsAll(const Sums& s, int64_t first, int64_t last, float* total) {

@@ -201,16 +201,34 @@ inline std::string ReadIndex(const char* name, const Array& index, const Array& 
   return "";
 }
 
-// Products of chosen rows: x f32 [T, d], rows [n, d], index int32 [K] or [T, K]; out f32 [T, K * group].
+// A scale [n / rows, d / columns] in f32 of rows of int8; none where it is of no numbers at all.
+inline std::string ReadScale(const char* name, const Array& scale, const Array& rows, Scale* found) {
+  *found = {nullptr, 1, 1};
+  if (scale.dims == std::vector<int64_t>{0}) return "";
+  const int64_t n = rows.dims[0], d = rows.dims[1];
+  if (rows.element != Element::kS8 || !IsMatrix(scale, Element::kF32) || scale.dims[0] < 1 || scale.dims[1] < 1 ||
+      n % scale.dims[0] || d % scale.dims[1])
+    return std::string(name) + " takes a scale of rows of int8 that fits " + Shape(rows) + ", not " + Shape(scale);
+  const int64_t columns = d / scale.dims[1];
+  if (columns != 1 && columns != d && columns % kScaled)
+    return std::string(name) + " takes a scale for one column, all, or a multiple of " + std::to_string(kScaled) +
+           ", not " + std::to_string(columns);
+  *found = {scale.As<float>(), n / scale.dims[0], columns};
+  return "";
+}
+
+// Products of chosen rows: x f32 [T, d], rows [n, d] (times a scale: ReadScale), index int32 [K] or [T, K]; out f32 [T, K * group].
 template <typename Pool>
-std::string SelectRowsDot(Pool& pool, const Kernels& kernels, const Array& x, const Array& rows, const Array& index,
-                          int64_t group, bool magnitudes, Result<float> out) {
+std::string SelectRowsDot(Pool& pool, const Kernels& kernels, const Array& x, const Array& rows, const Array& scale,
+                          const Array& index, int64_t group, bool magnitudes, Result<float> out) {
   RowType type;
   if (!TypeOf(rows.element, &type)) return "select_rows_dot takes rows in f32, bf16, f16 or int8";
   if (!IsMatrix(x, Element::kF32) || rows.dims.size() != 2 || rows.dims[1] != x.dims[1])
     return "select_rows_dot takes rows that fit x in f32 " + Shape(x) + ", not " + Shape(rows);
   const int64_t tokens = x.dims[0], d = x.dims[1];
   Chosen chosen;
+  Scale scaled;
+  if (std::string wrong = ReadScale("select_rows_dot", scale, rows, &scaled); !wrong.empty()) return wrong;
   if (std::string wrong = ReadIndex("select_rows_dot", index, rows, group, tokens, &chosen); !wrong.empty())
     return wrong;
   if (std::string wrong = NotOfSize("select_rows_dot", out, tokens * chosen.entries * group); !wrong.empty())
@@ -225,7 +243,7 @@ std::string SelectRowsDot(Pool& pool, const Kernels& kernels, const Array& x, co
   const int64_t step = Together(group * d * BytesOf(type)), blocks = (chosen.entries + step - 1) / step;
   ForEachBlock(pool, (chosen.own ? tokens : 1) * blocks, [&](int64_t i) {
     const int64_t t = i / blocks, first = i % blocks * step, stride = chosen.entries * group;
-    const Dots s{rows.As<uint8_t>(), type, d, chosen.Of(t), group, given + t * d, chosen.own ? 1 : tokens,
+    const Dots s{rows.As<uint8_t>(), type, scaled, d, chosen.Of(t), group, given + t * d, chosen.own ? 1 : tokens,
                  out.data + t * stride, stride, magnitudes};
     kernels.dots(s, first, std::min(chosen.entries, first + step));
   });
@@ -241,22 +259,24 @@ std::string Products(Pool& pool, const Kernels& kernels, const Array& x, const A
     return "products take rows that fit x in f32 " + Shape(x) + ", not " + Shape(rows);
   const int64_t n = rows.dims[0], step = Together(x.dims[1] * BytesOf(type));
   if (std::string wrong = NotOfSize("products", out, x.dims[0] * n); !wrong.empty()) return wrong;
-  const Dots s{rows.As<uint8_t>(), type, x.dims[1], nullptr, 1, x.As<float>(), x.dims[0], out.data, n, false};
+  const Dots s{rows.As<uint8_t>(), type, {nullptr, 1, 1}, x.dims[1], nullptr, 1, x.As<float>(), x.dims[0], out.data, n, false};
   ForEachBlock(pool, (n + step - 1) / step,
                [&](int64_t i) { kernels.dots(s, i * step, std::min(n, (i + 1) * step)); });
   return "";
 }
 
-// Sums of chosen rows: h f32 [T, K * group], rows [n, d], index int32 [K] or [T, K]; out f32 [T, d].
+// Sums of chosen rows: h f32 [T, K * group], rows [n, d] (times a scale: ReadScale), index int32 [K] or [T, K]; out f32 [T, d].
 template <typename Pool>
-std::string CombineRows(Pool& pool, const Kernels& kernels, const Array& h, const Array& rows, const Array& index,
-                        int64_t group, Result<float> out) {
+std::string CombineRows(Pool& pool, const Kernels& kernels, const Array& h, const Array& rows, const Array& scale,
+                        const Array& index, int64_t group, Result<float> out) {
   RowType type;
   if (!TypeOf(rows.element, &type)) return "combine_rows takes rows in f32, bf16, f16 or int8";
   if (!IsMatrix(h, Element::kF32) || rows.dims.size() != 2)
     return "combine_rows takes h [T, K] in f32 and rows [n, d], not " + Shape(h) + " and " + Shape(rows);
   const int64_t tokens = h.dims[0], d = rows.dims[1];
   Chosen chosen;
+  Scale scaled;
+  if (std::string wrong = ReadScale("combine_rows", scale, rows, &scaled); !wrong.empty()) return wrong;
   if (std::string wrong = ReadIndex("combine_rows", index, rows, group, tokens, &chosen); !wrong.empty()) return wrong;
   if (h.dims[1] != chosen.entries * group)
     return "combine_rows takes an index that fits " + Shape(h) + ", not " + Shape(index);
@@ -267,7 +287,7 @@ std::string CombineRows(Pool& pool, const Kernels& kernels, const Array& h, cons
   std::unique_ptr<float[]> totals(new float[static_cast<size_t>(sets * parts * size)]);
   ForEachBlock(pool, sets * parts, [&](int64_t i) {
     const int64_t t = i / parts, first = i % parts * step;
-    const Sums s{rows.As<uint8_t>(), type, d, chosen.Of(t), group, h.As<float>() + t * h.dims[1], h.dims[1], together};
+    const Sums s{rows.As<uint8_t>(), type, scaled, d, chosen.Of(t), group, h.As<float>() + t * h.dims[1], h.dims[1], together};
     kernels.sums(s, first, std::min(chosen.entries, first + step), totals.get() + i * size);
   });
   for (int64_t t = 0; t < sets; ++t) {

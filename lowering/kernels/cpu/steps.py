@@ -87,28 +87,46 @@ def products(x: jax.Array, rows: jax.Array) -> jax.Array:
     return _folded(step, x, rows)
 
 
-def select_rows_dot(x: jax.Array, rows: jax.Array, index: jax.Array, group: int, magnitudes: bool = False) -> jax.Array:
+def select_rows_dot(
+    x: jax.Array,
+    rows: jax.Array,
+    index: jax.Array,
+    group: int,
+    magnitudes: bool = False,
+    scale: jax.Array | None = None,
+) -> jax.Array:
     """As ``select_rows_dot`` of ``lowering/primitives``, for ``x`` in f32: f32 ``[T, K * group]``.
 
-    Each product is a sum of f32 products in some order, rounded at each addition or, with FMA, less often: what proofs
+    Rows of int8 may have a scale, f32 ``[n / r, d / c]``, each entry of which is for ``r`` rows and ``c`` columns: one,
+    all, or a multiple of 64. Weights are then the products, rounded to f32, as a program makes them in f32. Each product is a sum of f32 products in some order, rounded at each addition or, with FMA, less often: what proofs
     say of sums in f32 in any order holds. An index out of range is an error.
     """
 
-    def step(x: jax.Array, rows: jax.Array, index: jax.Array) -> Any:
+    def step(x: jax.Array, rows: jax.Array, index: jax.Array, scale: jax.Array) -> Any:
         call = jax.ffi.ffi_call("hire_select_rows_dot", _f32(x.shape[0], index.shape[-1] * group))
-        return call(x, rows, index, group=np.int64(group), magnitudes=magnitudes)
+        return call(x, rows, scale, index, group=np.int64(group), magnitudes=magnitudes)
 
-    return _folded(step, x, rows, index)
+    return _folded(step, x, rows, index, _scale(scale))
 
 
-def combine_rows(h: jax.Array, rows: jax.Array, index: jax.Array, group: int) -> jax.Array:
-    """As ``combine_rows`` there, for ``h`` in f32: f32 ``[T, d]``. The order of sums hangs on shapes alone."""
+def combine_rows(
+    h: jax.Array, rows: jax.Array, index: jax.Array, group: int, scale: jax.Array | None = None
+) -> jax.Array:
+    """As ``combine_rows`` there, for ``h`` in f32: f32 ``[T, d]``. The order of sums hangs on shapes alone.
 
-    def step(h: jax.Array, rows: jax.Array, index: jax.Array) -> Any:
+    Rows of int8 may have a scale, as in :func:`select_rows_dot`.
+    """
+
+    def step(h: jax.Array, rows: jax.Array, index: jax.Array, scale: jax.Array) -> Any:
         call = jax.ffi.ffi_call("hire_combine_rows", _f32(h.shape[0], rows.shape[1]))
-        return call(h, rows, index, group=np.int64(group))
+        return call(h, rows, scale, index, group=np.int64(group))
 
-    return _folded(step, h, rows, index)
+    return _folded(step, h, rows, index, _scale(scale))
+
+
+def _scale(scale: jax.Array | None) -> jax.Array:
+    """A scale as the library takes it, where none is one of no numbers."""
+    return jnp.zeros(0, jnp.float32) if scale is None else scale.astype(jnp.float32)
 
 
 def largest(scores: jax.Array, k: int, shards: int = 1) -> tuple[jax.Array, jax.Array]:

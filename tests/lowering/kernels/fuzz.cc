@@ -140,22 +140,32 @@ void FuzzScores(Threads& pool, const Kernels& kernels) {
 
 void FuzzRows(Threads& pool, const Kernels& kernels) {
   const Element elements[] = {Element::kF32, Element::kBF16, Element::kF16, Element::kS8};
-  const int64_t group = Up(4), n = group * Up(40), d = Up(150), tokens = Up(9), k = Up(50) - 1;
+  const int64_t group = Up(4), n = group * Up(40), tokens = Up(9), k = Up(50) - 1;
+  const int64_t d = Up(3) == 1 ? 64 * Up(3) : Up(150);
   const Rows rows(elements[Up(4) - 1], n, d);
+  // What rows of int8 are multiplied with, for some rows and columns.
+  const bool scaled = rows.array.element == Element::kS8 && Up(4) > 1;
+  const int64_t row_set[] = {1, group, n}, column_set[] = {1, d, d % 64 ? d : 64};
+  const int64_t tall = row_set[Up(3) - 1], wide = column_set[Up(3) - 1];
+  const auto factors = Floats(scaled ? n / tall * (d / wide) : 0);
+  const Array scale = F32(factors, scaled ? std::vector<int64_t>{n / tall, d / wide} : std::vector<int64_t>{0});
   const bool own = Up(2) == 1, magnitudes = Up(2) == 1;
   std::vector<int32_t> index(static_cast<size_t>(own ? tokens * k : k));
   for (int32_t& i : index) i = static_cast<int32_t>(Up(n / group) - 1);
   const Array chosen{index.data(), Element::kS32, own ? std::vector<int64_t>{tokens, k} : std::vector<int64_t>{k}};
   auto row_of = [&](int64_t t, int64_t i) { return index[(own ? t * k : 0) + i / group] * group + i % group; };
-  auto at = [&](int64_t row, int64_t j) { return static_cast<double>(rows.values[row * d + j]); };
+  auto at = [&](int64_t row, int64_t j) {
+    const float factor = scaled ? factors[row / tall * (d / wide) + j / wide] : 1.0f;
+    return static_cast<double>(rows.values[row * d + j] * factor);
+  };
 
   const auto x = Floats(tokens * d), h = Floats(tokens * k * group);
   std::vector<float> dots(static_cast<size_t>(tokens * k * group)), sums(static_cast<size_t>(tokens * d));
   std::vector<float> all(static_cast<size_t>(tokens * n));
-  Expect(hire::SelectRowsDot(pool, kernels, F32(x, {tokens, d}), rows.array, chosen, group, magnitudes,
+  Expect(hire::SelectRowsDot(pool, kernels, F32(x, {tokens, d}), rows.array, scale, chosen, group, magnitudes,
                              {dots.data(), tokens * k * group}));
   Expect(hire::Products(pool, kernels, F32(x, {tokens, d}), rows.array, {all.data(), tokens * n}));
-  Expect(hire::CombineRows(pool, kernels, F32(h, {tokens, k * group}), rows.array, chosen, group,
+  Expect(hire::CombineRows(pool, kernels, F32(h, {tokens, k * group}), rows.array, scale, chosen, group,
                            {sums.data(), tokens * d}));
   for (int64_t t = 0; t < tokens; ++t) {
     for (int64_t r = 0; r < n; ++r) {
@@ -164,7 +174,7 @@ void FuzzRows(Threads& pool, const Kernels& kernels) {
         plain += at(r, j) * x[t * d + j];
         size += std::fabs(at(r, j) * x[t * d + j]);
       }
-      Expect(Near(all[t * n + r], plain, size), "products");
+      if (!scaled) Expect(Near(all[t * n + r], plain, size), "products");
       for (int64_t i = 0; i < k * group; ++i)
         if (row_of(t, i) == r) Expect(Near(dots[t * k * group + i], magnitudes ? size : plain, size), "chosen rows");
     }
@@ -232,12 +242,18 @@ void FuzzRefusals(Threads& pool, const Kernels& kernels) {
   const int32_t index[] = {0, static_cast<int32_t>(Up(2) == 1 ? 4 + Up(1000) - 1 : -Up(1000))};
   const Array chosen{index, Element::kS32, {2}}, given = F32(x, {2, 3}), matrix = F32(rows, {4, 3});
   auto refused = [](const std::string& wrong) { Expect(!wrong.empty(), "something that does not fit was taken"); };
-  refused(hire::SelectRowsDot(pool, kernels, given, matrix, chosen, 1, false, {out, 4}));
-  refused(hire::CombineRows(pool, kernels, F32(x, {3, 2}), matrix, chosen, 1, {out, 6}));
+  const Array none{nullptr, Element::kF32, {0}};
+  refused(hire::SelectRowsDot(pool, kernels, given, matrix, none, chosen, 1, false, {out, 4}));
+  refused(hire::CombineRows(pool, kernels, F32(x, {3, 2}), matrix, none, chosen, 1, {out, 6}));
   const Array fitting{index, Element::kS32, {1}};
-  refused(hire::SelectRowsDot(pool, kernels, F32(x, {3, 2}), matrix, fitting, 1, false, {out, 3}));
-  refused(hire::SelectRowsDot(pool, kernels, given, matrix, fitting, 3, false, {out, 6}));
-  refused(hire::SelectRowsDot(pool, kernels, given, matrix, fitting, 1, false, {out, 3}));
+  refused(hire::SelectRowsDot(pool, kernels, F32(x, {3, 2}), matrix, none, fitting, 1, false, {out, 3}));
+  refused(hire::SelectRowsDot(pool, kernels, given, matrix, none, fitting, 3, false, {out, 6}));
+  refused(hire::SelectRowsDot(pool, kernels, given, matrix, none, fitting, 1, false, {out, 3}));
+  refused(hire::SelectRowsDot(pool, kernels, given, matrix, F32(rows, {4, 3}), fitting, 1, false, {out, 2}));
+  const int8_t bytes[12] = {};
+  const Array narrow{bytes, Element::kS8, {4, 3}};
+  refused(hire::SelectRowsDot(pool, kernels, given, narrow, F32(rows, {3, 4}), fitting, 1, false, {out, 2}));
+  refused(hire::CombineRows(pool, kernels, F32(x, {6, 1}), narrow, F32(rows, {4}), fitting, 1, {out, 6}));
   refused(hire::Products(pool, kernels, given, F32(rows, {12}), {out, 6}));
   refused(hire::LargestOf(pool, kernels, given, 4, 1, {out, 8}, {nullptr, 8}));
   refused(hire::ArgMax(pool, kernels, given, {nullptr, 3}));

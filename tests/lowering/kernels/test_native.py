@@ -8,11 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hire_xform.lowering.kernels.cpu import library, steps
+from hire_xform.lowering.kernels.cpu import _stored_rows_served, library, steps
 from hire_xform.lowering.predict.few_bits import entries, fine_scores, pack_nibbles, quantize, quantized_scores
 from hire_xform.lowering.primitives.combine_rows import combine_rows
 from hire_xform.lowering.primitives.da_top_k import da_top_k
 from hire_xform.lowering.primitives.select_rows import select_rows_dot
+from hire_xform.lowering.primitives.stored_rows import Operation
 
 SETS = library.instruction_sets()
 if not SETS and shutil.which("c++") and os.environ.get("HIRE_REQUIRE_EXTRAS"):
@@ -81,6 +82,47 @@ def test_chosen_rows(tokens, n, d, k, group, dtype, own):
     want = combine_rows(h, wide, index, group_size=group) if k else jnp.zeros((tokens, d))
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5 * float(jnp.abs(wide).max()) * (k * group + 1))
     np.testing.assert_allclose(steps.products(x, rows), x @ wide.T, rtol=1e-4, atol=1e-4 * float(jnp.abs(wide).max()))
+
+
+@pytest.mark.parametrize(("tall", "wide"), [(1, 1), (4, 1), (1, 128), (16, 128), (2, 64)])
+def test_rows_of_int8_times_a_scale_are_the_weights_that_a_program_makes(tall, wide):
+    n, d = 16, 128
+    rng = np.random.default_rng(8)
+    rows, scale = jnp.asarray(rng.integers(-128, 128, (n, d)), jnp.int8), normal(9, n // tall, d // wide)
+    weights = rows.astype(jnp.float32) * jnp.repeat(jnp.repeat(scale, tall, 0), wide, 1)
+    x, h, index = normal(10, 3, d), normal(11, 3, 4), jnp.asarray([5, 0, 15, 9], jnp.int32)
+    for magnitudes in (False, True):
+        got = steps.select_rows_dot(x, rows, index, 1, magnitudes, scale)
+        want = select_rows_dot(x, weights, index, magnitudes=magnitudes)
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-3)
+    got = steps.combine_rows(h, rows, index, 1, scale)
+    np.testing.assert_allclose(got, combine_rows(h, weights, index), rtol=1e-5, atol=1e-3)
+    many = jnp.stack([x, 2.0 * x])
+    got = jax.vmap(lambda x: steps.select_rows_dot(x, rows, index, 1, False, scale))(many)
+    np.testing.assert_allclose(got[1], 2.0 * got[0], rtol=1e-5, atol=1e-3)
+    # One that does not fit is refused, before it is read.
+    with pytest.raises(jax.errors.JaxRuntimeError, match="takes a scale"):
+        jax.block_until_ready(steps.select_rows_dot(x, rows, index, 1, False, normal(12, 3, 128)))
+
+
+def test_which_stored_rows_are_served():
+    def of(name, dtype=jnp.float32):
+        return Operation(name, jnp.dtype(dtype))
+
+    def served(scale, *operations, dtype=jnp.int8):
+        x, index, values = normal(0, 2, 128), jnp.zeros(3, jnp.int32), jnp.zeros((8, 128), dtype)
+        return _stored_rows_served(x, index, values, *scale, operations=operations, shared=())
+
+    per_row = [normal(1, 8, 1)]
+    assert served(per_row, of("mul"))
+    assert served(per_row, of("convert", jnp.bfloat16), of("mul"))
+    assert served([normal(1, 8, 2)], of("mul"))
+    assert not served([normal(1, 8, 4)], of("mul"))
+    assert not served(per_row, of("div"))
+    assert not served(per_row, of("mul", jnp.bfloat16))
+    assert not served(per_row, of("convert", jnp.float8_e4m3fn), of("mul"))
+    assert not served([*per_row, *per_row], of("sub"), of("mul"))
+    assert not served(per_row, of("mul"), dtype=jnp.float8_e4m3fn)
 
 
 @pytest.mark.parametrize(
