@@ -139,6 +139,9 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(hire_arg_max, hire::ArgMaxImpl, hire::One().Ret<hi
 
 extern "C" {
 
+// Which handlers there are and what they take, as library.py says it: one more wherever that changes.
+int hire_interface() { return 2; }
+
 // The number of instruction sets that this processor runs, and the name of one, the fastest first.
 int hire_instruction_sets() { return static_cast<int>(hire::Supported().size()); }
 const char* hire_instruction_set(int number) {

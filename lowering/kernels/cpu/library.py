@@ -26,6 +26,10 @@ targets = (
     "hire_arg_max",
 )
 
+# Which targets there are and what they take: one more wherever that changes, here and in `hire_interface`. A library
+# that an older installation left beside these sources has another, or none.
+INTERFACE = 2
+
 
 def _built() -> dict[tuple[int, int], Path]:
     """The libraries beside this file, by the version of XLA's FFI that they were built for."""
@@ -69,6 +73,8 @@ def load() -> ctypes.CDLL | str:
         return path
     try:
         library = ctypes.CDLL(str(path))
+        if getattr(library, "hire_interface", lambda: 1)() != INTERFACE:
+            return f"{path.name} was built of other sources than these: install again"
         library.hire_instruction_set.restype = ctypes.c_char_p
         for name in targets:
             jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library, name)), platform="cpu")

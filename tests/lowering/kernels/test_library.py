@@ -51,3 +51,15 @@ def test_what_is_loaded_here_is_of_a_version_that_this_jaxlib_takes():
     if isinstance(loaded, str):
         pytest.skip(loaded)
     assert loaded._name in {str(path) for path in library._built().values()}
+
+
+def test_one_that_was_built_of_other_sources_is_not_used(monkeypatch):
+    loaded = library.load()
+    if isinstance(loaded, str):
+        pytest.skip(loaded)
+    assert loaded.hire_interface() == library.INTERFACE
+    monkeypatch.setattr(library, "INTERFACE", library.INTERFACE + 1)
+    # Nothing of it is registered with XLA: what is loaded already stays.
+    told = library.load.__wrapped__()
+    assert isinstance(told, str)
+    assert told.endswith("was built of other sources than these: install again")
