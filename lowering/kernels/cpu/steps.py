@@ -98,7 +98,7 @@ def select_rows_dot(
     """As ``select_rows_dot`` of ``lowering/primitives``, for ``x`` in f32: f32 ``[T, K * group]``.
 
     Rows of int8 may have a scale, f32 ``[n / r, d / c]``, each entry of which is for ``r`` rows and ``c`` columns: one,
-    all, or a multiple of 64. Weights are then the products, rounded to f32, as a program makes them in f32. Each product
+    all, or a multiple of 64. Weights are then the products, rounded to f32, as programs make them in f32. Each product
     with a token is a sum of f32 products in some order, rounded at each addition or, with FMA, less often: what proofs
     say of sums in f32 in any order holds. An index out of range is an error.
     """
