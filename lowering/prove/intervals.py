@@ -118,6 +118,11 @@ def interval(value: Any) -> Interval:
     return value if isinstance(value, Interval) else point(value)
 
 
+def _relative(dtype: Any, units: float = _UNITS) -> float:
+    kind = jnp.finfo(dtype)
+    return units + (0.51 * float(kind.eps) if kind.bits < 32 else 0.0)
+
+
 def rounded(value: Interval, dtype: Any, floor: Any = None, times: int = 1) -> Interval:
     """What a result in this interval may be after it is rounded to a dtype; where it may overflow, nothing is known.
 
@@ -129,7 +134,7 @@ def rounded(value: Interval, dtype: Any, floor: Any = None, times: int = 1) -> I
     """
     kind = jnp.finfo(dtype)
     # (1 + eps / 2)^3 is less than 1 + 3 * 0.51 eps.
-    relative = times * (_UNITS + (0.51 * float(kind.eps) if kind.bits < 32 else 0.0))
+    relative = times * _relative(dtype)
     least, most = float(kind.tiny), float(kind.max) / 4.0
     low = value.low - jnp.abs(value.low) * relative - least
     high = value.high + jnp.abs(value.high) * relative + least
@@ -170,8 +175,14 @@ def _floor(a: Interval, b: Interval) -> jax.Array:
 
 
 def added(a: Interval, b: Interval, dtype: Any) -> Interval:
-    """The sum of two."""
-    made = rounded(Interval(a.low + b.low, a.high + b.high), dtype, _floor(a, b))
+    """The sum of two.
+
+    A compiler may make ``x + (c + d)`` of ``(x + c) + d``, where it knows c and d, and round ``c + d``: by a share of
+    ``|c| + |d|``, which may be far more than both sums. What the lesser operand would round by is more than that, taken
+    with what the sums do: ``|c| <= |x + c| + |x|``.
+    """
+    lost = _relative(dtype, 2.0 * U) * jnp.minimum(a.magnitude, b.magnitude)
+    made = rounded(Interval(a.low + b.low - lost, a.high + b.high + lost), dtype, _floor(a, b))
     return _exactly_zero(a.zero & b.zero, made)
 
 

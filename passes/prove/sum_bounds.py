@@ -94,7 +94,9 @@ class _Errors:
             return self.rounded(self.product(*operands), number, dtype)
         if p is prims.square_p or p is prims.integer_pow_p:
             return self.rounded(self.product(operands[0], operands[0]), number, dtype)
-        return self.rounded(sum(map(self.of, operands), jnp.float32(0)), number, dtype)
+        # A compiler may add up constants first, and round that; see `added` of lowering/prove/intervals.py.
+        lost = _unit(dtype) * jnp.minimum(*map(self.norm, operands)) if len(operands) == 2 else 0.0
+        return self.rounded(sum(map(self.of, operands), lost + jnp.float32(0)), number, dtype)
 
     def product(self, a: int, b: int) -> jax.Array:
         """That of a product, before it is rounded."""

@@ -88,12 +88,14 @@ def test_a_result_lies_between_the_ends(name, dtype):
         with np.errstate(divide="ignore"):
             made = exact(*(v.astype(np.float64) for v in values))
         assert held(found, made, dtype).all()
-    # A point comes out hardly wider than it is rounded.
-    found = rule(*(point(inside(o, 0.5)) for o in operands), dtype)
+    # A point comes out hardly wider than it, or the lesser operand of a sum, is rounded.
+    points = [inside(o, 0.5) for o in operands]
+    found = rule(*map(point, points), dtype)
     unit = 2.0**-20 if dtype == jnp.float32 else float(jnp.finfo(dtype).eps)
     lost = 8 * float(jnp.finfo(dtype).tiny) + (2.0**-13 if name in ("tanh", "logistic", "what falls") else 0.0)
     width, size = (np.asarray(v) for v in (found.high - found.low, found.magnitude))
-    assert (width <= 4 * unit * size + lost).all()
+    lesser = np.minimum(*map(np.abs, points)) if name in ("sum", "difference") else 0.0
+    assert (width <= 4 * unit * (size + lesser) + lost).all()
 
 
 def two(low, high):
@@ -238,3 +240,16 @@ def test_an_upper_bound_stays_one_after_rounding_and_none_above_zero_where_it_is
     assert ((found > 0) == (np.asarray(upper) > 0)).all()
     if dtype == jnp.float16:
         assert np.isnan(float(intervals.rounded_up(jnp.float32(6e4), dtype)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_constants_that_a_compiler_adds_up_first_are_rounded_together(dtype):
+    rng = np.random.default_rng(5)
+    small = np.float32(2.0**11 if dtype is jnp.float16 else 2.0**20)
+    c, d = (np.asarray(jnp.asarray(rng.normal(size=2_000) * size, dtype), np.float32) for size in (small, small / 3))
+    # What nearly cancels the first, so that both sums are far smaller than the constants.
+    x = np.asarray(jnp.asarray(-c - d + rng.normal(size=2_000), jnp.float32))
+    first = intervals.added(point(x), point(c), dtype)
+    found = intervals.added(first, point(d), dtype)
+    together = np.asarray(jnp.asarray(c.astype(np.float64) + d, dtype), np.float64)
+    assert held(found, x.astype(np.float64) + together, dtype).all()
