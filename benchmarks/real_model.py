@@ -42,10 +42,10 @@ def blocks(share: float) -> hx.Ffn:
 
 # Name, settings, whether low rank is fitted to inputs. What a row does not name stays dense.
 ROWS = (
-    ("head lossless (the default)", hx.Config(ffn=None), False),
-    ("head int8, 256 candidates", hx.Config(vocab=HEAD, ffn=None), False),
-    ("head rank d/2 in 8 bits, 256 candidates", hx.Config(vocab=HALF, ffn=None), True),
-    ("head rank d/4 in 8 bits, 256 candidates", hx.Config(vocab=QUARTER, ffn=None), True),
+    ("head lossless (the default)", hx.Config(ffn=None, rules=FORCE), False),
+    ("head int8, 256 candidates", hx.Config(vocab=HEAD, ffn=None, rules=FORCE), False),
+    ("head rank d/2 in 8 bits, 256 candidates", hx.Config(vocab=HALF, ffn=None, rules=FORCE), True),
+    ("head rank d/4 in 8 bits, 256 candidates", hx.Config(vocab=QUARTER, ffn=None, rules=FORCE), True),
     ("blocks, 75 % of the units", hx.Config(vocab=None, ffn=blocks(0.75), rules=FORCE), False),
     ("blocks, 50 % of the units", hx.Config(vocab=None, ffn=blocks(0.5), rules=FORCE), False),
     ("blocks, 25 % of the units", hx.Config(vocab=None, ffn=blocks(0.25), rules=FORCE), False),
@@ -128,7 +128,8 @@ class Bench:
         loss = -jnp.take_along_axis(said, self.followed[..., None], axis=-1)
         divergence = jnp.sum(jnp.exp(self.taught) * (self.taught - said), axis=-1)
         size = jnp.dtype(dtype).itemsize
-        megabytes = 1e-6 * size * sum(leaf.size for leaf in jax.tree.leaves(params) if leaf.ndim > 1)
+        matrices = [params["embedding"], *(leaf for leaf in params["layers"].values() if leaf.ndim == 3)]
+        megabytes = 1e-6 * size * sum(leaf.size for leaf in matrices)
         numbers = self._compared(loss, divergence, np.asarray(jax.lax.top_k(said, _TOP)[1]))
         return Row(f"dense, {jnp.dtype(dtype).name}", megabytes, size / 4, 1.0, *numbers, None)
 

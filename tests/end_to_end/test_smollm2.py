@@ -15,8 +15,6 @@ from rich.console import Console
 import hire_xform as hx
 
 pytestmark = pytest.mark.any_jax("a loop over layers is rewritten alike on every JAX, and this one has half a gigabyte")
-    "a rewritten loop over layers is the same on every JAX, and this one is of half a gigabyte"
-)
 
 LAYERS, ROOM, STEPS = 30, 80, 32
 VOCABULARY, HIDDEN = 49152, 1536
@@ -145,7 +143,7 @@ def test_everything_selected_is_the_dense_model(model, asked, dense):
 def test_the_chat_prints_answers_and_what_was_proved(model, monkeypatch):
     monkeypatch.setattr(smollm2, "load", lambda: model)
     console = Console(width=120, record=True, quiet=True)
-    decoders = chat.run("What is the capital of France?", tokens=10, fitting=0, console=console)
+    decoders = chat.run("What is the capital of France?", tokens=4, fitting=0, console=console)
     assert [one.name for one in decoders] == ["dense", "lossless", "approximate", "half the units", "all int8"]
     assert decoders[1].said == decoders[0].said
     assert decoders[0].shares == (1, 1)
