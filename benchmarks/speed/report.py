@@ -181,6 +181,8 @@ def plot(results: dict[str, Any], path: pathlib.Path) -> None:
             label = None if begin == "ours: hx.approximate" else begin
             axes.scatter(*zip(*points, strict=True), marker=mark, color=colour, label=label, s=32, alpha=0.8)
     axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.xaxis.set_minor_formatter(lambda value, _: "")
     axes.set_ylim(0, 115)
     axes.axhline(100, color="#444444", linewidth=0.8)
     axes.axhline(75, color="#aaaaaa", linewidth=0.8, linestyle=":")

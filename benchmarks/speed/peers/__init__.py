@@ -50,6 +50,9 @@ class Peer(Protocol):
     def missing(self) -> str | None:
         """What to install, or None where it can run."""
 
+    def idle(self) -> None:
+        """After a round, where there is such a function: lets others have the processors."""
+
     def kernels(self, weights: Weights, settings: Settings) -> Iterator[Kernel | Left]:
         """Of a case, made one after the other."""
 

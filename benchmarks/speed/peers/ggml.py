@@ -85,20 +85,28 @@ class Ggml:
             self.backend_dev_init(self.device, None),
             self.backend_dev_buffer_type(self.device),
         )
-        self._use_threads(threads)
+        self._threads, self._pool = threads, None
 
     def _found(self, name: str, result: Any, *arguments: Any) -> Any:
         """A function of the CPU's library."""
         address = self.backend_reg_get_proc_address(self.backend_dev_backend_reg(self.device), name.encode())
         return c.CFUNCTYPE(result, *arguments)(address)
 
-    def _use_threads(self, threads: int) -> None:
+    def wake(self) -> None:
         """A pool that lives on between calls, as llama.cpp has one."""
-        params = c.create_string_buffer(4096)
-        self.threadpool_params_init(params, threads)
-        pool = self._found("ggml_threadpool_new", P, P)(c.addressof(params))
-        self._found("ggml_backend_set_n_threads", None, P, INT)(self.backend, threads)
-        self._found("ggml_backend_cpu_set_threadpool", None, P, P)(self.backend, pool)
+        if self._pool is None:
+            params = c.create_string_buffer(4096)
+            self.threadpool_params_init(params, self._threads)
+            self._pool = self._found("ggml_threadpool_new", P, P)(c.addressof(params))
+            self._found("ggml_backend_set_n_threads", None, P, INT)(self.backend, self._threads)
+            self._found("ggml_backend_cpu_set_threadpool", None, P, P)(self.backend, self._pool)
+
+    def idle(self) -> None:
+        """Ends the pool: its threads look for work for a good while after a call, which would slow others."""
+        if self._pool is not None:
+            self._found("ggml_backend_cpu_set_threadpool", None, P, P)(self.backend, None)
+            self._found("ggml_threadpool_free", None, P)(self._pool)
+            self._pool = None
 
     def context(self) -> int:
         """For descriptions of tensors and graphs, which hold no data."""
@@ -122,6 +130,12 @@ class Ggml:
 def missing() -> str | None:
     """Where it is looked for is a setting, so that kernels say."""
     return None
+
+
+def idle() -> None:
+    """Lets others have the processors."""
+    for library in _libraries.values():
+        library.idle()
 
 
 class Model:
@@ -189,6 +203,7 @@ class Model:
     def __call__(self, x: np.ndarray) -> np.ndarray:
         """One call."""
         g, case = self.g, self.case
+        g.wake()
         self._set(self.x, x)
         g.backend_graph_compute(g.backend, self.graph)
         ffn = case.kind == "ffn"
