@@ -66,15 +66,19 @@ def test_every_peer_has_a_row(speed, tmp_path, capsys, monkeypatch):
         assert row["family"] == "memory" or row["name"] in written
 
 
-def test_what_is_wrong_is_no_figure(speed, monkeypatch, capsys):
+def test_what_is_wrong_is_no_figure(speed, monkeypatch, capsys, tmp_path):
     import jax.numpy as jnp
 
     from benchmarks.speed.peers import int8
 
     monkeypatch.setattr(int8, "_product", lambda x, weight, name: jnp.zeros((len(x), len(weight[0]))))
-    arguments = ["--toy", "--in-process", "--rounds=1", "--only=heads", "--peers=int8"]
+    # The only case of that run; the figures of another are kept.
+    figures = tmp_path / "all.json"
+    figures.write_text(json.dumps({"cases": [{"name": "step, 1 layers, d 128, m 256, head 512, ReLU", "rows": []}]}))
+    arguments = ["--toy", "--in-process", "--rounds=1", "--only=heads", "--peers=int8", f"--json={figures}", "--update"]
     assert speed["main"].main(arguments) == 1
     assert "from NumPy's result" in capsys.readouterr().out
+    assert [case["name"][:4] for case in json.loads(figures.read_text())["cases"]] == ["head", "step"]
 
 
 def test_no_byte_is_read_twice_out_of_a_cache(speed):

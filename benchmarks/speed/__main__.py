@@ -26,8 +26,7 @@ from benchmarks.speed.peers import MODULES, OPTIONAL
 from benchmarks.speed.timing import APART
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs, prints and writes; 1 where a peer failed or was wrong."""
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.speed", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -45,9 +44,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--ggml", default=os.environ.get("HIRE_GGML", ""), help="folder of libggml-base.so and others")
     parser.add_argument("--torch-python", default=sys.executable, help="an interpreter that has PyTorch")
     parser.add_argument("--json", type=pathlib.Path, help="write all figures there")
+    parser.add_argument("--update", action="store_true", help="keep the other cases that --json's file has")
     parser.add_argument("--plot", type=pathlib.Path, help="draw share of memory speed over bytes there: .svg or .png")
     parser.add_argument("--docs", type=pathlib.Path, help="put Markdown there, below the line " + report.MARK)
     parser.add_argument("--in-process", action="store_true", help="no process for each framework; for tests")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs, prints and writes; 1 where a peer failed or was wrong."""
+    parser = _parser()
     given = parser.parse_args(argv)
     families = tuple(given.peers.split(","))
     if unknown := set(families) - set(MODULES):
@@ -56,6 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     cases = [case for case in SIZES[given.size]() if not only or any(_asked(case, word) for word in only)]
     if not cases or given.rounds < 1 or given.threads < 1:
         parser.error("--only must leave a case; --rounds and --threads must be at least 1")
+    if given.update and not given.json:
+        parser.error("--update keeps figures of a file, so name it with --json")
     if given.plot and not importlib.util.find_spec("matplotlib"):
         parser.error("--plot needs matplotlib: pip install 'hire-xform[plots]'")
     options = Options(
@@ -70,11 +78,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     console = Console(width=None if sys.stdout.isatty() else 150)
     results = {"machine": machine() | {"threads": options.threads, "rounds": options.rounds}, "cases": []}
+    kept = report.cases_of(given.json) if given.update else {}
+    order = [case.name for case in SIZES[given.size]()]
     console.print(report.machine_words(results))
     for case in cases:
         with console.status(case.name) as status:
-            results["cases"].append(run_case(case, options, status.update))
-        console.print(report.table(results["cases"][-1]))
+            kept[case.name] = run_case(case, options, status.update)
+        console.print(report.table(kept[case.name]))
+        results["cases"] = sorted(kept.values(), key=lambda found: order.index(found["name"]))
         report.write(results, given.json, given.docs, given.plot)
     bad = [(c["name"], r) for c in results["cases"] for r in c["rows"] if r["reason"].startswith(("wrong", "failed"))]
     for name, row in bad:

@@ -130,6 +130,13 @@ def _stops(cases: list[dict[str, Any]]) -> Iterator[str]:
             yield f"- {'Head' if kind == 'head' else 'Blocks'}, {name.removeprefix('ours: ')}: {words} tokens"
 
 
+def cases_of(path: pathlib.Path) -> dict[str, dict[str, Any]]:
+    """The cases that a file has, by name: none where there is no file."""
+    if not path.exists():
+        return {}
+    return {case["name"]: case for case in json.loads(path.read_text())["cases"]}
+
+
 def write(results: dict[str, Any], json_at: Any, docs: Any, plot_at: Any) -> None:
     """Whatever was asked for, after every case, so that a run that ends early leaves what it has."""
     if json_at:

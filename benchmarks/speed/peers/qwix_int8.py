@@ -44,7 +44,8 @@ def kernels(weights: Weights, settings: Settings) -> Iterator[Kernel | Left]:
     import qwix
 
     case = weights.case
-    if case.stored != "float32" or case.kind == "step":
+    # Of whole steps and of several tokens there is no more to learn: it is far from memory's speed at one.
+    if case.stored != "float32" or case.kind == "step" or case.tokens > 1:
         return
     for name, inputs in (("Qwix int8 weights", None), ("Qwix int8 weights and inputs", jnp.int8)):
         reason = settings.short_of(5 * case.elements)
