@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with console.status(case.name) as status:
             kept[case.name] = run_case(case, options, status.update)
         console.print(report.table(kept[case.name]))
-        results["cases"] = sorted(kept.values(), key=lambda found: order.index(found["name"]))
+        results["cases"] = sorted(kept.values(), key=lambda found: [*order, found["name"]].index(found["name"]))
         report.write(results, given.json, given.docs, given.plot)
     bad = [(c["name"], r) for c in results["cases"] for r in c["rows"] if r["reason"].startswith(("wrong", "failed"))]
     for name, row in bad:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.speed.cases import Case
+from benchmarks.speed.noise import others, reading
 from benchmarks.speed.peers import PROCESSES, Settings
 from benchmarks.speed.timing import Spread
 from benchmarks.speed.worker import Session
@@ -78,6 +79,7 @@ class Process:
             text=True,
             preexec_fn=pin,
         )
+        self.pid = self._process.pid
 
     def ask(self, request: dict[str, Any]) -> Any:
         """An answer, or a RuntimeError with the end of what the worker printed."""
@@ -117,6 +119,7 @@ class Here:
 
     def __init__(self, name: str, options: Options) -> None:
         self._session: Session | None = None
+        self.pid = os.getpid()
 
     def prepare(self, case: Case, families: Sequence[str], settings: Settings) -> list[dict[str, Any]]:
         """See ``Session.prepare``."""
@@ -138,8 +141,8 @@ def run_case(case: Case, options: Options, say: Callable[[str], None]) -> dict[s
     workers, entries = [], []
     wanted = {name: [f for f in families if f in options.families] for name, families in PROCESSES.items()}
     # What is stored in fewer bits is of dtypes that frameworks of JAX share.
-    others = ("ggml", "torch") if case.stored != "float32" else ()
-    wanted = {name: families for name, families in wanted.items() if families and name not in others}
+    foreign = ("ggml", "torch") if case.stored != "float32" else ()
+    wanted = {name: families for name, families in wanted.items() if families and name not in foreign}
     try:
         for name, families in wanted.items():
             say(f"{case.name}: {name} prepares")
@@ -152,6 +155,8 @@ def run_case(case: Case, options: Options, say: Callable[[str], None]) -> dict[s
                 found = [{"family": family, "name": family, "reason": f"failed: {error}"} for family in families]
             entries += [entry | {"worker": len(workers) - 1, "seconds": []} for entry in found]
         running = sorted({entry["worker"] for entry in entries if "turn" in entry})
+        pids = {os.getpid(), *(worker.pid for worker in workers)}
+        begin = reading(pids)
         for i in range(options.rounds):
             say(f"{case.name}: round {i + 1} of {options.rounds}")
             for number in running[i % len(running) :] + running[: i % len(running)]:
@@ -160,10 +165,11 @@ def run_case(case: Case, options: Options, say: Callable[[str], None]) -> dict[s
                 for entry in entries:
                     if entry["worker"] == number and "turn" in entry:
                         entry["seconds"] += seconds[entry["turn"]]
+        busy = others(begin, reading(pids))
     finally:
         for worker in workers:
             worker.close()
-    return _figures(case, entries)
+    return _figures(case, entries) | {"others": busy}
 
 
 def _reserve(case: Case, name: str, wanted: dict[str, list[str]]) -> int:

@@ -34,7 +34,13 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
 def _title(result: dict[str, Any]) -> str:
     memory = result["memory"]
     speed = f"; memory gives {memory['bytes_per_second'] / 1e9:.1f} GB/s to {memory['name']}" if memory else ""
-    return f"{result['name']}{speed}"
+    return f"{result['name']}{speed}{_busy(result)}"
+
+
+def _busy(result: dict[str, Any]) -> str:
+    """How much others disturbed."""
+    share = result.get("others")
+    return "" if share is None else f"; others took {share:.0%} of the processors"
 
 
 def _shown(result: dict[str, Any]) -> list[dict[str, Any]]:
@@ -80,7 +86,10 @@ def markdown(results: dict[str, Any]) -> str:
         memory = result["memory"]
         if memory:
             speed = memory["bytes_per_second"] / 1e9
-            lines += [f"Memory gives {speed:.1f} GB/s to {memory['name']}; best dense: {result['dense']}.", ""]
+            lines += [
+                f"Memory gives {speed:.1f} GB/s to {memory['name']}; best dense: {result['dense']}{_busy(result)}.",
+                "",
+            ]
         lines += [*_grid(COLUMNS, [_cells(row) for row in _shown(result)]), ""]
     return "\n".join(lines).rstrip() + "\n"
 
