@@ -28,6 +28,7 @@ class Reading:
       between: what is read of logits in intervals ``[T, V]``, ``[n, V']``, given its side inputs; None: the logits.
       margin: how far the largest must be ahead of the others, ``[n, 1]``, given those intervals; None: at all.
       sides: which of the site's side inputs it takes: from the first number up to the second.
+      decides: whether what is read are whole numbers, ``[n, 1]``, each of which is to be decided.
     """
 
     goal: Goal = True
@@ -35,6 +36,7 @@ class Reading:
     between: Callable[[Interval, Sequence[jax.Array]], Interval] | None = None
     margin: Callable[[Interval], jax.Array] | None = None
     sides: tuple[int, int] = (0, 0)
+    decides: bool = False
 
     def read(self, logits: Interval, sides: Sequence[jax.Array]) -> Interval:
         """What is read of logits in these intervals."""
@@ -54,6 +56,9 @@ def between_proved(reading: Reading, logits: Interval, sides: Sequence[jax.Array
       bool ``[n]``, and the entries that are the largest, int32 ``[n, k]``: two proofs of one input must name the same.
     """
     read = reading.read(logits, sides)
+    if reading.decides:
+        sure = jnp.all(read.low == read.high, axis=1)
+        return sure, jnp.where(sure[:, None], read.low, 0.0).astype(jnp.int32)
     low = jnp.where(jnp.isnan(read.low), -jnp.inf, read.low)
     high = jnp.where(jnp.isnan(read.high), jnp.inf, read.high)
     if reading.margin is not None:

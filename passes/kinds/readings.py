@@ -34,7 +34,8 @@ def readings_of(product: Product, reads: Reads, goal: Goal) -> tuple[Reading, ..
             found.append(Reading(own, ordered))
             continue
         margin = margin_of if chain.softmax else None
-        found.append(Reading(own, ordered, functools.partial(_between, product, chain), margin, sides))
+        between = functools.partial(_between, product, chain)
+        found.append(Reading(own, ordered, between, margin, sides, chain.reader.kind == "picked"))
     return tuple(dict.fromkeys(found)) or (Reading(goal),)
 
 
@@ -52,13 +53,16 @@ def rank_of(product: Product, reads: Reads) -> Callable[[Interval, Sequence[Any]
     if picked or all(chain.uniform for chain in reads.chains):
         return None
     readings = readings_of(product, reads, True)
+    chained = [chain for chain in reads.chains if not chain.plain]
+    # What is picked or drawn among ranks has no place among the logits: then their own bounds decide.
 
     def rank(logits: Interval, sides: Sequence[Any]) -> Any:
         shape = logits.low.shape
-        found = openness(readings, logits, sides)
-        chained = [chain for chain in reads.chains if not chain.plain]
-        parts = [_back(product, chain, opened, shape) for chain, opened in zip(chained, found, strict=True)]
-        if len(chained) < len(reads.chains):
+        proving = [reading for reading in readings if reading.between is not None]
+        own = [(c, r) for c, r in zip(chained, proving, strict=True) if c.ranks]
+        found = openness([reading for _, reading in own], logits, sides)
+        parts = [_back(product, chain, opened, shape) for (chain, _), opened in zip(own, found, strict=True)]
+        if len(own) < len(reads.chains):
             parts.append(logits.high - jnp.max(logits.low, axis=1, keepdims=True))
         return functools.reduce(jnp.maximum, parts)
 

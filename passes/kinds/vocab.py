@@ -83,7 +83,7 @@ class VocabKind(SiteKind):
         match, settings = case.match, case.settings
         assert isinstance(settings, Vocab)
         parts = parts_of_rows(match.matrices[0].rows, match.product.origin.refs)
-        return -(-settings.candidates_of(match.units * parts, case.reads.most) // parts)
+        return -(-settings.candidates_of(match.units * parts, max(case.reads.most, case.reads.filters)) // parts)
 
     def reads(self, case: Case) -> Reads | str:
         """What reads the logits."""

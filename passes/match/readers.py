@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -35,7 +35,7 @@ class Reader:
 
     Attributes:
       kind: "arg max", "top-k" (of the ``k`` largest), "arg min" and "bottom-k" of the smallest, "softmax" (or a sum of
-        exponentials), "returned".
+        exponentials), "returned", or "picked", of a number picked by a draw among ranks.
       node: the equation; None for what is returned.
       value: what it reads.
       dims: where the axis is in it.
@@ -43,7 +43,7 @@ class Reader:
       slope: whether what it reads rises with the logits (1), falls (-1), or neither is known (0).
     """
 
-    kind: Literal["arg max", "top-k", "arg min", "bottom-k", "softmax", "returned"]
+    kind: Literal["arg max", "top-k", "arg min", "bottom-k", "softmax", "returned", "picked"]
     node: Node | None
     value: Value
     dims: frozenset[int]
@@ -82,15 +82,25 @@ def readers_of(product: Product, fate: Fate) -> list[Reader]:
     return found
 
 
-def others_of(fate: Fate, readers: Sequence[Reader]) -> list[str]:
-    """What else takes entries of the axis, or adds them up: for messages. A largest entry is that of an arg max."""
+def others_of(fate: Fate, readers: Sequence[Reader], unseen: Callable[[Node], bool] = lambda node: False) -> list[str]:
+    """What else takes entries of the axis, or adds them up: for messages. A largest entry is that of an arg max.
+
+    Args:
+      fate: what becomes of the axis.
+      readers: what is known to take it.
+      unseen: whether nothing that is made by an equation is seen but by what is proved.
+    """
     known = {reader.node for reader in readers}
     found = []
     for kind, node in fate.events:
         if node is None or kind not in ("reduced", "gathered", "mixed") or node in known:
             continue
         operand = node.inputs[0]
-        if node.primitive is prims.reduce_max_p or (isinstance(operand, Value) and operand in fate.drawn):
+        if (
+            unseen(node)
+            or node.primitive is prims.reduce_max_p
+            or (isinstance(operand, Value) and operand in fate.drawn)
+        ):
             continue
         if node.primitive in (prims.reduce_sum_p, prims.sort_p, prims.gather_p, prims.dynamic_slice_p, prims.slice_p):
             found.append(f"{node.primitive} at {node.source}")

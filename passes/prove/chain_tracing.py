@@ -39,14 +39,14 @@ class FilteredError(NotFollowedError):
 def chain_of(product: Product, fate: Fate, reader: Reader) -> Chain | str:
     """The way from a product's output to one of its readers; a reason where it is not followed."""
     try:
-        return _Tracer(product, fate, reader).chain()
+        return Tracer(product, fate, reader).chain()
     except FilteredError as error:
         return Filtered(str(error))
     except NotFollowedError as error:
         return str(error)
 
 
-class _Tracer:
+class Tracer:
     """Follows one reader's operand backwards to the product."""
 
     def __init__(self, product: Product, fate: Fate, reader: Reader):
@@ -61,6 +61,7 @@ class _Tracer:
         self.shifted: set[int] = set()
 
     def chain(self) -> Chain:
+        """The way; raises where it is not followed."""
         value = self._inside(self.reader.value)
         value = self._without_softmax(value)
         dims = [d for d in self.fate.axes.get(value, ()) if value.shape[d] > 1 or len(value.shape) == 1]

@@ -78,6 +78,11 @@ class Chain:
     cut: bool
 
     @property
+    def ranks(self) -> bool:
+        """Whether candidates can be chosen by what it ends in."""
+        return not self.plain
+
+    @property
     def plain(self) -> bool:
         """True where the reader takes the logits themselves: moved, widened, and no more."""
         moved = not self.softmax and not self.cut and not self.reader.inverted
@@ -151,7 +156,7 @@ class Chain:
             if here is None:  # a truth value, which moves nothing
                 made.append(None)
                 continue
-            made.append(_moved(step.node, step.result, here) if moves_only(step.node) else here)
+            made.append(moved_by(step.node, step.result, here) if moves_only(step.node) else here)
         last = made[-1] if made else numbers
         return jnp.moveaxis(last, self.dim, -1).reshape(-1, last.shape[self.dim])
 
@@ -190,7 +195,7 @@ def _applied(step: Step, operands: list[Interval | None], known: list[Any]) -> I
     if p is compat.OPTIMIZATION_BARRIER:
         return next(o for o in operands[step.result : step.result + 1] if o is not None)
     if moves_only(node):
-        return here.map(lambda end: _moved(node, step.result, end))
+        return here.map(lambda end: moved_by(node, step.result, end))
     if p is prims.dynamic_slice_p:
         starts = known[1:]
         return here.map(lambda end: compat.bind(node.eqn, [end, *starts])[0])
@@ -207,7 +212,8 @@ def _applied(step: Step, operands: list[Interval | None], known: list[Any]) -> I
     return _infinite(node, given, made)
 
 
-def _moved(node: Node, result: int, end: Any) -> Any:
+def moved_by(node: Node, result: int, end: Any) -> Any:
+    """Where an equation that only moves entries puts them."""
     params = dict(node.params)
     return (
         node.primitive.bind(end, **params)[result]

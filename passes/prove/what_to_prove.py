@@ -7,10 +7,11 @@ from typing import Any
 
 from jax.extend.core import primitives as prims
 
-from hire_xform.passes.ir.graph import Operand, Value
+from hire_xform.passes.ir.graph import Node, Operand, Value
 from hire_xform.passes.match.readers import Reader, others_of
 from hire_xform.passes.prove.chain_tracing import Filtered, chain_of
 from hire_xform.passes.prove.chains import Chain
+from hire_xform.passes.prove.whole_tracing import draws_of, ends_in, whole_chain_of
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -21,11 +22,13 @@ class Reads:
       chains: what each reader takes; of those that are proved, or, where nothing is, that candidates are chosen by.
       proved: what is proved, for reports.
       unproved: what is not, and reads logits that may be predicted.
+      filters: the largest k of a top-k that only what is drawn from it sees.
     """
 
     chains: tuple[Chain, ...] = ()
     proved: tuple[str, ...] = ()
     unproved: tuple[str, ...] = ()
+    filters: int = 1
 
     @property
     def most(self) -> int:
@@ -55,10 +58,21 @@ def reads_of(match: Any, settings: Any, split: bool) -> Reads | str:
         return why
     if not settings.certify:
         return _ranked(found, split)
-    chains: dict[tuple[Value, int], Chain] = {}
+    whole = settings.certify is True and settings.fill == "predicted" and not split
+    found, drawn = _followed(match, found) if whole else (found, [])
+    decided: set[Node | None] = {r.node for r, chain in found if isinstance(chain, Chain) and r.kind in _DECIDED}
+    unseen = {r.node: whole and r.node is not None and ends_in(r.node, decided) for r, _ in found}
+    picks: set[Node | None] = {r.node for r, chain in found if isinstance(chain, Chain) and r.kind == "picked"}
+    chains: dict[tuple[Value, int, bool], Chain] = {}
     proved: list[str] = []
     unproved: list[str] = []
+    filters = 1
     for reader, chain in found:
+        if unseen[reader.node] and reader.kind not in _DECIDED:
+            filters = max(filters, reader.k if 4 * reader.k <= product.width else 1)
+            continue
+        if reader.kind in ("arg max", "arg min") and whole and reader.node is not None and ends_in(reader.node, picks):
+            continue
         if reader.kind == "softmax":
             unproved.append(f"the probabilities of the softmax ({reader.where}): those of predicted logits are close")
             continue
@@ -72,10 +86,41 @@ def reads_of(match: Any, settings: Any, split: bool) -> Reads | str:
             )
         if split and not chain.plain and not (chain.uniform and reader.slope > 0):
             return f"what {reader.where} reads is not its logits alone, which is proved on one device only"
-        chains.setdefault((chain.value, reader.k), chain)
+        chains.setdefault((chain.value, reader.k, reader.inverted), chain)
         proved.append(_told(reader))
-    unproved += [f"what {how} reads of predicted logits" for how in others_of(fate, match.readers)]
-    return Reads(tuple(chains.values()), tuple(dict.fromkeys(proved)), tuple(dict.fromkeys(unproved)))
+    unproved += drawn
+
+    def hidden(node: Node) -> bool:
+        return whole and ends_in(node, decided)
+
+    unproved += [f"what {how} reads of predicted logits" for how in others_of(fate, [r for r, _ in found], hidden)]
+    return Reads(tuple(chains.values()), tuple(dict.fromkeys(proved)), tuple(dict.fromkeys(unproved)), filters)
+
+
+# Readers, with the way to each, or why it is not followed.
+Followed = list[tuple[Reader, Chain | str]]
+_DECIDED = ("arg max", "arg min", "picked")
+
+
+def _followed(match: Any, found: Followed) -> tuple[Followed, list[str]]:
+    """The same readers and those behind filters, with what is taken as a whole followed, and of what is not, why."""
+    product, fate = match.product, match.fate
+    followed: Followed = []
+    for reader, chain in found:
+        whole: Chain | str = chain
+        if isinstance(chain, str) and reader.kind == "arg max":
+            whole = whole_chain_of(product, fate, reader)
+            if isinstance(whole, str):
+                whole = Filtered(f"{chain}: {whole}") if isinstance(chain, Filtered) else chain
+        followed.append((reader, whole))
+    missed = []
+    for reader in draws_of(product, fate, match.readers):
+        whole = whole_chain_of(product, fate, reader)
+        if isinstance(whole, str):
+            missed.append(f"what {reader.where} takes: {whole}")
+        else:
+            followed.append((reader, whole))
+    return followed, missed
 
 
 def _spoiled(found: list[tuple[Reader, Chain | str]]) -> str | None:
@@ -100,6 +145,8 @@ def _spoiled(found: list[tuple[Reader, Chain | str]]) -> str | None:
 def _told(reader: Reader) -> str:
     if reader.k > 1:
         return f"the {reader.k:,} largest ({reader.where})"
+    if reader.kind == "picked":
+        return f"what is drawn ({reader.where})"
     if reader.kind == "returned":
         return "the arg max of what is returned"
     return f"the arg max ({reader.where})"
