@@ -164,10 +164,12 @@ def places_of(node: Node) -> Operand | None:
     numbers = node.params["dimension_numbers"]
     if tuple(node.params["slice_sizes"]) != (1,) * (last + 1):
         return None
-    rows = tuple(range(last))
-    if numbers.start_index_map == (last,) and numbers.operand_batching_dims == rows:
-        same = numbers.start_indices_batching_dims == rows and shape_of(index)[:last] == shape_of(operand)[:last]
-        return index if same else None
+    batched = tuple(numbers.operand_batching_dims)
+    # Rows of which there is one need no number.
+    each = all(d in batched for d in range(last) if shape_of(operand)[d] > 1) and last not in batched
+    if tuple(numbers.start_index_map) == (last,) and each and batched == tuple(sorted(batched)):
+        first = tuple(numbers.start_indices_batching_dims) == tuple(range(len(batched)))
+        return index if first and shape_of(index)[-1:] == (1,) else None
     if numbers.start_index_map == (0, 1) and last == 1 and not numbers.operand_batching_dims:
         return _beside_row_numbers(index, shape_of(operand)[0])
     return None

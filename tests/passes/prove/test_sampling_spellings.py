@@ -280,9 +280,22 @@ def test_16_bits_that_are_widened(name, dtype):
     assert proved >= 24
 
 
+@pytest.mark.parametrize("name", ["top_k_and_its_index", "top_p_by_cutoff", "top_p_of_shares", "top_p_in_the_order"])
+def test_of_one_token(name):
+    """Gathers from one row are spelled otherwise than from several."""
+    (site,) = step_of(SPELLINGS[name]).trace(W, *one_each(2)).plan.sites
+    assert (len(site.proved), site.unproved) == (1, ())
+    assert compared(SPELLINGS[name], W, *one_each(32)) >= 24
+
+
+def one_each(n):
+    xs, keys = draws(n)
+    return xs[:, :1], keys
+
+
 @pytest.mark.parametrize("name", ["categorical", "top_k_and_its_index"])
 def test_of_16_bits_what_is_proved_is_the_dense_token(name):
-    """Logits of 16 bits often tie; where nothing is proved a product is rounded that the dense program does not round."""
+    """Logits of 16 bits often tie; what is not proved may be rounded where the dense program does not round."""
     xs, keys = draws(24)
     step, w, xs = step_of(SPELLINGS[name]), W.astype(jnp.bfloat16), xs.astype(jnp.bfloat16)
     dense, proved = jax.jit(functools.partial(run, SPELLINGS[name])), 0
