@@ -314,9 +314,12 @@ class _Head:
             end.at[entries(index, end)].set(own, unique_indices=True, mode="promise_in_bounds")
             for end, own in ((found.lower, exact - error), (found.upper, exact + error))
         )
+        narrow = self.rounded_to.itemsize < 4
+        rounded = [end.astype(self.rounded_to).astype(jnp.float32) if narrow else end for end in (low, high)]
+        if reading.mixed:
+            low, high = jnp.minimum(low, rounded[0]), jnp.maximum(high, rounded[1])
         sure, best = between_proved(reading, Interval(low, high), sides)
-        if self.rounded_to.itemsize < 4:
-            ends = (end.astype(self.rounded_to).astype(jnp.float32) for end in (low, high))
-            also, same = between_proved(reading, Interval(*ends), sides)
+        if narrow and not reading.mixed:
+            also, same = between_proved(reading, Interval(*rounded), sides)
             sure &= also & jnp.all(best == same, axis=1)
         return jnp.all(sure)

@@ -28,6 +28,7 @@ class Reading:
       between: what is read of logits in intervals ``[T, V]``, ``[n, V']``, given its side inputs; None: the logits.
       margin: how far the largest must be ahead of the others, ``[n, 1]``, given those intervals; None: at all.
       sides: which of the site's side inputs it takes: from the first number up to the second.
+      mixed: whether logits are read in several places, in each of which a product of 16 bits is rounded or not.
       decides: whether what is read are whole numbers, ``[n, 1]``, each of which is to be decided.
     """
 
@@ -37,6 +38,7 @@ class Reading:
     margin: Callable[[Interval], jax.Array] | None = None
     sides: tuple[int, int] = (0, 0)
     decides: bool = False
+    mixed: bool = False
 
     def read(self, logits: Interval, sides: Sequence[jax.Array]) -> Interval:
         """What is read of logits in these intervals."""

@@ -35,7 +35,8 @@ def readings_of(product: Product, reads: Reads, goal: Goal) -> tuple[Reading, ..
             continue
         margin = margin_of if chain.softmax else None
         between = functools.partial(_between, product, chain)
-        found.append(Reading(own, ordered, between, margin, sides, chain.reader.kind == "picked"))
+        mixed = sum(number == -1 for step in chain.steps for number in step.operands) > 1
+        found.append(Reading(own, ordered, between, margin, sides, chain.reader.kind == "picked", mixed))
     return tuple(dict.fromkeys(found)) or (Reading(goal),)
 
 

@@ -165,7 +165,7 @@ class Tracer:
                 operands.append(None)
         for i, (operand, number) in enumerate(zip(node.inputs, operands, strict=True)):
             if isinstance(operand, Value) and number is None and not (common and i == 1):
-                self.sides.append(operand)
+                self._beside(operand)
         if any(n in self.shifted for n in operands) and not _keeps_shift(node, operands):
             raise NotFollowedError(f"{node.primitive} at {node.source} is applied to what a softmax made of its logits")
         differs = node.primitive is prims.scatter_p or any(
@@ -180,6 +180,16 @@ class Tracer:
         self.merged = self.merged or self.logits.are_merged_in(value)
         self.cut = self.cut or self.logits.width(value) < self.product.width
         return self.number[value]
+
+    def _beside(self, side: Value) -> None:
+        """Notes a side; raises for one that is rounded to 16 bits here and may not be in the dense program."""
+        rounding = rounds_to_16_bits(side)
+        if rounding is not None:
+            raise NotFollowedError(
+                f"{rounding.primitive} at {rounding.source} is rounded to 16 bits or, as XLA has it, is not; widen the "
+                "logits to float32 before they are sampled"
+            )
+        self.sides.append(side)
 
     def _differs(self, side: Value, beside: Value) -> bool:
         """Whether a side differs along the vocabulary, judged by the axes of what is made with it."""
@@ -259,6 +269,28 @@ class Tracer:
 
 # What is written somewhere is what is read of it later.
 _STORES = frozenset({prims.dynamic_update_slice_p, prims.scatter_p})
+
+
+_EXACT = frozenset(
+    {prims.neg_p, prims.abs_p, prims.max_p, prims.min_p, prims.select_n_p, prims.copy_p, prims.stop_gradient_p}
+)
+_MOST_LOOKED = 64
+
+
+def rounds_to_16_bits(side: Value) -> Node | None:
+    """The equation by which a value of 16 bits is rounded, if it is: XLA leaves such a rounding out where it can."""
+    queue, seen = [side], {side}
+    while queue and len(seen) < _MOST_LOOKED:
+        value = queue.pop()
+        node = value.node
+        if node is None or value.aval.dtype.name not in ("bfloat16", "float16"):
+            continue
+        if node.primitive not in _EXACT and not moves_only(node):
+            return node
+        operands = [o for o in node.inputs if isinstance(o, Value) and o not in seen]
+        seen.update(operands)
+        queue += operands
+    return None
 
 
 # Below any logit less what is common to a token.

@@ -93,7 +93,9 @@ class _WholeTracer(Tracer):
         operands = tuple(
             self._number(o) if here and isinstance(o, Value) else None for o, here in zip(inputs, reached, strict=True)
         )
-        self.sides += [o for o, here in zip(inputs, reached, strict=True) if isinstance(o, Value) and not here]
+        for operand, here in zip(inputs, reached, strict=True):
+            if isinstance(operand, Value) and not here:
+                self._beside(operand)
         self.steps.append(WholeStep(node, result, operands, inputs=tuple(inputs), takes=takes, edge=edge))
         self.number[value] = len(self.steps) - 1
         return self.number[value]

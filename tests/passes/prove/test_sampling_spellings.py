@@ -294,19 +294,13 @@ def one_each(n):
 
 
 @pytest.mark.parametrize("name", ["categorical", "top_k_and_its_index"])
-def test_of_16_bits_what_is_proved_is_the_dense_token(name):
-    """Logits of 16 bits often tie; what is not proved may be rounded where the dense program does not round."""
-    xs, keys = draws(24)
-    step, w, xs = step_of(SPELLINGS[name]), W.astype(jnp.bfloat16), xs.astype(jnp.bfloat16)
-    dense, proved = jax.jit(functools.partial(run, SPELLINGS[name])), 0
-    packed = step.trace(w, xs[:1], keys[:1]).pack(w)
-    for i in range(len(xs)):
-        given = xs[i : i + 1], keys[i : i + 1]
-        got, counts = step.with_fallbacks(packed, *given)
-        if not any(int(n) for n in counts.values()):
-            np.testing.assert_array_equal(got, dense(w, *given))
-            proved += 1
-    assert proved >= 8
+def test_noise_of_16_bits_is_not_known(name):
+    """XLA rounds it here and there; so what is drawn with it is not proved, with a reason that says what to do."""
+    xs, keys = draws(2)
+    plan = step_of(SPELLINGS[name]).trace(W.astype(jnp.bfloat16), xs.astype(jnp.bfloat16), keys).plan
+    said = [r.reason for r in plan.refusals] + [told for site in plan.sites for told in site.unproved]
+    assert any("widen the logits to float32 before they are sampled" in told for told in said)
+    assert not any("arg max" in told or "drawn" in told for site in plan.sites for told in site.proved)
 
 
 @pytest.mark.parametrize(
