@@ -28,6 +28,10 @@ def _columns(x: jax.Array, w: jax.Array, name: str) -> jax.Array:
     return x @ w
 
 
+def _as_written(x: jax.Array, w: jax.Array, name: str) -> jax.Array:
+    return x @ w if name.endswith("down") else x @ w.T
+
+
 def _bf16_rows(x: jax.Array, w: jax.Array, name: str) -> jax.Array:
     narrow = two_rows(x.astype(jnp.bfloat16))
     return lax.dot_general(w, narrow, ROWS, preferred_element_type=jnp.float32)[:, : len(x)].T
@@ -52,6 +56,7 @@ def kernels(weights: Weights, settings: Settings) -> Iterator[Kernel | Left]:
     forms = (
         ("dense f32, rows", f32, None, plain, True),
         ("dense f32, columns", f32, columns_of, _columns, True),
+        ("dense f32, x @ W.T", f32, None, _as_written, True),
         ("dense f32, as XLA allocates", f32, None, plain, False),
         ("dense bf16, rows", jnp.bfloat16, rows_of, _bf16_rows, True),
         ("dense bf16, columns", jnp.bfloat16, columns_of, _bf16_columns, True),
@@ -63,7 +68,7 @@ def kernels(weights: Weights, settings: Settings) -> Iterator[Kernel | Left]:
             continue
         read = case.elements * jnp.dtype(dtype).itemsize
         # What is made anew: turned, narrowed, or in ordinary pages.
-        reason = None if name == forms[0][0] else settings.short_of(read)
+        reason = settings.short_of(read) if layout or not huge else None
         if reason:
             yield Left(name, reason)
             continue
