@@ -243,7 +243,7 @@ def full() -> Iterator[Case]:
 
 
 def billion() -> Iterator[Case]:
-    """``--billion``: a step of 1.07 billion parameters, in about 10 GB with JAX alone and 18 GB with all."""
+    """``--billion``: a step of 1.07 billion parameters, in about 10 GB with JAX alone and 18 GB with all, by reckoning."""
     yield Case("step", "step", 2048, 131072, 8192, 16)
 
 
