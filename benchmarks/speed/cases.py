@@ -243,7 +243,7 @@ def full() -> Iterator[Case]:
 
 
 def billion() -> Iterator[Case]:
-    """``--billion``: a step of 1.07 billion parameters, in about 10 GB with JAX alone and 18 GB with all, by reckoning."""
+    """``--billion``: a step of 1.07 billion parameters, by reckoning in 10 GB with JAX alone, 18 GB with all."""
     yield Case("step", "step", 2048, 131072, 8192, 16)
 
 
