@@ -26,6 +26,13 @@ TESTED_BY_PROGRAMS = {
     "passes.kinds.ffn_measured",
     "passes.kinds.readings",
     "passes.kinds.top_groups",
+    "passes.prove.edges",
+    "passes.prove.orders",
+    "passes.prove.pick_rules",
+    "passes.prove.whole_chains",
+    "passes.prove.whole_rules",
+    "passes.prove.whole_tracing",
+    "passes.prove.write_rules",
     "passes.weights.few_bits",
 }
 

@@ -30,6 +30,7 @@ from hire_xform.passes.pack.packed import Packed
 from hire_xform.passes.plan.cost import bytes_read
 from hire_xform.passes.plan.decisions import Decision, Plan
 from hire_xform.passes.plan.measurement import MeasurementOf
+from hire_xform.passes.plan.placement import CutRows
 from hire_xform.passes.plan.settings import PREDICTOR
 from hire_xform.passes.weights.recipe import Root
 
@@ -103,7 +104,8 @@ class DenseTrace(Traced):
     def _place(self, match: Any) -> Any:
         """The reason that a match stays dense where its weights are, if any: what does is not measured."""
         found = super()._place(match)
-        return found if isinstance(found, str) else None
+        reason = found.reason if isinstance(found, CutRows) else found
+        return reason if isinstance(reason, str) else None
 
 
 class _CaptureTrace(DenseTrace):
