@@ -20,8 +20,8 @@ from hire_xform.passes.prove.logits import Logits
 from hire_xform.passes.prove.soft_maximum import ENDS, is_left_out
 from hire_xform.passes.weights.products import Product
 
-# Equations from a reader back to the logits, and of side inputs that are run ahead.
-_MAX_STEPS, _MAX_AHEAD = 64, 512
+# Equations of side inputs that are run ahead.
+_MAX_AHEAD = 512
 
 
 class NotFollowedError(Exception):
@@ -48,6 +48,9 @@ def chain_of(product: Product, fate: Fate, reader: Reader) -> Chain | str:
 
 class Tracer:
     """Follows one reader's operand backwards to the product."""
+
+    # Equations between a reader and the logits.
+    most_steps = 64
 
     def __init__(self, product: Product, fate: Fate, reader: Reader):
         self.product, self.fate, self.reader = product, fate, reader
@@ -137,16 +140,21 @@ class Tracer:
 
     def _number(self, value: Value) -> int:
         """The number of the step that makes a value, which hangs on the logits."""
-        if value in self.number:
-            return self.number[value]
-        if len(self.steps) >= _MAX_STEPS:
-            raise NotFollowedError(f"more than {_MAX_STEPS} equations stand between its logits and {self.reader.where}")
+        if value not in self.number:
+            if len(self.steps) >= self.most_steps:
+                raise NotFollowedError(
+                    f"more than {self.most_steps} equations stand between its logits and {self.reader.where}"
+                )
+            self.number[value] = self._made(value)
+        return self.number[value]
+
+    def _made(self, value: Value) -> int:
+        """The same of a value that has none yet."""
         node = value.node
         if node is None:
             if isinstance(value.outer, Value) and not value.scanned:
                 self.outer[value] = value.outer
-                self.number[value] = self._number(value.outer)
-                return self.number[value]
+                return self._number(value.outer)
             raise NotFollowedError(f"its logits are the state of a loop on the way to {self.reader.where}")
         if value.aval.dtype == bool and not (node.primitive in COMPARES or self._is_followed(node, value)):
             if not is_pointwise(node):
@@ -154,8 +162,7 @@ class Tracer:
             self.steps.append(
                 Step(node, node.outputs.index(value), (None,) * len(node.inputs), unknown=True, differs=True)
             )
-            self.number[value] = len(self.steps) - 1
-            return self.number[value]
+            return len(self.steps) - 1
         common = self._checked(node, value)
         operands: list[int | None] = []
         for i, operand in enumerate(node.inputs):
@@ -176,10 +183,9 @@ class Tracer:
         if common or any(n in self.shifted for n in operands):
             self.shifted.add(len(self.steps) - 1)
         self.softmax = self.softmax or common
-        self.number[value] = len(self.steps) - 1
         self.merged = self.merged or self.logits.are_merged_in(value)
         self.cut = self.cut or self.logits.width(value) < self.product.width
-        return self.number[value]
+        return len(self.steps) - 1
 
     def _beside(self, side: Value) -> None:
         """Notes a side; raises for one that is rounded to 16 bits here and may not be in the dense program."""

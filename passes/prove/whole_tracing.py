@@ -27,8 +27,8 @@ from hire_xform.passes.prove.whole_rules import can_be_replayed
 from hire_xform.passes.weights.origins import shape_of
 from hire_xform.passes.weights.products import Product
 
-# Equations between a reader and the logits, and of all that is looked through for readers behind filters.
-_MAX_STEPS, _MAX_LOOKED = 256, 1024
+# Equations that are looked through for readers behind filters.
+_MAX_LOOKED = 1024
 _PICK = frozenset({prims.gather_p, prims.dynamic_slice_p})
 
 
@@ -44,6 +44,7 @@ class _WholeTracer(Tracer):
     """Follows one reader's operand backwards to the product, through equations that take an axis as a whole."""
 
     steps: list[WholeStep]  # type: ignore[assignment]
+    most_steps = 256
 
     def whole(self) -> WholeChain:
         value = self.reader.value if self.reader.kind == "picked" else self._inside(self.reader.value)
@@ -67,19 +68,13 @@ class _WholeTracer(Tracer):
             spine=self.reader.kind != "picked" and has_spine(self.steps),
         )
 
-    def _number(self, value: Value) -> int:
-        """The number of the step that makes a value, which hangs on the logits."""
-        if value in self.number:
-            return self.number[value]
-        if len(self.steps) >= _MAX_STEPS:
-            raise NotFollowedError(f"more than {_MAX_STEPS} equations stand between its logits and {self.reader.where}")
+    def _made(self, value: Value) -> int:
         node = value.node
         if node is None:
-            return super()._number(value)
+            return super()._made(value)
         plain = without_wrapping(value)
         if plain is not None:
-            self.number[value] = self._number(plain)
-            return self.number[value]
+            return self._number(plain)
         inputs, takes = self._taken(node)
         reached = [isinstance(o, Value) and self.logits.reach(o) for o in inputs]
         result = node.outputs.index(value)
@@ -97,8 +92,7 @@ class _WholeTracer(Tracer):
             if isinstance(operand, Value) and not here:
                 self._beside(operand)
         self.steps.append(WholeStep(node, result, operands, inputs=tuple(inputs), takes=takes, edge=edge))
-        self.number[value] = len(self.steps) - 1
-        return self.number[value]
+        return len(self.steps) - 1
 
     def _has_rule(self, node: Node, result: int, reached: list[bool]) -> bool:
         if node.children or node.eqn.effects or not can_be_replayed(node, result, reached):
