@@ -15,6 +15,7 @@ from hire_xform.lowering.primitives.arg_max import arg_max
 from hire_xform.passes.ir.graph import Node, Operand
 from hire_xform.passes.match.kinds import kind_of
 from hire_xform.passes.match.matches import Detection
+from hire_xform.passes.match.output_axis import follow
 from hire_xform.passes.match.whole_axis import takes_largest
 from hire_xform.passes.plan.decisions import Decision, Need, PackKey, Plan
 from hire_xform.passes.plan.forms import Stored
@@ -23,7 +24,7 @@ from hire_xform.passes.plan.row_order import other_rows
 from hire_xform.passes.rewrite.action import Action, Context
 from hire_xform.passes.rewrite.canonical import flat_activation, result_shape
 from hire_xform.passes.rewrite.cyclic_lookups import cyclic_lookups
-from hire_xform.passes.rewrite.merge_top_k import Merged, all_readers, merge, merged
+from hire_xform.passes.rewrite.merge_top_k import Merged, merge, merged
 from hire_xform.passes.rewrite.site import RewrittenSite
 from hire_xform.passes.weights.products import Product
 from hire_xform.passes.weights.recipe import Root
@@ -141,11 +142,13 @@ class ArgMax(Action):
 
 
 def arg_maxes(decisions: Iterable[Decision]) -> list[ArgMax]:
-    """Every arg max along the vocabulary of what a rewritten head on one device makes."""
+    """Every arg max along the vocabulary of what a rewritten head on one device makes, wherever that axis has gone."""
     found: dict[Node, ArgMax] = {}
     for decision in decisions:
         if kind_of(decision.match).splits_result(decision.match) and decision.placement is None:
-            found.update((n, ArgMax(n)) for n in all_readers(decision.match.last.out) if takes_largest(n))
+            axes = follow(decision.match.last, narrow=False).axes
+            ends = (value for value, dims in axes.items() if len(value.shape) - 1 in dims)
+            found.update((n, ArgMax(n)) for value in ends for n in value.consumers if takes_largest(n))
     return list(found.values())
 
 

@@ -24,6 +24,7 @@ inline int64_t BytesOf(RowType type) {
 // Integer products of quantised rows with quantised tokens.
 struct Scores {
   const uint8_t* rows;    // [n, row_bytes]: int8, or two 4-bit entries a byte, the row's first half in the low nibbles
+  const uint8_t* end;     // behind the last
   int64_t row_bytes;
   int bits;               // 8 or 4
   const int8_t* tokens;   // [limbs * T, 2 * kPadded(row_bytes) or once that]: zeros behind each (half) row

@@ -63,6 +63,12 @@ inline int32_t SumI(I sum) {
   half = _mm_add_epi32(half, _mm_shuffle_epi32(half, 0x4e));
   return _mm_cvtsi128_si32(_mm_add_epi32(half, _mm_shuffle_epi32(half, 0xb1)));
 }
+inline void SumFour(const I (&sums)[4], int32_t* out) {
+  const I all = _mm256_hadd_epi32(_mm256_hadd_epi32(sums[0], sums[1]), _mm256_hadd_epi32(sums[2], sums[3]));
+  const __m128i four = _mm_add_epi32(_mm256_castsi256_si128(all), _mm256_extracti128_si256(all, 1));
+  __m128i* to = reinterpret_cast<__m128i*>(out);
+  _mm_storeu_si128(to, _mm_add_epi32(_mm_loadu_si128(to), four));
+}
 inline Bytes Biased(Bytes row) { return row; }
 inline Bytes Low(Bytes row) {
   return _mm256_xor_si256(_mm256_and_si256(row, _mm256_set1_epi8(0xf)), _mm256_set1_epi8(8));

@@ -54,6 +54,16 @@ inline Bytes LoadBytes(const void* p) { return _mm512_loadu_si512(p); }
 inline I DotS8(I sum, Bytes row, Bytes token) { return _mm512_dpbusd_epi32(sum, row, token); }
 inline I DotU8(I sum, Bytes row, Bytes token) { return _mm512_dpbusd_epi32(sum, row, token); }
 inline int32_t SumI(I sum) { return _mm512_reduce_add_epi32(sum); }
+// Neighbours are added up within each quarter, so that its four lanes are of the four sums; then the quarters.
+inline void SumFour(const I (&sums)[4], int32_t* out) {
+  const I ab = _mm512_add_epi32(_mm512_unpacklo_epi32(sums[0], sums[1]), _mm512_unpackhi_epi32(sums[0], sums[1]));
+  const I cd = _mm512_add_epi32(_mm512_unpacklo_epi32(sums[2], sums[3]), _mm512_unpackhi_epi32(sums[2], sums[3]));
+  const I all = _mm512_add_epi32(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd));
+  const __m256i half = _mm256_add_epi32(_mm512_castsi512_si256(all), _mm512_extracti64x4_epi64(all, 1));
+  const __m128i four = _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+  __m128i* to = reinterpret_cast<__m128i*>(out);
+  _mm_storeu_si128(to, _mm_add_epi32(_mm_loadu_si128(to), four));
+}
 inline Bytes Biased(Bytes row) { return _mm512_xor_si512(row, _mm512_set1_epi8(static_cast<char>(0x80))); }
 inline Bytes Low(Bytes row) {
   return _mm512_xor_si512(_mm512_and_si512(row, _mm512_set1_epi8(0xf)), _mm512_set1_epi8(8));

@@ -7,6 +7,7 @@
 //   NotBelow(a, b)              whether an entry of a is not smaller than that of b, as a NaN is not
 //   I, kBytes                   a vector of int32 that products of kBytes pairs of bytes are added to
 //   Bytes, LoadBytes, ZeroI, SumI
+//   SumFour(sums, out)          adds the sums of four to four numbers
 //   DotS8(sum, row, token)      row int8 or, where kOffset8 is not zero, what is in it plus that
 //   DotU8(sum, row, token)      row entries 0 .. 15
 //   Biased(row), Low(row), High(row)   a row of int8 plus kOffset8; nibbles plus 8
@@ -56,17 +57,26 @@ inline void IntegerBlock(const Scores& s, const uint8_t* rows, const int8_t* con
       step(row);
     }
     if (j < end) {
+      // What lies behind a row is another's, and nobody's behind the last; the token's zeros there cancel it.
+      const bool inside = s.end - (rows + (R - 1) * bytes + j) >= kBytes;
       Bytes row[R];
       for (int r = 0; r < R; ++r) {
-        // What lies behind the row is another's, or nobody's; the token's zeros there cancel the offset.
-        alignas(64) uint8_t part[kBytes] = {};
-        for (int64_t i = 0; i < end - j; ++i) part[i] = rows[r * bytes + j + i];
-        row[r] = prepared(part);
+        const uint8_t* p = rows + r * bytes + j;
+        alignas(64) uint8_t part[kBytes];
+        if (!inside) {
+          for (int64_t i = 0; i < kBytes; ++i) part[i] = i < end - j ? p[i] : 0;
+          p = part;
+        }
+        row[r] = prepared(p);
       }
       step(row);
     }
-    for (int t = 0; t < T; ++t)
-      for (int r = 0; r < R; ++r) out[t][r] += SumI(sum[t][r]);
+    for (int t = 0; t < T; ++t) {
+      if constexpr (R == 4)
+        SumFour(sum[t], out[t]);
+      else
+        for (int r = 0; r < R; ++r) out[t][r] += SumI(sum[t][r]);
+    }
   }
 }
 

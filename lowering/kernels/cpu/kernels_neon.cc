@@ -49,6 +49,10 @@ inline Bytes LoadBytes(const void* p) { return vld1q_s8(static_cast<const int8_t
 inline I DotS8(I sum, Bytes row, Bytes token) { return vdotq_s32(sum, row, token); }
 inline I DotU8(I sum, Bytes row, Bytes token) { return vdotq_s32(sum, row, token); }
 inline int32_t SumI(I sum) { return vaddvq_s32(sum); }
+inline void SumFour(const I (&sums)[4], int32_t* out) {
+  const I four = vpaddq_s32(vpaddq_s32(sums[0], sums[1]), vpaddq_s32(sums[2], sums[3]));
+  vst1q_s32(out, vaddq_s32(vld1q_s32(out), four));
+}
 inline Bytes Biased(Bytes row) { return row; }
 inline Bytes Low(Bytes row) { return veorq_s8(vandq_s8(row, vdupq_n_s8(0xf)), vdupq_n_s8(8)); }
 inline Bytes High(Bytes row) { return Low(vreinterpretq_s8_u8(vshrq_n_u8(vreinterpretq_u8_s8(row), 4))); }

@@ -111,6 +111,9 @@ inline I DotS8(I sum, Bytes row, Bytes token) {
 }
 inline I DotU8(I sum, Bytes row, Bytes token) { return DotS8(sum, row, token); }
 inline int32_t SumI(I sum) { return sum.v[0] + sum.v[1] + sum.v[2] + sum.v[3]; }
+inline void SumFour(const I (&sums)[4], int32_t* out) {
+  for (int r = 0; r < 4; ++r) out[r] += SumI(sums[r]);
+}
 inline Bytes Biased(Bytes row) { return row; }
 inline Bytes Low(Bytes row) {
   for (int i = 0; i < kBytes; ++i) row.v[i] = (row.v[i] & 0xf) ^ 8;

@@ -158,6 +158,7 @@ std::string ScoreRows(Pool& pool, const Kernels& kernels, const Array& x, const 
     }
     Scores s;
     s.rows = rows.As<uint8_t>();
+    s.end = s.rows + n * bytes;
     s.row_bytes = bytes;
     s.bits = static_cast<int>(bits);
     s.tokens = entries.data();

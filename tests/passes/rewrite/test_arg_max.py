@@ -46,7 +46,11 @@ def in_a_scan(w, x):
     return jax.lax.scan(body, x, None, length=3)[1]
 
 
-@pytest.mark.parametrize("fun", [padded, capped, sampled, in_a_scan])
+def turned(w, x):
+    return jnp.argmax(jnp.exp((w.T @ x.T).T), axis=-1)
+
+
+@pytest.mark.parametrize("fun", [padded, capped, sampled, in_a_scan, turned])
 def test_it_is_taken_by_the_step(fun):
     assert steps_of(fun, W, X) == 1
     jax.tree.map(
