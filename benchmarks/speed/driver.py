@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -109,7 +110,8 @@ class Process:
     def close(self) -> None:
         """Ends the process, and with it its memory."""
         assert self._process.stdin
-        self._process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
         self._process.wait()
         self._log.close()
 
@@ -159,9 +161,18 @@ def run_case(case: Case, options: Options, say: Callable[[str], None]) -> dict[s
         begin = reading(pids)
         for i in range(options.rounds):
             say(f"{case.name}: round {i + 1} of {options.rounds}")
-            for number in running[i % len(running) :] + running[: i % len(running)]:
+            for number in sorted(running, key=lambda number: (number - i) % len(workers)):
                 time.sleep(PAUSE)
-                seconds = workers[number].round()
+                try:
+                    seconds = workers[number].round()
+                except (RuntimeError, OSError) as error:
+                    # What ended, for want of memory for example, is told, and the others go on.
+                    running.remove(number)
+                    for entry in entries:
+                        if entry["worker"] == number and "turn" in entry:
+                            entry |= {"reason": f"failed: {error}", "seconds": []}
+                            del entry["turn"]
+                    continue
                 for entry in entries:
                     if entry["worker"] == number and "turn" in entry:
                         entry["seconds"] += seconds[entry["turn"]]
