@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from hire_xform.lowering.engine.engine import Observer, Steps, selected
+from hire_xform.lowering.engine.engine import Steps, selected
 from hire_xform.lowering.engine.selection import leaves_out, selection_of
 from hire_xform.lowering.engine.static_units import static_units
 from hire_xform.lowering.engine.top_groups import group_energy
@@ -56,7 +56,6 @@ def ffn(
     group_size: int = 1,
     out_dtype: jax.typing.DTypeLike,
     static: int = 0,
-    observe: Observer = lambda name, value: None,
 ) -> tuple[jax.Array, jax.Array]:
     """A feed-forward block, ``region(ups) @ down``, with only the chosen hidden units computed.
 
@@ -82,8 +81,6 @@ def ffn(
       out_dtype: dtype of the result.
       static: how many units, the first ones, are always computed. The predictors are of the others only. Takes groups
         of one unit and no ``score``.
-      observe: is told the ``scores`` of groups, the ``selection`` of them (of those predicted), the products into them
-        as ``computed``, and their ``activation``.
 
     Returns:
       ``[T, d_out]`` of ``out_dtype``, and a bool scalar: whether any token has a unit that is not zero, going by the
@@ -117,7 +114,6 @@ def ffn(
         scores=scores,
         compute=lambda index: chosen_products(ups, of_all(index), group_size),
         in_order=score is not None,
-        observe=observe,
     )
     index, hiddens = selected(steps, selection)
     with jax.named_scope("select"):
@@ -128,7 +124,6 @@ def ffn(
         gather = gather_chosen(index, ups[0].x.shape[0], m, group_size)
         hiddens = [h.astype(up.dtype) for h, up in zip(hiddens, ups, strict=True)]
         activation = region(hiddens, gather)
-        observe("activation", activation)
         result = combined(activation, down, index, first_row, group_size, wide)
         if static:
             fixed = static_units(ups, region, down, first_row, static).astype(wide)

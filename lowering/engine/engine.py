@@ -24,12 +24,10 @@ from hire_xform.lowering.primitives.ranks import Moments
 from hire_xform.lowering.prove.proofs import Proof
 from hire_xform.lowering.xla.promotion import usual_promotion
 
-__all__ = ["Certified", "Observer", "Operands", "Steps", "proved_or_dense", "selected", "without"]
+__all__ = ["Certified", "Operands", "Steps", "proved_or_dense", "selected", "without"]
 
 # What was computed of chosen rows: a pytree of arrays ``[T, K]``.
 Made = Any
-# Is given what a configuration has, under a trace: "scores", "selection" (their index), "computed", "activation".
-Observer = Callable[[str, Any], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +41,6 @@ class Steps:
       result: what stands where the dense result stood, from the index and what was computed.
       proved: whether that is proved to do, a bool scalar, of the same two.
       rung: int32 scalar, where bounds alone prove it: the number of the selection to take, or how many there are.
-      observe: is told of what :func:`selected` sees. Not of what is certified, which is traced in a frame of its own.
     """
 
     scores: jax.Array
@@ -52,7 +49,6 @@ class Steps:
     result: Callable[[jax.Array, Made], jax.Array] = lambda index, made: made
     proved: Callable[[jax.Array, Made], jax.Array] | None = None
     rung: jax.Array | None = None
-    observe: Observer = lambda name, value: None
 
 
 class Operands(NamedTuple):
@@ -114,8 +110,6 @@ def selected(steps: Steps, selection: Selection) -> tuple[jax.Array, Made]:
         index = _select(steps, steps.scores, selection)
     with jax.named_scope("compute"):
         made = steps.compute(index)
-    for name, value in (("scores", steps.scores), ("selection", index), ("computed", made)):
-        steps.observe(name, value)
     return index, made
 
 

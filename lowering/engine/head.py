@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from hire_xform.lowering.engine.engine import Observer, Operands, Steps, proved_or_dense, selected, without
+from hire_xform.lowering.engine.engine import Operands, Steps, proved_or_dense, selected, without
 from hire_xform.lowering.engine.selection import Selection, entries, rungs, selection_of
 from hire_xform.lowering.predict.predictors import PackedArrays, Predictor, predict_scores
 from hire_xform.lowering.primitives.select_rows import select_rows_dot
@@ -51,7 +51,6 @@ def vocab_logits(
     fill: Fill = "predicted",
     out_dtype: jax.typing.DTypeLike,
     rank: Callable[[jax.Array], jax.Array] | None = None,
-    observe: Observer = lambda name, value: None,
 ) -> jax.Array:
     """``x @ rows.T`` with exact logits for the candidates only.
 
@@ -67,7 +66,6 @@ def vocab_logits(
       fill: what stands for the rest: ``"predicted"`` scores or ``"-inf"``.
       out_dtype: dtype of the logits.
       rank: what candidates are chosen by, from the scores, f32 ``[T, V]`` both; None: the scores themselves.
-      observe: is told the ``scores`` that decide, the ``selection`` and what is ``computed``, the exact products.
 
     Returns:
       ``[T, V]`` of ``out_dtype``.
@@ -87,7 +85,6 @@ def vocab_logits(
         first_row=first_row,
         out_dtype=out_dtype,
         rank=rank,
-        observe=observe,
     )
     with jax.named_scope("compute"):
         return _filled(scores, index, exact, fill).astype(out_dtype)
@@ -104,7 +101,6 @@ def vocab_candidates(
     first_row: jax.Array | int = 0,
     out_dtype: jax.typing.DTypeLike,
     rank: Callable[[jax.Array], jax.Array] | None = None,
-    observe: Observer = lambda name, value: None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The candidates of :func:`vocab_logits`, which says what the arguments are.
 
@@ -124,7 +120,7 @@ def vocab_candidates(
     def products(index: jax.Array) -> jax.Array:
         return select_rows_dot(x, rows, index + first_row, preferred_element_type=wide)
 
-    index, exact = selected(Steps(scores=ranked, compute=products, observe=observe), selection)
+    index, exact = selected(Steps(scores=ranked, compute=products), selection)
     return exact, index, scores
 
 

@@ -233,27 +233,3 @@ def test_a_block_is_short_where_a_unit_that_is_not_zero_is_left_out(tokens, acti
                 assert bool(short) == (float(jnp.abs(result - want).max()) > 1e-3)
                 modes.add(bool(short))
     assert modes == {False, True}
-
-
-def test_an_observer_is_told_what_is_chosen_and_computed(normal):
-    x, rows, down = normal((1, 8)), normal((20, 8), seed=1), normal((20, 4), seed=2)
-    packed, seen = pack_predictor(rows, Q8), {}
-    logits = vocab_logits(x, rows, packed, Q8, candidates=3, out_dtype=jnp.float32, observe=seen.__setitem__)
-    np.testing.assert_array_equal(seen["scores"], predict_scores(x, packed, Q8, 20))
-    np.testing.assert_array_equal(logits[:, seen["selection"]], seen["computed"])
-    seen.clear()
-    up = UpProduct(x=x, rows=rows, packed=packed, spec=Q8, dtype=jnp.float32)
-    result, _ = ffn(
-        [up],
-        lambda hiddens, _: jax.nn.relu(hiddens[0]),
-        down,
-        down_norms=jnp.ones(20),
-        active=3,
-        group_size=2,
-        out_dtype=jnp.float32,
-        observe=seen.__setitem__,
-    )
-    assert seen["scores"].shape == (1, 10)
-    units = (seen["selection"][:, None] * 2 + jnp.arange(2)).reshape(-1)
-    np.testing.assert_allclose(seen["computed"][0], x @ rows[units].T, rtol=1e-5)
-    np.testing.assert_allclose(seen["activation"] @ down[units], result, rtol=1e-5)
