@@ -189,39 +189,51 @@ inline void WithScaling(const Scale& scale, const Fun& fun) {
   fun(Width<static_cast<int>(Scaling::kNone)>());
 }
 
-// One row with T tokens. `ahead` is where the next row lies: it is fetched while this one is multiplied.
-template <RowType Type, int T, bool Magnitudes, Scaling Scaled>
-inline void DotRow(const Dots& s, const uint8_t* row, const uint8_t* ahead, const float* scale, const float* x,
-                   float* out) {
+// R rows with T tokens. `ahead` is where the next rows lie: they are fetched while these are multiplied.
+template <RowType Type, int R, int T, bool Magnitudes, Scaling Scaled>
+inline void DotRows(const Dots& s, const uint8_t* const* rows, const uint8_t* const* ahead, const float* const* scales,
+                    const float* x, float* out) {
   constexpr int64_t size = Type == RowType::kF32 ? 4 : Type == RowType::kS8 ? 1 : 2;
+  // As many sums at a time as hide how long an addition takes.
   constexpr int kSums = T == 1 ? 4 : T == 2 ? 2 : 1;
-  F sum[T][kSums];
-  for (int t = 0; t < T; ++t)
-    for (int k = 0; k < kSums; ++k) sum[t][k] = Zero();
+  F sum[R][T][kSums];
+  for (int r = 0; r < R; ++r)
+    for (int t = 0; t < T; ++t)
+      for (int k = 0; k < kSums; ++k) sum[r][t][k] = Zero();
   int64_t j = 0;
   for (; j + kSums * kLanes <= s.d; j += kSums * kLanes) {
-    for (int64_t b = 0; b < kSums * kLanes * size; b += 64) __builtin_prefetch(ahead + j * size + b);
+    for (int r = 0; r < R; ++r)
+      for (int64_t b = 0; b < kSums * kLanes * size; b += 64) __builtin_prefetch(ahead[r] + j * size + b);
     for (int k = 0; k < kSums; ++k) {
-      F w = LoadScaled<Type, Scaled>(row, scale, s.scale.columns, j + k * kLanes);
-      if (Magnitudes) w = Abs(w);
-      for (int t = 0; t < T; ++t) sum[t][k] = Fma(w, Load(x + t * s.d + j + k * kLanes), sum[t][k]);
+      F w[R];
+      for (int r = 0; r < R; ++r) {
+        w[r] = LoadScaled<Type, Scaled>(rows[r], scales[r], s.scale.columns, j + k * kLanes);
+        if (Magnitudes) w[r] = Abs(w[r]);
+      }
+      for (int t = 0; t < T; ++t) {
+        const F token = Load(x + t * s.d + j + k * kLanes);
+        for (int r = 0; r < R; ++r) sum[r][t][k] = Fma(w[r], token, sum[r][t][k]);
+      }
     }
   }
   for (; j < s.d; j += kLanes) {
     const int64_t left = s.d - j;
-    F w = left < kLanes ? LoadScaledPart<Type, Scaled>(row, scale, s.scale.columns, j, left)
-                        : LoadScaled<Type, Scaled>(row, scale, s.scale.columns, j);
-    if (Magnitudes) w = Abs(w);
-    for (int t = 0; t < T; ++t) {
-      const float* at = x + t * s.d + j;
-      sum[t][0] = Fma(w, left < kLanes ? LoadPart(at, left) : Load(at), sum[t][0]);
+    for (int r = 0; r < R; ++r) {
+      F w = left < kLanes ? LoadScaledPart<Type, Scaled>(rows[r], scales[r], s.scale.columns, j, left)
+                          : LoadScaled<Type, Scaled>(rows[r], scales[r], s.scale.columns, j);
+      if (Magnitudes) w = Abs(w);
+      for (int t = 0; t < T; ++t) {
+        const float* at = x + t * s.d + j;
+        sum[r][t][0] = Fma(w, left < kLanes ? LoadPart(at, left) : Load(at), sum[r][t][0]);
+      }
     }
   }
-  for (int t = 0; t < T; ++t) {
-    for (int k = kSums / 2; k > 0; k /= 2)
-      for (int i = 0; i < k; ++i) sum[t][i] = Add(sum[t][i], sum[t][i + k]);
-    out[t * s.stride] = Sum(sum[t][0]);
-  }
+  for (int r = 0; r < R; ++r)
+    for (int t = 0; t < T; ++t) {
+      for (int k = kSums / 2; k > 0; k /= 2)
+        for (int i = 0; i < k; ++i) sum[r][t][i] = Add(sum[r][t][i], sum[r][t][i + k]);
+      out[t * s.stride + r] = Sum(sum[r][t][0]);
+    }
 }
 
 template <RowType Type, bool Magnitudes, Scaling Scaled>
@@ -232,20 +244,30 @@ inline void DotsOf(const Dots& s, int64_t first, int64_t last) {
     return (s.index ? s.index[entry] : entry) * s.group + i % s.group;
   };
   const int64_t end = last * s.group;
-  for (int64_t i = first * s.group; i < end; ++i) {
-    const uint8_t* row = s.rows + number(i) * row_bytes;
-    const uint8_t* ahead = i + 1 < end ? s.rows + number(i + 1) * row_bytes : row;
-    const float* scale = ScaleOf(s.scale, s.d, number(i));
+  int64_t i = first * s.group;
+  auto some_rows = [&](auto height) {
+    constexpr int R = decltype(height)::value;
+    const uint8_t *rows[R], *ahead[R];
+    const float* scales[R];
+    for (int r = 0; r < R; ++r) {
+      rows[r] = s.rows + number(i + r) * row_bytes;
+      ahead[r] = i + r + R < end ? s.rows + number(i + r + R) * row_bytes : rows[r];
+      scales[r] = ScaleOf(s.scale, s.d, number(i + r));
+    }
     int64_t t = 0;
-    auto some = [&](auto width) {
+    auto some_tokens = [&](auto width) {
       constexpr int T = decltype(width)::value;
-      DotRow<Type, T, Magnitudes, Scaled>(s, row, ahead, scale, s.x + t * s.d, s.out + t * s.stride + i);
+      DotRows<Type, R, T, Magnitudes, Scaled>(s, rows, ahead, scales, s.x + t * s.d, s.out + t * s.stride + i);
       t += T;
     };
-    while (t + 4 <= s.tokens) some(Width<4>());
-    while (t + 2 <= s.tokens) some(Width<2>());
-    while (t < s.tokens) some(Width<1>());
-  }
+    while (t + 4 <= s.tokens) some_tokens(Width<4>());
+    while (t + 2 <= s.tokens) some_tokens(Width<2>());
+    while (t < s.tokens) some_tokens(Width<1>());
+    i += R;
+  };
+  // Rows of several tokens are taken two at a time, so that each token's numbers are read half as often.
+  while (s.tokens >= 4 && i + 2 <= end) some_rows(Width<2>());
+  while (i < end) some_rows(Width<1>());
 }
 
 template <RowType Type>
@@ -319,6 +341,8 @@ inline void SumsOf(const Sums& s, int64_t first, int64_t last, float* total) {
     AddRows<Type, R, Scaled>(s, rows, ahead, scales, i, total);
     i += R;
   };
+  // The sums of several tokens no longer lie in the first cache: more rows are added to them at a time.
+  while (s.tokens >= 4 && i + 2 * kRowsTogether <= end) some(Width<2 * kRowsTogether>());
   while (i + kRowsTogether <= end) some(Width<kRowsTogether>());
   while (i < end) some(Width<1>());
 }
