@@ -23,6 +23,7 @@ from hire_xform.call.memory import PackMemory
 from hire_xform.call.signature import Signature, Weights
 from hire_xform.call.stages import Traced
 from hire_xform.call.trial import LeavingDense, Reasons
+from hire_xform.call.unjitted import unjitted
 from hire_xform.config import Config
 from hire_xform.errors import HireWarning
 from hire_xform.passes.ir import compat
@@ -67,14 +68,14 @@ def sparsify(
     Args:
       fun: the function; without it, a decorator is returned.
       config: what to rewrite and how; None is ``Config()``.
-      weights_argnums: positions of the arguments that hold weights; None is 0, or none where there are
-        ``weights_argnames``. Arrays that ``fun`` closes over are weights too.
+      weights_argnums: positions of the arguments that hold weights; None is the first that is not static, or none
+        where there are ``weights_argnames``. Arrays that ``fun`` closes over are weights too.
       weights_argnames: names of arguments that hold weights, keyword-only ones too.
       calibration: from ``hx.calibrate`` on the same model. Its sizes take the place of the defaults, ``LowRank`` is
         fitted to the inputs it saw, and ``Projected`` is possible; what ``config`` states wins.
       **jit_options: options of ``jax.jit``: static_argnums, static_argnames, donate_argnums, donate_argnames,
         out_shardings, keep_unused, device, backend, inline, compiler_options. Those of a ``fun`` that is jitted already
-        are to be stated again: JAX has no public way to read them.
+        are taken over; what is stated here wins, and static arguments are those stated for either.
 
     Returns:
       A ``Sparsified``: call it, or ask it to ``trace``.
@@ -128,13 +129,15 @@ class Sparsified:
     ):
         """Use :func:`sparsify`."""
         functools.update_wrapper(self, fun, updated=())
-        self.signature = Signature.of(fun, weights, jit_options)
+        # As they were given, for copies.
+        self.fun, self.jit_options = fun, dict(jit_options)
+        plain, options = unjitted(fun, jit_options)
+        self.signature = Signature.of(plain, weights, options)
         self.config = config
         self.calibration = calibration
         self.weights = weights
         named = ("static_argnums", "static_argnames", "donate_argnums", "donate_argnames")
-        self.jit_options = dict(jit_options)
-        self.options = {k: v for k, v in jit_options.items() if k not in named}
+        self.options = {k: v for k, v in options.items() if k not in named}
         # Tree structure and leaf types -> (positions of static leaves, floats among them, their values -> entry).
         self._shapes: dict[Any, tuple[tuple[int, ...], bool, dict[Any, Entry]]] = {}
         self._traces: dict[Any, Traced] = {}
@@ -145,16 +148,16 @@ class Sparsified:
 
     def __repr__(self) -> str:
         """Names the function."""
-        fun = self.signature.fun
+        fun = self.fun
         return f"sparsify({getattr(fun, '__qualname__', None) or type(fun).__qualname__})"
 
     def __copy__(self) -> Sparsified:
         """The same function, sparsified anew: what this one remembers is not copied."""
-        return _sparsified_anew(type(self), self.signature.fun, *self._made_of)
+        return _sparsified_anew(type(self), self.fun, *self._made_of)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Sparsified:
         """As a copy, with a copy of the function where that is an object; settings and options never change."""
-        return _sparsified_anew(type(self), copy.deepcopy(self.signature.fun, memo), *self._made_of)
+        return _sparsified_anew(type(self), copy.deepcopy(self.fun, memo), *self._made_of)
 
     def __reduce__(self) -> Any:
         """Pickles what it is made of: the function as pickle takes it, which is by its name, settings and options.
@@ -165,7 +168,7 @@ class Sparsified:
         name, module = getattr(self, "__qualname__", ""), sys.modules.get(getattr(self, "__module__", ""))
         if module is not None and getattr(module, name, None) is self:
             return name  # decorated: this is what stands in the module under that name
-        made_of = type(self), self.signature.fun, *self._made_of
+        made_of = type(self), self.fun, *self._made_of
         try:
             pickle.dumps(made_of)
         except Exception as error:

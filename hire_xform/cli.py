@@ -298,7 +298,7 @@ def _sparsified(fun: Any, arguments: argparse.Namespace) -> Sparsified:
             return fun
         # First, so that the function's own rules still win.
         config = dataclasses.replace(fun.config, rules=(_EVERYWHERE, *fun.config.rules))
-        return Sparsified(fun.signature.fun, config, fun.weights, fun.jit_options, fun.calibration)
+        return Sparsified(fun.fun, config, fun.weights, fun.jit_options, fun.calibration)
     config = Config(rules=(_EVERYWHERE,) if arguments.force else ())
     weights = {"weights_argnums": arguments.weights_argnums, "weights_argnames": arguments.weights_argnames}
     try:

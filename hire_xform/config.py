@@ -15,7 +15,7 @@ __all__ = ["Config", "Dense", "Ffn", "Rule", "Vocab", "approximate", "lossless"]
 
 @dataclass(frozen=True, kw_only=True)
 class Rule:
-    """An exception for the sites whose path matches.
+    """An exception for the sites whose path matches, or one of whose weights has a name that does.
 
     ``*`` stands for any text and ``?`` for any one character; all else, brackets too, stands for itself. Later rules
     win over earlier ones.
@@ -24,7 +24,8 @@ class Rule:
       ValueError: a value is of the wrong kind; the message names it.
     """
 
-    # Pattern for a site's path, such as "scan[0]/*"; "*" matches every site.
+    # Pattern for a site's path, such as "scan[0]/*", or for the name of one of its weights, such as "*mlp*"; "*" fits
+    # every site.
     path_glob: str = field(kw_only=False)
     # Leave the sites dense.
     skip: bool = False
@@ -49,9 +50,9 @@ class Rule:
             refuse("Rule", "force", self.force, "not to be combined with skip=True")
         _check_settings("Rule", self.vocab, self.ffn, self.dense)
 
-    def matches(self, path: str) -> bool:
-        """True when the rule applies to a site at ``path``."""
-        return path_matches(self.path_glob, path)
+    def matches(self, path: str, names: Sequence[str] = ()) -> bool:
+        """True when the rule applies to a site at ``path``, with weights of these names."""
+        return any(path_matches(self.path_glob, text) for text in (path, *names))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,15 +83,21 @@ class Config:
                 refuse("Config", "rules", rule, "hx.Rule entries")
         object.__setattr__(self, "rules", tuple(self.rules))
 
-    def choose(self, kind: str, path: str) -> Choice:
-        """The settings of a site of a kind ("ffn", "vocab", "dense", or one that is registered) at a path."""
+    def choose(self, kind: str, path: str, names: Sequence[str] = ()) -> Choice:
+        """The settings of a site.
+
+        Args:
+          kind: "ffn", "vocab", "dense", or one that is registered.
+          path: its path.
+          names: of its weights.
+        """
         known = kind_named(kind)
         stated: Any = getattr(self, kind, None if known is None else known.settings)
         settings = stated
         reason = f"{kind}=None in the Config leaves it dense"
         force = named = skipped = False
         for rule in self.rules:
-            if not rule.matches(path):
+            if not rule.matches(path, names):
                 continue
             if rule.skip:
                 settings, force, reason = None, False, f"Rule({rule.path_glob!r}, skip=True) leaves it dense"
@@ -108,10 +115,10 @@ class Config:
         """Whether any product outside of blocks and vocabularies may be read compressed."""
         return self.dense is not None or any(rule.dense is not None for rule in self.rules)
 
-    def unmatched(self, paths: Sequence[str]) -> tuple[Rule, ...]:
-        """The rules that match none of these paths; "*", which is meant for whatever there is, is never one of them."""
+    def unmatched(self, texts: Sequence[str]) -> tuple[Rule, ...]:
+        """The rules that match none of these paths and names; "*", meant for whatever there is, is none of them."""
         named = [rule for rule in self.rules if rule.path_glob.strip("*")]
-        return tuple(rule for rule in named if not any(rule.matches(path) for path in paths))
+        return tuple(rule for rule in named if not rule.matches("", texts))
 
 
 def lossless(*, rules: tuple[Rule, ...] = ()) -> Config:

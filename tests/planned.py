@@ -28,7 +28,7 @@ def model(w, x):
     return jnp.argmax((x @ w["narrow"]) @ w["head"], -1)
 
 
-def stated(kind, path, force=True):
+def stated(kind, path, names=(), force=True):
     own = Ffn(active=0.5, certify=False) if kind == "ffn" else Vocab(candidates=4, certify=False)
     return Choice(settings=own if kind in ("ffn", "vocab") else None, force=force, reason="not asked for")
 

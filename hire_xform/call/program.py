@@ -20,7 +20,7 @@ from hire_xform.passes.ir.each_device import is_explicit
 from hire_xform.passes.ir.graph import Graph, Operand, walk
 from hire_xform.passes.ir.verify import verify_graph
 from hire_xform.passes.match.detect import detect
-from hire_xform.passes.match.matches import Detection, Match
+from hire_xform.passes.match.matches import Detection, Match, names_of
 from hire_xform.passes.weights.provenance import Provenance
 from hire_xform.passes.weights.recipe import Root
 
@@ -81,13 +81,21 @@ class Program:
 
     @property
     def rule_paths(self) -> list[str]:
-        """What a rule's pattern is matched with: the path of each block's last product, and of each vocabulary's."""
+        """The paths that rules go by: of each block's last product, and of each vocabulary's."""
         return [match.node.path for match in self._detection.matches]
 
     @property
     def product_paths(self) -> list[str]:
         """The same where other products may be read compressed: the paths of all."""
         return [product.path for product in self._detection.products]
+
+    def rule_texts(self, all_products: bool = False) -> list[str]:
+        """What a rule's pattern is matched with: paths as above, of all products if so, and names of their weights."""
+        if all_products:
+            products = self._detection.products
+            names = [self.name(root) for product in products for root in product.origin.recipe.roots]
+            return [*self.product_paths, *names]
+        return [*self.rule_paths, *(name for match in self._detection.matches for name in names_of(match, self.name))]
 
     @property
     def matches(self) -> Sequence[Match]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -75,11 +76,12 @@ class Signature:
         names = tuple(p.name for p in parameters if p.kind in positional)
         open_ended = not parameters or any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in parameters)
         limit = None if open_ended else len(names)
+        static = frozenset(_both(options, "static", names, parameters, limit))
         if weights.argnums is None and weights.argnames is None:
-            weights = Weights(0)
+            # The first that is traced: a method's own object may be static.
+            weights = Weights(next(n for n in itertools.count() if n not in static))
         told = {"weights_argnums": weights.argnums, "weights_argnames": weights.argnames}
         marked = _both(told, "weights", names, parameters, limit)
-        static = frozenset(_both(options, "static", names, parameters, limit))
         donated = frozenset(_both(options, "donate", names, parameters, limit))
         for key in marked:
             if key in static:
@@ -89,7 +91,7 @@ class Signature:
             if key in donated:
                 raise ValueError(
                     f"sparsify: argument {key!r} is in weights_argnums and in donate_argnums; weights are remembered "
-                    "between calls and can't be donated"
+                    "between calls and can't be donated; state donate_argnums without it, where jax.jit was told so"
                 )
         return cls(fun, tuple(marked), static, donated, names)
 

@@ -69,7 +69,7 @@ class Traced(Program):
             measured = [calibration.measurement_of(self._detection.matches, self.name)] if calibration else []
             with self.timed("plan"):
                 plan = self._plan(config, platform, *measured)
-            unmatched = config.unmatched(self.product_paths if config.compresses else self.rule_paths)
+            unmatched = config.unmatched(self.rule_texts(config.compresses))
             self.plan: Plan = replace(plan, unmatched_rules=tuple(rule.path_glob for rule in unmatched))
         if os.environ.get("HIRE_DUMP"):
             from hire_xform.dump.stage_files import dump_stages  # which is for whoever develops the pass: rarely loaded

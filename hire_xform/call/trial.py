@@ -47,7 +47,7 @@ class LeavingDense:
     reasons: Reasons
 
     def choose(self, kind: str, path: str, *more: Any) -> Choice:
-        """The settings of a site of a kind at a path."""
+        """The settings of a site of a kind at a path, with weights of these names."""
         reason = self.reasons.get((kind, path))
         return (
             self.config.choose(kind, path, *more)

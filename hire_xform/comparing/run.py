@@ -77,7 +77,7 @@ def comparison_of(
     own = _anew(step)
     traced = own.trace(*args, **kwargs)
     plan = traced.plan
-    dense = Sparsified(step.signature.fun, _DENSE, step.weights, step.jit_options)
+    dense = Sparsified(step.fun, _DENSE, step.weights, step.jit_options)
     programs = [Runnable(one, args, kwargs) for one in (dense, own)]
     with as_usual():
         agreement = agreements(programs[0](), programs[1](), logits_axes(traced))

@@ -16,7 +16,7 @@ from hire_xform.config import Config, Rule
 from hire_xform.errors import HireWarning
 from hire_xform.explain import explain_top_groups
 from hire_xform.passes.kinds.top_groups import plan_top_groups
-from hire_xform.passes.plan.decisions import Plan
+from hire_xform.passes.plan.decisions import Plan, Refusal
 from hire_xform.passes.plan.settings import Ffn, refuse
 from hire_xform.passes.rewrite.rewriter import Rewriter
 
@@ -138,17 +138,17 @@ class TopkFfn:
         traced = TracedTopk(self.signature, self.config, call)
         if not traced.plan.sites:
             raise ValueError(f"{self!r}: no feed-forward block gets a top-k.\n{traced.explain()}")
-        unmatched = self.config.unmatched(traced.rule_paths)
+        unmatched = self.config.unmatched(traced.rule_texts())
         if unmatched:
             rules = ", ".join(repr(rule.path_glob) for rule in unmatched)
             self._tell(f"{self!r}: rules that match nothing: {rules}. Paths there are: {', '.join(traced.rule_paths)}")
         for refusal in traced.plan.refusals:
-            if refusal.kind == "ffn" and not self._skipped(refusal.path):
+            if refusal.kind == "ffn" and not self._skipped(refusal):
                 self._tell(f"{self!r}: the block at {refusal.source} ({refusal.path}) stays dense: {refusal.reason}")
         return traced
 
-    def _skipped(self, path: str) -> bool:
-        return self.config.choose("ffn", path).settings is None
+    def _skipped(self, block: Refusal) -> bool:
+        return self.config.choose("ffn", block.path, block.weights).settings is None
 
     def _tell(self, message: str) -> None:
         if message not in self._told:

@@ -17,9 +17,9 @@ from hire_xform.lowering.engine.top_groups import keep_top_groups
 from hire_xform.passes.ir import compat
 from hire_xform.passes.ir.each_device import under_automatic_axes
 from hire_xform.passes.ir.graph import Node, Operand
-from hire_xform.passes.match.matches import Detection, FfnMatch
+from hire_xform.passes.match.matches import Detection, FfnMatch, names_of
 from hire_xform.passes.plan.decisions import Plan, Refusal, Site
-from hire_xform.passes.plan.settings import Choice, Ffn
+from hire_xform.passes.plan.settings import ChooseSettings, Ffn
 from hire_xform.passes.rewrite.action import Action, Context
 from hire_xform.passes.weights.recipe import Root
 
@@ -76,7 +76,7 @@ class TopGroups(Action):
 
 def plan_top_groups(
     detection: Detection,
-    choose_settings: Callable[[str, str], Choice],
+    choose_settings: ChooseSettings,
     platform: str,
     name_of: Callable[[Root], str],
 ) -> tuple[Plan, list[TopGroups]]:
@@ -84,7 +84,7 @@ def plan_top_groups(
 
     Args:
       detection: what was found.
-      choose_settings: for a kind and a path, the user's settings.
+      choose_settings: for a kind, a path and names of weights, the user's settings.
       platform: for the plan.
       name_of: the name of a weight.
 
@@ -102,7 +102,7 @@ def plan_top_groups(
             reason = "a vocabulary projection; a top-k of units is for feed-forward blocks"
             refusals.append((match.node, Refusal(path, source, reason, "vocab", size, names)))
             continue
-        choice = choose_settings("ffn", path)
+        choice = choose_settings("ffn", path, names_of(match, name_of))
         settings = choice.settings
         why = choice.reason if settings is None else _unsuited(match)
         if why is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar
@@ -228,6 +229,11 @@ class FfnMatch(Match):
         order = sorted(range(len(down.x_contract)), key=lambda i: down.x_contract[i])
         ups = (Matrix(up.product, up_rows(up), up.product.contracted) for up in self.region.ups)
         return (*ups, Matrix(down, down.rows_contracted(tuple(order)), down.width))
+
+
+def names_of(match: Match, name_of: Callable[[Root], str]) -> tuple[str, ...]:
+    """The names of all its weights, and of what they are scaled by."""
+    return tuple(dict.fromkeys(name_of(root) for product in match.products for root in product.origin.recipe.roots))
 
 
 def up_rows(up: Up) -> Recipe:

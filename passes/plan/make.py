@@ -11,7 +11,7 @@ from hire_xform.passes.ir.debugging import Why, debugging
 from hire_xform.passes.ir.graph import Node
 from hire_xform.passes.match.derivatives import derivative_of
 from hire_xform.passes.match.kinds import kind_of, kinds
-from hire_xform.passes.match.matches import Detection, Match
+from hire_xform.passes.match.matches import Detection, Match, names_of
 from hire_xform.passes.plan.checks import COMMON, Case, has_a_predictor
 from hire_xform.passes.plan.cost import Running, dense_seconds, is_widened
 from hire_xform.passes.plan.decisions import Decision, Plan, Refusal, Rung, Site
@@ -20,7 +20,7 @@ from hire_xform.passes.plan.measurement import MeasurementOf
 from hire_xform.passes.plan.needs import needs_of, order_of, stack_need
 from hire_xform.passes.plan.placement import CutRows, Placement
 from hire_xform.passes.plan.profile import Profile, seconds_text
-from hire_xform.passes.plan.settings import Choice
+from hire_xform.passes.plan.settings import ChooseSettings
 from hire_xform.passes.plan.sizes import UNCHOSEN, Reading, Sizes, sizes_of
 from hire_xform.passes.plan.verify import verify_plan
 from hire_xform.passes.prove.certifiable import ALL_BITS, input_bits
@@ -31,7 +31,7 @@ from hire_xform.passes.weights.recipe import Root
 
 def make_plan(
     detection: Detection,
-    choose_settings: Callable[[str, str], Choice],
+    choose_settings: ChooseSettings,
     profile: Profile,
     name_of: Callable[[Root], str],
     measure: MeasurementOf = lambda match, names: None,
@@ -42,7 +42,7 @@ def make_plan(
 
     Args:
       detection: what was found.
-      choose_settings: for a kind ("ffn", "vocab", "dense") and a path, the user's settings.
+      choose_settings: for a kind ("ffn", "vocab", "dense"), a path and names of weights, the user's settings.
       profile: of the machine where it will run.
       name_of: the name of a weight, for reports.
       measure: what a calibration says of a match.
@@ -56,7 +56,7 @@ def make_plan(
         if isinstance(outcome, Decision):
             found.append((match.node, outcome))
             continue
-        final = choose_settings(match.kind, match.node.path).final
+        final = choose_settings(match.kind, match.node.path, names_of(match, name_of)).final
         found += [(p.node, planner.left(p, outcome, match.kind, final)) for p in match.products]
     for rejection in detection.rejections:
         node, read = rejection.node, rejection.weights_read
@@ -78,7 +78,7 @@ def make_plan(
 class _Planner:
     """What all matches are decided by; see ``make_plan``."""
 
-    choose_settings: Callable[[str, str], Choice]
+    choose_settings: ChooseSettings
     profile: Profile
     name_of: Callable[[Root], str]
     placed: Callable[[Match], Placement | CutRows | str | None]
@@ -92,7 +92,7 @@ class _Planner:
             match, placed = other, self.placed(other)
         placed = placed.reason if isinstance(placed, CutRows) else placed
         names = tuple(self.name_of(p.origin.recipe.root) for p in match.products)
-        choice = self.choose_settings(match.kind, match.node.path)
+        choice = self.choose_settings(match.kind, match.node.path, names_of(match, self.name_of))
         measured = measure(match, names)
         case = Case(match, kind, choice, self.profile, names, measured, placed, self.runs_dense)
         return _decide(case, self.why)
@@ -106,9 +106,11 @@ class _Planner:
           kind: of the match that it is in, if it is in one.
           final: that nothing else is to be tried.
         """
+        read = product.read
+        names = tuple(self.name_of(root) for root in read)
         for other in () if final else kinds():
             match = other.instead(product)
-            if match is None or self.choose_settings(other.name, product.path).settings is None:
+            if match is None or self.choose_settings(other.name, product.path, names).settings is None:
                 continue
             # What was measured is of other matches.
             found = match if isinstance(match, str) else self.decided(match, lambda match, names: None)
@@ -116,8 +118,6 @@ class _Planner:
                 return found
             if found != reason:
                 reason = f"{reason}; nor is it a site of kind {other.name!r}: {found}"
-        read = product.read
-        names = tuple(self.name_of(root) for root in read)
         return Refusal(product.path, product.node.source, reason, kind, sum(read.values()), names)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, Self
 
@@ -343,3 +344,10 @@ class Choice:
     named: bool = False
     reason: str = ""
     final: bool = False
+
+
+class ChooseSettings(Protocol):
+    """What the user's settings say."""
+
+    def __call__(self, kind: str, path: str, names: Sequence[str], /) -> Choice:
+        """Of a site of a kind at a path, with weights of these names."""

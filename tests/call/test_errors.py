@@ -56,8 +56,16 @@ WRONG = {
     "weights_a_name": (lambda: sparse(weights_argnums="params"), TypeError, ["weights_argnums='params'", "integer"]),
     "weights_a_bool": (lambda: sparse(weights_argnums=True), TypeError, ["weights_argnums=True", "integer"]),
     "weights_floats": (lambda: sparse(weights_argnums=(0.0,)), TypeError, [r"weights_argnums=\(0.0,\)", "integer"]),
-    "weights_static": (lambda: sparse(static_argnums=0), ValueError, ["0", "weights_argnums", "static_argnums"]),
-    "weights_static_name": (lambda: sparse(static_argnames="params"), ValueError, ["weights_argnums", "static"]),
+    "weights_static": (
+        lambda: sparse(static_argnums=0, weights_argnums=0),
+        ValueError,
+        ["0", "weights_argnums", "static_argnums"],
+    ),
+    "weights_static_name": (
+        lambda: sparse(static_argnames="params", weights_argnames="params"),
+        ValueError,
+        ["weights_argnums", "static"],
+    ),
     "weights_donated": (lambda: sparse(donate_argnums=0), ValueError, ["donate_argnums", "can't be donated"]),
     "weights_donated_name": (lambda: sparse(donate_argnames="params"), ValueError, ["donate", "can't be donated"]),
     "static_out_of_range": (lambda: sparse(static_argnums=7), ValueError, ["static_argnums=7", "2 positional"]),

@@ -1,5 +1,6 @@
 """Traces, and what they report."""
 
+import dataclasses
 import functools
 import json
 
@@ -169,6 +170,20 @@ def test_rules_that_match_nothing_are_told_once_and_listed():
     assert traced.plan.unmatched_rules == ("scan[7]/*", "jit:mlp*")
     assert "Rules that match nothing here: 'scan[7]/*', 'jit:mlp*'" in traced.explain()
     assert '"unmatched_rules"' in traced.plan.to_json()
+
+
+@pytest.mark.parametrize("glob", ["*w2*", "params['w1']", "*embed*"])
+def test_rules_match_names_of_weights(glob):
+    whole = hx.sparsify(net, config=FULL).trace(make_weights(), inputs()).plan
+    rules = *FULL.rules, hx.Rule(glob, skip=True), hx.Rule("*w3*")
+    step = hx.sparsify(net, config=dataclasses.replace(FULL, rules=rules))
+    with pytest.warns(hx.HireWarning, match=r"'\*w3\*'"):
+        plan = step.trace(make_weights(), inputs()).plan
+    kept = [site for site in whole.sites if not any(hx.Rule(glob).matches(name) for name in site.weights)]
+    assert [site.path for site in plan.sites] == [site.path for site in kept]
+    assert len(kept) == 1
+    assert any(repr(glob) in refusal.reason for refusal in plan.refusals)
+    assert plan.unmatched_rules == ("*w3*",)
 
 
 def test_a_rule_for_everything_need_not_match(recwarn):

@@ -17,7 +17,7 @@ from hire_xform.passes.rewrite.environment import PackedView
 def test_a_measured_site_is_one_of_all_its_ways():
     _, plan = planned()
     _, narrower = planned(
-        lambda kind, path: Choice(settings=Ffn(active=0.5, certify=False, predictor=hx.LowRank(2)), force=True)
+        lambda kind, path, names: Choice(settings=Ffn(active=0.5, certify=False, predictor=hx.LowRank(2)), force=True)
         if kind == "ffn"
         else stated(kind, path)
     )

@@ -21,7 +21,7 @@ def test_every_match_is_a_site_where_that_is_asked_for():
 
 
 def test_what_is_not_worth_it_stays_and_says_so():
-    _, plan = planned(lambda kind, path: stated(kind, path, force=False))
+    _, plan = planned(lambda kind, path, names: stated(kind, path, force=False))
     assert not plan.sites
     reasons = {r.kind: r.reason for r in plan.refusals if r.kind}
     assert set(reasons) == {"ffn", "vocab"}
@@ -33,7 +33,7 @@ def test_what_is_not_worth_it_stays_and_says_so():
 
 
 def test_what_is_left_alone_is_told_by_whom():
-    _, plan = planned(lambda kind, path: Choice(settings=None, reason="a rule leaves it alone"))
+    _, plan = planned(lambda kind, path, names: Choice(settings=None, reason="a rule leaves it alone"))
     assert {r.reason for r in plan.refusals if r.kind} == {"a rule leaves it alone"}
 
 
