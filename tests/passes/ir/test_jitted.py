@@ -21,7 +21,7 @@ STATED = {
         "donate_argnums": (1, 2),
         "donate_argnames": ("b", "c"),
     },
-    "the rest": {"keep_unused": True, "inline": True, "compiler_options": {"xla_embed_ir_in_executable": True}},
+    "the rest": {"keep_unused": True, "compiler_options": {"xla_embed_ir_in_executable": True}},
 }
 
 
@@ -33,9 +33,16 @@ def test_options_are_those_that_were_stated(stated):
 def test_positions_from_the_end_and_positions_alone():
     plain, options = jitted(jax.jit(fun, static_argnums=-1))
     assert plain is fun
-    assert options["static_argnums"] == (4,)
+    assert options["static_argnums"] == (2,)
     _, options = jitted(jax.jit(lambda *args: args, static_argnums=1, donate_argnums=(0, 2)))
     assert (options["static_argnums"], options["donate_argnums"]) == ((1,), (0, 2))
+
+
+def test_what_is_inlined_stays_so():
+    """A bool up to 0.10, an enumeration from 0.11."""
+    _, options = jitted(jax.jit(fun, inline=True))
+    assert set(options) == {"inline"}
+    assert jitted(jax.jit(fun, **options)) == (fun, options)
 
 
 def test_shardings_of_results_are_a_tree_of_them_and_none():
