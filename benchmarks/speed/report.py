@@ -100,13 +100,15 @@ def _grid(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
 
 
 def _shape(result: dict[str, Any]) -> tuple[Any, ...]:
-    return tuple(result["case"][key] for key in ("kind", "d", "vocab", "m", "gated", "activation", "stored"))
+    return tuple(result["case"][key] for key in ("kind", "d", "vocab", "m", "layers", "gated", "activation", "stored"))
 
 
 def _ratios(cases: list[dict[str, Any]]) -> list[str]:
     """Times dense of every kernel that was run, a column a case; the first line is dense in milliseconds."""
     header = ("times the best dense form", *(case["name"] for case in cases))
-    names = dict.fromkeys(row["name"] for case in cases for row in _shown(case) if "median" in row)
+    rows = [row for case in cases for row in _shown(case) if "median" in row]
+    families = list(dict.fromkeys(row["family"] for row in rows))
+    names = dict.fromkeys(row["name"] for row in sorted(rows, key=lambda row: families.index(row["family"])))
     found = [{row["name"]: row for row in case["rows"] if "median" in row} for case in cases]
     best = [
         f"{rows[case['dense']]['median'] * 1e3:.3g} ms" if case["dense"] else ""
@@ -118,8 +120,8 @@ def _ratios(cases: list[dict[str, Any]]) -> list[str]:
             return ""
         return f"{row['times_dense']:.2f}x" + (" (dense)" if row["note"] == "left dense" else "")
 
-    rows = [(name, *(cell(rows.get(name)) for rows in found)) for name in names]
-    return _grid(header, [("best dense form takes", *best), *rows])
+    cells = [(name, *(cell(of_case.get(name)) for of_case in found)) for name in names]
+    return _grid(header, [("best dense form takes", *best), *cells])
 
 
 def _stops(cases: list[dict[str, Any]]) -> Iterator[str]:

@@ -22,6 +22,7 @@ MOST_TOKENS = 16
 # Columns that a scale's entry is for are one, all, or a multiple of this: `kScaled` of kernels.h.
 SCALED = 64
 _FLOATS = frozenset({jnp.dtype(t) for t in (jnp.float32, jnp.bfloat16, jnp.float16)})
+_ROWS = _FLOATS | {jnp.dtype(t) for t in (jnp.float8_e4m3fn, jnp.float8_e5m2)}
 
 
 @functools.cache
@@ -55,11 +56,11 @@ def _scores_served(x: Any, q: Any, scale: Any, *, bits: int) -> bool:
 
 
 def _products_served(x: Any, rows: Any) -> bool:
-    return _few(x) and 0 not in rows.shape and jnp.dtype(rows.dtype) in _FLOATS
+    return _few(x) and 0 not in rows.shape and jnp.dtype(rows.dtype) in _ROWS
 
 
 def _rows_served(x: Any, rows: Any, index: Any, **settings: Any) -> bool:
-    known = jnp.dtype(x.dtype) in _FLOATS and jnp.dtype(rows.dtype) in _FLOATS | {jnp.dtype(jnp.int8)}
+    known = jnp.dtype(x.dtype) in _FLOATS and jnp.dtype(rows.dtype) in _ROWS | {jnp.dtype(jnp.int8)}
     return known and _few(x) and 0 not in rows.shape and jnp.dtype(index.dtype) == jnp.int32
 
 

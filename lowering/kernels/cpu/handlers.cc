@@ -47,6 +47,8 @@ Element ElementOf(ffi::DataType type) {
     case ffi::F32: return Element::kF32;
     case ffi::BF16: return Element::kBF16;
     case ffi::F16: return Element::kF16;
+    case ffi::F8E4M3FN: return Element::kE4M3;
+    case ffi::F8E5M2: return Element::kE5M2;
     case ffi::S8: return Element::kS8;
     case ffi::U8: return Element::kU8;
     case ffi::S32: return Element::kS32;
@@ -140,7 +142,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(hire_arg_max, hire::ArgMaxImpl, hire::One().Ret<hi
 extern "C" {
 
 // Which handlers there are and what they take, as library.py says it: one more wherever that changes.
-int hire_interface() { return 2; }
+int hire_interface() { return 3; }
 
 // The number of instruction sets that this processor runs, and the name of one, the fastest first.
 int hire_instruction_sets() { return static_cast<int>(hire::Supported().size()); }

@@ -15,10 +15,11 @@ struct Width {
 // Tokens, or limbs of tokens, that one call takes.
 constexpr int64_t kMostTokens = 64;
 
-enum class RowType { kF32, kBF16, kF16, kS8 };
+// kE4M3 is float8_e4m3fn, which has no infinity, and kE5M2 float8_e5m2.
+enum class RowType { kF32, kBF16, kF16, kE4M3, kE5M2, kS8 };
 
-inline int64_t BytesOf(RowType type) {
-  return type == RowType::kF32 ? 4 : type == RowType::kS8 ? 1 : 2;
+constexpr int64_t BytesOf(RowType type) {
+  return type == RowType::kF32 ? 4 : type == RowType::kBF16 || type == RowType::kF16 ? 2 : 1;
 }
 
 // Integer products of quantised rows with quantised tokens.

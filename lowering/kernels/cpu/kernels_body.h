@@ -2,7 +2,7 @@
 // of its own, behind the operations:
 //
 //   F, kLanes                   a vector of f32
-//   Zero, Load, LoadBF16, LoadF16, LoadS8, Store, Fma(a, b, c) = a b + c, Abs, Broadcast, Sum
+//   Zero, Load, LoadBF16, LoadF16, LoadE4M3, LoadE5M2, LoadS8, Store, Fma(a, b, c) = a b + c, Abs, Broadcast, Sum
 //   Max, NaNs(a, b)             where neither is NaN, the larger; a, with those entries of b that are NaN
 //   NotBelow(a, b)              whether an entry of a is not smaller than that of b, as a NaN is not
 //   I, kBytes                   a vector of int32 that products of kBytes pairs of bytes are added to
@@ -139,12 +139,14 @@ inline F LoadRow(const uint8_t* p) {
   if constexpr (Type == RowType::kF32) return Load(reinterpret_cast<const float*>(p));
   if constexpr (Type == RowType::kBF16) return LoadBF16(reinterpret_cast<const uint16_t*>(p));
   if constexpr (Type == RowType::kF16) return LoadF16(reinterpret_cast<const uint16_t*>(p));
+  if constexpr (Type == RowType::kE4M3) return LoadE4M3(p);
+  if constexpr (Type == RowType::kE5M2) return LoadE5M2(p);
   if constexpr (Type == RowType::kS8) return LoadS8(reinterpret_cast<const int8_t*>(p));
 }
 
 template <RowType Type>
 inline F LoadRowPart(const uint8_t* p, int64_t count) {
-  constexpr int64_t size = Type == RowType::kF32 ? 4 : Type == RowType::kS8 ? 1 : 2;
+  constexpr int64_t size = BytesOf(Type);
   alignas(64) uint8_t part[kLanes * size] = {};
   for (int64_t i = 0; i < count * size; ++i) part[i] = p[i];
   return LoadRow<Type>(part);
@@ -163,7 +165,7 @@ inline const float* ScaleOf(const Scale& scale, int64_t d, int64_t row) {
 
 template <RowType Type, Scaling Scaled>
 inline F LoadScaled(const uint8_t* row, const float* scale, int64_t columns, int64_t j) {
-  constexpr int64_t size = Type == RowType::kF32 ? 4 : Type == RowType::kS8 ? 1 : 2;
+  constexpr int64_t size = BytesOf(Type);
   const F w = LoadRow<Type>(row + j * size);
   if constexpr (Scaled == Scaling::kColumns) return Fma(w, Load(scale + j), Zero());
   if constexpr (Scaled == Scaling::kBlocks) return Fma(w, Broadcast(scale[j / columns]), Zero());
@@ -172,7 +174,7 @@ inline F LoadScaled(const uint8_t* row, const float* scale, int64_t columns, int
 
 template <RowType Type, Scaling Scaled>
 inline F LoadScaledPart(const uint8_t* row, const float* scale, int64_t columns, int64_t j, int64_t count) {
-  constexpr int64_t size = Type == RowType::kF32 ? 4 : Type == RowType::kS8 ? 1 : 2;
+  constexpr int64_t size = BytesOf(Type);
   const F w = LoadRowPart<Type>(row + j * size, count);
   if constexpr (Scaled == Scaling::kColumns) return Fma(w, LoadPart(scale + j, count), Zero());
   if constexpr (Scaled == Scaling::kBlocks) return Fma(w, Broadcast(scale[j / columns]), Zero());
@@ -193,7 +195,7 @@ inline void WithScaling(const Scale& scale, const Fun& fun) {
 template <RowType Type, int R, int T, bool Magnitudes, Scaling Scaled>
 inline void DotRows(const Dots& s, const uint8_t* const* rows, const uint8_t* const* ahead, const float* const* scales,
                     const float* x, float* out) {
-  constexpr int64_t size = Type == RowType::kF32 ? 4 : Type == RowType::kS8 ? 1 : 2;
+  constexpr int64_t size = BytesOf(Type);
   // As many sums at a time as hide how long an addition takes.
   constexpr int kSums = T == 1 ? 4 : T == 2 ? 2 : 1;
   F sum[R][T][kSums];
@@ -286,6 +288,8 @@ inline void DotsAll(const Dots& s, int64_t first, int64_t last) {
     case RowType::kF32: return DotsOf<RowType::kF32>(s, first, last);
     case RowType::kBF16: return DotsOf<RowType::kBF16>(s, first, last);
     case RowType::kF16: return DotsOf<RowType::kF16>(s, first, last);
+    case RowType::kE4M3: return DotsOf<RowType::kE4M3>(s, first, last);
+    case RowType::kE5M2: return DotsOf<RowType::kE5M2>(s, first, last);
     case RowType::kS8: return DotsOf<RowType::kS8>(s, first, last);
   }
 }
@@ -294,7 +298,7 @@ inline void DotsAll(const Dots& s, int64_t first, int64_t last) {
 template <RowType Type, int R, Scaling Scaled>
 inline void AddRows(const Sums& s, const uint8_t* const* rows, const uint8_t* const* ahead, const float* const* scales,
                     int64_t i, float* total) {
-  constexpr int64_t size = Type == RowType::kF32 ? 4 : Type == RowType::kS8 ? 1 : 2;
+  constexpr int64_t size = BytesOf(Type);
   int64_t j = 0;
   for (; j + kLanes <= s.d; j += kLanes) {
     F row[R];
@@ -359,6 +363,8 @@ inline void SumsAll(const Sums& s, int64_t first, int64_t last, float* total) {
     case RowType::kF32: return SumsOf<RowType::kF32>(s, first, last, total);
     case RowType::kBF16: return SumsOf<RowType::kBF16>(s, first, last, total);
     case RowType::kF16: return SumsOf<RowType::kF16>(s, first, last, total);
+    case RowType::kE4M3: return SumsOf<RowType::kE4M3>(s, first, last, total);
+    case RowType::kE5M2: return SumsOf<RowType::kE5M2>(s, first, last, total);
     case RowType::kS8: return SumsOf<RowType::kS8>(s, first, last, total);
   }
 }

@@ -25,6 +25,21 @@ inline F Load(const float* p) { return vld1q_f32(p); }
 inline void Store(float* p, F f) { vst1q_f32(p, f); }
 inline F LoadBF16(const uint16_t* p) { return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p), 16)); }
 inline F LoadF16(const uint16_t* p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
+// Four bytes in the low halves of 16 bits.
+inline uint16x4_t Four(const uint8_t* p) {
+  uint32_t four;
+  std::memcpy(&four, p, 4);
+  return vget_low_u16(vmovl_u8(vreinterpret_u8_u32(vdup_n_u32(four))));
+}
+inline F LoadE5M2(const uint8_t* p) { return vcvt_f32_f16(vreinterpret_f16_u16(vshl_n_u16(Four(p), 8))); }
+// As f16, whose exponents are larger by 8.
+inline F LoadE4M3(const uint8_t* p) {
+  const uint16x4_t wide = Four(p), size = vand_u16(wide, vdup_n_u16(0x7f)), sign = veor_u16(wide, size);
+  // 0x7f is NaN.
+  const uint16x4_t nan = vand_u16(vceq_u16(size, vdup_n_u16(0x7f)), vdup_n_u16(0x7e00));
+  const uint16x4_t half = vorr_u16(vorr_u16(vshl_n_u16(sign, 8), vshl_n_u16(size, 7)), nan);
+  return vmulq_n_f32(vcvt_f32_f16(vreinterpret_f16_u16(half)), 256.0f);
+}
 inline F LoadS8(const int8_t* p) {
   uint32_t four;
   std::memcpy(&four, p, 4);

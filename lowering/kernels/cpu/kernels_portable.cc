@@ -29,18 +29,17 @@ inline F LoadBF16(const uint16_t* p) {
   return f;
 }
 inline float FromF16(uint16_t half) {
-  const uint32_t sign = static_cast<uint32_t>(half & 0x8000) << 16;
-  uint32_t rest = static_cast<uint32_t>(half & 0x7fff) << 13, bits;
-  if ((half & 0x7c00) == 0x7c00) {
-    bits = sign | rest | 0x70000000 | 0x0f800000;  // infinities and NaNs
+  const uint32_t sign = static_cast<uint32_t>(half & 0x8000) << 16, rest = static_cast<uint32_t>(half & 0x7fff) << 13;
+  uint32_t bits;
+  if (half & 0x7c00) {
+    // Exponents of f16 begin 112 below those of f32; infinities and NaNs have the largest of either.
+    bits = (half & 0x7c00) == 0x7c00 ? rest | 0x70000000 : rest + (112u << 23);
   } else {
-    // Exponents of f16 begin 112 below those of f32: a product with 2^112 is exact, subnormal numbers included.
-    float value;
-    std::memcpy(&value, &rest, 4);
-    value *= 0x1p112f;
-    std::memcpy(&rest, &value, 4);
-    bits = sign | rest;
+    // Made of the integer: the processor may take f32 as small as the bits for zero.
+    const float value = static_cast<float>(half & 0x3ff) * 0x1p-24f;
+    std::memcpy(&bits, &value, 4);
   }
+  bits |= sign;
   float result;
   std::memcpy(&result, &bits, 4);
   return result;
@@ -48,6 +47,20 @@ inline float FromF16(uint16_t half) {
 inline F LoadF16(const uint16_t* p) {
   F f;
   for (int i = 0; i < kLanes; ++i) f.v[i] = FromF16(p[i]);
+  return f;
+}
+inline F LoadE5M2(const uint8_t* p) {
+  F f;
+  for (int i = 0; i < kLanes; ++i) f.v[i] = FromF16(static_cast<uint16_t>(p[i] << 8));
+  return f;
+}
+// As f16, whose exponents are larger by 8; 0x7f is NaN.
+inline F LoadE4M3(const uint8_t* p) {
+  F f;
+  for (int i = 0; i < kLanes; ++i) {
+    const int size = p[i] & 0x7f, half = (p[i] & 0x80) << 8 | (size == 0x7f ? 0x7e00 : size << 7);
+    f.v[i] = FromF16(static_cast<uint16_t>(half)) * 256.0f;
+  }
   return f;
 }
 inline F LoadS8(const int8_t* p) {

@@ -25,7 +25,7 @@ constexpr int64_t kMostParts = 64;
 // Values that a thread looks through at a time.
 constexpr int64_t kValuesABlock = 32768;
 
-enum class Element { kF32, kBF16, kF16, kS8, kU8, kS32, kOther };
+enum class Element { kF32, kBF16, kF16, kE4M3, kE5M2, kS8, kU8, kS32, kOther };
 
 // An array in row-major order.
 struct Array {
@@ -57,6 +57,8 @@ inline bool TypeOf(Element element, RowType* found) {
     case Element::kF32: *found = RowType::kF32; return true;
     case Element::kBF16: *found = RowType::kBF16; return true;
     case Element::kF16: *found = RowType::kF16; return true;
+    case Element::kE4M3: *found = RowType::kE4M3; return true;
+    case Element::kE5M2: *found = RowType::kE5M2; return true;
     case Element::kS8: *found = RowType::kS8; return true;
     default: return false;
   }
@@ -223,7 +225,7 @@ template <typename Pool>
 std::string SelectRowsDot(Pool& pool, const Kernels& kernels, const Array& x, const Array& rows, const Array& scale,
                           const Array& index, int64_t group, bool magnitudes, Result<float> out) {
   RowType type;
-  if (!TypeOf(rows.element, &type)) return "select_rows_dot takes rows in f32, bf16, f16 or int8";
+  if (!TypeOf(rows.element, &type)) return "select_rows_dot takes rows in f32, bf16, f16, float8 or int8";
   if (!IsMatrix(x, Element::kF32) || rows.dims.size() != 2 || rows.dims[1] != x.dims[1])
     return "select_rows_dot takes rows that fit x in f32 " + Shape(x) + ", not " + Shape(rows);
   const int64_t tokens = x.dims[0], d = x.dims[1];
@@ -255,7 +257,7 @@ std::string SelectRowsDot(Pool& pool, const Kernels& kernels, const Array& x, co
 template <typename Pool>
 std::string Products(Pool& pool, const Kernels& kernels, const Array& x, const Array& rows, Result<float> out) {
   RowType type;
-  if (!TypeOf(rows.element, &type)) return "products take rows in f32, bf16, f16 or int8";
+  if (!TypeOf(rows.element, &type)) return "products take rows in f32, bf16, f16, float8 or int8";
   if (!IsMatrix(x, Element::kF32) || rows.dims.size() != 2 || rows.dims[1] != x.dims[1])
     return "products take rows that fit x in f32 " + Shape(x) + ", not " + Shape(rows);
   const int64_t n = rows.dims[0], step = Together(x.dims[1] * BytesOf(type));
@@ -271,7 +273,7 @@ template <typename Pool>
 std::string CombineRows(Pool& pool, const Kernels& kernels, const Array& h, const Array& rows, const Array& scale,
                         const Array& index, int64_t group, Result<float> out) {
   RowType type;
-  if (!TypeOf(rows.element, &type)) return "combine_rows takes rows in f32, bf16, f16 or int8";
+  if (!TypeOf(rows.element, &type)) return "combine_rows takes rows in f32, bf16, f16, float8 or int8";
   if (!IsMatrix(h, Element::kF32) || rows.dims.size() != 2)
     return "combine_rows takes h [T, K] in f32 and rows [n, d], not " + Shape(h) + " and " + Shape(rows);
   const int64_t tokens = h.dims[0], d = rows.dims[1];

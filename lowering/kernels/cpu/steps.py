@@ -79,7 +79,7 @@ def fine_scores(x: jax.Array, q: jax.Array, scale: jax.Array, bits: int) -> tupl
 
 
 def products(x: jax.Array, rows: jax.Array) -> jax.Array:
-    """``x @ rows.T``, f32 ``[T, n]``, of rows in f32, bf16, f16 or int8; sums run in f32."""
+    """``x @ rows.T``, f32 ``[T, n]``, of rows in f32, bf16, f16, float8 or int8; sums run in f32."""
 
     def step(x: jax.Array, rows: jax.Array) -> Any:
         return jax.ffi.ffi_call("hire_products", _f32(x.shape[0], rows.shape[0]))(x, rows)

@@ -67,7 +67,8 @@ struct Rows {
   Array array;
 
   Rows(Element element, int64_t n, int64_t d) {
-    const int64_t size = element == Element::kF32 ? 4 : element == Element::kS8 ? 1 : 2;
+    const bool wide = element == Element::kBF16 || element == Element::kF16;
+    const int64_t size = element == Element::kF32 ? 4 : wide ? 2 : 1;
     bytes.resize(static_cast<size_t>(n * d * size));
     for (int64_t i = 0; i < n * d; ++i) {
       const float drawn = Normal();
@@ -85,6 +86,15 @@ struct Rows {
         std::memcpy(&bytes[static_cast<size_t>(2 * i)], &half, 2);
         bits = static_cast<uint32_t>(half) << 16;
         std::memcpy(&kept, &bits, 4);
+      } else if (element == Element::kE4M3 || element == Element::kE5M2) {
+        // Any finite number, but for the largest ones: sign, exponent, fraction.
+        const int places = element == Element::kE4M3 ? 3 : 2, bias = element == Element::kE4M3 ? 7 : 15;
+        const int exponent = static_cast<int>(Up(2 * bias + 1)) - 1, fraction = static_cast<int>(Up(1 << places)) - 1;
+        const bool negative = Up(2) == 1;
+        bytes[static_cast<size_t>(i)] = static_cast<uint8_t>((negative ? 0x80 : 0) | exponent << places | fraction);
+        kept = exponent ? std::ldexp(static_cast<float>((1 << places) + fraction), exponent - bias - places)
+                        : std::ldexp(static_cast<float>(fraction), 1 - bias - places);
+        if (negative) kept = -kept;
       } else {
         // Any finite f16: sign, exponent below 31, fraction.
         const auto half = static_cast<uint16_t>(((Up(2) - 1) << 15) | ((Up(31) - 1) << 10) | (Up(1024) - 1));
@@ -139,10 +149,11 @@ void FuzzScores(Threads& pool, const Kernels& kernels) {
 }
 
 void FuzzRows(Threads& pool, const Kernels& kernels) {
-  const Element elements[] = {Element::kF32, Element::kBF16, Element::kF16, Element::kS8};
+  const Element elements[] = {Element::kF32,  Element::kBF16, Element::kF16,
+                              Element::kE4M3, Element::kE5M2, Element::kS8};
   const int64_t group = Up(4), n = group * Up(40), tokens = Up(9), k = Up(50) - 1;
   const int64_t d = Up(3) == 1 ? 64 * Up(3) : Up(150);
-  const Rows rows(elements[Up(4) - 1], n, d);
+  const Rows rows(elements[Up(6) - 1], n, d);
   // What rows of int8 are multiplied with, for some rows and columns.
   const bool scaled = rows.array.element == Element::kS8 && Up(4) > 1;
   const int64_t row_set[] = {1, group, n}, column_set[] = {1, d, d % 64 ? d : 64};

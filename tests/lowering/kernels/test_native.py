@@ -63,7 +63,11 @@ def test_scores(tokens, n, d, bits):
 
 
 @pytest.mark.parametrize("own", [False, True], ids=["shared", "own"])
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16, jnp.int8], ids=lambda t: t.__name__)
+@pytest.mark.parametrize(
+    "dtype",
+    [jnp.float32, jnp.bfloat16, jnp.float16, jnp.float8_e4m3fn, jnp.float8_e5m2, jnp.int8],
+    ids=lambda t: t.__name__,
+)
 @pytest.mark.parametrize(
     ("tokens", "n", "d", "k", "group"),
     [(1, 8, 1, 3, 1), (1, 40, 33, 8, 1), (3, 40, 130, 5, 2), (8, 64, 64, 9, 4), (2, 16, 17, 0, 1)],
@@ -82,6 +86,18 @@ def test_chosen_rows(tokens, n, d, k, group, dtype, own):
     want = combine_rows(h, wide, index, group_size=group) if k else jnp.zeros((tokens, d))
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5 * float(jnp.abs(wide).max()) * (k * group + 1))
     np.testing.assert_allclose(steps.products(x, rows), x @ wide.T, rtol=1e-4, atol=1e-4 * float(jnp.abs(wide).max()))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.float8_e4m3fn, jnp.float8_e5m2], ids=lambda t: t.__name__)
+def test_every_number_of_a_narrow_float(dtype):
+    """Subnormal numbers, infinities and NaNs, too, though XLA's threads take small numbers of f32 for zero."""
+    unsigned = np.uint16 if jnp.dtype(dtype).itemsize == 2 else np.uint8
+    numbers = np.arange(np.iinfo(unsigned).max + 1).astype(unsigned).view(jnp.dtype(dtype)).reshape(-1, 1)
+    wide = numbers.astype(np.float32)[:, 0]
+    # Scaled, so that what is compared is no subnormal number itself.
+    got = steps.products(jnp.full((1, 1), 2.0**20, jnp.float32), jnp.asarray(numbers))[0]
+    with np.errstate(invalid="ignore"):  # a signalling NaN becomes a quiet one
+        np.testing.assert_array_equal(got, wide * np.float32(2.0**20))
 
 
 @pytest.mark.parametrize(("tall", "wide"), [(1, 1), (4, 1), (1, 128), (16, 128), (2, 64)])
