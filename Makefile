@@ -8,7 +8,7 @@ PYTEST_ARGS ?=
 # What is installed here runs on the CPU; the TPU's compiler, beside it for the tests, would otherwise look for a TPU.
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: demo test fast other between tpu random lint typecheck bench models quality docs wheel clean
+.PHONY: demo test fast other between stacks tpu random lint typecheck bench models quality docs wheel clean
 
 # What an installation is made from, besides Python files, which are read where they are.
 BUILT := pyproject.toml setup.py build_backend.py $(wildcard lowering/kernels/cpu/*.cc lowering/kernels/cpu/*.h)
@@ -77,6 +77,16 @@ other: $(VENV)/.test
 BETWEEN := tests/passes tests/call tests/end_to_end tests/frameworks
 between: $(VENV)/.test
 	$(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal -m "not slow" --other-jax $(PYTEST_ARGS) $(BETWEEN)
+
+# The decode functions of tunix, MaxText, gemma, KerasHub and penzai, which want an environment of their own.
+STACKS_VENV ?= .venv-stacks
+$(STACKS_VENV)/.stacks: $(BUILT)
+	$(MAKE) VENV=$(STACKS_VENV) $(STACKS_VENV)/.created
+	$(STACKS_VENV)/bin/python -m pip install --quiet --no-build-isolation --editable '.[test,stacks]'
+	touch $@
+
+stacks: $(STACKS_VENV)/.stacks
+	HIRE_REQUIRE_STACKS=1 $(STACKS_VENV)/bin/python -m pytest -q tests/stacks $(PYTEST_ARGS)
 
 # Only what is compiled for TPUs that are not here.
 tpu: $(VENV)/.tpu
