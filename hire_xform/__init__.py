@@ -22,6 +22,7 @@ from hire_xform.lowering.predict.low_rank import LowRank
 from hire_xform.lowering.predict.predictors import Predictor
 from hire_xform.lowering.predict.projected import Projected
 from hire_xform.lowering.predict.quantized import Quantized
+from hire_xform.lowering.predict.staged import Staged
 from hire_xform.lowering.primitives.da_top_k import da_top_k
 from hire_xform.lowering.primitives.kernels import backends, register_kernel
 from hire_xform.lowering.prove.goals import Nucleus, TopSet
@@ -61,6 +62,7 @@ __all__ = [
     "SiteCalibration",
     "SiteKind",
     "Sparsified",
+    "Staged",
     "TopSet",
     "TopkFfn",
     "Traced",

@@ -103,6 +103,7 @@ def _site_key(site: Site) -> tuple:
         site.proved,
         site.unproved,
         site.widened,
+        site.stages,
         site.stored,
     )
 
@@ -147,6 +148,8 @@ def _site(sites: list[Site]) -> list[str]:
         )
     if site.settings.certify:
         lines.append(f"         {_proved(site)}")
+    if site.stages:
+        lines.append(f"         in stages: {site.stages}")
     lines += [f"         not proved: {what}" for what in site.unproved]
     if expected:
         lines.append(f"         as many as are needed, with the share of calls expected: {_rungs(site)}")

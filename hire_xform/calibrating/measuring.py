@@ -31,7 +31,7 @@ from hire_xform.passes.plan.cost import bytes_read
 from hire_xform.passes.plan.decisions import Decision, Plan
 from hire_xform.passes.plan.measurement import MeasurementOf
 from hire_xform.passes.plan.placement import CutRows
-from hire_xform.passes.plan.settings import PREDICTOR
+from hire_xform.passes.plan.settings import PREDICTOR, Settings
 from hire_xform.passes.weights.recipe import Root
 
 # Sums over all batches, int64 or float64, by site path and name.
@@ -141,12 +141,15 @@ class _InputTrace(_CaptureTrace):
 def _stating(config: Config, predictor: Predictor) -> Config:
     """The settings with a predictor wherever they have none."""
 
-    def stated(settings: Any) -> Any:
+    def stated(settings: Any, own: Predictor) -> Any:
         without = settings is None or settings.predictor is not None
-        return settings if without else dataclasses.replace(settings, predictor=predictor)
+        return settings if without else dataclasses.replace(settings, predictor=own)
 
     def both(owner: Any) -> Any:
-        return dataclasses.replace(owner, vocab=stated(owner.vocab), ffn=stated(owner.ffn))
+        # Blocks are read at once: with the last stage of a predictor that has several.
+        return dataclasses.replace(
+            owner, vocab=stated(owner.vocab, predictor), ffn=stated(owner.ffn, predictor.stages[-1])
+        )
 
     return dataclasses.replace(both(config), rules=tuple(both(rule) for rule in config.rules))
 
@@ -229,9 +232,10 @@ class _Collected:
         if settings.certify:
             criterion = proved_criterion(settings)
         group_size = settings.group_size
-        predicted = [bytes_read(way.match, way.settings, group_size) for way in decision.ways]
+        ways = [_as_measured(way.settings, own, i) for i, way in enumerate(decision.ways)]
+        predicted = [bytes_read(match, way, group_size) for way in ways]
         curves = {
-            way.settings.spec: Curve(
+            way.spec: Curve(
                 wanted=own[f"wanted{i}"],
                 wanted_energy=own.get(f"wanted_energy{i}"),
                 kl=own.get(f"kl{i}"),
@@ -239,12 +243,12 @@ class _Collected:
                 static={
                     count: (
                         own[f"static{count}_{i}"],
-                        bytes_read(match, way.settings, 1 + count, static=count)[0],
+                        bytes_read(match, way, 1 + count, static=count)[0],
                     )
                     for count in decision.static_sets
                 },
             )
-            for i, way in enumerate(decision.ways)
+            for i, way in enumerate(ways)
             if f"wanted{i}" in own
         }
         fired, energy, order, touched = own.get("fired"), own.get("energy"), None, None
@@ -285,7 +289,7 @@ class _Collected:
             input_numbers=tuple(firsts.index(i) for i in numbers),
             curves=curves,
             row_bytes=predicted[0][1],
-            predictor=settings.spec,
+            predictor=ways[0].spec,
             sizes=np.ones(match.stack, np.int64),
             target="",
             recall=None,
@@ -299,6 +303,15 @@ class _Collected:
         if total.shape[:-2] != count.shape:
             count = np.full(total.shape[:-2], max(1, math.ceil(count.mean())))
         return (total / count[..., None, None]).astype(np.float32)
+
+
+def _as_measured(settings: Settings, own: dict[str, np.ndarray], number: int) -> Settings:
+    """Settings whose predictor knows what its stages left open, where that was measured."""
+    if f"opened{number}" not in own:
+        return settings
+    opened = own[f"opened{number}"].reshape(-1, own[f"opened{number}"].shape[-1]).sum(axis=0)
+    measured = settings.spec.measured(opened / max(1, own["tokens"].sum()))
+    return dataclasses.replace(settings, predictor=measured)
 
 
 def _shape(decision: Decision) -> tuple[Any, ...]:

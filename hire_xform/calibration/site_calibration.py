@@ -302,6 +302,8 @@ class SiteCalibration:
             needs = self._needs(predictor) if self.kind == "ffn" else None
             return Chosen(predictor, None, f"calibrated, but {settings.size_name}={stated} is given", needs=needs)
         predictor = settings.predictor or self.predictor
+        # One that was measured knows what its stages read.
+        predictor = next((known for known in self.curves if known == predictor), predictor)
         if predictor == self.predictor:
             sizes = self.sizes - self.static
         elif predictor in self.curves and self.recall is not None:

@@ -21,14 +21,16 @@ import jax.numpy as jnp
 from jax import lax
 
 from hire_xform.lowering.engine.engine import Operands, Steps, proved_or_dense, selected, without
-from hire_xform.lowering.engine.selection import Selection, entries, rungs, selection_of
+from hire_xform.lowering.engine.narrowing import narrowed
+from hire_xform.lowering.engine.selection import Selection, entries, rungs, select, selection_of
 from hire_xform.lowering.predict.predictors import PackedArrays, Predictor, predict_scores
+from hire_xform.lowering.primitives.da_top_k import da_top_k
 from hire_xform.lowering.primitives.select_rows import select_rows_dot
 from hire_xform.lowering.primitives.stored_rows import own_rows
 from hire_xform.lowering.prove.bounds import ScoresWithBounds, product_error
-from hire_xform.lowering.prove.goals import proved
+from hire_xform.lowering.prove.goals import fewest_candidates, mass_margin, proved
 from hire_xform.lowering.prove.intervals import Interval
-from hire_xform.lowering.prove.proofs import Proof, scores_with_bounds
+from hire_xform.lowering.prove.proofs import PROBED, Proof
 from hire_xform.lowering.prove.readings import Reading, between_proved
 from hire_xform.lowering.xla.devices import ONE, Devices
 
@@ -256,13 +258,6 @@ class _Head:
         assert proof is not None
         start = 0 if rows.shape[0] == self.vocab else first
         wide = jnp.promote_types(self.out_dtype, jnp.float32)
-        with jax.named_scope("predict"):
-            found = scores_with_bounds(x, proof, self.spec, input_bits=self.input_bits)
-            sides = lax.stop_gradient(o.sides)
-            ranked = found.upper
-            if self.rank is not None:
-                ranked = lax.stop_gradient(self.rank(Interval(found.lower, found.upper), sides))
-
         def products(index: jax.Array) -> tuple[jax.Array, jax.Array]:
             """Exact ones, and what their sums are of."""
             exact, terms = (
@@ -270,6 +265,20 @@ class _Head:
                 for magnitudes in (False, True)
             )
             return exact, lax.stop_gradient(terms)
+
+        with jax.named_scope("predict"):
+            sides = lax.stop_gradient(o.sides)
+            found, _ = narrowed(
+                x,
+                proof,
+                self.spec,
+                lambda known: self.opened(known, lambda index: products(index)[0], sides),
+                few=self.sizes[0],
+                input_bits=self.input_bits,
+            )
+            ranked = found.upper
+            if self.rank is not None:
+                ranked = lax.stop_gradient(self.rank(Interval(found.lower, found.upper), sides))
 
         def proves(index: jax.Array, made: tuple[jax.Array, jax.Array]) -> jax.Array:
             exact, terms = made
@@ -281,6 +290,36 @@ class _Head:
 
         steps = Steps(scores=ranked, compute=products, proved=proves, result=logits)
         return steps, rungs(x.shape[0], self.vocab, self.sizes)
+
+    def opened(
+        self, known: ScoresWithBounds, exact: Callable[[jax.Array], jax.Array], sides: list[jax.Array]
+    ) -> jax.Array:
+        """How far each row can be above what is read for sure, f32 ``[V]``, for the token for which it is most.
+
+        That is known of the rows that look best, which are computed; a row below zero will not be read. Each device
+        knows of its own rows.
+
+        Args:
+          known: scores and bounds.
+          exact: the products of chosen rows.
+          sides: what readers take besides.
+        """
+        (tokens, vocab), scores = known.scores.shape, lax.stop_gradient(known.scores)
+        goals = [reading.goal for reading in self.readings]
+        most = min(max(map(fewest_candidates, goals)), vocab)
+        looks = scores if self.rank is None else self.rank(Interval(scores, scores), sides)
+        best = select(lax.stop_gradient(looks), selection_of(tokens, vocab, min(max(PROBED, most), vocab)))
+        at, own = entries(best, scores), lax.stop_gradient(exact(best))
+        low, high = (
+            end.at[at].set(own, unique_indices=True, mode="promise_in_bounds") for end in (known.lower, known.upper)
+        )
+        if self.rank is not None:
+            opened = lax.stop_gradient(self.rank(Interval(low, high), sides))
+        else:
+            low = jnp.where(jnp.isnan(low), -jnp.inf, low)
+            floor = jnp.max(low, axis=1, keepdims=True) if most == 1 else da_top_k(low, most)[0][:, -1:]
+            opened = high - floor + max(mass_margin(goal, vocab) for goal in goals)
+        return jnp.max(jnp.where(jnp.isnan(opened), jnp.inf, opened), axis=0)
 
     def proved(
         self, found: ScoresWithBounds, exact: jax.Array, error: jax.Array, index: jax.Array, sides: list[jax.Array]

@@ -9,13 +9,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from hire_xform.lowering.prove.goals import Goal, candidates_needed
+from hire_xform.lowering.prove.goals import Goal, candidates_needed, fewest_candidates, mass_margin
 
 __all__ = [
     "KL_SIZES",
     "covariance",
     "first_in_order",
     "groups_wanted",
+    "open_share",
     "proved_ranks",
     "unit_ranks",
     "unit_totals",
@@ -110,6 +111,19 @@ def proved_ranks(
     needed = candidates_needed(goal, logits, ranked, exact_error)
     wanted = jnp.zeros(logits.shape[1], jnp.int32).at[needed - 1].add(1)
     return {"wanted": wanted, "kl": _divergences(logits.astype(jnp.float32), scores, ranked, fill)}
+
+
+def open_share(goal: Goal, logits: jax.Array, upper: jax.Array) -> jax.Array:
+    """The share of the rows that bounds leave open where the largest logits are known, added up over tokens: f32.
+
+    Args:
+      goal: what is to be proved.
+      logits: ``[T, V]``, the dense ones.
+      upper: f32 ``[T, V]``.
+    """
+    vocab = logits.shape[1]
+    floor = lax.top_k(logits.astype(jnp.float32), min(fewest_candidates(goal), vocab))[0][:, -1:]
+    return jnp.sum(jnp.mean(~(upper < floor - mass_margin(goal, vocab)), axis=1, dtype=jnp.float32))
 
 
 def groups_wanted(needed: jax.Array, groups: int) -> dict[str, jax.Array]:

@@ -44,7 +44,10 @@ from hire_xform.lowering.predict.few_bits import CLIPS, closest, fine_scores, pa
 from hire_xform.lowering.prove.bounds import U, norm, slack, tiny
 from hire_xform.lowering.xla.blocks import fold_row_blocks, map_row_blocks, rows_together
 
-__all__ = ["coordinate_scores", "coordinate_shapes", "pack_coordinates"]
+__all__ = ["WHOLE", "coordinate_scores", "coordinate_shapes", "pack_coordinates"]
+
+# What is packed of the matrix as a whole.
+WHOLE = frozenset({"basis_q", "basis_scale", "centre", "constants"})
 
 _CLIPS = {8: (1.0,), 4: CLIPS}
 _LEVELS = {8: 127, 4: 7}

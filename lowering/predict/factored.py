@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import jax
 import jax.numpy as jnp
 
-from hire_xform.lowering.predict.coordinates import coordinate_scores, coordinate_shapes, pack_coordinates
+from hire_xform.lowering.predict.coordinates import WHOLE, coordinate_scores, coordinate_shapes, pack_coordinates
 from hire_xform.lowering.predict.factors import factor_dtype, leading_directions, matmul
 from hire_xform.lowering.predict.few_bits import fine_scores, pack_nibbles, quantize, quantize_clipped
 from hire_xform.lowering.predict.predictors import Given, PackedArrays, Predictor
@@ -30,6 +30,7 @@ class Factored(Predictor):
     takes_inputs = True
     proves = True
     fine = True
+    whole = WHOLE
 
     def __post_init__(self) -> None:
         """Refuses a value out of range."""
@@ -148,16 +149,20 @@ class Factored(Predictor):
             scores = scores + fine_scores(z[:, :lead], packed["lead_q"], packed["lead_scale"], 8)[0]
         return scores
 
+    def _proof_rank(self, d: int) -> int:
+        """Coordinates kept of ``d``: as many of chosen rows as of all."""
+        return Factored.rank_for(self, 1, d)
+
     def proof_shapes(self, n: int, d: int, dtype: jax.typing.DTypeLike) -> dict[str, jax.ShapeDtypeStruct]:
         """As ``coordinates.py`` keeps rows."""
-        return coordinate_shapes(n, d, self.rank_for(n, d), self.bits, dtype)
+        return coordinate_shapes(n, d, self._proof_rank(d), self.bits, dtype)
 
     def pack_proof(self, rows: jax.Array, given: Given) -> PackedArrays:
         """The arrays of :meth:`proof_shapes`."""
-        rank = self.rank_for(*rows.shape)
+        rank = self._proof_rank(rows.shape[1])
         return pack_coordinates(rows, rank, self.bits, lambda gram: self.coordinates(gram, given.inputs))
 
     def bounds(self, x: jax.Array, proof: PackedArrays, input_bits: int) -> tuple[jax.Array, jax.Array, jax.Array]:
         """As ``coordinates.py`` proves them."""
-        rank = self.rank_for(proof["size"].shape[0], x.shape[1])
+        rank = self._proof_rank(x.shape[1])
         return coordinate_scores(x, dict(proof), rank, self.bits, input_bits=input_bits)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -35,6 +35,8 @@ __all__ = [
     "predictor_named",
 ]
 
+# The share of the rows that is taken to be open after a stage, where it was not measured.
+OPEN = 1 / 16
 # The arrays of one packed predictor, by name.
 PackedArrays = Mapping[str, jax.Array]
 
@@ -93,6 +95,31 @@ class Predictor:
     stack_axes: int = 0
     # Bits of its integer products; None where they are of floating point.
     bits: int | None = None
+    # Of a proof's arrays those that are of the matrix as a whole, by name: all others have an entry for each row.
+    whole: ClassVar[frozenset[str]] = frozenset()
+
+    @property
+    def stages(self) -> tuple[Predictor, ...]:
+        """The predictors whose bounds are asked for one after the other, as ``Staged`` has them; mostly itself."""
+        return (self,)
+
+    @property
+    def shares(self) -> tuple[float, ...] | None:
+        """Of each stage after the first the share of the rows that was measured; None where none was."""
+        return None
+
+    @property
+    def expected(self) -> tuple[float, ...]:
+        """Of each stage the share of the rows that it is expected to read: of the first all, of others a guess."""
+        return (1.0, *(self.shares or (OPEN for _ in self.stages[1:])))
+
+    def measured(self, opened: Sequence[float]) -> Predictor:
+        """Itself, with the share of the rows that was measured for each stage after the first."""
+        return self
+
+    def part(self, proof: PackedArrays, number: int) -> PackedArrays:
+        """Of a proof's arrays those of one stage."""
+        return proof
 
     @property
     def arrays(self) -> PackedArrays:

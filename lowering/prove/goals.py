@@ -11,6 +11,7 @@ able to be the rounded A. Rounding keeps order, so that what can't be the rounde
 k largest both ways. Rows that tie once they are rounded are no k largest of the unrounded ones.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -23,7 +24,7 @@ from hire_xform.lowering.prove.bounds import U
 from hire_xform.lowering.xla.devices import ONE, Devices
 from hire_xform.lowering.xla.nan_max import largest_or_nan
 
-__all__ = ["Goal", "Nucleus", "TopSet", "candidates_needed", "fewest_candidates", "proved", "proved_across"]
+__all__ = ["Goal", "Nucleus", "TopSet", "candidates_needed", "fewest_candidates", "mass_margin", "proved", "proved_across"]
 
 # In one count: rows that can be more than A, at most two a device, and whether any is A for sure.
 _MORE = 1 << 16
@@ -71,6 +72,11 @@ Goal = bool | TopSet | Nucleus
 def fewest_candidates(goal: Goal) -> int:
     """Candidates below which nothing can be proved."""
     return goal.k if isinstance(goal, TopSet) else 1
+
+
+def mass_margin(goal: Goal, vocab: int) -> float:
+    """How far below the largest logit a row still matters: for mass, as all of V such rows would miss ``eps``."""
+    return math.log(vocab / goal.eps) if isinstance(goal, Nucleus) else 0.0
 
 
 def proved(

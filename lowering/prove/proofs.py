@@ -8,19 +8,24 @@ Each predictor that ``proves`` says how, in its file of ``lowering/predict``.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import jax
+import jax.numpy as jnp
 
 from hire_xform.lowering.primitives.scores import bounded_scores
 from hire_xform.lowering.prove.bounds import ScoresWithBounds
+from hire_xform.lowering.xla.slabs import slabs_of
 
 if TYPE_CHECKING:
     from hire_xform.lowering.predict.predictors import Predictor
 
-__all__ = ["Proof", "pack_proof", "proof_bytes", "proof_shapes", "scores_with_bounds"]
+__all__ = ["PROBED", "Proof", "pack_proof", "proof_bytes", "proof_reads", "proof_shapes", "rows_of", "scores_with_bounds"]
 
+# Rows, of those that look best, that are computed before each further stage: what is below them is not open.
+PROBED = 8
 # What is packed, by name.
 Proof = Mapping[str, jax.Array]
 
@@ -48,9 +53,37 @@ def proof_shapes(n: int, d: int, spec: Predictor, dtype: jax.typing.DTypeLike) -
     return spec.proof_shapes(n, d, dtype)
 
 
+def proof_reads(
+    n: int, d: int, spec: Predictor, dtype: jax.typing.DTypeLike
+) -> list[tuple[float, jax.ShapeDtypeStruct]]:
+    """Every array of the proof of an ``[n, d]`` matrix, and the share of its rows that a call is expected to read."""
+    found = []
+    for share, stage in zip(spec.expected, spec.stages, strict=True):
+        for name, array in stage.proof_shapes(n, d, dtype).items():
+            found.append((1.0 if name in stage.whole else share, array))
+    return found
+
+
 def proof_bytes(n: int, d: int, spec: Predictor, dtype: jax.typing.DTypeLike) -> int:
-    """Bytes of the proof of an ``[n, d]`` matrix of ``dtype``, all read once per call."""
-    return sum(s.size * s.dtype.itemsize for s in proof_shapes(n, d, spec, dtype).values())
+    """Bytes that a call is expected to read for the bounds of an ``[n, d]`` matrix of ``dtype``.
+
+    Those of the first stage are read once per call; of each other what is expected, and the rows that are computed
+    first to know what is open.
+    """
+    read = sum(share * s.size * s.dtype.itemsize for share, s in proof_reads(n, d, spec, dtype))
+    first = min(PROBED, n) * d * jnp.dtype(dtype).itemsize * (len(spec.stages) - 1)
+    return math.ceil(read + first)
+
+
+def rows_of(proof: Proof, spec: Predictor, index: jax.Array) -> Proof:
+    """The proof of chosen rows alone, of one stage: ``index`` says which, int32 ``[K]``."""
+
+    def chosen(array: jax.Array) -> jax.Array:
+        if array.ndim == 2:
+            return slabs_of(array, index, 1)
+        return array.at[index].get(mode="promise_in_bounds")
+
+    return {name: array if name in spec.whole else chosen(array) for name, array in proof.items()}
 
 
 def scores_with_bounds(x: jax.Array, proof: Proof, spec: Predictor, *, input_bits: int = 24) -> ScoresWithBounds:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,10 +12,10 @@ from jax.sharding import PartitionSpec
 
 from hire_xform.lowering.engine.cyclic_rows import from_cyclic, return_candidates
 from hire_xform.lowering.engine.head import certified_logits, vocab_candidates, vocab_logits
-from hire_xform.lowering.measure.statistics import KL_SIZES, covariance, first_in_order, proved_ranks, vocab_ranks
+from hire_xform.lowering.measure.statistics import KL_SIZES, covariance, first_in_order, open_share, proved_ranks, vocab_ranks
 from hire_xform.lowering.predict.predictors import predict_scores
 from hire_xform.lowering.prove.intervals import Interval
-from hire_xform.lowering.prove.proofs import scores_with_bounds
+from hire_xform.lowering.prove.proofs import proof_bytes, scores_with_bounds
 from hire_xform.lowering.xla.devices import ONE, Devices
 from hire_xform.passes.ir.graph import Node, Operand
 from hire_xform.passes.kinds.readings import as_plain, rank_of, readings_of
@@ -99,7 +100,7 @@ class VocabKind(SiteKind):
     def described(self, case: Case) -> dict[str, Any]:
         """Why the outputs are taken for logits."""
         otherwise = "a rule says so" if case.choice.named else "they were measured as such"
-        return {"evidence": case.match.evidence or otherwise}
+        return {"evidence": case.match.evidence or otherwise, "stages": _stages(case)}
 
     def forms(self, match: VocabMatch, settings: Vocab) -> SiteForms[Form]:
         """Rows, and their predictor."""
@@ -216,6 +217,7 @@ class VocabKind(SiteKind):
                 bound = scores_with_bounds(x, packed, settings.spec, input_bits=way.input_bits)
                 bounds = bound.scores, bound.upper, bound.exact_error
                 ranked = proved_ranks(logits, *bounds, settings.certify, settings.fill)
+                ranked |= _opened(way, x, packed, logits)
             else:
                 scores = predict_scores(x, packed, settings.spec, product.width)
                 ranked = vocab_ranks(logits, scores, settings.fill)
@@ -234,6 +236,29 @@ class VocabKind(SiteKind):
         rest = scores.astype(dense.dtype) if settings.fill == "predicted" else -jnp.inf
         logits = jnp.where(chosen, dense, rest)
         return views.head.rows.filled(logits), logits.astype(jnp.float32)
+
+
+def _stages(case: Case) -> str:
+    """What each stage of a certified projection is expected to read; empty of one stage."""
+    (matrix,), spec, rows = case.match.matrices, case.settings.spec, case.match.units // case.shards
+    if not case.settings.certify or len(spec.stages) < 2:
+        return ""
+    told = []
+    for number, (share, stage) in enumerate(zip(spec.expected, spec.stages, strict=True)):
+        read = math.ceil(share * proof_bytes(rows, matrix.columns, stage, matrix.dtype))
+        of = f"of {share:.2%} of the rows, those still open, {'measured' if spec.shares else 'a guess'}" if number else "of all rows"
+        told.append(f"{stage} {of} ({read:,} bytes)")
+    return "; ".join(told)
+
+
+def _opened(way: Decision, x: jax.Array, packed: Any, logits: jax.Array) -> dict[str, jax.Array]:
+    """Of each stage but the last the share of the rows that it leaves open, added up over tokens; none of one stage."""
+    spec, goal = way.settings.spec, way.settings.certify or True
+    shares = [
+        open_share(goal, logits, scores_with_bounds(x, spec.part(packed, i), stage, input_bits=way.input_bits).upper)
+        for i, stage in enumerate(spec.stages[:-1])
+    ]
+    return {"opened": jnp.stack(shares)} if shares else {}
 
 
 def _match(decision: Decision) -> VocabMatch:

@@ -124,11 +124,11 @@ class Running:
         few_bits = {np.dtype(np.int8): f"int8{fine}", np.dtype(np.uint8): f"int4{fine}"}
         found = []
         for matrix, predictor in self._predictors():
-            for kept in predictor.shapes(self.scored, matrix.columns, matrix.dtype).values():
+            for share, kept in predictor.reads(self.scored, matrix.columns, matrix.dtype):
                 dtype = np.dtype(kept.dtype)
                 if len(kept.shape) > 1:
                     wide = "16 bits" if dtype.itemsize == 2 else "f32"
-                    found.append((few_bits.get(dtype, wide), kept.size * dtype.itemsize))
+                    found.append((few_bits.get(dtype, wide), math.ceil(share * kept.size * dtype.itemsize)))
         return found
 
     def _predictors(self) -> list[tuple[Matrix, PackedPredictor]]:

@@ -76,6 +76,7 @@ class Site:
       unproved: its readers of which nothing is proved.
       widened: True where the dense product has weights that are stored narrower widened whole first, at every call, or
         takes as long.
+      stages: of a certified vocabulary whose predictor has several, what each reads.
       stored: how its weights are stored, where that is in few bits, such as "int8 times float32 per row".
       dense_seconds: what the dense form is predicted to take per call, by the plan's profile; inside a scan, over all
         its iterations.
@@ -108,6 +109,7 @@ class Site:
     proved: tuple[str, ...] = ()
     unproved: tuple[str, ...] = ()
     widened: bool = False
+    stages: str = ""
     stored: str = ""
     dense_seconds: float = 0.0
     sparse_seconds: float = 0.0

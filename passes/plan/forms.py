@@ -18,7 +18,7 @@ from hire_xform.lowering.predict.predictors import Predictor, pack_predictor, pa
 from hire_xform.lowering.primitives.ranks import moments_bytes, pack_moments
 from hire_xform.lowering.primitives.stored_rows import Operation, StoredRows
 from hire_xform.lowering.prove.moment_bounds import bounded_moments_bytes, pack_bounded_moments
-from hire_xform.lowering.prove.proofs import pack_proof, proof_bytes, proof_shapes
+from hire_xform.lowering.prove.proofs import pack_proof, proof_bytes, proof_reads, proof_shapes
 
 
 @dataclass(frozen=True)
@@ -189,6 +189,12 @@ class PackedPredictor(_OfRows):
     def shapes(self, n: int, d: int, dtype: Any) -> dict[str, jax.ShapeDtypeStruct]:
         """Its arrays of an ``[n, d]`` matrix."""
         return (proof_shapes if self.proves else packed_shapes)(n, d, self.spec, dtype)
+
+    def reads(self, n: int, d: int, dtype: Any) -> list[tuple[float, jax.ShapeDtypeStruct]]:
+        """Its arrays, and the share of its rows that a call is expected to read of each."""
+        if self.proves:
+            return proof_reads(n, d, self.spec, dtype)
+        return [(1.0, array) for array in packed_shapes(n, d, self.spec, dtype).values()]
 
     def nbytes(self, n: int, d: int, dtype: Any) -> int:
         """What its scores, or its bounds, read."""

@@ -42,6 +42,7 @@ def install() -> str | None:
         ("hire_combine_stored_rows", _combine_stored_rows, _stored_rows_served),
         ("da_top_k", _da_top_k, _largest_served),
         ("hire_arg_max", _arg_max, _floats_served),
+        ("hire_open_rows", _open_rows, _open_rows_served),
     ):
         register_built_in(name, "cpu", rule, serves, f"native, {library.instruction_sets()[0]}")
     return None
@@ -77,6 +78,10 @@ def _stored_rows_served(x: Any, index: Any, values: Any, *others: Any, operation
 
 def _largest_served(scores: Any, *, k: int, shards: int) -> bool:
     return jnp.dtype(scores.dtype) == jnp.float32 and 0 not in scores.shape
+
+
+def _open_rows_served(values: Any) -> bool:
+    return jnp.dtype(values.dtype) == jnp.float32 and 0 not in values.shape
 
 
 def _floats_served(values: Any) -> bool:
@@ -126,3 +131,7 @@ def _da_top_k(scores: jax.Array, *, k: int, shards: int) -> tuple[jax.Array, jax
 
 def _arg_max(values: jax.Array) -> jax.Array:
     return steps.arg_max(values.astype(jnp.float32))
+
+def _open_rows(values: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return steps.open_rows(values)
+

@@ -115,6 +115,10 @@ ffi::Error ArgMaxImpl(ffi::ThreadPool pool, ffi::AnyBuffer values, Integers out)
   return Told(ArgMax(pool, InUse(), Of(values), To(out)));
 }
 
+ffi::Error OpenRowsImpl(ffi::ThreadPool pool, ffi::AnyBuffer values, Integers out, Integers count) {
+  return Told(OpenRows(pool, InUse(), Of(values), To(out), To(count)));
+}
+
 }  // namespace
 }  // namespace hire
 
@@ -139,10 +143,12 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(hire_largest, hire::LargestImpl,
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(hire_arg_max, hire::ArgMaxImpl, hire::One().Ret<hire::S32>());
 
+XLA_FFI_DEFINE_HANDLER_SYMBOL(hire_open_rows, hire::OpenRowsImpl, hire::One().Ret<hire::S32>().Ret<hire::S32>());
+
 extern "C" {
 
 // Which handlers there are and what they take, as library.py says it: one more wherever that changes.
-int hire_interface() { return 3; }
+int hire_interface() { return 4; }
 
 // The number of instruction sets that this processor runs, and the name of one, the fastest first.
 int hire_instruction_sets() { return static_cast<int>(hire::Supported().size()); }

@@ -350,6 +350,33 @@ std::string ArgMax(Pool& pool, const Kernels& kernels, const Array& values, Resu
   return "";
 }
 
+// Where values stand that are not below zero, NaNs among them, ascending, and then zeros; and how many they are:
+// values f32 [n]; out int32 [n], count int32 [].
+template <typename Pool>
+std::string OpenRows(Pool& pool, const Kernels& kernels, const Array& values, Result<int32_t> out,
+                     Result<int32_t> count) {
+  if (values.element != Element::kF32 || values.dims.size() != 1 || values.dims[0] > 0x7fffffff)
+    return "open_rows takes values [n] in f32, not " + Shape(values);
+  const int64_t n = values.dims[0], parts = (n + kValuesABlock - 1) / kValuesABlock;
+  if (std::string wrong = NotOfSize("open_rows", out, n); !wrong.empty()) return wrong;
+  if (std::string wrong = NotOfSize("open_rows", count, 1); !wrong.empty()) return wrong;
+  std::vector<int64_t> found(static_cast<size_t>(parts));
+  ForEachBlock(pool, parts, [&](int64_t part) {
+    const int64_t first = part * kValuesABlock, size = std::min(kValuesABlock, n - first);
+    found[static_cast<size_t>(part)] = kernels.not_below(values.As<float>() + first, size, 0.0f, out.data + first);
+  });
+  int64_t total = 0;
+  for (int64_t part = 0; part < parts; ++part) {
+    const int64_t first = part * kValuesABlock;
+    // What is behind lies further on: each is read before it is written over.
+    for (int64_t i = 0; i < found[static_cast<size_t>(part)]; ++i)
+      out.data[total++] = out.data[first + i] + static_cast<int32_t>(first);
+  }
+  std::fill(out.data + total, out.data + n, 0);
+  count.data[0] = static_cast<int32_t>(total);
+  return "";
+}
+
 }  // namespace hire
 
 #endif  // HIRE_STEPS_H_

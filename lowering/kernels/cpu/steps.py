@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-__all__ = ["arg_max", "combine_rows", "fine_scores", "largest", "products", "scores", "select_rows_dot"]
+__all__ = ["arg_max", "combine_rows", "fine_scores", "largest", "open_rows", "products", "scores", "select_rows_dot"]
 
 
 def _f32(*shape: int) -> jax.ShapeDtypeStruct:
@@ -144,3 +144,10 @@ def arg_max(values: jax.Array) -> jax.Array:
     out = jax.ShapeDtypeStruct(values.shape[:-1], jnp.int32)
     # Examples are further leading axes.
     return jax.ffi.ffi_call("hire_arg_max", out, vmap_method="broadcast_all")(values)
+
+
+def open_rows(values: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """As ``open_rows`` there."""
+    out = jax.ShapeDtypeStruct(values.shape, jnp.int32), jax.ShapeDtypeStruct((), jnp.int32)
+    index, count = jax.ffi.ffi_call("hire_open_rows", out, vmap_method="sequential")(values)
+    return index, count

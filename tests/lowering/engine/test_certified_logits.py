@@ -12,6 +12,7 @@ from hire_xform.lowering.engine.head import certified_logits
 from hire_xform.lowering.predict.low_rank import LowRank
 from hire_xform.lowering.predict.projected import Projected
 from hire_xform.lowering.predict.quantized import Quantized
+from hire_xform.lowering.predict.staged import Staged
 from hire_xform.lowering.primitives.select_rows import select_rows_dot
 from hire_xform.lowering.prove.bounds import norm, product_error
 from hire_xform.lowering.prove.proofs import pack_proof, scores_with_bounds
@@ -25,6 +26,7 @@ SPECS = [
     LowRank(0.75, bits=4),
     LowRank(0.75),
     Projected(40, bits=8),
+    Staged((LowRank(24, bits=4), Quantized(8))),
 ]
 every_spec = pytest.mark.parametrize("spec", SPECS, ids=str)
 

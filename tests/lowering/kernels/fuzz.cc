@@ -246,6 +246,24 @@ void FuzzArgMax(Threads& pool, const Kernels& kernels) {
   }
 }
 
+void FuzzOpenRows(Threads& pool, const Kernels& kernels) {
+  const int64_t n = Up(Up(3) == 1 ? 100000 : 300), often = Up(20);
+  std::vector<float> values = Floats(n);
+  for (float& value : values) {
+    if (Up(often) > 1) value = -std::fabs(value);
+    if (Up(50) == 1) value = std::numeric_limits<float>::quiet_NaN();
+    if (Up(50) == 1) value = Up(2) == 1 ? 0.0f : -0.0f;
+  }
+  std::vector<int32_t> found(static_cast<size_t>(n)), wanted;
+  int32_t count = -1;
+  Expect(hire::OpenRows(pool, kernels, F32(values, {n}), {found.data(), n}, {&count, 1}));
+  for (int64_t i = 0; i < n; ++i)
+    if (!(values[static_cast<size_t>(i)] < 0.0f)) wanted.push_back(static_cast<int32_t>(i));
+  Expect(count == static_cast<int32_t>(wanted.size()), "how many rows are open");
+  wanted.resize(static_cast<size_t>(n), 0);
+  Expect(found == wanted, "which rows are open");
+}
+
 // What does not fit is refused before any of it is read.
 void FuzzRefusals(Threads& pool, const Kernels& kernels) {
   const auto x = Floats(6), rows = Floats(12);
@@ -269,6 +287,9 @@ void FuzzRefusals(Threads& pool, const Kernels& kernels) {
   refused(hire::LargestOf(pool, kernels, given, 4, 1, {out, 8}, {nullptr, 8}));
   refused(hire::ArgMax(pool, kernels, given, {nullptr, 3}));
   refused(hire::ArgMax(pool, kernels, F32(x, {2, 0}), {nullptr, 2}));
+  refused(hire::OpenRows(pool, kernels, given, {nullptr, 6}, {nullptr, 1}));
+  refused(hire::OpenRows(pool, kernels, F32(x, {6}), {nullptr, 5}, {nullptr, 1}));
+  refused(hire::OpenRows(pool, kernels, F32(x, {6}), {nullptr, 6}, {nullptr, 2}));
   refused(hire::ScoreRows(pool, kernels, given, matrix, F32(rows, {4}), 8, 1, {out, 6}, {nullptr, 0}));
 }
 
@@ -293,6 +314,7 @@ int main(int argc, char** argv) {
     FuzzRows(pool, kernels);
     FuzzLargest(pool, kernels);
     FuzzArgMax(pool, kernels);
+    FuzzOpenRows(pool, kernels);
     FuzzRefusals(pool, kernels);
   }
   std::printf("%" PRId64 " rounds on", count);

@@ -12,6 +12,7 @@ from hire_xform.lowering.kernels.cpu import _stored_rows_served, library, steps
 from hire_xform.lowering.predict.few_bits import entries, fine_scores, pack_nibbles, quantize, quantized_scores
 from hire_xform.lowering.primitives.combine_rows import combine_rows
 from hire_xform.lowering.primitives.da_top_k import da_top_k
+from hire_xform.lowering.primitives.open_rows import open_rows
 from hire_xform.lowering.primitives.select_rows import select_rows_dot
 from hire_xform.lowering.primitives.stored_rows import Operation
 
@@ -192,6 +193,20 @@ def test_the_arg_max(shape, how):
     np.testing.assert_array_equal(got, np.argmax(values, axis=-1))
     if len(shape) > 1:
         np.testing.assert_array_equal(jax.vmap(steps.arg_max)(jnp.asarray(values)), got)
+
+
+@pytest.mark.parametrize("n", [1, 31, 1000, 40_000, 100_001])
+@pytest.mark.parametrize("how", ["few", "all", "none", "NaN"])
+def test_open_rows(n, how):
+    values = np.random.default_rng(8).normal(size=n).astype(np.float32) - np.float32({"few": 2.0}.get(how, 0.0))
+    if how == "NaN":
+        values[::7], values[::11] = np.nan, -0.0
+    else:
+        values = {"few": values, "all": np.abs(values), "none": -np.abs(values) - 1}[how]
+    (got, count), (want, number) = steps.open_rows(jnp.asarray(values)), open_rows(jnp.asarray(values))
+    assert int(count) == int(number) == np.sum(~(values < 0))
+    np.testing.assert_array_equal(got, want)
+    np.testing.assert_array_equal(got[: int(count)], np.flatnonzero(~(values < 0)))
 
 
 @pytest.mark.parametrize("which", ["x", "index", "x and index", "rows", "all"])
