@@ -146,9 +146,9 @@ def _stating(config: Config, predictor: Predictor) -> Config:
         return settings if without else dataclasses.replace(settings, predictor=own)
 
     def both(owner: Any) -> Any:
-        # Blocks are read at once: with the last stage of a predictor that has several.
+        # Blocks are read at once, so that of a predictor in stages they have the first.
         return dataclasses.replace(
-            owner, vocab=stated(owner.vocab, predictor), ffn=stated(owner.ffn, predictor.stages[-1])
+            owner, vocab=stated(owner.vocab, predictor), ffn=stated(owner.ffn, predictor.stages[0])
         )
 
     return dataclasses.replace(both(config), rules=tuple(both(rule) for rule in config.rules))

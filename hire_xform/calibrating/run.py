@@ -25,6 +25,7 @@ from hire_xform.lowering.predict.low_rank import LowRank
 from hire_xform.lowering.predict.predictors import Predictor
 from hire_xform.lowering.predict.projected import Projected
 from hire_xform.lowering.predict.quantized import Quantized
+from hire_xform.lowering.predict.staged import Staged
 from hire_xform.passes.plan.settings import Settings, check_predictor
 
 _ANY_NUMBER = 1 << 62
@@ -39,12 +40,13 @@ PREDICTORS: tuple[Predictor, ...] = (
     Projected(0.25, bits=8),
     Projected(0.5, bits=8),
 )
-# Of sites that are all to be certified: quantised rows have the tightest bounds, coordinates the fewest bytes.
+# Of sites that are all to be certified: quantised rows have the tightest bounds, coordinates the fewest bytes. Heads
+# read the tight ones of what the others leave open; blocks have the first stage alone.
 CERTIFIED_PREDICTORS: tuple[Predictor, ...] = (
     Quantized(8),
-    LowRank(0.5, bits=8),
-    LowRank(0.5625, bits=4),
-    LowRank(0.75, bits=4),
+    Staged((LowRank(0.5, bits=8), Quantized(8))),
+    Staged((LowRank(0.5625, bits=4), Quantized(8))),
+    Staged((LowRank(0.75, bits=4), Quantized(8))),
 )
 
 

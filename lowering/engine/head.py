@@ -258,6 +258,7 @@ class _Head:
         assert proof is not None
         start = 0 if rows.shape[0] == self.vocab else first
         wide = jnp.promote_types(self.out_dtype, jnp.float32)
+
         def products(index: jax.Array) -> tuple[jax.Array, jax.Array]:
             """Exact ones, and what their sums are of."""
             exact, terms = (
@@ -310,9 +311,8 @@ class _Head:
         looks = scores if self.rank is None else self.rank(Interval(scores, scores), sides)
         best = select(lax.stop_gradient(looks), selection_of(tokens, vocab, min(max(PROBED, most), vocab)))
         at, own = entries(best, scores), lax.stop_gradient(exact(best))
-        low, high = (
-            end.at[at].set(own, unique_indices=True, mode="promise_in_bounds") for end in (known.lower, known.upper)
-        )
+        # Their own upper bounds stay: those that are not candidates later have no others.
+        low, high = known.lower.at[at].set(own, unique_indices=True, mode="promise_in_bounds"), known.upper
         if self.rank is not None:
             opened = lax.stop_gradient(self.rank(Interval(low, high), sides))
         else:

@@ -24,7 +24,16 @@ from hire_xform.lowering.prove.bounds import U
 from hire_xform.lowering.xla.devices import ONE, Devices
 from hire_xform.lowering.xla.nan_max import largest_or_nan
 
-__all__ = ["Goal", "Nucleus", "TopSet", "candidates_needed", "fewest_candidates", "mass_margin", "proved", "proved_across"]
+__all__ = [
+    "Goal",
+    "Nucleus",
+    "TopSet",
+    "candidates_needed",
+    "fewest_candidates",
+    "mass_margin",
+    "proved",
+    "proved_across",
+]
 
 # In one count: rows that can be more than A, at most two a device, and whether any is A for sure.
 _MORE = 1 << 16

@@ -22,7 +22,16 @@ from hire_xform.lowering.xla.slabs import slabs_of
 if TYPE_CHECKING:
     from hire_xform.lowering.predict.predictors import Predictor
 
-__all__ = ["PROBED", "Proof", "pack_proof", "proof_bytes", "proof_reads", "proof_shapes", "rows_of", "scores_with_bounds"]
+__all__ = [
+    "PROBED",
+    "Proof",
+    "pack_proof",
+    "proof_bytes",
+    "proof_reads",
+    "proof_shapes",
+    "rows_of",
+    "scores_with_bounds",
+]
 
 # Rows, of those that look best, that are computed before each further stage: what is below them is not open.
 PROBED = 8

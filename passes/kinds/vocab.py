@@ -12,7 +12,14 @@ from jax.sharding import PartitionSpec
 
 from hire_xform.lowering.engine.cyclic_rows import from_cyclic, return_candidates
 from hire_xform.lowering.engine.head import certified_logits, vocab_candidates, vocab_logits
-from hire_xform.lowering.measure.statistics import KL_SIZES, covariance, first_in_order, open_share, proved_ranks, vocab_ranks
+from hire_xform.lowering.measure.statistics import (
+    KL_SIZES,
+    covariance,
+    first_in_order,
+    open_share,
+    proved_ranks,
+    vocab_ranks,
+)
 from hire_xform.lowering.predict.predictors import predict_scores
 from hire_xform.lowering.prove.intervals import Interval
 from hire_xform.lowering.prove.proofs import proof_bytes, scores_with_bounds
@@ -246,7 +253,11 @@ def _stages(case: Case) -> str:
     told = []
     for number, (share, stage) in enumerate(zip(spec.expected, spec.stages, strict=True)):
         read = math.ceil(share * proof_bytes(rows, matrix.columns, stage, matrix.dtype))
-        of = f"of {share:.2%} of the rows, those still open, {'measured' if spec.shares else 'a guess'}" if number else "of all rows"
+        of = (
+            f"of {share:.2%} of the rows, those still open, {'measured' if spec.shares else 'a guess'}"
+            if number
+            else "of all rows"
+        )
         told.append(f"{stage} {of} ({read:,} bytes)")
     return "; ".join(told)
 

@@ -43,7 +43,12 @@ def _check_common(owner: str, predictor: Any, certify: Any, max_tokens: Any) -> 
     if predictor is not None:
         check_predictor(owner, predictor, "None, ")
         if owner != "Vocab" and len(predictor.stages) > 1:
-            refuse(owner, "predictor", predictor, "one that is read at once, as each of its stages is: only vocabulary projections are read in stages")
+            refuse(
+                owner,
+                "predictor",
+                predictor,
+                "one that is read at once, as each of its stages is: only vocabulary projections are read in stages",
+            )
     goal = owner == "Vocab" and isinstance(certify, (TopSet, Nucleus))
     if certify is not None and not isinstance(certify, bool) and not goal:
         goals = ", hx.TopSet(k) or hx.Nucleus(eps)" if owner == "Vocab" else ""

@@ -132,6 +132,6 @@ def _da_top_k(scores: jax.Array, *, k: int, shards: int) -> tuple[jax.Array, jax
 def _arg_max(values: jax.Array) -> jax.Array:
     return steps.arg_max(values.astype(jnp.float32))
 
+
 def _open_rows(values: jax.Array) -> tuple[jax.Array, jax.Array]:
     return steps.open_rows(values)
-

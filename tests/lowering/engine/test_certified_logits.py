@@ -15,7 +15,9 @@ from hire_xform.lowering.predict.quantized import Quantized
 from hire_xform.lowering.predict.staged import Staged
 from hire_xform.lowering.primitives.select_rows import select_rows_dot
 from hire_xform.lowering.prove.bounds import norm, product_error
+from hire_xform.lowering.prove.goals import Nucleus, TopSet
 from hire_xform.lowering.prove.proofs import pack_proof, scores_with_bounds
+from hire_xform.lowering.prove.readings import Reading
 
 pytestmark = pytest.mark.any_jax("cases vary numbers, dtypes and predictors of arithmetic that is our own", every=4)
 
@@ -316,3 +318,31 @@ def check_fewer_bits(spec):
     full = np.asarray(x, np.float64) @ np.asarray(rows, np.float64).T
     assert (np.abs(rounded - full) <= np.asarray(tpu.exact_error)).all()
     assert (rounded <= np.asarray(tpu.upper)).all()
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_a_head_in_stages_proves_with_as_few_candidates_as_its_last_stage_does(tokens):
+    """Rows that only its first stage has bounds of are below what is computed, so that none stands in the way."""
+    staged, last = Staged((LowRank(12, bits=4), Quantized(8))), Quantized(8)
+    proved = {staged: 0, last: 0}
+    for seed in range(12):
+        r = rng(seed)
+        x, rows = (jnp.asarray(r.normal(size=shape), jnp.float32) for shape in ((tokens, D), (V, D)))
+        for spec in proved:
+            proved[spec] += not assert_certified(x, rows, spec=spec, candidates=4)
+    assert proved[staged] >= proved[last] > 6
+
+
+@pytest.mark.parametrize("goal", [TopSet(5), Nucleus(0.05)], ids=str)
+def test_a_head_in_stages_proves_sets_and_mass(goal):
+    staged, last = Staged((LowRank(24, bits=4), Quantized(8))), Quantized(8)
+    proved = {staged: 0, last: 0}
+    for seed in range(6):
+        x, rows = trained_like(seed, scale=3.0)
+        for spec in proved:
+            logits, fallback = run(x, rows, spec=spec, candidates=40, readings=(Reading(goal),))
+            proved[spec] += not fallback
+            if isinstance(goal, TopSet):
+                best, want = (set(np.argsort(-np.asarray(a[0]))[:5]) for a in (logits, dense(x, rows)))
+                assert best == want
+    assert proved[staged] >= proved[last] >= 3

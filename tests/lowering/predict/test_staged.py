@@ -64,7 +64,13 @@ def test_bytes_are_those_of_all_rows_and_of_the_share_that_is_expected():
         assert proof_bytes(n, d, spec, jnp.float32) == first + spec.expected[1] * second + probes
     # What is of the matrix as a whole is read whole, whichever rows are.
     spec = hx.Staged((SECOND, FIRST)).measured([0.0])
-    read = {name for (share, _), name in zip(proof_reads(n, d, spec, jnp.float32), spec.proof_shapes(n, d, jnp.float32), strict=True) if share}
+    read = {
+        name
+        for (share, _), name in zip(
+            proof_reads(n, d, spec, jnp.float32), spec.proof_shapes(n, d, jnp.float32), strict=True
+        )
+        if share
+    }
     assert {"0.q", "1.basis_q"} <= read
     assert "1.q0" not in read
 
