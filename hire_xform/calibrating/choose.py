@@ -13,8 +13,8 @@ from hire_xform.calibrating.rehearsing import Rehearsal
 from hire_xform.calibration.calibration import Calibration
 from hire_xform.calibration.site_calibration import SiteCalibration
 
-# Sizes found, which are verified, and how often at most.
-ROUNDS = 8
+# Sizes found, which are verified, and how often at most: on batches of so many tokens, and then on all.
+ROUNDS, SEARCHED_TOKENS, LAST_ROUNDS = 8, 2048, 4
 # A block's share of energy lost at which its effect on the results is measured.
 PROBED_LOSS = 0.02
 # Batches that this is measured on: enough for this many tokens.
@@ -40,19 +40,46 @@ def chosen_for_cost(measured: Calibration, rehearsal: Rehearsal, limit: float, t
       target: its name, such as "max_kl 0.01".
     """
     weights = _weights(measured, rehearsal)
+    few, budget = _batches_of(SEARCHED_TOKENS, measured), limit
+    if few < measured.batches:
+        _, _, budget = _searched(measured, weights, rehearsal, limit, limit, ROUNDS, few)
+    best, cost, _ = _searched(measured, weights, rehearsal, limit, budget, ROUNDS if budget == limit else LAST_ROUNDS)
+    if best is None:
+        best = Calibration({p: _sized(s, _whole(s)) for p, s in measured.sites.items()}, "", measured.batches)
+    sites = {p: dataclasses.replace(s, target=target, recall=None) for p, s in best.sites.items()}
+    return Calibration(sites, f"{target} ({cost:.2g} measured)", measured.batches)
+
+
+def _batches_of(tokens: int, measured: Calibration) -> int:
+    """How many batches hold so many tokens, about; all of them if there are fewer."""
+    there = max(1, max(int(s.tokens.max()) for s in measured.sites.values()))
+    return math.ceil(min(1.0, tokens / there) * measured.batches)
+
+
+def _searched(
+    measured: Calibration,
+    weights: Weights,
+    rehearsal: Rehearsal,
+    limit: float,
+    budget: float,
+    rounds: int,
+    batches: int | None = None,
+) -> tuple[Calibration | None, float, float]:
+    """The fewest bytes found whose cost on some batches is within the limit, if any; its cost; and its budget."""
     best: Calibration | None = None
-    best_cost, budget, cost = 0.0, limit, 0.0
+    best_cost, best_budget, cost = 0.0, budget, 0.0
     before: Any = None
-    for _ in range(ROUNDS):
+    for _ in rehearsal.shown.each(range(rounds), "sizes", "rounds at most"):
         found = _within(measured, weights, budget)
         choice = {path: (s.predictor, tuple(s.sizes.ravel())) for path, s in found.sites.items()}
         if choice == before:
             budget *= 2.0 if cost <= limit else 0.5
             continue
-        cost, before = rehearsal.cost(found, {path: s.sizes for path, s in found.sites.items()}), choice
+        sizes = {path: s.sizes for path, s in found.sites.items()}
+        cost, before = rehearsal.cost(found, sizes, batches), choice
         if cost <= limit:
             if best is None or _bytes(found) < _bytes(best):
-                best, best_cost = found, cost
+                best, best_cost, best_budget = found, cost, budget
             if cost > 0.85 * limit or budget >= 8 * limit:
                 break
             budget *= min(2.0, 0.95 * limit / max(cost, 1e-9 * limit))
@@ -60,24 +87,23 @@ def chosen_for_cost(measured: Calibration, rehearsal: Rehearsal, limit: float, t
             if best is not None and _bytes(found) >= _bytes(best):
                 break
             budget *= max(0.25, 0.9 * limit / cost)
-    if best is None:
-        best = Calibration({p: _sized(s, _whole(s)) for p, s in measured.sites.items()}, "", measured.batches)
-    sites = {p: dataclasses.replace(s, target=target, recall=None) for p, s in best.sites.items()}
-    return Calibration(sites, f"{target} ({best_cost:.2g} measured)", measured.batches)
+    return best, best_cost, budget if best is None else best_budget
 
 
 def _weights(measured: Calibration, rehearsal: Rehearsal) -> Weights:
     """What one unit of each layer's loss costs; at least a little, since one that costs nothing was measured badly."""
     whole = {path: _whole(site) for path, site in measured.sites.items()}
-    tokens = max(1, max(int(s.tokens.max()) for s in measured.sites.values()))
-    batches = math.ceil(min(1.0, PROBED_TOKENS / tokens) * measured.batches)
+    batches = _batches_of(PROBED_TOKENS, measured)
     weights: dict[str, np.ndarray] = {}
+    layers = [(p, layer) for p, s in measured.sites.items() if s.kind != "vocab" for layer in np.ndindex(*s.stack)]
+    probes = iter(rehearsal.shown.each(layers, "sizes", "layers tried alone"))
     for path, site in measured.sites.items():
         weights[path] = np.ones(site.stack)
         if site.kind == "vocab":
             continue
         lost = _lost(site, site.predictor)
         for layer in np.ndindex(*site.stack):
+            next(probes)
             at = int(np.argmax(lost[layer] <= PROBED_LOSS))
             share = float(lost[layer][at])
             if share <= 0:

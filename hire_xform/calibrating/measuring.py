@@ -1,55 +1,54 @@
-"""Runs batches through a function whose sites are measured, and adds up what is recorded of each."""
+"""Runs batches through a function whose sites are measured: their inputs first, then predictors fitted to these."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-import jax
-import numpy as np
+import jax.numpy as jnp
 
 from hire_xform.api import Sparsified
-from hire_xform.calibrating.grouping import grouped_order
+from hire_xform.calibrating.checkpoint import Kept
+from hire_xform.calibrating.collecting import RECORDED, Collected
+from hire_xform.calibrating.programs import program, taken_apart
+from hire_xform.calibrating.progress import Shown
 from hire_xform.calibration.calibration import Calibration
-from hire_xform.calibration.curve import Curve
-from hire_xform.calibration.site_calibration import SiteCalibration, proved_criterion
-from hire_xform.call.calls import abstract_call, call_leaves
-from hire_xform.call.folding import Marks, Totals, fold
-from hire_xform.call.signature import Weights, arguments_of
+from hire_xform.call.memory import PackMemory
+from hire_xform.call.signature import Weights
 from hire_xform.call.stages import Traced
 from hire_xform.config import Config
 from hire_xform.lowering.predict.predictors import Predictor
-from hire_xform.lowering.primitives.records import record_p
-from hire_xform.passes.ir import compat
-from hire_xform.passes.match.kinds import kind_of
-from hire_xform.passes.measure.capture import Measured, MeasuredInputs, MeasuredSite
-from hire_xform.passes.pack.packed import Packed
-from hire_xform.passes.plan.cost import bytes_read
-from hire_xform.passes.plan.decisions import Decision, Plan
+from hire_xform.passes.measure.capture import FirstRanked, Measured, MeasuredSite
+from hire_xform.passes.plan.decisions import Decision, PackKey, Plan
 from hire_xform.passes.plan.measurement import MeasurementOf
 from hire_xform.passes.plan.placement import CutRows
-from hire_xform.passes.plan.settings import PREDICTOR, Settings
+from hire_xform.passes.plan.settings import PREDICTOR
 from hire_xform.passes.weights.recipe import Root
 
-# Sums over all batches, int64 or float64, by site path and name.
-Sums = dict[tuple[str, str], np.ndarray]
+# Of how many parts of the way from a batch's first sampled token to the next is that of the next batch: by the golden
+# section, so that few batches or many have their samples spread evenly over all positions.
+_GOLDEN = 0.6180339887498949
 
 
 class Calibrator:
     """Measures the sites of one function."""
 
-    def __init__(self, fun: Callable, weights: Weights, jit_options: dict[str, Any]):
-        """For ``calibrate``'s arguments."""
-        self._function = fun, weights, jit_options
+    def __init__(
+        self, fun: Callable, weights: Weights, jit_options: dict[str, Any], shown: Shown, kept: Kept | None = None
+    ):
+        """For ``calibrate``'s arguments; ``kept`` is what goes on from a file, if anything does."""
+        self._function, self.shown, self._kept = (fun, weights, jit_options), shown, kept
+        self._programs: dict[Any, Callable] = {}
+        self._memory = PackMemory()
 
     def step(self, kind: Callable[..., Traced], config: Config, known: Calibration | None) -> Sparsified:
         """The function, traced in a way of its own."""
         fun, weights, jit_options = self._function
         step = Sparsified(fun, config, weights, jit_options, known)
         step.traced_class = kind
+        step.memory = self._memory  # rows, and what is fitted to nothing, are those of all
         return step
 
     def inputs(self, batches: Iterable[Any], config: Config) -> tuple[Calibration, ...]:
@@ -59,12 +58,11 @@ class Calibrator:
           That of all batches; that with the covariances of every second batch from the second on, and of the others.
           The last two are the first where there is one batch.
         """
-        step = self.step(functools.partial(_InputTrace, (PREDICTOR,)), config, None)
-        halves = _Collected(), _Collected()
-        for number, batch in enumerate(batches):
-            halves[number % 2].add(step, number, batch)
+        kind = functools.partial(_CaptureTrace, (PREDICTOR,), inputs=True, ranks=False)
+        step = self.step(kind, config, None)
+        halves = self._run("inputs", batches, [step, step], 2)
         known = halves[0].joined(halves[1]).calibration(None)
-        if halves[1].empty:
+        if not halves[1].batches:
             return known, known, known
         return known, *(_with_covariances(known, half.calibration(None)) for half in halves[::-1])
 
@@ -74,6 +72,7 @@ class Calibrator:
         config: Config,
         predictors: Sequence[Predictor],
         known: Sequence[Calibration | None],
+        counted: bool,
     ) -> Calibration:
         """The curves of predictors where the settings state none.
 
@@ -83,17 +82,59 @@ class Calibrator:
           predictors: where they state none.
           known: what predictors will be fitted to, and what they are fitted to here: for every second batch from the
             first on, and for the others, so that none is measured on the inputs that it was fitted to.
+          counted: whether what is known is of these batches, so that a sample of their tokens can be taken.
         """
         whole, *folds = known
-        traced = functools.partial(_CaptureTrace, tuple(predictors))
-        steps = [self.step(traced, config, fold) for fold in folds]
+        kind = functools.partial(_CaptureTrace, tuple(predictors), inputs=whole is None, ranks=True, sampled=counted)
+        steps = [self.step(kind, config, fold) for fold in folds]
         if folds[0] is folds[1]:
             steps[1] = steps[0]
-        steps[1].memory = steps[0].memory
-        collected = _Collected()
-        for number, batch in enumerate(batches):
-            collected.add(steps[number % 2], number, batch)
+        (collected,) = self._run("predictors", batches, steps, 1)
         return collected.calibration(whole)
+
+    def _run(self, phase: str, batches: Iterable[Any], steps: Sequence[Sparsified], parts: int) -> list[Collected]:
+        """Every second batch through one step, the others through the other, added up in so many parts in turn."""
+        kept = self._kept
+        found = [Collected() for _ in range(parts)] if kept is None else kept.phase(phase, parts)
+        done = sum(part.batches for part in found)
+        number = -1
+        for number, batch in enumerate(self.shown.each(batches, phase)):
+            step, part = steps[number % 2], found[number % parts]
+            traced, data, plain = taken_apart(step, number, batch)
+            part.note(traced, number)
+            if kept is not None:
+                kept.check(number, data, plain)
+            if number >= done:
+                part.add(self._recorded(phase, step, traced, number, data, plain), number)
+                if kept is not None:
+                    kept.write_in_time()
+        if kept is not None:
+            kept.check_number(number + 1)
+        return found
+
+    def _recorded(
+        self, phase: str, step: Sparsified, traced: Traced, number: int, data: list[Any], plain: dict[Root, Any]
+    ) -> dict[Any, Any]:
+        """What is recorded of one batch."""
+        keys = traced.needed_keys()
+        packed = [k for k in keys if not isinstance(k.form, FirstRanked)]
+        made = step.memory.forms(packed, plain, traced, self.shown.packing)
+
+        def form(key: PackKey) -> Any:
+            return _first_ranked(key.form, number) if isinstance(key.form, FirstRanked) else made[key]
+
+        # Programs of both halves are the same, what their predictors are fitted to being operands.
+        alike = phase, traced.call, tuple((k.recipe, k.form.bare) for k in keys)
+        if alike not in self._programs:
+            self._programs[alike] = program(traced, RECORDED, results=False)
+        run = self._programs[alike]
+        recorded: dict[Any, Any] = run(data, list(plain.values()), [form(key) for key in keys])[1]
+        return recorded
+
+
+def _first_ranked(form: FirstRanked, number: int) -> jnp.ndarray:
+    """Of a batch, the first of the tokens that are ranked."""
+    return jnp.full(form.stack, int(form.every * (number * _GOLDEN % 1.0)), jnp.int32)
 
 
 class DenseTrace(Traced):
@@ -111,31 +152,28 @@ class DenseTrace(Traced):
 class _CaptureTrace(DenseTrace):
     """A trace whose program is dense and records statistics; of several predictors where none is stated."""
 
-    site: type[MeasuredSite] = MeasuredSite
-
-    def __init__(self, predictors: tuple[Predictor, ...], *args: Any):
-        self._predictors = predictors
+    def __init__(self, predictors: tuple[Predictor, ...], *args: Any, inputs: bool, ranks: bool, sampled: bool = False):
+        self._predictors, self._sampled = predictors, sampled
+        self._recorded = {"inputs": inputs, "ranks": ranks}
         super().__init__(*args)
 
     def action_of(self, decision: Decision, has_leaf: Any) -> MeasuredSite:
         """A site that is measured."""
-        return self.site(decision)
+        assert isinstance(decision, Measured)
+        return MeasuredSite(decision)
 
     def _plan(self, config: Config, platform: str, *measured: MeasurementOf) -> Plan:
         plan_of = super()._plan
         plans = [plan_of(_stating(config, p), platform, *measured) for p in self._predictors]
         ways = zip(*(plan.decisions for plan in plans), strict=True)
         measure: MeasurementOf = measured[0] if measured else lambda match, names: None
-        made = [Measured.of(own) for own in ways]
-        if self.site.ranks:
-            made = [one.with_static_sets(measure(one.match, one.site.weights)) for one in made]
+        made = [Measured.of(own, **self._recorded) for own in ways]
+        known = [measure(one.match, one.site.weights) for one in made]
+        if self._recorded["ranks"]:
+            made = [one.with_static_sets(own) for one, own in zip(made, known, strict=True)]
+        if self._sampled:
+            made = [one.sampled(own) for one, own in zip(made, known, strict=True)]
         return dataclasses.replace(plans[0], decisions=tuple(made))
-
-
-class _InputTrace(_CaptureTrace):
-    """A trace whose program is dense and records what predictors are fitted to."""
-
-    site = MeasuredInputs
 
 
 def _stating(config: Config, predictor: Predictor) -> Config:
@@ -161,225 +199,3 @@ def _with_covariances(known: Calibration, half: Calibration) -> Calibration:
         if site.tokens.min() > 0:
             sites[path] = dataclasses.replace(sites[path], covariances=site.covariances)
     return dataclasses.replace(known, sites=sites)
-
-
-class _Collected:
-    """Sums over the batches so far."""
-
-    def __init__(self) -> None:
-        self._sums: Sums = {}
-        self._sites: dict[str, Measured] = {}
-        self._programs: dict[Traced, Callable] = {}
-        self._batches = 0
-
-    @property
-    def empty(self) -> bool:
-        """True before the first batch."""
-        return not self._batches
-
-    def joined(self, other: _Collected) -> _Collected:
-        """The sums over the batches of both."""
-        both = _Collected()
-        both._sums = {**self._sums, **other._sums}
-        both._sums.update({k: np.asarray(v + other._sums[k]) for k, v in self._sums.items() if k in other._sums})
-        both._sites = {**other._sites, **self._sites}
-        both._batches = self._batches + other._batches
-        return both
-
-    def add(self, step: Sparsified, number: int, batch: Any) -> None:
-        """Runs one batch."""
-        traced, data, plain = taken_apart(step, number, batch)
-        self._note(traced, number)
-        forms = step.memory.forms(traced.needed_keys(), plain, traced)
-        if traced not in self._programs:
-            self._programs[traced] = program(traced, _RECORDED)
-        found = self._programs[traced](data, list(plain.values()), list(forms.values()))[1]
-        for key, value in jax.device_get(found).items():
-            self._check(key, value, number)
-            wide = np.asarray(value, np.int64 if value.dtype.kind == "i" else np.float64)
-            self._sums[key] = np.asarray(self._sums[key] + wide) if key in self._sums else wide
-        self._batches += 1
-
-    def _note(self, traced: Traced, number: int) -> None:
-        for decision in traced.plan.decisions:
-            assert isinstance(decision, Measured)
-            known = self._sites.setdefault(decision.site.path, decision)
-            if known is not decision and _shape(known) != _shape(decision):
-                raise ValueError(
-                    f"calibrate: in batch {number} the site {decision.site.path} has other weights than in earlier ones"
-                )
-
-    def _check(self, key: tuple[str, str], value: np.ndarray, number: int) -> None:
-        if value.dtype.kind == "f" and not np.isfinite(value).all():
-            names = ", ".join(self._sites[key[0]].site.weights)
-            raise ValueError(
-                f"calibrate: batch {number}: what goes into {key[0]} ({names}), or comes out, holds NaN or infinity"
-            )
-
-    def calibration(self, known: Calibration | None) -> Calibration:
-        """What was measured; covariances are those known already, if any are. Nothing is chosen yet."""
-        if not self._batches:
-            raise ValueError("calibrate: batches is empty; expected at least one tuple of arguments")
-        sites = {path: self._site(path, d, known) for path, d in self._sites.items()}
-        return Calibration(sites, "", self._batches)
-
-    def _site(self, path: str, decision: Measured, known: Calibration | None) -> SiteCalibration:
-        match, settings, site = decision.match, decision.settings, decision.site
-        own = {name: value for (p, name), value in self._sums.items() if p == path}
-        numbers = match.input_numbers
-        firsts = list(dict.fromkeys(numbers))
-        criterion = kind_of(match).criterion(match, settings)
-        if settings.certify:
-            criterion = proved_criterion(settings)
-        group_size = settings.group_size
-        ways = [_as_measured(way.settings, own, i) for i, way in enumerate(decision.ways)]
-        predicted = [bytes_read(match, way, group_size) for way in ways]
-        curves = {
-            way.spec: Curve(
-                wanted=own[f"wanted{i}"],
-                wanted_energy=own.get(f"wanted_energy{i}"),
-                kl=own.get(f"kl{i}"),
-                predictor_bytes=predicted[i][0],
-                static={
-                    count: (
-                        own[f"static{count}_{i}"],
-                        bytes_read(match, way, 1 + count, static=count)[0],
-                    )
-                    for count in decision.static_sets
-                },
-            )
-            for i, way in enumerate(ways)
-            if f"wanted{i}" in own
-        }
-        fired, energy, order, touched = own.get("fired"), own.get("energy"), None, None
-        if known is not None and path not in known.sites:
-            raise ValueError(f"calibrate: fitted={known!r} has no site {path}; expected a calibration of this function")
-        before = None if known is None else known.sites[path]
-        if before is not None and before.order is not None:
-            order, touched = before.order, before.touched
-            if fired is not None and energy is not None and decision.ways[0].forms.order is not None:
-                # These were summed in the order that units are grouped by.
-                back = np.argsort(order, axis=-1)
-                fired, energy = np.take_along_axis(fired, back, axis=-1), np.take_along_axis(energy, back, axis=-1)
-        if "touched" in own and group_size > 1:
-            groups = np.maximum(own["tokens"], 1) * (site.units // group_size)
-            share = own["touched"] / groups
-            touched = np.stack([share if touched is None else touched[..., 0], share], axis=-1)
-        if "together" in own:
-            order = np.zeros((*match.stack, site.units), np.int32)
-            for layer in np.ndindex(*match.stack):
-                order[layer] = grouped_order(own["together"][layer], group_size)
-        covariances = [self._mean(own["tokens"], own[f"covariance{i}"]) for i in firsts]
-        return SiteCalibration(
-            kind=site.kind,
-            path=path,
-            weights=site.weights,
-            width=site.inputs,
-            units=site.units,
-            stack=match.stack,
-            group_size=group_size,
-            criterion=criterion,
-            tokens=own["tokens"],
-            fired=fired,
-            energy=energy,
-            touched=touched,
-            order=order,
-            often=before.by_rate if before is not None and decision.static_sets else None,
-            covariances=tuple(covariances) if known is None else known.sites[path].covariances,
-            input_numbers=tuple(firsts.index(i) for i in numbers),
-            curves=curves,
-            row_bytes=predicted[0][1],
-            predictor=ways[0].spec,
-            sizes=np.ones(match.stack, np.int64),
-            target="",
-            recall=None,
-            fill=settings.fill,
-        )
-
-    @staticmethod
-    def _mean(tokens: np.ndarray, total: np.ndarray) -> np.ndarray:
-        """The mean for each layer; where its weight is stacked otherwise, up to its scale, which does not matter."""
-        count = np.maximum(tokens, 1)
-        if total.shape[:-2] != count.shape:
-            count = np.full(total.shape[:-2], max(1, math.ceil(count.mean())))
-        return (total / count[..., None, None]).astype(np.float32)
-
-
-def _as_measured(settings: Settings, own: dict[str, np.ndarray], number: int) -> Settings:
-    """Settings whose predictor knows what its stages left open, where that was measured."""
-    if f"opened{number}" not in own:
-        return settings
-    opened = own[f"opened{number}"].reshape(-1, own[f"opened{number}"].shape[-1]).sum(axis=0)
-    measured = settings.spec.measured(opened / max(1, own["tokens"].sum()))
-    return dataclasses.replace(settings, predictor=measured)
-
-
-def _shape(decision: Decision) -> tuple[Any, ...]:
-    return decision.site.kind, decision.site.inputs, decision.site.units, decision.match.stack
-
-
-def taken_apart(step: Sparsified, number: int, batch: Any) -> tuple[Traced, list[Any], dict[Root, Any]]:
-    """The trace of a batch, its data, and its weights by root.
-
-    Raises:
-      TypeError, ValueError: the batch is no tuple of arguments, or reaches no site; the message names its number.
-    """
-    named = isinstance(batch, dict) and not step.signature.misfit((), batch)
-    if not isinstance(batch, (tuple, list)) and not named:
-        raise TypeError(
-            f"calibrate: batch {number} is a {type(batch).__name__}; expected a tuple of arguments, or a dictionary of "
-            "arguments by name"
-        )
-    args, kwargs = arguments_of(batch)
-    if any(isinstance(a, Packed) for a in (*args, *kwargs.values())):
-        raise TypeError(f"calibrate: batch {number} has Packed weights; expected the plain ones")
-    args, kwargs = step.signature.wrap_statics(args, kwargs)
-    call = abstract_call(step.signature, args, kwargs)
-    leaves = call_leaves(step.signature, args, kwargs)
-    for leaf in leaves:
-        if compat.is_tracer(leaf) or isinstance(leaf, (jax.ShapeDtypeStruct, jax.core.ShapedArray)):
-            raise TypeError(f"calibrate: batch {number} holds a {type(leaf).__name__}; expected arrays")
-    traced = step.traced(call)
-    if not traced.plan.decisions:
-        raise ValueError(f"calibrate: batch {number} reaches no site that could be calibrated.\n{traced.explain()}")
-    plain = {r: leaf for r, leaf in zip(call.roots, leaves, strict=True) if r is not None}
-    return traced, [leaf for r, leaf in zip(call.roots, leaves, strict=True) if r is None], plain
-
-
-def program(traced: Traced, marks: Marks) -> Callable:
-    """The flat results and the totals of one batch as a jitted function of its data, weights and packed forms."""
-    roots = [r for r in traced.call.roots if r is not None]
-    keys = traced.needed_keys()
-
-    def whole(data: list[Any], plain: list[Any], forms: list[Any]) -> Any:
-        rest = iter(data)
-        leaves = [None if root is not None else next(rest) for root in traced.call.roots]
-        given = dict(zip(roots, plain, strict=True))
-        return traced.evaluate(leaves, traced.supply({}, given, dict(zip(keys, forms, strict=True))))
-
-    @jax.jit
-    def folded(*operands: Any) -> tuple[list[Any], Totals]:
-        return fold(jax.make_jaxpr(whole)(*operands), jax.tree.leaves(operands), marks)
-
-    return folded
-
-
-def _shapes(eqn: Any) -> dict[tuple[str, str], jax.ShapeDtypeStruct]:
-    stack = eqn.params["stack"]
-    avals = [atom.aval for atom in eqn.invars[len(stack) :]]
-    return {
-        (eqn.params["path"], name): jax.ShapeDtypeStruct((*stack, *aval.shape), aval.dtype)
-        for name, aval in zip(eqn.params["names"], avals, strict=True)
-    }
-
-
-def _add(eqn: Any, given: Sequence[Any], totals: Totals) -> Totals:
-    depth = len(eqn.params["stack"])
-    added = dict(totals)
-    for name, value in zip(eqn.params["names"], given[depth:], strict=True):
-        key = eqn.params["path"], name
-        added[key] = totals[key].at[tuple(given[:depth])].add(value) if depth else totals[key] + value
-    return added
-
-
-_RECORDED = Marks(record_p, _shapes, _add)

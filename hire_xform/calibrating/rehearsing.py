@@ -11,7 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hire_xform.calibrating.measuring import Calibrator, DenseTrace, program, taken_apart
+from hire_xform.calibrating.measuring import Calibrator, DenseTrace
+from hire_xform.calibrating.programs import program, taken_apart
+from hire_xform.calibrating.progress import Shown
 from hire_xform.calibration.calibration import Calibration
 from hire_xform.call.folding import Marks, Totals
 from hire_xform.call.signature import arguments_of
@@ -22,6 +24,8 @@ from hire_xform.passes.measure.rehearse import Rehearsed, RehearsedSite, Rehears
 from hire_xform.passes.plan.decisions import Decision, PackKey, Plan
 from hire_xform.passes.plan.measurement import MeasurementOf
 
+# Bytes of logits of dense runs that are kept, at most.
+KEPT_LOGITS = 256 << 20
 # Of a batch's result and its arguments, the loss.
 Loss = Callable[..., Any]
 
@@ -41,15 +45,23 @@ class _RehearsalTrace(DenseTrace):
 class Rehearsal:
     """Measures what a calibration's predictors and sizes do on some batches.
 
-    Every batch is run twice, dense and not; nothing is kept of it. The sparse form of a call is that of one token at a
-    time, which is what decoding reads.
+    Every batch is run twice, dense and not. Of the dense run its loss is kept, or the logits of the first batches, for
+    the next time. The sparse form of a call is that of one token at a time, which is what decoding reads.
     """
 
     def __init__(self, measuring: Calibrator, config: Config, batches: Sequence[Any], loss: Loss | None):
         """For a function and its batches; ``loss`` is None where the KL divergence is measured."""
         self._measuring, self._config, self._batches, self._loss = measuring, config, batches, loss
         self._steps: dict[Any, Any] = {}
+        # Of dense runs, by the numbers of their batches, and bytes of logits that may still be kept.
+        self._dense: dict[int, Any] = {}
+        self._room = KEPT_LOGITS
         self._programs: dict[Traced, Callable] = {}
+
+    @property
+    def shown(self) -> Shown:
+        """What it is at."""
+        return self._measuring.shown
 
     def cost(self, calibration: Calibration, sizes: Mapping[str, np.ndarray], batches: int | None = None) -> float:
         """Mean KL divergence of the vocabularies, nats a token (the largest of several), or the mean increase of loss.
@@ -70,33 +82,48 @@ class Rehearsal:
         for number, batch in enumerate(self._batches[:batches]):
             traced, data, plain = taken_apart(step, number, batch)
             if traced not in self._programs:
-                self._programs[traced] = program(traced, _kept(traced))
-            whole = {d.site.path: np.full(s.shape, d.site.units) for d, s in _sized(traced, sizes)}
-            runs = [self._run(step, traced, data, plain, own) for own in (whole, sizes)]
+                self._programs[traced] = program(traced, _kept(traced), results=self._loss is not None)
+            dense = self._dense.get(number)
+            if dense is None:
+                whole = {d.site.path: np.full(s.shape, d.site.units) for d, s in _sized(traced, sizes)}
+                dense = self._measured(self._run(step, traced, data, plain, whole), traced, batch, number)
+                self._keep(number, dense)
+            sparse = self._measured(self._run(step, traced, data, plain, sizes), traced, batch, number)
             if self._loss is not None:
-                losses = [self._loss_of(traced, results, batch, number) for results, _ in runs]
-                totals.setdefault("", []).append(losses[1] - losses[0])
+                totals.setdefault("", []).append(sparse - dense)
                 continue
-            for path in sorted(p for p, name in runs[0][1] if name == "logits"):
-                dense, sparse = (totals_[path, "logits"] for _, totals_ in runs)
-                count = int(runs[0][1][path, "count"])
-                if count > dense.shape[0]:
+            for path in sorted(p for p, name in dense if name == "logits"):
+                count = int(dense[path, "count"])
+                if count > dense[path, "logits"].shape[0]:
                     raise ValueError(
                         f"calibrate: max_kl: the vocabulary projection {path} is in a loop whose turns are not known "
                         "beforehand; calibrate a function without it, a prefill or one step"
                     )
-                totals.setdefault(path, []).append(float(_divergence(dense, sparse)))
+                told = float(_divergence(dense[path, "logits"], sparse[path, "logits"]))
+                totals.setdefault(path, []).append(told)
                 totals.setdefault(f"{path} tokens", []).append(count)
         if self._loss is not None:
             return float(np.mean(totals[""]))
         means = [sum(own) / max(1, sum(totals[f"{p} tokens"])) for p, own in totals.items() if f"{p} tokens" in totals]
         return max(means)
 
+    def _measured(self, run: tuple[list[Any], Totals], traced: Traced, batch: Any, number: int) -> Any:
+        """Of a run the loss, or its logits."""
+        results, totals = run
+        return totals if self._loss is None else self._loss_of(traced, results, batch, number)
+
+    def _keep(self, number: int, dense: Any) -> None:
+        """Keeps what a dense run gave, of logits as much as there is room for."""
+        self._room -= sum(leaf.nbytes for leaf in jax.tree.leaves(dense) if isinstance(leaf, jax.Array))
+        if self._room >= 0:
+            self._dense[number] = dense
+
     def _run(
         self, step: Any, traced: Traced, data: list[Any], plain: dict[Any, Any], sizes: Mapping[str, np.ndarray]
     ) -> tuple[list[Any], Totals]:
         keys = traced.needed_keys()
-        made = step.memory.forms([k for k in keys if not isinstance(k.form, RehearsedSizes)], plain, traced)
+        told = [k for k in keys if not isinstance(k.form, RehearsedSizes)]
+        made = step.memory.forms(told, plain, traced, self.shown.packing)
 
         def form(key: PackKey) -> Any:
             return jnp.asarray(sizes[key.form.path], jnp.int32) if isinstance(key.form, RehearsedSizes) else made[key]

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import os
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from hire_xform.api import check_function
+from hire_xform.calibrating.checkpoint import Kept
 from hire_xform.calibrating.choose import chosen_for_cost
 from hire_xform.calibrating.measuring import Calibrator
+from hire_xform.calibrating.progress import Shown
 from hire_xform.calibrating.rehearsing import Rehearsal
 from hire_xform.calibration.calibration import Calibration
 from hire_xform.call.signature import Weights
@@ -23,13 +25,13 @@ from hire_xform.config import Config, Rule
 from hire_xform.errors import HireWarning
 from hire_xform.lowering.predict.low_rank import LowRank
 from hire_xform.lowering.predict.predictors import Predictor
-from hire_xform.lowering.predict.projected import Projected
 from hire_xform.lowering.predict.quantized import Quantized
 from hire_xform.lowering.predict.staged import Staged
 from hire_xform.passes.plan.settings import Settings, check_predictor
 
 _ANY_NUMBER = 1 << 62
-# Low rank in 8 bits costs a quarter of what it costs in f32 and loses little, so plain f32 factors are left out.
+# Low rank in 8 bits costs a quarter of what it costs in f32 and loses little, so plain f32 factors are left out; and
+# `Projected`, which reads as many bytes as `LowRank` and is hardly ever better.
 PREDICTORS: tuple[Predictor, ...] = (
     Quantized(8),
     Quantized(4),
@@ -37,8 +39,6 @@ PREDICTORS: tuple[Predictor, ...] = (
     LowRank(0.25, bits=8),
     LowRank(0.5, bits=8),
     LowRank(0.75, bits=4),
-    Projected(0.25, bits=8),
-    Projected(0.5, bits=8),
 )
 # Of sites that are all to be certified: quantised rows have the tightest bounds, coordinates the fewest bytes. Heads
 # read the tight ones of what the others leave open; blocks have the first stage alone.
@@ -66,6 +66,7 @@ def calibrate(
     fitted: Calibration | None = None,
     regroup: bool = True,
     progress: bool | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
     **jit_options: Any,
 ) -> Calibration:
     """Runs a function on real inputs, measures every site, and chooses a predictor and sizes for each::
@@ -94,7 +95,7 @@ def calibrate(
     ``hx.lossless()`` does, and else as approximations.
 
     ``max_kl`` and ``max_loss_increase`` are measured end to end: all sites sparse together, one token at a time, on
-    these batches. How bytes are shared out among the sites follows from their curves; see ``choosing.py``.
+    these batches. How bytes are shared out among the sites follows from their curves; see ``choose.py``.
 
     Predictors are fitted to all batches, but measured on each half of them as fitted to the other half: what they do on
     text they were not fitted to.
@@ -130,6 +131,8 @@ def calibrate(
       regroup: where units are chosen in groups, make neighbours of units that fire together. False leaves groups as
         they are: for models that were trained with theirs.
       progress: show a progress bar; None shows one on a terminal.
+      checkpoint: a file that what was measured is kept in meanwhile. Where a call is interrupted, one with the same
+        function, batches, weights and settings goes on from it; the target may be another. It is removed at the end.
       **jit_options: options of ``jax.jit``, as for ``sparsify``.
 
     Raises:
@@ -178,31 +181,57 @@ def calibrate(
         ffn is not None and not ffn.certify for ffn in (config.ffn, *(rule.ffn for rule in config.rules))
     )
     first = fits or (fitted is None and (grouped or often) and iter(batches) is not batches)
-    show = sys.stderr.isatty() if progress is None else progress
-    measuring = Calibrator(fun, Weights(weights_argnums, weights_argnames), jit_options)
-    known: Sequence[Calibration | None] = (fitted,) * 3
-    if first:
-        known = measuring.inputs(_shown(batches, "inputs", show), _everywhere(config, _unfitted))
-    if not regroup:
-        known = [_as_they_are(one) for one in known]
-    if not fits:
-        known = (known[0],) * 3
-    plain = _everywhere(config, _plainly)
-    measured = measuring.predictors(_shown(batches, "predictors", show), plain, predictors, known)
-    _warn_of_few(measured)
-    sites = {
-        path: site.chosen_for(value, head_kl) if name == "recall" else site.chosen_for(0.99, static=False)
-        for path, site in measured.sites.items()
+    with contextlib.ExitStack() as stack:
+        kept = None
+        if checkpoint is not None:
+            kept = stack.enter_context(Kept(checkpoint, _made_of(fun, config, predictors, fitted, regroup, first)))
+        shown = stack.enter_context(Shown(sys.stderr.isatty() if progress is None else progress))
+        measuring = Calibrator(fun, Weights(weights_argnums, weights_argnames), jit_options, shown, kept)
+        known: Sequence[Calibration | None] = (fitted,) * 3
+        if first:
+            known = measuring.inputs(batches, _everywhere(config, _unfitted))
+        if not regroup:
+            known = [_as_they_are(one) for one in known]
+        if not fits:
+            known = (known[0],) * 3
+        plain = _everywhere(config, _plainly)
+        measured = measuring.predictors(batches, plain, predictors, known, counted=first)
+        _warn_of_few(measured)
+        sites = {
+            path: site.chosen_for(value, head_kl) if name == "recall" else site.chosen_for(0.99, static=False)
+            for path, site in measured.sites.items()
+        }
+        found = Calibration(sites, f"{name} {value:g}", measured.batches)
+        if name == "recall":
+            _warn_beyond(found)
+            return found
+        if name == "max_kl" and not any(site.kind == "vocab" for site in sites.values()):
+            raise ValueError("calibrate: max_kl: the function has no vocabulary projection; expected another target")
+        loss = (loss or (lambda result, *args, **kwargs: result)) if name == "max_loss_increase" else None
+        rehearsal = Rehearsal(measuring, plain, list(batches), loss)
+        return chosen_for_cost(found, rehearsal, value, f"{name} {value:g}")
+
+
+def _made_of(
+    fun: Callable,
+    config: Config,
+    predictors: Sequence[Predictor],
+    fitted: Calibration | None,
+    regroup: bool,
+    first: bool,
+) -> dict[str, str]:
+    """What a checkpoint is of, for messages and to be compared: all that what is measured hangs on but the batches."""
+    from hire_xform import __version__  # which imports this module
+
+    return {
+        "function": getattr(fun, "__qualname__", type(fun).__qualname__),
+        "config": repr(config),
+        "predictors": repr(list(predictors)),
+        "fitted": "None" if fitted is None else f"{fitted!r} {[s.inputs for s in fitted.sites.values()]}",
+        "regroup": repr(regroup),
+        "passes": "inputs and predictors" if first else "predictors",
+        "versions": f"hire_xform {__version__}, JAX {jax.__version__}",
     }
-    found = Calibration(sites, f"{name} {value:g}", measured.batches)
-    if name == "recall":
-        _warn_beyond(found)
-        return found
-    if name == "max_kl" and not any(site.kind == "vocab" for site in sites.values()):
-        raise ValueError("calibrate: max_kl: the function has no vocabulary projection; expected another target")
-    loss = (loss or (lambda result, *args, **kwargs: result)) if name == "max_loss_increase" else None
-    rehearsal = Rehearsal(measuring, plain, list(batches), loss)
-    return chosen_for_cost(found, rehearsal, value, f"{name} {value:g}")
 
 
 def _checked_target(**targets: Any) -> tuple[str, float]:
@@ -290,13 +319,3 @@ def _plainly(settings: Any) -> Any:
 def _unfitted(settings: Any) -> Any:
     """For the pass that only finds out what to fit predictors to."""
     return dataclasses.replace(_plainly(settings), certify=False, predictor=Quantized(bits=8))
-
-
-def _shown(batches: Iterable[Any], label: str, show: bool) -> Iterator[Any]:
-    if not show:
-        yield from batches
-        return
-    total = len(batches) if isinstance(batches, Sized) else None
-    columns = (TextColumn(f"calibrating: {label}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        yield from bar.track(batches, total=total)

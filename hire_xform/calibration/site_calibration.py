@@ -346,6 +346,11 @@ class SiteCalibration:
         return self.curves[predictor].wanted if self._proved and predictor in self.curves else None
 
     @property
+    def least_tokens(self) -> int:
+        """Tokens that reached it; of several layers the fewest."""
+        return int(self.tokens.min())
+
+    @property
     def certified(self) -> bool:
         """Whether it was measured as a certified site."""
         return bool(self._proved)

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from hire_xform.call.packing import pack_keys
+from hire_xform.call.packing import Told, pack_keys
 from hire_xform.call.stages import Traced
 from hire_xform.errors import HireWarning
 from hire_xform.passes.ir import compat
@@ -39,8 +39,10 @@ class PackMemory:
         # Held while packing, so that threads do not pack the same weights at once. No user's code runs under it.
         self._lock = threading.RLock()
 
-    def forms(self, keys: Sequence[PackKey], plain: dict[Root, Any], traced: Traced) -> dict[PackKey, Any]:
-        """The packed forms of these keys of these weights, made or remembered."""
+    def forms(
+        self, keys: Sequence[PackKey], plain: dict[Root, Any], traced: Traced, progress: Told | None = None
+    ) -> dict[PackKey, Any]:
+        """The packed forms of these keys of these weights, made or remembered; see ``pack_keys`` for ``progress``."""
         leaves = {root: plain.get(root) for key in keys for root in key.recipe.roots}
         leaves = {root: traced.const(root) if root.kind == "const" else leaf for root, leaf in leaves.items()}
         marks = {root: _mark(leaf) for root, leaf in leaves.items()}
@@ -48,7 +50,7 @@ class PackMemory:
         if not self._recall(keys, marks, found):
             with self._lock:  # whoever held it may have packed these very weights
                 self._recall(keys, marks, found)
-                often = self._make([key for key in keys if key not in found], leaves, marks, found)
+                often = self._make([key for key in keys if key not in found], leaves, marks, found, progress)
             if often is not None:
                 self._tell(often, traced)
         return {key: found[key] for key in keys}
@@ -68,12 +70,17 @@ class PackMemory:
         return len(found) == len(keys)
 
     def _make(
-        self, missing: list[PackKey], leaves: dict[Root, Any], marks: dict[Root, Any], found: dict[PackKey, Any]
+        self,
+        missing: list[PackKey],
+        leaves: dict[Root, Any],
+        marks: dict[Root, Any],
+        found: dict[PackKey, Any],
+        progress: Told | None,
     ) -> PackKey | None:
         """Packs what is missing; returns what has been packed too often, unless that was told."""
         for key in missing:
             self._made.pop(key, None)  # free the old form before the new one is made
-        for key, form in pack_keys(missing, leaves.__getitem__, None).items():
+        for key, form in pack_keys(missing, leaves.__getitem__, progress).items():
             self._times[key] = self._times.get(key, 0) + 1
             self._made[key] = _marks(key, marks), form
             found[key] = form

@@ -15,49 +15,68 @@ from hire_xform.call.leaves import is_array
 from hire_xform.lowering.xla.huge_pages import on_huge_pages
 from hire_xform.passes.ir import compat
 from hire_xform.passes.ir.static_values import value_key
-from hire_xform.passes.pack.make import pack_array, packing_bytes
+from hire_xform.passes.pack.make import pack_array, packing_bytes, together
 from hire_xform.passes.pack.packed import Packed, PackLayout
 from hire_xform.passes.plan.decisions import PackKey
 from hire_xform.passes.plan.forms import ROWS
 from hire_xform.passes.plan.placement import placement_of
 from hire_xform.passes.weights.recipe import Root
 
+# How many bytes are packed, and of how many.
+Told = Callable[[int, int], None]
 # Below this many bytes packing is over before a bar could be read.
 SHOW_FROM = 256 << 20
 
 
-def pack_keys(keys: Sequence[PackKey], leaf_of: Callable[[Root], Any], progress: bool | None) -> dict[PackKey, Any]:
+def pack_keys(
+    keys: Sequence[PackKey], leaf_of: Callable[[Root], Any], progress: bool | None | Told
+) -> dict[PackKey, Any]:
     """All packed forms of some keys.
 
     Args:
       keys: what to pack.
       leaf_of: the plain array of a root.
-      progress: show a bar; None shows one on a terminal when at least ``SHOW_FROM`` bytes are read.
+      progress: show a bar; None shows one on a terminal when at least ``SHOW_FROM`` bytes are read. Or what is told how
+        many bytes are packed, and of how many.
     """
+    total = packing_bytes(keys, leaf_of)
+    if progress is not None and not isinstance(progress, bool):
+        tell = progress
+        return _packed(keys, leaf_of, lambda done: tell(done, total))
     if progress is None:
-        progress = sys.stderr.isatty() and packing_bytes(keys, leaf_of) >= SHOW_FROM
-    made: dict[PackKey, Any] = {}
-
-    def pack(key: PackKey) -> None:
-        # One after the other: the temporaries of one form are gone before those of the next are there.
-        rows = made.get(replace(key, form=ROWS))
-        leaves = [leaf_of(root) for root in key.recipe.roots]
-        made[key] = jax.block_until_ready(pack_array(key, *leaves, rows=rows))
-        # Rows of a leaf may be read in place.
-        on_huge_pages((leaves, made[key]))
-
-    keys = sorted(keys, key=lambda key: not key.is_rows)
+        progress = sys.stderr.isatty() and total >= SHOW_FROM
     if not progress or not keys:
-        for key in keys:
-            pack(key)
-        return made
+        return _packed(keys, leaf_of, lambda done: None)
     columns = (TextColumn("packing weights"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("pack", total=packing_bytes(keys, leaf_of))
-        for key in keys:
-            pack(key)
-            bar.advance(task, packing_bytes([key], leaf_of))
+        task = bar.add_task("pack", total=total)
+        return _packed(keys, leaf_of, lambda done: bar.update(task, completed=done))
+
+
+def _packed(keys: Sequence[PackKey], leaf_of: Callable[[Root], Any], tell: Callable[[int], None]) -> dict[PackKey, Any]:
+    made: dict[PackKey, Any] = {}
+    done = 0
+    for some in _alike(sorted(keys, key=lambda key: not key.is_rows), leaf_of):
+        # One after the other: the temporaries of one are gone before those of the next are there.
+        key = some[0] if len(some) == 1 else together(some)
+        rows = made.get(replace(key, form=ROWS))
+        leaves = [leaf_of(root) for root in key.recipe.roots]
+        packed = jax.block_until_ready(pack_array(key, *leaves, rows=rows))
+        made.update(zip(some, [packed] if len(some) == 1 else packed, strict=True))
+        # Rows of a leaf may be read in place.
+        on_huge_pages((leaves, packed))
+        done += packing_bytes(some, leaf_of)
+        tell(done)
     return made
+
+
+def _alike(keys: Sequence[PackKey], leaf_of: Callable[[Root], Any]) -> list[list[PackKey]]:
+    """The keys, those beside each other that are packed at once: of one weight that is on one device."""
+    found: dict[Any, list[PackKey]] = {}
+    for key in keys:
+        alone = key.form.alike is None or any(placement_of(leaf_of(root)) is not None for root in key.recipe.roots)
+        found.setdefault(key if alone else (key.recipe, key.form.alike), []).append(key)
+    return list(found.values())
 
 
 def make_packed(key: int | str, weight: Any, layout: PackLayout, progress: bool | None) -> Packed:

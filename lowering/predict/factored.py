@@ -8,7 +8,14 @@ import jax.numpy as jnp
 
 from hire_xform.lowering.predict.coordinates import WHOLE, coordinate_scores, coordinate_shapes, pack_coordinates
 from hire_xform.lowering.predict.factors import factor_dtype, leading_directions, matmul
-from hire_xform.lowering.predict.few_bits import fine_scores, pack_nibbles, quantize, quantize_clipped
+from hire_xform.lowering.predict.few_bits import (
+    as_kept,
+    as_rows,
+    fine_scores,
+    pack_nibbles,
+    quantize,
+    quantize_clipped,
+)
 from hire_xform.lowering.predict.predictors import Given, PackedArrays, Predictor
 from hire_xform.lowering.primitives.products import all_products
 from hire_xform.lowering.xla.blocks import fold_row_blocks, map_row_blocks, rows_together
@@ -53,6 +60,8 @@ class Factored(Predictor):
 
     def maps(self, gram: jax.Array, inputs: jax.Array | None, rank: int) -> tuple[jax.Array, jax.Array]:
         """What rows and what tokens are multiplied by, ``[d, rank]`` each, the leading direction last.
+
+        Those of a smaller rank are the last columns of those of a larger one.
 
         Args:
           gram: f32 ``[d, d]``, of the rows: ``W' W``.
@@ -102,9 +111,11 @@ class Factored(Predictor):
             block = jnp.where(finite, block, 0).astype(jnp.float32)
             return matmul(block.T, block)
 
-        gram = fold_row_blocks(gram_of, rows_together(d), rows)
+        gram = given.once("gram", lambda: fold_row_blocks(gram_of, rows_together(d), rows))
         rank = self.rank_for(n, d)
-        of_rows, of_inputs = (f[:, ::-1] for f in self.maps(gram, given.inputs, rank))  # the leading direction first
+        # Those of a smaller rank are the leading ones of all. The leading direction first.
+        maps = given.once((type(self), "maps"), lambda: self.maps(gram, given.inputs, d))
+        of_rows, of_inputs = (f[:, ::-1][:, :rank] for f in maps)
         if self.bits is not None:
             # Directions of equal size lose least to one scale per row, so each direction's size moves into the inputs'.
             squares = jnp.sum(of_rows * matmul(gram, of_rows), axis=0)
@@ -152,6 +163,19 @@ class Factored(Predictor):
     def _proof_rank(self, d: int) -> int:
         """Coordinates kept of ``d``: as many of chosen rows as of all."""
         return Factored.rank_for(self, 1, d)
+
+    def scores_of_many(self, x: jax.Array, packed: PackedArrays, n: int) -> jax.Array:
+        """One product in f32 of what is kept of tokens and of rows, the leading directions beside the others."""
+        if self.bits is None:
+            return self.scores(x, packed, n)
+        z, _ = fine_scores(x.astype(jnp.float32), packed["basis_q"], packed["basis_scale"], 8)
+        lead = self._leading(z.shape[1])
+        tokens = [as_kept(z[:, lead:])]
+        rows = [as_rows(packed["q"], packed["scale"], self.bits, z.shape[1] - lead)]
+        if lead:
+            tokens.append(as_kept(z[:, :lead]))
+            rows.append(as_rows(packed["lead_q"], packed["lead_scale"], 8, lead))
+        return matmul(jnp.concatenate(tokens, axis=1), jnp.concatenate(rows, axis=1).T)
 
     def proof_shapes(self, n: int, d: int, dtype: jax.typing.DTypeLike) -> dict[str, jax.ShapeDtypeStruct]:
         """As ``coordinates.py`` keeps rows."""

@@ -14,6 +14,8 @@ from hire_xform.lowering.xla.skinny_dot import skinny_dot
 
 __all__ = [
     "CLIPS",
+    "as_kept",
+    "as_rows",
     "closest",
     "entries",
     "fine_scores",
@@ -155,17 +157,35 @@ def fine_scores(x: jax.Array, q: jax.Array, scale: jax.Array, bits: int) -> tupl
     """
 
     def portable(x: jax.Array, q: jax.Array, scale: jax.Array) -> list[jax.Array]:
-        first, token_scale = quantize(x, 127)
-        step = token_scale[:, None]
-        rest = (x - first.astype(jnp.float32) * step) / jnp.where(step > 0.0, step, 1.0)
-        second = jnp.clip(jnp.round(rest * 254.0), -127.0, 127.0).astype(jnp.int8)
+        first, second, step = _two_limbs(x)
         raw = integer_scores(jnp.concatenate([first, second]), q, bits).astype(jnp.float32)
         sums = raw[: x.shape[0]] + raw[x.shape[0] :] / 254.0
-        kept = (first.astype(jnp.float32) + second.astype(jnp.float32) / 254.0) * step
-        return [sums * step * scale[None, :], kept]
+        return [sums * step * scale[None, :], _of_limbs(first, second, step)]
 
     scores, kept = bind_step(fine_scores_p, portable, x, q, scale, bits=bits)
     return scores, kept
+
+
+def _two_limbs(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Of ``[T, d]`` the leading 8 bits, the 8 that follow in steps of 1/254, and the scales ``[T, 1]``."""
+    first, token_scale = quantize(x, 127)
+    step = token_scale[:, None]
+    rest = (x - first.astype(jnp.float32) * step) / jnp.where(step > 0.0, step, 1.0)
+    return first, jnp.clip(jnp.round(rest * 254.0), -127.0, 127.0).astype(jnp.int8), step
+
+
+def _of_limbs(first: jax.Array, second: jax.Array, step: jax.Array) -> jax.Array:
+    return (first.astype(jnp.float32) + second.astype(jnp.float32) / 254.0) * step
+
+
+def as_kept(x: jax.Array) -> jax.Array:
+    """Tokens ``[T, d]`` as :func:`fine_scores` keeps them."""
+    return _of_limbs(*_two_limbs(x))
+
+
+def as_rows(q: jax.Array, scale: jax.Array, bits: int, d: int) -> jax.Array:
+    """Quantised rows as f32 ``[n, d]``: with tokens as they are kept, their products are scores, but for rounding."""
+    return entries(q, bits, d).astype(jnp.float32) * scale[:, None]
 
 
 @fine_scores.defjvp

@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import jax
@@ -31,6 +31,7 @@ __all__ = [
     "pack_predictor",
     "packed_shapes",
     "predict_scores",
+    "predict_scores_of_many",
     "predictor_bytes",
     "predictor_named",
 ]
@@ -50,11 +51,19 @@ class Given:
         or the predictor does not ask (``takes_inputs``).
       arrays: what the predictor holds (``Predictor.arrays``), of this matrix: without stack axes.
       numbers: int32 ``[n]``, which row of the whole matrix each row is: some may be left out, and others moved.
+      shared: what predictors of the same rows and inputs that are packed at once have made; see :meth:`once`.
     """
 
     inputs: jax.Array | None
     arrays: PackedArrays
     numbers: jax.Array
+    shared: dict[Hashable, Any] = field(default_factory=dict, compare=False, repr=False)
+
+    def once(self, name: Hashable, make: Callable[[], Any]) -> Any:
+        """What ``make`` makes of these rows and inputs alone: one time for all predictors that are packed at once."""
+        if name not in self.shared:
+            self.shared[name] = make()
+        return self.shared[name]
 
 
 class Predictor:
@@ -158,6 +167,13 @@ class Predictor:
         """
         raise NotImplementedError(f"{type(self).__name__}: expected a method scores(x, packed, n)")
 
+    def scores_of_many(self, x: jax.Array, packed: PackedArrays, n: int) -> jax.Array:
+        """As :meth:`scores`, up to rounding, of hundreds of tokens, as a calibration has them.
+
+        What is slow for them, however fast it is for one token, may be spelled otherwise here: integers unpacked, say.
+        """
+        return self.scores(x, packed, n)
+
     def shapes(self, n: int, d: int, dtype: jax.typing.DTypeLike) -> dict[str, jax.ShapeDtypeStruct]:
         """What :meth:`pack` makes of an ``[n, d]`` matrix of ``dtype``; by default it is asked."""
         return _shapes(self, self.pack, n, d, jnp.dtype(dtype))
@@ -196,6 +212,7 @@ class Predictor:
         covariance: jax.Array | None,
         arrays: PackedArrays | None = None,
         numbers: jax.Array | None = None,
+        shared: dict[Hashable, Any] | None = None,
     ) -> Given:
         """What it is packed of these rows with; see :func:`pack_predictor`, which says what the arguments are."""
         if rows.ndim != 2 or 0 in rows.shape or not jnp.issubdtype(rows.dtype, jnp.floating):
@@ -210,6 +227,7 @@ class Predictor:
             inputs=None if covariance is None else covariance.astype(jnp.float32),
             arrays=self.arrays if arrays is None else arrays,
             numbers=jnp.arange(rows.shape[0], dtype=jnp.int32) if numbers is None else numbers,
+            shared={} if shared is None else shared,
         )
 
     def settings(self) -> dict[str, Any]:
@@ -262,6 +280,7 @@ def pack_predictor(
     covariance: jax.Array | None = None,
     arrays: PackedArrays | None = None,
     numbers: jax.Array | None = None,
+    shared: dict[Hashable, Any] | None = None,
 ) -> dict[str, jax.Array]:
     """Makes the predictor of a matrix: read everything once, keep little.
 
@@ -271,6 +290,8 @@ def pack_predictor(
       covariance: ``[d, d]``, the mean of ``x x'`` over inputs, of any scale; None where nothing is known of them.
       arrays: what the predictor holds, of this matrix; None takes ``spec.arrays``.
       numbers: int32 ``[n]``, which rows of the whole matrix these are; None for all of them as they lie.
+      shared: what was made of these rows and this covariance for other predictors, which this one adds to; see
+        ``Given.once``.
 
     Returns:
       Arrays as in :func:`packed_shapes`.
@@ -281,7 +302,7 @@ def pack_predictor(
     """
     if not isinstance(spec, Predictor):
         raise TypeError(f"predictor {spec!r} is unknown; expected an hx.Predictor, such as Quantized(8)")
-    return dict(spec.pack(rows, spec.given("pack_predictor", rows, covariance, arrays, numbers)))
+    return dict(spec.pack(rows, spec.given("pack_predictor", rows, covariance, arrays, numbers, shared)))
 
 
 def predict_scores(x: jax.Array, packed: PackedArrays, spec: Predictor, n: int) -> jax.Array:
@@ -300,6 +321,17 @@ def predict_scores(x: jax.Array, packed: PackedArrays, spec: Predictor, n: int) 
       ValueError: the predictor gives scores of another shape.
     """
     return predicted_scores(x, packed, spec, n)
+
+
+# Tokens from which their scores are those of many.
+_MANY = 64
+
+
+def predict_scores_of_many(x: jax.Array, packed: PackedArrays, spec: Predictor, n: int) -> jax.Array:
+    """As :func:`predict_scores`, spelled for hundreds of tokens; of fewer it is that."""
+    if x.shape[0] < _MANY:
+        return predict_scores(x, packed, spec, n)
+    return spec.scores_of_many(x, packed, n).astype(jnp.float32)
 
 
 def predictor_named(name: str) -> type[Predictor] | None:

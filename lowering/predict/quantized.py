@@ -58,6 +58,10 @@ class Quantized(Predictor):
         """Integer products of quantised tokens and quantised rows, then both scales."""
         return quantized_scores(x, packed["q"], packed["scale"], self.bits)
 
+    def scores_of_many(self, x: jax.Array, packed: PackedArrays, n: int) -> jax.Array:
+        """One product of integers, those of 4 bits unpacked all at once."""
+        return quantized_scores(x, entries(packed["q"], self.bits, x.shape[1]), packed["scale"], 8)
+
     def proof_shapes(self, n: int, d: int, dtype: jax.typing.DTypeLike) -> dict[str, jax.ShapeDtypeStruct]:
         """What is packed, and of every row its error and its size."""
         bound = jax.ShapeDtypeStruct((n,), "float32")

@@ -90,6 +90,8 @@ class FfnKind(SiteKind):
     """See ``SiteKind``. Canonical values: ``[T, d]`` for each product into the units, then the side inputs."""
 
     name = "ffn"
+    # Each token has hundreds of units to find.
+    tokens_enough = 2048
     checks = (
         *(is_wanted, *MEANING, leaves_zeros, has_few_tokens, is_placed, has_whole_groups, has_a_size),
         *(chooses_on_one_device, has_whole_groups_on_each_device, can_be_certified),
@@ -234,9 +236,9 @@ class FfnKind(SiteKind):
         """Units that are not zero, or the energy of those chosen."""
         return "units" if match.region.zeroing else "energy"
 
-    def measured(self, decision: Measured, given: Sequence[Any], views: Any, ranks: bool) -> tuple[Any, Recorded]:
+    def measured(self, decision: Measured, given: Sequence[Any], views: Any) -> tuple[Any, Recorded]:
         """The dense block. Which units fire; of each way where these stand in its order."""
-        return ffn_measured.measured(decision, given, views, ranks)
+        return ffn_measured.measured(decision, given, views)
 
     def rehearsed(self, decision: Decision, given: Sequence[Any], views: Views, sizes: Any) -> tuple[Any, None]:
         """The dense block without the units that each token does not choose."""

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from hire_xform.lowering.engine.block import UpProduct, group_scores
 from hire_xform.lowering.measure.cofiring import cofiring
 from hire_xform.lowering.measure.statistics import (
+    Sample,
     covariance,
     first_in_order,
     groups_wanted,
@@ -36,55 +37,67 @@ from hire_xform.passes.plan.decisions import Decision
 from hire_xform.passes.rewrite.canonical import dense_product, dense_up
 
 
-def measured(decision: Measured, given: Sequence[Any], views: Any, ranks: bool) -> tuple[Any, Recorded]:
+def measured(decision: Measured, given: Sequence[Any], views: Any) -> tuple[Any, Recorded]:
     """The dense block ``[T, d_out]``, and what is recorded with each product into the units.
 
     Args:
       decision: the block, with all its ways.
       given: its canonical values.
       views: the packed forms of each way, and the order of units that may be always computed.
-      ranks: whether predictors are run.
     """
     match, group_size = match_of(decision), settings_of(decision).group_size
     first = views.ways[0]
     parts = ffn_parts(decision.ways[0], given, first)
-    region = parts.region(match)
     down = first.down.rows.whole()
     activation = _dense_activation(match, parts)
     result = dense_product(match.down, activation.astype(match.hidden.aval.dtype), down, contracted_first=True)
     recorded: Recorded = [{} for _ in parts.ups]
     recorded[0]["tokens"] = jnp.int32(match.tokens)
     for i, number in enumerate(match.input_numbers):
-        if number == i:
+        if decision.inputs and number == i:
             recorded[i][f"covariance{i}"] = covariance(parts.ups[i].x)
     norms = jnp.sqrt(jnp.sum(jnp.square(down.astype(jnp.float32)), axis=-1))
     recorded[0].update(unit_totals(activation, norms, group_size))
     # Groups that the model itself keeps stay what they are.
-    if group_size > 1 and not ranks and match.own is None:
+    if not decision.ranks and group_size > 1 and match.own is None:
         recorded[0]["together"] = cofiring(activation != 0 if match.region.zeroing else jnp.abs(activation) * norms)
-    for number, (way, own) in enumerate(zip(decision.ways, views.ways, strict=True) if ranks else ()):
+    if decision.ranks:
+        recorded[0].update(_ranks(decision, given, views, activation, norms))
+    return first.down.rows.filled(result), recorded
+
+
+def _ranks(decision: Measured, given: Sequence[Any], views: Any, activation: Any, norms: Any) -> dict[str, Any]:
+    """What is recorded of the predictor of each way; uncertified, of a sample of the tokens where that is enough."""
+    match, found = match_of(decision), {}
+    some, some_activation = given, activation
+    if views.first is not None:
+        sample = Sample(decision.every, views.first.whole())
+        # One side input for all tokens stays that.
+        some = [sample.of(v) if jnp.ndim(v) == 2 and v.shape[0] == match.tokens else v for v in given]
+        some_activation = sample.of(activation)
+    for number, (way, own) in enumerate(zip(decision.ways, views.ways, strict=True)):
         settings = settings_of(way)
         if settings.certify:
             upper, needed = certified_block(way).needed(certified_operands(given, own))
             proved = unit_ranks(activation, norms, upper, settings.group_size)
-            recorded[0].update(numbered(proved | groups_wanted(needed, upper.shape[1]), number))
+            found.update(numbered(proved | groups_wanted(needed, upper.shape[1]), number))
             continue
-        predicted = ffn_parts(way, given, own)
+        parts = ffn_parts(way, some, own)
         scores = group_scores(
-            predicted.ups,
-            region,
+            parts.ups,
+            parts.region(match),
             units=match.units,
             down_norms=norms,
-            score=predicted.score(match),
+            score=parts.score(match),
             group_size=settings.group_size,
         )
-        recorded[0].update(numbered(unit_ranks(activation, norms, scores, settings.group_size), number))
+        found.update(numbered(unit_ranks(some_activation, norms, scores, settings.group_size), number))
         for count in decision.static_sets:
             # First in the order of choice, whatever their scores.
             place = jnp.argsort(views.often.whole())
-            found = unit_ranks(activation, norms, jnp.where(place < count, jnp.inf, scores), 1)
-            recorded[0].update(numbered({f"static{count}_": found["wanted"]}, number))
-    return first.down.rows.filled(result), recorded
+            wanted = unit_ranks(some_activation, norms, jnp.where(place < count, jnp.inf, scores), 1)["wanted"]
+            found.update(numbered({f"static{count}_": wanted}, number))
+    return found
 
 
 def _dense_activation(match: FfnMatch, parts: FfnParts) -> Any:

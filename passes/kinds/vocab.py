@@ -14,15 +14,17 @@ from hire_xform.lowering.engine.cyclic_rows import from_cyclic, return_candidate
 from hire_xform.lowering.engine.head import certified_logits, vocab_candidates, vocab_logits
 from hire_xform.lowering.measure.statistics import (
     KL_SIZES,
+    Sample,
     covariance,
     first_in_order,
     open_share,
     proved_ranks,
     vocab_ranks,
 )
-from hire_xform.lowering.predict.predictors import predict_scores
+from hire_xform.lowering.predict.predictors import predict_scores, predict_scores_of_many
 from hire_xform.lowering.prove.intervals import Interval
 from hire_xform.lowering.prove.proofs import proof_bytes, scores_with_bounds
+from hire_xform.lowering.xla.blocks import fold_row_blocks
 from hire_xform.lowering.xla.devices import ONE, Devices
 from hire_xform.passes.ir.graph import Node, Operand
 from hire_xform.passes.kinds.readings import as_plain, rank_of, readings_of
@@ -42,6 +44,8 @@ from hire_xform.passes.rewrite.own_equations import own_product
 from hire_xform.passes.weights.cut_weights import is_cut, parts_of_rows
 
 Views = SiteForms[PackedView]
+# Logits that a calibration looks at together: 64 MB, for each of its arrays of them.
+_LOGITS_TOGETHER = 1 << 24
 
 
 def is_known_for_logits(case: Case) -> str | None:
@@ -81,6 +85,8 @@ class VocabKind(SiteKind):
 
     name = "vocab"
     gathers = True
+    # The mean of a divergence, which is three times as spread as it is large, is then within 5 %.
+    tokens_enough = 4096
     checks = (
         *(is_wanted, is_known_for_logits, *MEANING, has_few_tokens, is_placed, can_be_certified),
         *(has_provable_readers, has_enough_candidates),
@@ -213,23 +219,39 @@ class VocabKind(SiteKind):
         """Tokens whose arg max is among the candidates."""
         return "argmax"
 
-    def measured(self, decision: Measured, given: Sequence[Any], views: Any, ranks: bool) -> tuple[Any, Recorded]:
-        """The dense logits. Of each way how many candidates its order needs, with ``vocab_ranks`` or a proof's."""
+    def measured(self, decision: Measured, given: Sequence[Any], views: Any) -> tuple[Any, Recorded]:
+        """The dense logits. Of each way how many candidates its order needs, with ``vocab_ranks`` or a proof's.
+
+        These are of a few tokens at a time, whose logits are computed for them alone: all together may take more memory
+        than the model, and where nothing reads the head's own they are not computed at all.
+        """
         product, x, rows = _match(decision).product, given[0], views.ways[0].head.rows
         logits = dense_product(product, x, rows.whole())
-        found = {"tokens": jnp.int32(x.shape[0]), "covariance0": covariance(x)}
-        for number, (way, own) in enumerate(zip(decision.ways, views.ways, strict=True) if ranks else ()):
+        found = {"tokens": jnp.int32(x.shape[0])}
+        if decision.inputs:
+            found["covariance0"] = covariance(x)
+        if decision.ranks:
+            together = max(16, _LOGITS_TOGETHER // product.width)
+            found |= fold_row_blocks(lambda some: self._ranks(decision, some, views), together, x)
+        return rows.filled(logits), [found]
+
+    def _ranks(self, decision: Measured, x: Any, views: Any) -> dict[str, Any]:
+        product = _match(decision).product
+        found: dict[str, Any] = {}
+        logits = dense_product(product, x, views.ways[0].head.rows.whole())
+        sample = None if views.first is None else Sample(decision.every, views.first.whole())
+        for number, (way, own) in enumerate(zip(decision.ways, views.ways, strict=True)):
             settings, packed = _settings(way), own.head.predictor.whole()
             if settings.certify:
                 bound = scores_with_bounds(x, packed, settings.spec, input_bits=way.input_bits)
                 bounds = bound.scores, bound.upper, bound.exact_error
-                ranked = proved_ranks(logits, *bounds, settings.certify, settings.fill)
+                ranked = proved_ranks(logits, *bounds, settings.certify, settings.fill, sample)
                 ranked |= _opened(way, x, packed, logits)
             else:
-                scores = predict_scores(x, packed, settings.spec, product.width)
-                ranked = vocab_ranks(logits, scores, settings.fill)
+                scores = predict_scores_of_many(x, packed, settings.spec, product.width)
+                ranked = vocab_ranks(logits, scores, settings.fill, sample)
             found |= numbered(ranked, number)
-        return rows.filled(logits), [found]
+        return found
 
     def rehearsed(
         self, decision: Decision, given: Sequence[Any], views: Views, sizes: Any

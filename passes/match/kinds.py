@@ -36,6 +36,8 @@ class SiteKind(Protocol):
         ``passes/plan/settings.py``, whose docstrings say what every kind's settings have.
       chooses: whether rows are chosen, and computed exactly; without, a site reads packed forms alone.
       gathers: whether chosen rows are gathered into an array first, which costs more than reading them in place.
+      tokens_enough: how many tokens a calibration needs for what is a share of many things of each token, or a mean:
+        of more it takes a sample.
       checks: what a match goes through until it is a site, in order; none stands for ``COMMON`` of
         ``passes/plan/checks.py``.
     """
@@ -44,6 +46,7 @@ class SiteKind(Protocol):
     settings: Settings | None = None
     chooses: bool = True
     gathers: bool = False
+    tokens_enough: int = 4096
     checks: tuple[Check, ...] = ()
 
     def find(self, product: Product, reason: str) -> Match | None:
@@ -167,7 +170,7 @@ class SiteKind(Protocol):
         """What recall counts; see ``SiteCalibration``."""
         raise _uncalibrated(self.name)
 
-    def measured(self, decision: Measured, given: Sequence[Any], views: Any, ranks: bool) -> tuple[Any, list[Any]]:
+    def measured(self, decision: Measured, given: Sequence[Any], views: Any) -> tuple[Any, list[Any]]:
         """The dense result ``[T, n]``, and for each product that makes units what is recorded, arrays by name."""
         raise _uncalibrated(self.name)
 

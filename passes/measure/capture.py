@@ -13,7 +13,7 @@ from hire_xform.lowering.primitives.records import record
 from hire_xform.passes.ir.each_device import whole_results
 from hire_xform.passes.match.kinds import kind_of
 from hire_xform.passes.plan.decisions import Decision, Need
-from hire_xform.passes.plan.forms import SiteForms, UnitOrder
+from hire_xform.passes.plan.forms import SiteForms, UnitOrder, Whole
 from hire_xform.passes.plan.measurement import Measurement
 from hire_xform.passes.plan.needs import stack_need
 from hire_xform.passes.prove.what_to_prove import NOTHING_READ
@@ -35,10 +35,25 @@ class MeasuredForms(Generic[T]):
     Attributes:
       ways: of each way.
       often: that order, where some units are tried as always computed.
+      first: the first token of a sample, where not all tokens are ranked.
     """
 
     ways: tuple[SiteForms[T], ...]
     often: T | None = None
+    first: T | None = None
+
+
+@dataclass(frozen=True)
+class FirstRanked(Whole):
+    """A form that is never packed: int32 ``[*stack]``, the first of the tokens that are ranked.
+
+    Attributes:
+      every: how far they lie apart; the first is one of so many.
+      stack: lengths of the stack axes of the site's (first) weight.
+    """
+
+    every: int
+    stack: tuple[int, ...]
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
@@ -47,21 +62,38 @@ class Measured(Decision):
 
     Attributes:
       ways: a decision for each; all but the packed forms is the first one's.
+      inputs: whether what predictors are fitted to is recorded.
+      ranks: whether predictors are run; without, nothing is recorded of them.
       static_sets: how many of the units that fire most are tried as always computed.
+      every: how far the tokens of a sample lie apart of which that is recorded which a sample is enough for.
     """
 
     forms: MeasuredForms[Need]  # type: ignore[assignment]
     ways: tuple[Decision, ...]
+    inputs: bool
+    ranks: bool
     static_sets: tuple[int, ...] = ()
+    every: int = 1
 
     @classmethod
-    def of(cls, ways: Sequence[Decision]) -> Measured:
+    def of(cls, ways: Sequence[Decision], inputs: bool, ranks: bool) -> Measured:
         """One measurement of decisions on one match; of decisions with the same settings the first is taken."""
         different = tuple({way.settings: way for way in ways}.values())
         values = {f.name: getattr(different[0], f.name) for f in fields(Decision)}
-        values["forms"] = MeasuredForms(tuple(way.forms for way in different))
+        values["forms"] = MeasuredForms(
+            tuple(way.forms if ranks else _without_predictors(way.forms) for way in different)
+        )
         values["reads"] = NOTHING_READ  # logits are measured, whatever reads them
-        return cls(**values, ways=different)
+        return cls(**values, ways=different, inputs=inputs, ranks=ranks)
+
+    def sampled(self, measurement: Measurement | None) -> Measured:
+        """With a sample of the tokens that were counted, where there are more than enough."""
+        tokens = 0 if measurement is None else measurement.least_tokens
+        every = tokens // kind_of(self.match).tokens_enough
+        if every <= 1:
+            return self
+        first = stack_need(self.match, FirstRanked(every, self.match.stack))
+        return replace(self, forms=replace(self.forms, first=first), every=every)
 
     def with_static_sets(self, measurement: Measurement | None) -> Measured:
         """Also measured with some units always computed, where that may be."""
@@ -74,20 +106,24 @@ class Measured(Decision):
         return replace(self, forms=replace(self.forms, often=often), static_sets=counts)
 
 
+def _without_predictors(forms: SiteForms[Need]) -> SiteForms[Need]:
+    """What the dense form takes."""
+    ups = tuple(replace(own, predictor=None, norms=None, largest=None) for own in forms.up)
+    down = None if forms.down is None else replace(forms.down, norms=None, largest=None)
+    return replace(forms, up=ups, down=down)
+
+
 class MeasuredSite(SiteAction):
     """Puts "dense, and statistics" in the place of a match.
 
     Values are recorded (``lowering/primitives/records.py``) under the site's path: ``tokens``, of a block what
-    ``unit_totals`` says, ``covariance0``, ... of the inputs of each product into the units, and for the predictor of
-    each of a measurement's ``ways``, by its number, what ``vocab_ranks`` or ``unit_ranks`` say; where it is to be
-    certified ``proved_ranks`` or ``groups_wanted``. Of units that may be always computed, by how many they are,
-    ``wanted`` of a choice that takes them first.
+    ``unit_totals`` says; of ``inputs``, ``covariance0``, ... of those of each product into the units; and of ``ranks``,
+    for the predictor of each of a measurement's ``ways``, by its number, what ``vocab_ranks`` or ``unit_ranks`` say;
+    where it is to be certified ``proved_ranks`` or ``groups_wanted``. Of units that may be always computed, by how many
+    they are, ``wanted`` of a choice that takes them first.
     """
 
     decision: Measured
-
-    # Whether predictors are run; without, nothing is recorded of them.
-    ranks = True
 
     @cached_property
     def key(self) -> Hashable:
@@ -102,7 +138,7 @@ class MeasuredSite(SiteAction):
             type(self),
             ways,
             tuple(decision.match.input_numbers),
-            decision.static_sets,
+            (decision.inputs, decision.ranks, decision.static_sets, decision.every),
             decision.node.outputs[0].aval,
         )
         views = context.views(decision.forms)
@@ -116,16 +152,10 @@ class MeasuredSite(SiteAction):
         decision, kind = self.decision, kind_of(self.decision.match)
 
         def run(values: list[Any], views: Any) -> tuple[Any, Recorded]:
-            flat, recorded = kind.measured(decision, kind.canonical(decision, values), views, self.ranks)
+            flat, recorded = kind.measured(decision, kind.canonical(decision, values), views)
             return result_shape(decision.match.last, flat), recorded
 
         return whole_results(run, decision.node.outputs[0].aval)
-
-
-class MeasuredInputs(MeasuredSite):
-    """Records what is known without a predictor: what some are fitted to, and which units fire."""
-
-    ranks = False
 
 
 def numbered(found: dict[str, jax.Array], number: int) -> dict[str, jax.Array]:

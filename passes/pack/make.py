@@ -18,6 +18,7 @@ from hire_xform.passes.ir import compat
 from hire_xform.passes.ir.trace_context import concretely
 from hire_xform.passes.pack.packers import as_blocks, pack_placed, packed_spec, packer
 from hire_xform.passes.plan.decisions import PackKey
+from hire_xform.passes.plan.forms import Together
 from hire_xform.passes.plan.placement import placement_of
 from hire_xform.passes.weights.recipe import Cyclic, Reshape, Root, Stack, Step, Transpose
 
@@ -42,6 +43,11 @@ def pack_array(key: PackKey, leaf: Any, *others: Any, rows: Any = None) -> Any:
     # Under a trace around the call too: packed forms of concrete weights are remembered, so they must be concrete.
     with usual_promotion() if compat.is_tracer(leaf) else concretely():
         return _packer(key)(leaf, *others, *(array for array, _ in key.form.given))
+
+
+def together(keys: Sequence[PackKey]) -> PackKey:
+    """The key of forms of one weight that are ``alike``: packed, it is a tuple of them."""
+    return replace(keys[0], form=Together(tuple(key.form for key in keys)))  # type: ignore[misc]
 
 
 def _packer(key: PackKey) -> Any:

@@ -74,6 +74,10 @@ class Form(Hashable, Protocol):
     def bare(self) -> Form:
         """The same without these arrays: equal where one packer serves."""
 
+    @property
+    def alike(self) -> Hashable | None:
+        """Equal for forms of one weight that are packed at once, since they have work in common; None for none."""
+
     def pack(self, rows: Any, *given: Any) -> Any:
         """The array, or the dictionary of arrays, that is made of rows ``[n, d]`` (or of a leaf) and what is given."""
 
@@ -95,6 +99,11 @@ class _OfRows:
 
     of_rows: ClassVar[bool] = True
     split: ClassVar[bool] = False
+
+    @property
+    def alike(self) -> Hashable | None:
+        """None."""
+        return None
 
     @property
     def given(self) -> tuple[tuple[Any, int], ...]:
@@ -174,6 +183,12 @@ class PackedPredictor(_OfRows):
         bare = super().bare
         return bare if self.inputs is None else replace(bare, inputs=_ANY_INPUTS)
 
+    @property
+    def alike(self) -> Hashable | None:
+        """Those that are fitted to the same inputs, of the same rows."""
+        alone = self.inputs is None or self.proves or self.spec.arrays
+        return None if alone else (self.inputs, self.order, self.static)
+
     def _packed(self, order: Any) -> Any:
         return order[self.static :]
 
@@ -181,6 +196,14 @@ class PackedPredictor(_OfRows):
         covariance, held = (None, given) if self.inputs is None else (given[0], given[1:])
         arrays = dict(zip(self.spec.arrays, held, strict=True)) if held else None
         return (pack_proof if self.proves else pack_predictor)(rows, self.spec, covariance, arrays, order)
+
+    def packed_beside(self, shared: dict[Hashable, Any], rows: Any, *given: Any) -> Any:
+        """As ``pack``, of one that is ``alike`` others, with what these have made of the rows and inputs."""
+        order, covariance = given if self.order is not None else (None, *given)
+        if order is not None:
+            order = self._packed(order)
+            rows = rows[order]
+        return pack_predictor(rows, self.spec, covariance, None, order, shared)
 
     def __str__(self) -> str:
         """For reports."""
@@ -199,6 +222,36 @@ class PackedPredictor(_OfRows):
     def nbytes(self, n: int, d: int, dtype: Any) -> int:
         """What its scores, or its bounds, read."""
         return (proof_bytes if self.proves else predictor_bytes)(n, d, self.spec, dtype)
+
+
+@dataclass(frozen=True)
+class Together:
+    """Predictors that are ``alike``, packed at once: what they have in common is made one time."""
+
+    forms: tuple[PackedPredictor, ...]
+
+    of_rows: ClassVar[bool] = True
+    split: ClassVar[bool] = False
+    alike: ClassVar[None] = None
+
+    @property
+    def given(self) -> tuple[tuple[Any, int], ...]:
+        """What each is given."""
+        return self.forms[0].given
+
+    @property
+    def bare(self) -> Any:
+        """The same for any order and any inputs."""
+        return Together(tuple(form.bare for form in self.forms))
+
+    def pack(self, rows: Any, *given: Any) -> Any:
+        """The arrays of each."""
+        shared: dict[Hashable, Any] = {}
+        return tuple(form.packed_beside(shared, rows, *given) for form in self.forms)
+
+    def nbytes(self, n: int, d: int, dtype: Any) -> int:
+        """Of all."""
+        return sum(form.nbytes(n, d, dtype) for form in self.forms)
 
 
 @dataclass(frozen=True)
@@ -241,6 +294,7 @@ class Whole:
 
     of_rows: ClassVar[bool] = False
     split: ClassVar[bool] = False
+    alike: ClassVar[None] = None
     given: ClassVar[tuple[tuple[Any, int], ...]] = ()
 
     @property

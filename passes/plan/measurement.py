@@ -24,6 +24,10 @@ class Measurement(Protocol):
         """Whether it was measured as a certified site."""
 
     @property
+    def least_tokens(self) -> int:
+        """Tokens that were counted; of several layers the fewest."""
+
+    @property
     def inputs(self) -> Sequence[Inputs]:
         """Of each product into the units; of a vocabulary projection its one."""
 

@@ -11,6 +11,13 @@
 
 namespace hire {
 
+// A pool of no threads but the calling one.
+struct Alone {
+  int64_t num_threads() const { return 1; }
+  template <typename Task>
+  void Schedule(const Task&) {}
+};
+
 // Runs fun(block) once for each of `blocks` blocks, and returns when all have run.
 //
 // The calling thread takes blocks as well, and waits only for blocks that another thread has begun: where the pool has

@@ -316,9 +316,17 @@ std::string LargestOf(Pool& pool, const Kernels& kernels, const Array& scores, i
   if (std::string wrong = NotOfSize("da_top_k", values, lead * picked); !wrong.empty()) return wrong;
   if (std::string wrong = NotOfSize("da_top_k", indices, lead * picked); !wrong.empty()) return wrong;
   const int64_t block = n / shards, own = picked / shards;
-  for (int64_t i = 0; i < lead * shards; ++i)
-    Largest(pool, kernels, scores.As<float>() + i * block, block, own, i % shards * block, values.data + i * own,
+  auto pick = [&](auto& threads, int64_t i) {
+    Largest(threads, kernels, scores.As<float>() + i * block, block, own, i % shards * block, values.data + i * own,
             indices.data + i * own);
+  };
+  if (lead * shards < 4 * static_cast<int64_t>(pool.num_threads())) {
+    for (int64_t i = 0; i < lead * shards; ++i) pick(pool, i);
+  } else {
+    // Many of them: each thread takes some by itself.
+    Alone alone;
+    ForEachBlock(pool, lead * shards, [&](int64_t i) { pick(alone, i); });
+  }
   return "";
 }
 

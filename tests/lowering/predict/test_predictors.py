@@ -215,3 +215,13 @@ def test_only_floating_matrices_are_packed(rows):
         pack_predictor(rows, Quantized(8))
     with pytest.raises(TypeError, match="unknown"):
         pack_predictor(jnp.zeros((2, 2)), "int8")
+
+
+@pytest.mark.parametrize("tokens", [3, 80])
+def test_scores_of_many_tokens_are_their_scores(tokens, spec, normal):
+    rows, x = normal((50, 24), jnp.float32), normal((tokens, 24), jnp.float32, 1)
+    packed = pack_predictor(rows.at[3, 1].set(jnp.nan), spec)
+    want = predict_scores(x, packed, spec, 50)
+    got = jax.jit(predictors.predict_scores_of_many, static_argnums=(2, 3))(x, packed, spec, 50)
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+    assert np.isnan(got[:, 3]).all()

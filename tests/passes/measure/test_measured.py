@@ -7,7 +7,7 @@ import pytest
 from planned import W, X, planned, stated, views
 
 import hire_xform as hx
-from hire_xform.passes.measure.capture import Measured, MeasuredInputs, MeasuredSite, numbered
+from hire_xform.passes.measure.capture import Measured, MeasuredSite, numbered
 from hire_xform.passes.measure.rehearse import Rehearsed, RehearsedSite
 from hire_xform.passes.plan.settings import Choice, Ffn
 from hire_xform.passes.rewrite.action import Context
@@ -22,17 +22,16 @@ def test_a_measured_site_is_one_of_all_its_ways():
         else stated(kind, path)
     )
     one, other = plan.decisions[0], narrower.decisions[0]
-    both = Measured.of([one, other, one])
+    both = Measured.of([one, other, one], inputs=True, ranks=True)
     assert both.ways == (one, other)
     assert both.match is one.match
     assert both.forms.ways == (one.forms, other.forms)
     assert set(both.needs) >= {*one.needs, *other.needs}
     # Calls are not shared: what is recorded in them carries the path.
-    first, second = (MeasuredSite(Measured.of([d])) for d in plan.decisions[:2])
+    first, second = (MeasuredSite(Measured.of([d], inputs=True, ranks=True)) for d in plan.decisions[:2])
     assert first.key != second.key
-    assert first.key != MeasuredInputs(first.decision).key
-    assert not MeasuredInputs(first.decision).ranks
     assert both.with_static_sets(None) is both
+    assert both.sampled(None) is both
     assert numbered({"wanted": X}, 3) == {"wanted3": X}
 
 
@@ -53,7 +52,7 @@ def test_a_measured_and_a_rehearsed_site_compute_the_dense_value(number):
     found, plan = planned()
     args, decision = [*jax.tree.leaves(W), X], plan.decisions[number]
     want = found.value(decision.node.outputs[0], args)
-    measured = MeasuredSite(Measured.of([decision]))
+    measured = MeasuredSite(Measured.of([decision], inputs=True, ranks=True))
     given, known = {v: found.value(v, args) for v in measured.operands}, views(decision, args)
     (value,) = measured.emit(Context(given, known.__getitem__, {}))
     np.testing.assert_allclose(value, want, rtol=1e-4, atol=1e-5)
