@@ -283,8 +283,9 @@ class _Head:
 
         def proves(index: jax.Array, made: tuple[jax.Array, jax.Array]) -> jax.Array:
             exact, terms = made
-            error = product_error(terms, x.shape[1], self.input_bits)
-            return self.proved(found, lax.stop_gradient(exact), error, index, sides)
+            exact = lax.stop_gradient(exact)
+            error = product_error(terms, x.shape[1], self.input_bits, exact.astype(terms.dtype))
+            return self.proved(found, exact, error, index, sides)
 
         def logits(index: jax.Array, made: tuple[jax.Array, jax.Array]) -> jax.Array:
             return _filled(found.scores, index, made[0], self.fill).astype(self.out_dtype)

@@ -20,9 +20,13 @@ def open_rows(values: jax.Array) -> tuple[jax.Array, jax.Array]:
     """
 
     def portable(values: jax.Array) -> list[jax.Array]:
-        is_open = ~(values < 0.0)
-        (index,) = jnp.nonzero(is_open, size=values.shape[0], fill_value=0)
-        return [index.astype(jnp.int32), jnp.sum(is_open, dtype=jnp.int32)]
+        n, is_open = values.shape[0], ~(values < 0.0)
+        # Spelled out: what `jnp.nonzero` is made of can't stand in a primitive on later JAX.
+        before = lax.cumsum(is_open.astype(jnp.int32))
+        places = jnp.where(is_open, before - 1, n)
+        rows = lax.iota(jnp.int32, n)
+        index = jnp.zeros(n, jnp.int32).at[places].set(rows, mode="drop")
+        return [index, jnp.sum(is_open, dtype=jnp.int32)]
 
     index, count = bind_step(open_rows_p, portable, lax.stop_gradient(values))
     return index, count

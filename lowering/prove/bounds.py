@@ -34,19 +34,27 @@ def slack(d: int, input_bits: int = 24) -> float:
     return 1.02 * (d + 2.0 * d**0.5 + 48.0) * U + inputs
 
 
-def product_error(terms: jax.Array, d: int, input_bits: int = 24) -> jax.Array:
+def product_error(
+    terms: jax.Array, d: int, input_bits: int = 24, product: jax.Array | None = None
+) -> jax.Array:
     """How far two products of the same ``d`` terms can be from each other, whatever the order of their sums.
 
     Either is within ``d u / (1 - d u)`` of the exact one, times the sum of the terms' magnitudes; that is less than the
     product of the norms, and known where the row is read. It holds for one that is subtracted from what was computed.
 
+    Where the sum is known too, less is: each of at most d additions rounds by u of a partial sum, and in whatever order
+    one lies between all that is negative and all that is positive. The larger of these is half of the sum of the
+    magnitudes and the sum's own. Products are rounded by u of themselves.
+
     Args:
       terms: that sum, computed in f32.
       d: how many terms.
       input_bits: significant bits that the dense product keeps of its f32 inputs.
+      product: the sum itself, computed in f32 in any order; None where it is not known.
     """
     inputs = 2.1 * 2.0**-input_bits if input_bits < 24 else 0.0
-    return 2.0 * ((1.02 * (d + 16.0) * U + inputs) * terms + tiny(d))
+    largest = terms if product is None else 0.5 * (terms + jnp.abs(product))
+    return 2.0 * (1.02 * U * (d * largest + 16.0 * terms) + inputs * terms + tiny(d))
 
 
 def tiny(d: int) -> float:

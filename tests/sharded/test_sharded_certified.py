@@ -109,6 +109,21 @@ def check_what_is_sent():
     assert sum(c.sent for c in sent) == 8 * TOKENS, sent
 
 
+def check_a_head_in_stages():
+    """Each device reads on where its own rows are open: the dense tokens, and no more is sent than of one stage."""
+    spec = hx.Staged((hx.LowRank(4, bits=8), hx.Quantized(8)))
+    config = lossless(predictor=spec)
+    want = dense(best)
+    for model, data in ((2, 1), (8, 1), (2, 2)):
+        w, x = placed(mesh_of(model, data))
+        got, (count,) = fallbacks_of(best, config, w, x)
+        np.testing.assert_array_equal(got, want)
+        assert count == 0, (model, data)
+    w, x = placed(mesh_of(8))
+    sent = collectives(compiled(hx.sparsify(best, config=config), w, x))
+    assert sum(c.sent for c in sent) <= 16 * TOKENS, sent
+
+
 def fallbacks_of(fun, config, w, x):
     certified = hx.sparsify(fun, config=config)
     got, fallbacks = certified.with_fallbacks(certified.trace(w, x).pack(w), x)

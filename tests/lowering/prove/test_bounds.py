@@ -48,7 +48,14 @@ def test_products_in_any_order_are_within_the_slack(d):
     off = slack(d) * np.linalg.norm(rows, axis=1) * np.linalg.norm(x, axis=1) + tiny(d)
     assert (np.abs(one_by_one - exact) <= off).all()
     assert (np.abs(pairwise - exact) <= off).all()
-    assert (np.abs(one_by_one - pairwise) <= np.asarray(product_error(jnp.abs(terms).sum(1), d))).all()
+    size = jnp.abs(terms).sum(1)
+    assert (np.abs(one_by_one - pairwise) <= np.asarray(product_error(size, d))).all()
+    # All that is positive first, as large as a partial sum can be.
+    rising = np.cumsum(np.sort(terms, axis=1)[:, ::-1], axis=1, dtype=np.float32)[:, -1]
+    closer = np.asarray(product_error(size, d, product=pairwise), np.float64)
+    assert (closer <= np.asarray(product_error(size, d))).all()
+    for found in (one_by_one, pairwise, rising):
+        assert (np.abs(found - exact) <= closer / 2).all()
 
 
 @pytest.mark.parametrize(("bits", "dtype"), [(8, jnp.bfloat16), (11, jnp.float16)])
