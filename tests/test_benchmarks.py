@@ -36,6 +36,7 @@ def test_every_peer_has_a_row(speed, tmp_path, capsys, monkeypatch):
         "dense bf16, rows",
         "dense bf16, columns",
         "ours: default, lossless",
+        "ours: lossless in stages, low rank d/8 first",
         "ours: hx.approximate() (int8)",
         "ours: int8",
         "ours: int4",

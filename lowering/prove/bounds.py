@@ -34,9 +34,7 @@ def slack(d: int, input_bits: int = 24) -> float:
     return 1.02 * (d + 2.0 * d**0.5 + 48.0) * U + inputs
 
 
-def product_error(
-    terms: jax.Array, d: int, input_bits: int = 24, product: jax.Array | None = None
-) -> jax.Array:
+def product_error(terms: jax.Array, d: int, input_bits: int = 24, product: jax.Array | None = None) -> jax.Array:
     """How far two products of the same ``d`` terms can be from each other, whatever the order of their sums.
 
     Either is within ``d u / (1 - d u)`` of the exact one, times the sum of the terms' magnitudes; that is less than the

@@ -42,6 +42,17 @@ def _approximate(case: Case, predictor: Any, active: float = 0.25, **more: Any) 
     )
 
 
+def _lossless(case: Case) -> hx.Config:
+    """A head of low rank: an eighth of the columns of all rows in 8 bits, then int8 of those that are open."""
+    predictor = hx.Staged((EIGHTH, EIGHT))
+    vocab = hx.Vocab(predictor=predictor, certify=True, max_tokens=max(8, case.tokens))
+    return hx.Config(vocab=vocab, ffn=None, rules=(hx.Rule("*", force=True),))
+
+
+def _certified(config: hx.Config | None) -> bool:
+    return config is None or (config.vocab is not None and bool(config.vocab.certify))
+
+
 def _share(active: float) -> str:
     return f"{active * 100:g} % of units"
 
@@ -52,7 +63,9 @@ def settings_of(case: Case) -> list[dict[str, hx.Config | None]]:
     if case.kind == "head":
         chosen = [predictor for predictor in WORDS if _taken(case, predictor)]
         rows = {f"ours: {WORDS[predictor]}": _approximate(case, predictor) for predictor in chosen}
-        return [lossless, {"ours: hx.approximate() (int8)": hx.approximate()} | rows]
+        staged = {"ours: lossless in stages, low rank d/8 first": _lossless(case)} if EIGHTH in chosen else {}
+        groups = [lossless, staged, {"ours: hx.approximate() (int8)": hx.approximate()} | rows]
+        return [group for group in groups if group]
     groups = [lossless, {}, {}]
     if case.activation == "relu":
         groups[1] = {"ours: hx.approximate() (int8, 25 % of units)": hx.approximate()}
@@ -84,7 +97,7 @@ def _tolerance(case: Case, config: hx.Config | None) -> float:
     """Of a lossless default dense's; of the others what is lost by few bits, and by leaving out units that fire."""
     if case.stored.startswith("float8"):
         return NARROW
-    if config is None:
+    if config is None or _certified(config):
         return EXACT if case.stored == "float32" else BF16
     if config.ffn is None:
         return INT8
@@ -113,7 +126,7 @@ def kernels(weights: Weights, settings: Settings) -> Iterator[Kernel | Left]:
         for name, step in steps.items():
             plan, config = traced[name].plan, configs[name]
             read, note = reads[name], "" if plan.sites else "left dense"
-            if config is None and plan.sites:
+            if _certified(config) and plan.sites:
                 read, note = _truly_read(step, plan, packed, rest, inputs, read - plan.sparse_bytes)
             held = kernel(name, step, sets, weights, read, _tolerance(case, config), note=note)
             yield held
