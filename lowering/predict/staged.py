@@ -104,6 +104,10 @@ class Staged(Predictor):
         """Those of the first stage."""
         return self.stages[0].scores(x, packed, n)
 
+    def scores_of_many(self, x: jax.Array, packed: PackedArrays, n: int) -> jax.Array:
+        """Those of the first stage."""
+        return self.stages[0].scores_of_many(x, packed, n)
+
     def proof_shapes(self, n: int, d: int, dtype: jax.typing.DTypeLike) -> dict[str, jax.ShapeDtypeStruct]:
         """Those of all stages, each under its number."""
         return _numbered(stage.proof_shapes(n, d, dtype) for stage in self.stages)
