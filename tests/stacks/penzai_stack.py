@@ -56,6 +56,6 @@ def step(**options):
 
 
 CASES = [
-    Stack("penzai", "KVCachingTransformerLM", "Llama", step, L, 1),
-    Stack("penzai", "KVCachingTransformerLM", "Llama, layer stack", partial(step, use_layer_stack=True), 1, 1),
+    Stack("penzai", "KVCachingTransformerLM", "Llama", step, L, 1, 8),
+    Stack("penzai", "KVCachingTransformerLM", "Llama, layer stack", partial(step, use_layer_stack=True), 1, 1, 8),
 ]

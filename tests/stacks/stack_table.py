@@ -9,7 +9,16 @@ import jax
 from checked import Checked, checked
 from stack import STACKS, lines_of, stacks_of
 
-HEADER = ("stack", "function", "model", "sites found", "gap at full width", "rewritten losslessly", "tokens")
+HEADER = (
+    "stack",
+    "function",
+    "model",
+    "lines added",
+    "sites found",
+    "gap at full width",
+    "sites rewritten losslessly",
+    "tokens",
+)
 
 
 def main() -> None:
@@ -38,7 +47,7 @@ def cells(row: Checked) -> list[str]:
     found = f"{row.ffn} of {case.ffn} blocks, {row.vocab} of {case.vocab} heads"
     tokens = "" if row.same_tokens is None else "the same" if row.same_tokens else "differ"
     return [
-        *(case.stack, f"`{case.function}`", case.model, found, f"{row.gap:.0e}"),
+        *(case.stack, f"`{case.function}`", case.model, str(case.lines), found, f"{row.gap:.0e}"),
         str(row.proved),
         tokens,
     ]
