@@ -36,6 +36,7 @@ from hire_xform.passes.rewrite.action import Action
 from hire_xform.passes.rewrite.actions import actions_of, rewritten
 from hire_xform.passes.rewrite.holding import Holding, Reader, decide_holding
 from hire_xform.passes.rewrite.rewriter import Rewriter
+from hire_xform.passes.rewrite.site import SiteAction
 from hire_xform.passes.weights.recipe import Root
 from hire_xform.tuning.keeping import profile_for
 
@@ -90,7 +91,7 @@ class Traced(Program):
         needed = self._rewriter(todo).needed_inputs()
         return [root for root, read in zip(self.call.roots, needed, strict=True) if root is not None and read]
 
-    def action_of(self, decision: Decision, has_leaf: Callable[[Root], bool]) -> Action:
+    def action_of(self, decision: Decision, has_leaf: Callable[[Root], bool]) -> SiteAction:
         """What is done in the place of a site, given which leaves are there."""
         return rewritten(decision, has_leaf)
 

@@ -18,7 +18,16 @@ from hire_xform.lowering.predict.predictors import PackedArrays, Predictor, pred
 from hire_xform.lowering.primitives.combine_rows import combine_rows
 from hire_xform.lowering.primitives.select_rows import select_rows_dot
 
-__all__ = ["Gather", "UpProduct", "chosen_products", "combined", "ffn", "gather_chosen", "group_scores"]
+__all__ = [
+    "Gather",
+    "UpProduct",
+    "beside_one_another",
+    "chosen_products",
+    "combined",
+    "ffn",
+    "gather_chosen",
+    "group_scores",
+]
 
 # A pointwise region of a feed-forward block on some of its hidden units: `region(hiddens, gather)`; see `ffn`.
 Gather = Callable[[jax.Array], jax.Array]
@@ -50,6 +59,7 @@ def ffn(
     *,
     units: int | None = None,
     first_row: jax.Array | int = 0,
+    beside: Sequence[tuple[jax.Array, jax.Array | int]] = (),
     down_norms: jax.Array | None,
     score: Callable[[list[jax.Array | None]], jax.Array] | None = None,
     active: int,
@@ -73,6 +83,7 @@ def ffn(
       down: ``[m, d_out]``, or a taller matrix that holds these rows from ``first_row`` on.
       units: ``m``; None takes all of ``down``.
       first_row: where the ``m`` rows begin in ``down``, a multiple of ``group_size``.
+      beside: further matrices like ``down``, each with where its rows begin; what they make stands beside what it does.
       down_norms: f32 ``[m]``, the norm of each row of ``down``; not read, and may be None, when there is a ``score``.
       score: from the predicted ``[T, m]`` of each of ``ups`` (None for those without predictor) the units' scores,
         ``[T, m]``. The chosen units then reach ``region`` in ascending order, as ties of a top-k are broken.
@@ -80,7 +91,7 @@ def ffn(
       group_size: neighbouring units chosen together, a divisor of ``m``.
       out_dtype: dtype of the result.
       static: how many units, the first ones, are always computed. The predictors are of the others only. Takes groups
-        of one unit and no ``score``.
+        of one unit, no ``score`` and nothing ``beside``.
 
     Returns:
       ``[T, d_out]`` of ``out_dtype``, and a bool scalar: whether any token has a unit that is not zero, going by the
@@ -94,7 +105,7 @@ def ffn(
     m = down.shape[0] if units is None else units
     if group_size < 1 or m % group_size:
         raise ValueError(f"ffn: group_size={group_size} does not divide the {m} hidden units")
-    if static and (group_size > 1 or score is not None or not 0 < static < m):
+    if static and (group_size > 1 or score is not None or beside or not 0 < static < m):
         raise ValueError(f"ffn: static={static} of {m} units; expected fewer, in groups of one")
     others = m - static
     selection = selection_of(ups[0].x.shape[0], others // group_size, active)
@@ -124,7 +135,8 @@ def ffn(
         gather = gather_chosen(index, ups[0].x.shape[0], m, group_size)
         hiddens = [h.astype(up.dtype) for h, up in zip(hiddens, ups, strict=True)]
         activation = region(hiddens, gather)
-        result = combined(activation, down, index, first_row, group_size, wide)
+        contracting = ((down, first_row), *beside)
+        result = beside_one_another([combined(activation, *own, index, group_size, wide) for own in contracting])
         if static:
             fixed = static_units(ups, region, down, first_row, static).astype(wide)
             result = (fixed + result).astype(out_dtype)
@@ -183,14 +195,19 @@ def chosen_products(ups: Sequence[UpProduct], index: jax.Array, group_size: int)
 def combined(
     activation: jax.Array,
     down: jax.Array,
-    index: jax.Array,
     first_row: jax.Array | int,
+    index: jax.Array,
     group_size: int,
     out_dtype: jax.typing.DTypeLike,
 ) -> jax.Array:
     """What the chosen units add, ``[T, d_out]`` of ``out_dtype``, from their activation ``[T, K * group_size]``."""
     at = _groups_from(index, first_row, group_size)
     return combine_rows(activation, down, at, group_size=group_size, preferred_element_type=out_dtype)
+
+
+def beside_one_another(results: Sequence[jax.Array]) -> jax.Array:
+    """``[T, n]`` of each as ``[T, sum of n]``."""
+    return results[0] if len(results) == 1 else jnp.concatenate(results, axis=1)
 
 
 def gather_chosen(index: jax.Array, tokens: int, units: int, group_size: int) -> Gather:

@@ -22,7 +22,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from hire_xform.lowering.engine.block import Gather, UpProduct, chosen_products, combined, gather_chosen
+from hire_xform.lowering.engine.block import (
+    Gather,
+    UpProduct,
+    beside_one_another,
+    chosen_products,
+    combined,
+    gather_chosen,
+)
 from hire_xform.lowering.engine.engine import Operands, Steps
 from hire_xform.lowering.engine.selection import Selection, rungs
 from hire_xform.lowering.predict.predictors import Predictor
@@ -63,7 +70,8 @@ class CertifiedBlock:
       region: what the model does to the units: ``region(hiddens, sides, gather, moments)``.
       dense_region: the same of all of them: ``dense_region(hiddens, sides)``.
       dense_up: the dense product number ``i`` into the units: ``dense_up(i, x, rows)``, ``[T, m]``.
-      dense_down: the dense contracting product, ``[T, d_out]``.
+      dense_down: the dense contracting product, ``[T, d_out]``, of the rows of each matrix; of several beside one
+        another.
       own: the block as the program has it, of the original weights: ``own(xs, sides, leaves)``; ``[T, d_out]``.
       spec: the predictor of the products that are proved of.
       active: groups of units each token may have computed.
@@ -80,7 +88,7 @@ class CertifiedBlock:
     region: SideRegion
     dense_region: Callable[[list[jax.Array], list[jax.Array]], jax.Array]
     dense_up: Callable[[int, jax.Array, jax.Array], jax.Array]
-    dense_down: Callable[[jax.Array, jax.Array], jax.Array]
+    dense_down: Callable[[jax.Array, Sequence[jax.Array]], jax.Array]
     own: Callable[[list[jax.Array], list[jax.Array], Any], jax.Array]
     spec: Predictor
     active: int
@@ -106,9 +114,8 @@ class CertifiedBlock:
 
     def dense(self, o: Operands) -> jax.Array:
         """The dense block of packed rows."""
-        assert o.down is not None
         activation = self.dense_region(self.dense_hiddens(o), o.sides)
-        return self.dense_down(activation, self.own_rows(o.down, o.first_down))
+        return self.dense_down(activation, [self.own_rows(rows, first) for rows, first in _contracting(o)])
 
     def fallback(self, o: Operands) -> jax.Array:
         """The program's own block."""
@@ -162,12 +169,14 @@ class CertifiedBlock:
 
     def sparse(self, o: Operands, index: jax.Array, hiddens: Sequence[jax.Array], moments: Sequence[Any]) -> jax.Array:
         """The block of the chosen groups, from the products into them."""
-        assert o.down is not None
         own = [h.astype(dtype) for h, dtype in zip(hiddens, self.hidden_dtypes, strict=True)]
         gather = gather_chosen(index, o.xs[0].shape[0], self.units, self.group_size)
         activation = self.region(own, o.sides, gather, moments)
-        start = self.start(o.down, o.first_down)
-        return combined(activation, o.down, index, start, self.group_size, self.out_dtype)
+        made = [
+            combined(activation, rows, self.start(rows, first), index, self.group_size, self.out_dtype)
+            for rows, first in _contracting(o)
+        ]
+        return beside_one_another(made)
 
     def grouped(self, values: jax.Array) -> jax.Array:
         """The largest of each group of units, ``[T, units / group_size]``; of NaNs a NaN."""
@@ -221,6 +230,12 @@ class ThresholdBlock(CertifiedBlock):
         ]
         upper, known = self.bounds(hiddens, sides, moments)
         return Open(lax.stop_gradient(upper), [known, o.largest_down < jnp.inf], moments)
+
+
+def _contracting(o: Operands) -> list[tuple[jax.Array, Any]]:
+    """The contracting matrices, and where their rows begin."""
+    assert o.down is not None
+    return [(o.down, o.first_down), *zip(o.beside, o.first_beside, strict=True)]
 
 
 def largest_norm(rows: jax.Array) -> jax.Array:

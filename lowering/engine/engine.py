@@ -66,6 +66,8 @@ class Operands(NamedTuple):
       first_down: where its rows begin.
       largest_down: the largest norm of one of them.
       leaves: the original weights, a pytree; None where they are not there, and the fallback reads the rows.
+      beside: of a block further contracting matrices, whose results stand beside that of ``down``.
+      first_beside: where their rows begin.
     """
 
     xs: list[jax.Array]
@@ -79,6 +81,8 @@ class Operands(NamedTuple):
     first_down: jax.Array | None = None
     largest_down: jax.Array | None = None
     leaves: Any = None
+    beside: Sequence[jax.Array] = ()
+    first_beside: Sequence[jax.Array] = ()
 
 
 class Certified(Protocol):
@@ -158,11 +162,11 @@ def proved_or_dense(site: Certified, operands: Operands) -> tuple[jax.Array, jax
         """The dense form's, which reads every row."""
         (o,), (do,) = primals, tangents
 
-        def of_these(xs: list, sides: list, rows: list, down: jax.Array) -> jax.Array:
-            return site.dense(o._replace(xs=xs, sides=sides, rows=rows, down=down))
+        def of_these(xs: list, sides: list, rows: list, down: jax.Array, beside: Any) -> jax.Array:
+            return site.dense(o._replace(xs=xs, sides=sides, rows=rows, down=down, beside=beside))
 
-        wanted = (o.xs, o.sides, o.rows, o.down)
-        _, change = jax.jvp(of_these, wanted, (do.xs, do.sides, do.rows, do.down))
+        wanted = (o.xs, o.sides, o.rows, o.down, o.beside)
+        _, change = jax.jvp(of_these, wanted, (do.xs, do.sides, do.rows, do.down, do.beside))
         out, rung = differentiable(o)
         return (out, rung), (site.tangent(out, change), np.zeros(rung.shape, jax.dtypes.float0))
 

@@ -137,7 +137,9 @@ class FfnKind(SiteKind):
             for own, summed in zip(scored, totalled, strict=True)
         )
         norms = None if certify or match.own is not None else Norms()
-        return SiteForms(ups, ProductForms[Form](ROWS, largest=LargestNorm() if certify else None, norms=norms))
+        largest = LargestNorm() if certify else None
+        beside = tuple(ProductForms[Form](ROWS, largest=largest) for _ in match.beside)
+        return SiteForms(ups, ProductForms[Form](ROWS, largest=largest, norms=norms), beside=beside)
 
     def tries(self, match: FfnMatch) -> bool:
         """Zeros are proved before any unit is computed."""
@@ -151,8 +153,10 @@ class FfnKind(SiteKind):
         return len(stacks) == 1 and not any(is_cut(product.origin.refs) for product in match.products)
 
     def may_be_static(self, match: FfnMatch, settings: Ffn) -> bool:
-        """Of blocks whose zeros tell units apart, and whose units are no groups."""
-        return settings.group_size == 1 and match.region.zeroing and self.may_reorder(match, settings)
+        """Of blocks whose zeros tell units apart, whose units are no groups and contracted once."""
+        return (
+            not match.beside and settings.group_size == 1 and match.region.zeroing and self.may_reorder(match, settings)
+        )
 
     def may_be_short(self, match: FfnMatch, settings: Ffn) -> bool:
         """Where units are left out for being zero: not whatever they are, and not by the model's own choice."""
@@ -191,7 +195,7 @@ class FfnKind(SiteKind):
         match = match_of(decision)
         ups = tuple((product_key(up.product), up.layout) for up in match.region.ups)
         sides = tuple((side.value.shape, str(side.value.aval.dtype), side.layout) for side in match.region.sides)
-        return match.units, ups, sides, match.region.signature(), product_key(match.down)
+        return match.units, ups, sides, match.region.signature(), tuple(map(product_key, match.ends))
 
     def canonical(self, decision: Decision, values: Sequence[Any]) -> list[Any]:
         """Tokens and units flattened."""
@@ -229,8 +233,7 @@ class FfnKind(SiteKind):
             flat, mark = proved_or_dense(block, operands)
         else:
             flat, mark = ffn_blocks.chosen(decision, given, views, devices.count)
-        assert views.down is not None
-        return devices.total(views.down.rows.filled(flat)), mark
+        return devices.total(ffn_blocks.filled(flat, views)), mark
 
     def criterion(self, match: FfnMatch, settings: Ffn) -> str:
         """Units that are not zero, or the energy of those chosen."""

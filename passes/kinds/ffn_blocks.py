@@ -92,6 +92,27 @@ def ffn_parts(decision: Decision, given: Sequence[Any], views: Views) -> FfnPart
     return FfnParts(ups, sides, OfChosen(mean, variance))
 
 
+def contracted(match: FfnMatch, activation: Any, rows: Sequence[Any]) -> Any:
+    """The dense contracting products of an activation ``[T, m]``, side by side: ``[T, d_out]``."""
+    made = [
+        dense_product(end, activation, own, contracted_first=True) for end, own in zip(match.ends, rows, strict=True)
+    ]
+    return made[0] if len(made) == 1 else jnp.concatenate(made, axis=1)
+
+
+def contracting(views: Views) -> list[PackedView]:
+    """The rows of the contracting matrices."""
+    assert views.down is not None
+    return [forms.rows for forms in (views.down, *views.beside)]
+
+
+def filled(flat: Any, views: Views) -> Any:
+    """What the contracting products made; NaN where one of their layers is not there."""
+    for rows in contracting(views):
+        flat = rows.filled(flat)
+    return flat
+
+
 def _up_numbers(match: FfnMatch) -> list[int]:
     """Which of the region's expressions the products are."""
     return [i for i, e in enumerate(match.region.exprs) if isinstance(e, Up)]
@@ -101,11 +122,12 @@ def chosen(decision: Decision, given: Sequence[Any], views: Views, shards: int) 
     """A block ``[T, d_out]``, or one device's part of the sum that it is; and whether it was short."""
     match, parts, down = match_of(decision), ffn_parts(decision, given, views), views.down
     assert down is not None
-    rows, first = down.rows.rows()
+    (rows, first), *beside = (view.rows() for view in contracting(views))
     return ffn(
         parts.ups,
         parts.region(match),
         rows,
+        beside=beside,
         units=match.units // shards,
         first_row=first,
         down_norms=None if down.norms is None else down.norms.whole(),
@@ -126,7 +148,7 @@ def certified_block(decision: Decision, shards: int = 1) -> CertifiedBlock:
         "region": _replayed(match),
         "dense_region": lambda hiddens, sides: replay(region, hiddens, sides, lambda v: v, jax.nn.relu, OfAll()),
         "dense_up": lambda i, x, rows: dense_up(ups[i], x, rows),
-        "dense_down": lambda h, rows: dense_product(match.down, h, rows, contracted_first=True),
+        "dense_down": lambda h, rows: contracted(match, h, rows),
         "own": lambda xs, sides, leaves: own_block(match, xs, sides, leaves),
         "spec": settings.spec,
         "active": decision.count,
@@ -152,7 +174,8 @@ def certified_operands(given: Sequence[Any], views: Views) -> Operands:
     """Its arrays."""
     assert views.down is not None
     rows = [forms.rows.rows() for forms in views.up]
-    down, first_down = views.down.rows.rows()
+    (down, first_down), *beside = (view.rows() for view in contracting(views))
+    largest = [_whole(forms.largest) for forms in (views.down, *views.beside)]
     return Operands(
         xs=[forms.rows.filled(x) for forms, x in zip(views.up, given, strict=False)],
         sides=[jnp.asarray(side) for side in given[len(views.up) :]],
@@ -163,8 +186,10 @@ def certified_operands(given: Sequence[Any], views: Views) -> Operands:
         moments=[_whole(forms.moments) for forms in views.up],
         down=down,
         first_down=jnp.asarray(first_down, jnp.int32),
-        largest_down=_whole(views.down.largest),
+        largest_down=largest[0] if len(largest) == 1 else functools.reduce(jnp.maximum, largest),
         leaves=list(views.leaves) or None,
+        beside=[own for own, _ in beside],
+        first_beside=[jnp.asarray(first, jnp.int32) for _, first in beside],
     )
 
 

@@ -26,7 +26,10 @@ from hire_xform.passes.kinds.ffn_blocks import (
     Views,
     certified_block,
     certified_operands,
+    contracted,
+    contracting,
     ffn_parts,
+    filled,
     match_of,
     settings_of,
 )
@@ -34,7 +37,7 @@ from hire_xform.passes.match.matches import FfnMatch
 from hire_xform.passes.match.own_choice import OfChosen
 from hire_xform.passes.measure.capture import Measured, Recorded, numbered
 from hire_xform.passes.plan.decisions import Decision
-from hire_xform.passes.rewrite.canonical import dense_product, dense_up
+from hire_xform.passes.rewrite.canonical import dense_up
 
 
 def measured(decision: Measured, given: Sequence[Any], views: Any) -> tuple[Any, Recorded]:
@@ -48,9 +51,9 @@ def measured(decision: Measured, given: Sequence[Any], views: Any) -> tuple[Any,
     match, group_size = match_of(decision), settings_of(decision).group_size
     first = views.ways[0]
     parts = ffn_parts(decision.ways[0], given, first)
-    down = first.down.rows.whole()
+    down, *beside = (view.whole() for view in contracting(first))
     activation = _dense_activation(match, parts)
-    result = dense_product(match.down, activation.astype(match.hidden.aval.dtype), down, contracted_first=True)
+    result = contracted(match, activation.astype(match.hidden.aval.dtype), [down, *beside])
     recorded: Recorded = [{} for _ in parts.ups]
     recorded[0]["tokens"] = jnp.int32(match.tokens)
     for i, number in enumerate(match.input_numbers):
@@ -63,7 +66,7 @@ def measured(decision: Measured, given: Sequence[Any], views: Any) -> tuple[Any,
         recorded[0]["together"] = cofiring(activation != 0 if match.region.zeroing else jnp.abs(activation) * norms)
     if decision.ranks:
         recorded[0].update(_ranks(decision, given, views, activation, norms))
-    return first.down.rows.filled(result), recorded
+    return filled(result, first), recorded
 
 
 def _ranks(decision: Measured, given: Sequence[Any], views: Any, activation: Any, norms: Any) -> dict[str, Any]:
@@ -142,4 +145,4 @@ def rehearsed(decision: Decision, given: Sequence[Any], views: Views, sizes: Any
     own = parts.statistics
     masked = dataclasses.replace(parts, statistics=_OfMasked(own.mean, own.variance, chosen))
     activation = jnp.where(chosen, _dense_activation(match, masked), 0).astype(match.hidden.aval.dtype)
-    return forms.rows.filled(dense_product(match.down, activation, forms.rows.whole(), contracted_first=True))
+    return filled(contracted(match, activation, [view.whole() for view in contracting(views)]), views)

@@ -43,6 +43,7 @@ from hire_xform.passes.match.region import (
 )
 from hire_xform.passes.match.sums import NoPolynomialError, product_summed
 from hire_xform.passes.match.top_k import Placed, TopK, placed, smallest_of, sorted_rank, top_k_of
+from hire_xform.passes.match.updates import low_rank_updates
 from hire_xform.passes.weights.products import Product
 
 # From a value that is the same for all units back to the top-k or the sum that it may come from.
@@ -86,14 +87,22 @@ def trace_region(down: Product, layout: Layout, products: dict[Node, Product], p
     return region
 
 
-def _trace(down: Product, layout: Layout, products: dict[Node, Product], statistics: bool) -> _Builder | Unfollowed:
-    builder = _Builder(products, _units(layout), down, statistics)
+def _trace(
+    down: Product,
+    layout: Layout,
+    products: dict[Node, Product],
+    statistics: bool,
+    updates: tuple[Product, ...] = (),
+) -> _Builder | Unfollowed:
+    builder = _Builder(products, _units(layout), down, statistics, updates)
     try:
         root = builder.expand(down.x, layout)
     except _EndsError as error:
         return error.why
     if not builder.region.ups:
         return end_of(builder.ends, down, products)
+    if not updates and (found := low_rank_updates(builder.region, products)):
+        return _trace(down, layout, products, statistics, found)
     builder.region.root = root
     builder.region.zeroing = builder.zero[root]
     return builder
@@ -112,11 +121,18 @@ class _NotFollowedError(Exception):
 
 
 class _Builder:
-    def __init__(self, products: dict[Node, Product], units: int, down: Product, statistics: bool):
+    def __init__(
+        self,
+        products: dict[Node, Product],
+        units: int,
+        down: Product,
+        statistics: bool,
+        updates: tuple[Product, ...],
+    ):
         self.products = products
         self.down = down
         self.statistics = statistics
-        self.region = Region(units)
+        self.region = Region(units, updates=updates)
         self.memo: dict[tuple[Any, Layout], int] = {}
         self.depends: list[bool] = []
         self.zero: list[bool] = []
@@ -206,6 +222,8 @@ class _Builder:
         if any(a.space != "t" for d in x_dims for a in d.atoms) or any(a.space != "h" for d in w_dims for a in d.atoms):
             return self.side(product.out, layout)
         followed = not product.batched and product.contracted and _units(layout) == self.region.units
+        if product in self.region.updates:
+            return self.side(product.out, layout)
         if not followed or not all(d.full for d in x_dims):
             return self.side(product.out, layout)
         self.region.nodes.add(product.node)

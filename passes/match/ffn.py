@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import jax.numpy as jnp
 from jax.extend.core import primitives as prims
 
@@ -46,8 +48,10 @@ def ffn_ending_in(
     region = trace_region(down, tuple(layout), by_node, probe)
     if isinstance(region, Unfollowed):
         return region
-    leak = _leak(region, hidden, down) or _lost_derivative(region, down)
-    if _is_linear(region):
+    linear = _is_linear(region)
+    ends = [down] if linear else _contracting_alike(down, by_node, taken)
+    leak = _leak(region, hidden, ends) or next(filter(None, (_lost_derivative(region, end) for end in ends)), None)
+    if linear:
         if leak is not None:
             return Unfollowed(f"it follows other products through sums only, as on a residual stream, and {leak}")
         if _factored(region, down):
@@ -60,15 +64,30 @@ def ffn_ending_in(
     blocked = next((up.product for up in region.ups if up.product in taken), None)
     if blocked is not None:
         return Nearly(down, f"the product it follows, {blocked.path}, already belongs to another block", ups)
-    return FfnMatch(down, hidden, tuple(layout), region, down.tokens, region.units)
+    last = max(ends, key=lambda end: end.width)
+    beside = tuple(end for end in ends if end is not last)
+    return FfnMatch(last, hidden, tuple(layout), region, last.tokens, region.units, beside)
 
 
-def _leak(region: Region, hidden: Value, down: Product) -> str | None:
+def _contracting_alike(down: Product, by_node: dict[Node, Product], taken: set[Product]) -> list[Product]:
+    """All products that contract the same units as ``down`` in the same way: with a low-rank update there are two."""
+
+    def alike(other: Product) -> bool:
+        same = other.x is down.x and sorted(other.x_contract) == sorted(down.x_contract) and other.x_free == down.x_free
+        placed = other.node.scope is down.node.scope and other.out.aval.dtype == down.out.aval.dtype
+        return same and placed and not other.batched and bool(other.width) and other not in taken
+
+    readers = (by_node[node] for node in dict.fromkeys(down.x.consumers) if node in by_node)
+    return [other for other in readers if other is down or alike(other)]
+
+
+def _leak(region: Region, hidden: Value, ends: Sequence[Product]) -> str | None:
     """Why the hidden units can't be left out: something besides the block reads them."""
+    own = {end.node for end in ends}
     quantised = not jnp.issubdtype(hidden.aval.dtype, jnp.floating)
     for value in sorted(region.inner, key=lambda v: v.node.path if v.node else ""):
         for node in value.consumers:
-            if node not in region.nodes and node is not down.node:
+            if node not in region.nodes and node not in own:
                 if quantised:
                     return (
                         f"what it contracts is quantised at run time to {hidden.aval.dtype}, and {node.primitive} at "

@@ -79,6 +79,11 @@ class Match:
         return self.last.node
 
     @property
+    def ends(self) -> tuple[Product, ...]:
+        """The products whose results are replaced, the last one first."""
+        return (self.last,)
+
+    @property
     def products(self) -> list[Product]:
         """All its products, each once."""
         return [self.last]
@@ -179,6 +184,7 @@ class FfnMatch(Match):
       region: what lies between.
       tokens: T.
       units: m.
+      beside: further products that contract the same units, such as the first factor of a low-rank update of ``down``.
     """
 
     kind: ClassVar[str] = "ffn"
@@ -189,6 +195,7 @@ class FfnMatch(Match):
     region: Region
     tokens: int
     units: int
+    beside: tuple[Product, ...] = ()
 
     @property
     def own(self) -> OwnSparsity | None:  # type: ignore[override]
@@ -201,9 +208,14 @@ class FfnMatch(Match):
         return self.down
 
     @property
+    def ends(self) -> tuple[Product, ...]:
+        """All that contract its units."""
+        return (self.down, *self.beside)
+
+    @property
     def products(self) -> list[Product]:
         """All its products, each once."""
-        return list(dict.fromkeys([*[up.product for up in self.region.ups], self.down]))
+        return list(dict.fromkeys([*[up.product for up in self.region.ups], *self.ends]))
 
     @property
     def nodes(self) -> set[Node]:
@@ -224,16 +236,20 @@ class FfnMatch(Match):
 
     @cached_property
     def matrices(self) -> tuple[Matrix, ...]:
-        """The weights into the units, ``[m, d]``, and the contracting one, ``[m, d_out]``."""
-        down = self.down
-        order = sorted(range(len(down.x_contract)), key=lambda i: down.x_contract[i])
+        """The weights into the units, ``[m, d]``, and the contracting ones, ``[m, d_out]``."""
         ups = (Matrix(up.product, up_rows(up), up.product.contracted) for up in self.region.ups)
-        return (*ups, Matrix(down, down.rows_contracted(tuple(order)), down.width))
+        return (*ups, *(Matrix(end, _down_rows(end), end.width) for end in self.ends))
 
 
 def names_of(match: Match, name_of: Callable[[Root], str]) -> tuple[str, ...]:
     """The names of all its weights, and of what they are scaled by."""
     return tuple(dict.fromkeys(name_of(root) for product in match.products for root in product.origin.recipe.roots))
+
+
+def _down_rows(down: Product) -> Recipe:
+    """The weight of a contracting product as ``[m, d_out]``, units in canonical order."""
+    order = sorted(range(len(down.x_contract)), key=lambda i: down.x_contract[i])
+    return down.rows_contracted(tuple(order))
 
 
 def up_rows(up: Up) -> Recipe:

@@ -180,6 +180,7 @@ class Region:
       zero_share: the share of ordinary inputs that leave a zero; None where none does, or the model itself chooses.
       untried: why ``zero_share`` is not known, its trial having failed; empty where it has not.
       own: the model's own choice of units, when there is one.
+      updates: products into the units that are low-rank updates of others: they are read whole, and come from outside.
       mixing: why what mixes the units is not followed as the model's own choice; empty where nothing does or it is.
     """
 
@@ -193,6 +194,7 @@ class Region:
     zero_share: float | None = None
     untried: str = ""
     own: OwnSparsity | None = None
+    updates: tuple[Product, ...] = ()
     mixing: str = ""
 
     @property

@@ -18,7 +18,7 @@ from hire_xform.passes.plan.measurement import Measurement
 from hire_xform.passes.plan.needs import stack_need
 from hire_xform.passes.prove.what_to_prove import NOTHING_READ
 from hire_xform.passes.rewrite.action import Context
-from hire_xform.passes.rewrite.canonical import result_shape
+from hire_xform.passes.rewrite.canonical import results_of
 from hire_xform.passes.rewrite.site import SiteAction, site_key
 
 # For each product into the units, what is recorded with the stack index of its weight.
@@ -110,7 +110,8 @@ def _without_predictors(forms: SiteForms[Need]) -> SiteForms[Need]:
     """What the dense form takes."""
     ups = tuple(replace(own, predictor=None, norms=None, largest=None) for own in forms.up)
     down = None if forms.down is None else replace(forms.down, norms=None, largest=None)
-    return replace(forms, up=ups, down=down)
+    beside = tuple(replace(own, largest=None) for own in forms.beside)
+    return replace(forms, up=ups, down=down, beside=beside)
 
 
 class MeasuredSite(SiteAction):
@@ -146,14 +147,14 @@ class MeasuredSite(SiteAction):
         for values, forms in zip(recorded, views.ways[0].up, strict=True):
             rows = forms.rows
             record(values, decision.site.path, rows.arrays.shape[: len(rows.index)], rows.index)
-        return [value]
+        return self.given(context, value)
 
     def _function(self) -> Callable[[list[Any], Any], tuple[Any, Recorded]]:
         decision, kind = self.decision, kind_of(self.decision.match)
 
         def run(values: list[Any], views: Any) -> tuple[Any, Recorded]:
             flat, recorded = kind.measured(decision, kind.canonical(decision, values), views)
-            return result_shape(decision.match.last, flat), recorded
+            return results_of(decision.match.ends, flat), recorded
 
         return whole_results(run, decision.node.outputs[0].aval)
 

@@ -20,7 +20,7 @@ from hire_xform.passes.plan.decisions import Decision
 from hire_xform.passes.plan.forms import SiteForms, Whole
 from hire_xform.passes.plan.needs import stack_need
 from hire_xform.passes.rewrite.action import Context
-from hire_xform.passes.rewrite.canonical import result_shape
+from hire_xform.passes.rewrite.canonical import results_of
 from hire_xform.passes.rewrite.site import SiteAction, site_key
 
 
@@ -73,7 +73,7 @@ class RehearsedSite(SiteAction):
         value, logits = run(self.values(context), context.views(decision.forms))
         if logits is not None:
             record({"logits": logits}, decision.site.path)
-        return [value]
+        return self.given(context, value)
 
     def _function(self) -> Callable[[list[Any], Any], tuple[Any, Any]]:
         decision, kind = self.decision, kind_of(self.decision.match)
@@ -81,6 +81,6 @@ class RehearsedSite(SiteAction):
         def run(values: list[Any], views: Any) -> tuple[Any, Any]:
             given = kind.canonical(decision, values)
             flat, logits = kind.rehearsed(decision, given, views.site, views.sizes.whole())
-            return result_shape(decision.match.last, flat), logits
+            return results_of(decision.match.ends, flat), logits
 
         return whole_results(run, decision.node.outputs[0].aval)

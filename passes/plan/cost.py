@@ -141,10 +141,10 @@ class Running:
         kind, matrices = kind_of(self.match), self.match.matrices
         row_bytes = [matrix.row_nbytes for matrix in matrices]
         count = size / sum(row_bytes)
-        summed = kind.forms(self.match, self.settings).down is not None
+        forms = kind.forms(self.match, self.settings)
         time = 0.0
         for number, (matrix, nbytes) in enumerate(zip(matrices, row_bytes, strict=True)):
-            step = "sum" if summed and number == len(matrices) - 1 else "dot"
+            step = "dot" if number < len(forms.up) else "sum"
             wide = "f32" if matrix.product.stored.itemsize >= 4 else "16 bits"
             sharing = self.tokens if self.shared else 1
             time += self.profile.rows[f"{step} {wide}"].seconds(count, nbytes, sharing, kind.gathers)

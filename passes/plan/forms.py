@@ -423,6 +423,7 @@ class SiteForms(Generic[T]):
       order: the order that units are packed in, where it is not their own.
       level: the number of the size of each layer that has its own.
       leaves: the leaves of all products as they are, for a fallback that is the program's own.
+      beside: of further products that contract the units.
     """
 
     up: tuple[ProductForms[T], ...]
@@ -430,6 +431,7 @@ class SiteForms(Generic[T]):
     order: T | None = None
     level: T | None = None
     leaves: tuple[T, ...] = ()
+    beside: tuple[ProductForms[T], ...] = ()
 
     @property
     def head(self) -> ProductForms[T]:
@@ -439,5 +441,5 @@ class SiteForms(Generic[T]):
 
     @property
     def products(self) -> tuple[ProductForms[T], ...]:
-        """Those of all products, the contracting one last."""
-        return self.up if self.down is None else (*self.up, self.down)
+        """Those of all products, the contracting ones last."""
+        return self.up if self.down is None else (*self.up, self.down, *self.beside)

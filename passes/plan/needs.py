@@ -84,10 +84,12 @@ def needs_of(
     made_of = [
         product(own, matrix, n) for n, (own, matrix) in enumerate(zip(forms.products, match.matrices, strict=True))
     ]
+    ups = len(forms.up)
     return SiteForms(
-        tuple(made_of[: len(forms.up)]),
-        None if forms.down is None else made_of[-1],
+        tuple(made_of[:ups]),
+        None if forms.down is None else made_of[ups],
         None if order is None else stack_need(match, UnitOrder(order)),
+        beside=tuple(made_of[ups + 1 :]),
     )
 
 

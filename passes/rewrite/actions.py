@@ -25,7 +25,7 @@ from hire_xform.passes.rewrite.action import Action, Context
 from hire_xform.passes.rewrite.canonical import flat_activation, result_shape
 from hire_xform.passes.rewrite.cyclic_lookups import cyclic_lookups
 from hire_xform.passes.rewrite.merge_top_k import Merged, merge, merged
-from hire_xform.passes.rewrite.site import RewrittenSite
+from hire_xform.passes.rewrite.site import RewrittenSite, SiteAction
 from hire_xform.passes.weights.products import Product
 from hire_xform.passes.weights.recipe import Root
 
@@ -153,7 +153,7 @@ def arg_maxes(decisions: Iterable[Decision]) -> list[ArgMax]:
 
 
 # Makes of a decision what is done in its place, knowing which leaves will be there.
-ActionOf = Callable[[Decision, Callable[[Root], bool]], Action]
+ActionOf = Callable[[Decision, Callable[[Root], bool]], SiteAction]
 
 
 def actions_of(
@@ -177,7 +177,8 @@ def actions_of(
     for decision in plan.decisions:
         ways = (one for one in (decision, other_rows(decision)) if one is not None)
         decisions += [one for one in ways if all(there(n) for n in one.needs)][:1]
-    found: dict[Node, Action] = {one.node: action_of(one, has_leaf) for one in decisions}
+    sites = [action_of(one, has_leaf) for one in decisions]
+    found: dict[Node, Action] = {own.node: own for site in sites for own in (site, *site.further)}
     taken = {p for decision in decisions for p in decision.match.products}
     found.update((one.node, one) for one in arg_maxes(decisions))
     found.update((one.node, MergedTopK(one)) for one in merged(decisions))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -78,6 +80,15 @@ def result_shape(product: Product, flat: Any) -> Any:
         lead = range(len(x_shape), len(x_shape) + len(w_shape))
         shaped = jnp.transpose(shaped, (*lead, *range(len(x_shape))))
     return shaped
+
+
+def results_of(ends: Sequence[Product], flat: Any) -> Any:
+    """``[T, widths]`` as the results of some products side by side: of one its result, of several all of them."""
+    if len(ends) == 1:
+        return result_shape(ends[0], flat)
+    starts = itertools.accumulate(end.width for end in ends[:-1])
+    parts = jnp.split(flat, list(starts), axis=1)
+    return tuple(map(result_shape, ends, parts))
 
 
 def dense_up(up: Up, x: Any, rows: Any) -> Any:

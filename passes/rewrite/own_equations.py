@@ -67,7 +67,8 @@ def own_block(match: FfnMatch, xs: Sequence[Any], sides: Sequence[Any], leaves: 
             with compat.equation_context(node.eqn):
                 results = compat.bind(node.eqn, [read(env, o) for o in node.inputs])
             env.update(zip(node.outputs, results, strict=True))
-        return flat_result(match.down, _bound(match.down, env[match.hidden], leaf_of[match.down]))
+        made = [flat_result(end, _bound(end, env[match.hidden], leaf_of[end])) for end in match.ends]
+        return made[0] if len(made) == 1 else jnp.concatenate(made, axis=1)
 
     return _each(one, tokens, [*xs, *sides])
 

@@ -29,7 +29,7 @@ from hire_xform.passes.plan.levels import Levels
 from hire_xform.passes.plan.placement import Names, Placement, spec_of
 from hire_xform.passes.prove.certifiable import platforms_proved
 from hire_xform.passes.rewrite.action import Action, Context
-from hire_xform.passes.rewrite.canonical import result_shape
+from hire_xform.passes.rewrite.canonical import results_of
 from hire_xform.passes.rewrite.environment import PackedView
 from hire_xform.passes.weights.products import precision_asked
 
@@ -49,8 +49,26 @@ class SiteAction(Action):
 
     @property
     def node(self) -> Node:
-        """The equation whose result is replaced."""
-        return self.decision.node
+        """The first equation whose result is replaced."""
+        return min((end.node for end in self.decision.match.ends), key=lambda node: node.order)
+
+    @property
+    def further(self) -> list[Alongside]:
+        """What stands at the others."""
+        return [Alongside(end.node, self.node) for end in self.decision.match.ends if end.node is not self.node]
+
+    def given(self, context: Context, made: Any) -> Sequence[Any]:
+        """The results of its equation; those of the others are put where these read them.
+
+        Args:
+          context: where it is emitted.
+          made: what ``results_of`` gave.
+        """
+        ends = self.decision.match.ends
+        results = {end.node: one for end, one in zip(ends, made if len(ends) > 1 else (made,), strict=True)}
+        own = results.pop(self.node)
+        context.env.update((node.outputs[0], one) for node, one in results.items())
+        return [own]
 
     @property
     def needs(self) -> tuple[Need, ...]:
@@ -77,6 +95,43 @@ class SiteAction(Action):
         return kind_of(self.decision.match).values(self.decision, context)
 
 
+@dataclass(frozen=True, eq=False, repr=False)
+class Alongside(Action):
+    """A further result of a site, which the site has made: that of another product of the same units.
+
+    Attributes:
+      equation: the equation.
+      site: that at which the site is emitted, before it.
+    """
+
+    equation: Node
+    site: Node
+
+    @property
+    def node(self) -> Node:
+        """The equation."""
+        return self.equation
+
+    @property
+    def key(self) -> Hashable:
+        """Of its kind: what it reads is there."""
+        return "alongside"
+
+    @property
+    def operands(self) -> Sequence[Operand]:
+        """What makes sure that the site is there."""
+        return tuple(self.site.outputs)
+
+    @property
+    def nodes(self) -> Sequence[Node]:
+        """Both equations."""
+        return (self.equation, self.site)
+
+    def emit(self, context: Context) -> Sequence[Any]:
+        """What the site has made."""
+        return [context.read(value) for value in self.equation.outputs]
+
+
 class RewrittenSite(SiteAction):
     """Predict, select, compute, in the place of a match."""
 
@@ -95,14 +150,14 @@ class RewrittenSite(SiteAction):
         decision = self.decision
         result = context.shared(self.key, lambda: _named(decision))(self.values(context), context.views(decision.forms))
         if not decision.marks:
-            return [result]
-        value, rung = result
+            return self.given(context, result)
+        made, rung = result
         context.tell(rung, decision.site.path, decision.marks)
         if decision.settings.certify:
             # Where like calls share a function, the path is that of the first of them.
             proved = platforms_proved(decision.match, decision.input_bits)
-            value = proved_for(value, proved, decision.site.path)
-        return [value]
+            made = jax.tree.map(lambda value: proved_for(value, proved, decision.site.path), made)
+        return self.given(context, made)
 
 
 def site_key(decision: Decision) -> Hashable:
@@ -151,7 +206,7 @@ def site_function(decision: Decision) -> SiteFunction:
 
     def run(values: list[Any], views: SiteForms[PackedView]) -> Any:
         flat, mark = kind.subgraph(decision, kind.canonical(decision, values), views, None)
-        result = result_shape(match.last, flat)
+        result = results_of(match.ends, flat)
         return (result, mark) if decision.marks else result
 
     return run
@@ -208,11 +263,12 @@ def _on_each_device(decision: Decision, placement: Placement) -> SiteFunction:
             check_vma=False,
         )
         if not marked:
-            return result_shape(match.last, mapped(given, views))
+            return results_of(match.ends, mapped(given, views))
         flat, marks = mapped(given, views)
-        return result_shape(match.last, flat), marks.max()
+        return results_of(match.ends, flat), marks.max()
 
-    result = match.last.out.aval.sharding.spec
+    specs = tuple(end.out.aval.sharding.spec for end in match.ends)
+    result: Any = specs[0] if len(specs) == 1 else specs
     return under_automatic_axes(run, placement.mesh, (result, PartitionSpec()) if marked else result)
 
 

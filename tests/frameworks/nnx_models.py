@@ -469,17 +469,16 @@ CASES = [
         "decoder, dropout on", "module in, module out", partial(module, model_returned, ffn=DropoutFfn), L, 1, 4 * L
     ),
     flax_nnx("decoder, dropout on", "module, nnx.scan", partial(module, ffn=DropoutFfn, layers=Scanned), 1, 1, 4),
-    # The adapter of a product into the hidden units is a second product into them, of a product of its own.
-    flax_nnx("decoder, LoRA on up", "module as argument", partial(module, ffn=UpLoraFfn), L, 1, (4 + 1) * L),
-    # Both down and its adapter read the hidden units: not one block by this project's definition.
+    # The adapter of a product into the hidden units is read whole, in two products that are neither.
+    flax_nnx("decoder, LoRA on up", "module as argument", partial(module, ffn=UpLoraFfn), L, 1, (4 + 2) * L),
+    # Of the adapter of down the first factor is a part of the block.
     flax_nnx(
         "decoder, LoRA on up and down",
         "module as argument",
         partial(module, ffn=LoraFfn),
         L,
         1,
-        (4 + 6) * L,
-        missed=("two products contract the hidden units",) * L,
+        (4 + 3) * L,
     ),
     # The experts' products have a batch dimension: no blocks by this project's definition. A router for each.
     flax_nnx("decoder, dense experts", "nnx.vmap over experts", partial(module, ffn=DenseExperts), 0, 1, (4 + 3) * L),

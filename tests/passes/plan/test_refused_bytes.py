@@ -97,11 +97,23 @@ def lora_on_down(p, x):
     return h @ p["down"] + (h @ p["a"]) @ p["b"]
 
 
-def test_the_cause_of_lora_on_down_is_lora():
+def test_lora_on_down_is_a_part_of_the_block():
     p = {"both": zeros(D, 2, M), "down": zeros(M, D), "a": zeros(M, R), "b": zeros(R, D)}
-    found, _ = refusals_of(lora_on_down, p)
+    found, plan = refusals_of(lora_on_down, p)
+    own = {path: r.kind for path, r in found.items()}
+    assert own == {"dot_general[0]": "ffn", "dot_general[1]": "ffn", "dot_general[2]": "ffn", "dot_general[3]": ""}
+    assert plan.refused_bytes == sum(4 * a.size for a in p.values())
+
+
+def test_the_cause_of_what_reads_the_units_differently_is_that():
+    def fun(p, x):
+        h = jax.nn.relu(x @ p["up"])
+        return h @ p["down"] + (h[:, ::-1] @ p["a"]) @ p["b"]
+
+    p = {"up": zeros(D, M), "down": zeros(M, D), "a": zeros(M, R), "b": zeros(R, D)}
+    found, _ = refusals_of(fun, p)
     first, down = found["dot_general[0]"], found["dot_general[1]"]
-    assert "what it contracts is also read by dot_general" in down.reason
+    assert "what it contracts is also read by rev" in down.reason
     assert first.reason == f"it leads to dot_general[1], with which it makes no block: there, {down.reason}"
 
 
