@@ -31,17 +31,14 @@ def detect(graph: Graph, provenance: Provenance) -> Detection:
     reasons: dict[Product, str] = {}
     leads: dict[Product, Nearly] = {}
     unfollowed: dict[Product, Unfollowed] = {}
-    updates: dict[Product, str] = {}
+    updates: set[Product] = set()
     probe, why = Probe(), Why()
     for product in products:
         found = ffn_ending_in(product, by_node, taken, probe)
         if isinstance(found, FfnMatch):
             matches.append(found)
             taken.update(found.products)
-            whole = (
-                f"it is a low-rank update of what {found.region.ups[0].product.path} makes, and read whole beside it"
-            )
-            updates.update(dict.fromkeys(found.region.updates, whole))
+            updates.update(found.region.updates)
             outcome = f"yes, that of {', '.join(up.product.path for up in found.region.ups)}"
         elif isinstance(found, Nearly):
             reasons.setdefault(product, found.reason)
@@ -57,7 +54,7 @@ def detect(graph: Graph, provenance: Provenance) -> Detection:
         if product in taken:
             continue
         if product in updates:
-            reasons[product] = updates[product]
+            reasons[product] = "it is a low-rank update of a product into hidden units, and read whole beside its rows"
             continue
         fate = follow(product, narrow=not is_wide(product))
         reason = not_vocabulary(product, fate, by_node, leads.get(product), reasons.get(product), unfollowed)

@@ -61,7 +61,7 @@ def test_a_block_with_updates_is_found_and_equal_at_full_width(name):
     step = hx.sparsify(fun, config=FULL)
     traced, want = step.trace(p, x), fun(p, x)
     assert kinds(traced.plan) == ["ffn"]
-    whole = [r.weights for r in traced.plan.refusals if "low-rank update of what" in r.reason]
+    whole = [r.weights for r in traced.plan.refusals if "low-rank update of a product" in r.reason]
     wanted = [("gate", "up")] if name == "all" else [("gate",)] if "gate" in name or "all" in name else []
     assert whole == [(f"p['{one}_b']",) for pair in wanted for one in pair]
     packed = traced.pack(p)

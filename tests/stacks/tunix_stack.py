@@ -6,6 +6,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import qwix
 from flax import nnx
 from stack import Run, Stack, randomised
 from tunix.generate import sampler as sampler_lib
@@ -52,8 +53,17 @@ def gemma():
     return gemma3.Gemma3(config, rngs=nnx.Rngs(0))
 
 
+def with_adapters(make):
+    """LoRA on the products of the blocks and of attention, as tunix's examples have it."""
+    model = make()
+    found = ".*q_proj|.*kv_einsum|.*gate_proj|.*up_proj|.*down_proj"
+    provider = qwix.LoraProvider(module_path=found, rank=4, alpha=2.0)
+    return qwix.apply_lora_to_model(model, provider, **model.get_model_input())
+
+
 def sampler_of(model):
     nnx.update(model, randomised(nnx.state(model, nnx.Param)))
+    nnx.update(model, randomised(nnx.state(model, nnx.LoRAParam), seed=1))
     cache = sampler_lib.CacheConfig(cache_size=16, num_layers=L, num_kv_heads=1, head_dim=H)
     sampler = sampler_lib.Sampler(model, Words(), cache)
     sampler.eos_ids = jnp.array([2])
@@ -100,5 +110,6 @@ def one_step(make):
 CASES = [
     Stack("tunix", "Sampler._decode_fn", "llama3", partial(decode, llama), L, 1),
     Stack("tunix", "Sampler._decode_fn", "gemma3", partial(decode, gemma), L, 1),
+    Stack("tunix", "Sampler._decode_fn", "llama3, LoRA", partial(decode, partial(with_adapters, llama)), L, 1),
     Stack("tunix", "Sampler._sample_step", "llama3, tied", partial(one_step, partial(llama, weight_tying=True)), L, 1),
 ]
