@@ -2,6 +2,7 @@
 
 import gc
 import os
+import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from importlib import metadata
@@ -18,6 +19,12 @@ if metadata.version("jaxlib").startswith("0.10."):
     _QUICK.append("--xla_cpu_use_fusion_emitters=false")
 if os.environ.get("HIRE_TEST_OPTIMISED", "0") != "1":
     os.environ["XLA_FLAGS"] = " ".join([*_QUICK, os.environ.get("XLA_FLAGS", "")]).strip()
+# What one process compiled it does not compile again, though programs are dropped after each module: a seventh of the
+# suite's time. Each has a folder of its own, since JAX writes such files in place.
+_COMPILED = tempfile.TemporaryDirectory(prefix="hire_xform-compiled-")
+os.environ["JAX_COMPILATION_CACHE_DIR"] = _COMPILED.name
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 # Unless told otherwise: the TPU's compiler, which some tests have installed, would have JAX look for a TPU.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Plans hang on what the machine takes for what: the same profile wherever the suite runs, whatever is kept there.
@@ -62,6 +69,11 @@ def pytest_collection_modifyitems(config, items) -> None:
         return
     items[:] = kept
     config.hook.pytest_deselected(items=left_out)
+
+
+def pytest_sessionfinish() -> None:
+    """Not left to the interpreter's end, which a worker may not come to."""
+    _COMPILED.cleanup()
 
 
 @pytest.fixture

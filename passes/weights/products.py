@@ -93,11 +93,6 @@ class Product:
         return np.dtype(self.origin.stored)
 
     @property
-    def widened_nbytes(self) -> int:
-        """Bytes of the weight as it is used, which a compiler may make of it before it multiplies."""
-        return math.prod(self.weight.shape) * np.dtype(self.weight.aval.dtype).itemsize
-
-    @property
     def unrounded(self) -> bool:
         """True for a bfloat16 result that all its readers widen at once, which XLA then does not round.
 

@@ -74,6 +74,7 @@ def batches(params, count=2):
     return [(params, jnp.asarray(np.random.default_rng(s).normal(size=(60, D)), jnp.float32)) for s in range(count)]
 
 
+@pytest.mark.any_jax("units in another order are the same units", every=2)
 @pytest.mark.parametrize("fun", [gated, looped])
 @pytest.mark.parametrize("predictor", [hx.Quantized(8), hx.LowRank(0.5, bits=8)], ids=repr)
 def test_full_width_is_dense_in_another_order(fun, predictor):
@@ -129,6 +130,7 @@ def test_the_order_is_kept_in_the_file_and_is_for_its_groups_only(tmp_path):
     assert next(iter(once.sites.values())).order is None
 
 
+@pytest.mark.any_jax("units in another order are the same units", every=2)
 @pytest.mark.parametrize("predictor", [hx.Quantized(8), hx.LowRank(0.5, bits=8)])
 def test_groups_may_stay_as_they_are(predictor):
     params = cofiring_params()

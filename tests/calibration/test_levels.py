@@ -51,6 +51,7 @@ NESTED = ("scanned", "scanned_tied", "jit_scan_jit", "indexed", "while_indexed")
 STACKED = [m for m in models.MODELS if m.name in NESTED]
 
 
+@pytest.mark.any_jax("cases vary the model, whose layers differ alike", every=3)
 @pytest.mark.parametrize("model", STACKED, ids=str)
 def test_each_layer_computes_its_own_number_of_units(model):
     params, calibration = made(model)

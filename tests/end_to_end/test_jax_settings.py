@@ -45,6 +45,7 @@ def given():
     return {**params, "head": models.random_array(rng, models.D, 300)}, x
 
 
+@pytest.mark.any_jax("settings of JAX against settings of ours", every=2)
 @pytest.mark.parametrize("config", CONFIGS)
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_what_is_found_and_what_comes_out_is_the_same(setting, config):
@@ -64,6 +65,7 @@ def test_what_is_found_and_what_comes_out_is_the_same(setting, config):
         assert_same(one, want)
 
 
+@pytest.mark.any_jax("settings of JAX against settings of ours", every=2)
 @pytest.mark.parametrize("setting", ["strict promotion", "no rank promotion", "debug_nans", "disable_jit"])
 @pytest.mark.parametrize("config", CONFIGS)
 def test_derivatives_and_batches_are_the_same(setting, config):

@@ -148,6 +148,7 @@ NESTINGS = {
 }
 
 
+@pytest.mark.any_jax("cases vary nestings, which test_full_width.py runs on every JAX", every=3)
 @pytest.mark.parametrize("outer", ["eager", "jit", "vmap"])
 @pytest.mark.parametrize("name", NESTINGS)
 def test_nestings_and_transformations(name, outer):

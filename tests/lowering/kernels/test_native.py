@@ -37,6 +37,7 @@ def normal(seed, *shape):
 SHAPES = [(1, 1, 1), (1, 7, 3), (2, 130, 65), (3, 200, 64), (5, 67, 127), (70, 33, 100), (1, 5, 140_000), (4, 2, 8)]
 
 
+@pytest.mark.any_jax("loops in C++; a few cases say that they are called alike", every=8)
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize(("tokens", "n", "d"), SHAPES)
 def test_scores(tokens, n, d, bits):
@@ -63,6 +64,7 @@ def test_scores(tokens, n, d, bits):
     assert (np.abs(np.asarray(got) - exact)[known] <= 1e-6 * size[known] + 1e-6).all()
 
 
+@pytest.mark.any_jax("loops in C++; a few cases say that they are called alike", every=8)
 @pytest.mark.parametrize("own", [False, True], ids=["shared", "own"])
 @pytest.mark.parametrize(
     "dtype",
@@ -195,6 +197,7 @@ def test_the_arg_max(shape, how):
         np.testing.assert_array_equal(jax.vmap(steps.arg_max)(jnp.asarray(values)), got)
 
 
+@pytest.mark.any_jax("loops in C++; a few cases say that they are called alike", every=5)
 @pytest.mark.parametrize("n", [1, 31, 1000, 40_000, 100_001])
 @pytest.mark.parametrize("how", ["few", "all", "none", "NaN"])
 def test_open_rows(n, how):

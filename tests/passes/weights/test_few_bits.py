@@ -317,6 +317,7 @@ AFTER = {
 }
 
 
+@pytest.mark.any_jax("cases vary the scales of one product", every=2)
 @pytest.mark.parametrize("certify", [False, True], ids=["approximate", "certified"])
 @pytest.mark.parametrize("name", AFTER)
 def test_scales_after_the_product_are_the_programs_own(name, certify):
@@ -344,6 +345,7 @@ def test_scales_after_the_product_are_the_programs_own(name, certify):
 # --- certified ---
 
 
+@pytest.mark.any_jax("cases vary the scales of one proof", every=3)
 @pytest.mark.parametrize("how", ["one", "scanned"])
 @pytest.mark.parametrize("name", ["per output", "per input", "groups of inputs", "zero point", "four bits, groups"])
 def test_what_is_proved_holds_of_scaled_rows(name, how):
