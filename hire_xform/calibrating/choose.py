@@ -18,7 +18,7 @@ ROUNDS, SEARCHED_TOKENS, LAST_ROUNDS = 8, 2048, 4
 # A block's share of energy lost at which its effect on the results is measured.
 PROBED_LOSS = 0.02
 # Batches that this is measured on: enough for this many tokens.
-PROBED_TOKENS = 1024
+PROBED_TOKENS = 512
 
 # Per site, the cost of one unit of what its curves say is lost, ``[*stack]``.
 Weights = Mapping[str, np.ndarray]

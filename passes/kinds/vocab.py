@@ -21,7 +21,7 @@ from hire_xform.lowering.measure.statistics import (
     proved_ranks,
     vocab_ranks,
 )
-from hire_xform.lowering.predict.predictors import predict_scores, predict_scores_of_many
+from hire_xform.lowering.predict.predictors import predict_scores_of_many
 from hire_xform.lowering.prove.intervals import Interval
 from hire_xform.lowering.prove.proofs import proof_bytes, scores_with_bounds
 from hire_xform.lowering.xla.blocks import fold_row_blocks
@@ -44,8 +44,8 @@ from hire_xform.passes.rewrite.own_equations import own_product
 from hire_xform.passes.weights.cut_weights import is_cut, parts_of_rows
 
 Views = SiteForms[PackedView]
-# Logits that a calibration looks at together: 64 MB, for each of its arrays of them.
-_LOGITS_TOGETHER = 1 << 24
+# Logits that a calibration looks at together: 48 MB, for each of its arrays of them.
+_LOGITS_TOGETHER = 3 << 22
 
 
 def is_known_for_logits(case: Case) -> str | None:
@@ -231,7 +231,9 @@ class VocabKind(SiteKind):
         if decision.inputs:
             found["covariance0"] = covariance(x)
         if decision.ranks:
-            together = max(16, _LOGITS_TOGETHER // product.width)
+            # In blocks of about the same size: packed forms are unpacked again for each.
+            count = -(-x.shape[0] * product.width // _LOGITS_TOGETHER)
+            together = max(16, -(-x.shape[0] // count))
             found |= fold_row_blocks(lambda some: self._ranks(decision, some, views), together, x)
         return rows.filled(logits), [found]
 
@@ -260,7 +262,7 @@ class VocabKind(SiteKind):
         product, settings, x = _match(decision).product, _settings(decision), given[0]
         assert views.head.predictor is not None
         dense = dense_product(product, x, views.head.rows.whole())
-        scores = predict_scores(x, views.head.predictor.whole(), settings.spec, product.width)
+        scores = predict_scores_of_many(x, views.head.predictor.whole(), settings.spec, product.width)
         chosen = first_in_order(scores, sizes, min(KL_SIZES, product.width))
         rest = scores.astype(dense.dtype) if settings.fill == "predicted" else -jnp.inf
         logits = jnp.where(chosen, dense, rest)

@@ -171,8 +171,24 @@ def packed_spec(sharding: NamedSharding, shape: Sequence[int], key: PackKey) -> 
 
 
 def _of_each(make: Callable[..., Any], form: Form, rows: Any, given: Sequence[Any]) -> Any:
-    """Of each matrix of a stack, ``[*stack, n, d]``, with its own of what is given: that of a matrix's parts is one."""
+    """Of each matrix of a stack, ``[*stack, n, d]``, with its own of what is given: that of a matrix's parts is one.
+
+    One matrix after the other: temporaries are those of one.
+    """
     depths = [array.ndim - own for array, (_, own) in zip(given, form.given, strict=True)]
     for axis in range(jax.tree.leaves(rows)[0].ndim - 2, 0, -1):
-        make = jax.vmap(make, in_axes=(0, *(0 if axis <= depth else None for depth in depths)))
+        make = _one_by_one(make, [axis <= depth for depth in depths])
     return make(rows, *given)
+
+
+def _one_by_one(make: Callable[..., Any], stacked: Sequence[bool]) -> Callable[..., Any]:
+    """``make`` of each entry of rows, and of those of what is given that are stacked too."""
+
+    def run(rows: Any, *given: Any) -> Any:
+        def one(rows_and_own: tuple[Any, list[Any]]) -> Any:
+            own = iter(rows_and_own[1])
+            return make(rows_and_own[0], *(next(own) if s else g for s, g in zip(stacked, given, strict=True)))
+
+        return jax.lax.map(one, (rows, [g for s, g in zip(stacked, given, strict=True) if s]))
+
+    return run

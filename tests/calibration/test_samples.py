@@ -103,9 +103,8 @@ def test_both_halves_run_one_program_and_heads_that_nothing_reads_are_left_out(m
 def test_each_phase_is_shown_by_its_name(capsys, monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("COLUMNS", "120")
-    hx.calibrate(
-        block, [(block_params(), normal(s, 3, D)) for s in range(2)], predictors=[hx.LowRank(3)], progress=True
-    )
+    params = block_params()
+    hx.calibrate(block, [(params, normal(s, 3, D)) for s in range(2)], predictors=[hx.LowRank(3)], progress=True)
     said = capsys.readouterr().err
     for phase in ("calibrating: inputs", "calibrating: fitting", "calibrating: predictors"):
         assert phase in said
