@@ -82,9 +82,16 @@ between: $(VENV)/.test
 
 # The decode functions of tunix, MaxText, gemma, KerasHub and penzai, which want an environment of their own.
 STACKS_VENV ?= .venv-stacks
+# Asked for all at once, pip looks for versions that go together for longer than ten minutes: what tunix and MaxText
+# import comes after the extra, and they themselves without what they require.
+STACKS := google-tunix==0.1.7 maxtext==0.2.5 tokamax==0.0.17
+IMPORTED := google-metrax qwix perfetto omegaconf datasets numba sympy pylatexenc importlib_resources kagglehub \
+	python-dotenv transformers pathwaysutils aqtp drjax
 $(STACKS_VENV)/.stacks: $(BUILT)
 	$(MAKE) VENV=$(STACKS_VENV) $(STACKS_VENV)/.created
 	$(STACKS_VENV)/bin/python -m pip install --quiet --no-build-isolation --editable '.[test,stacks]'
+	$(STACKS_VENV)/bin/python -m pip install --quiet $(IMPORTED)
+	$(STACKS_VENV)/bin/python -m pip install --quiet --no-deps $(STACKS)
 	touch $@
 
 stacks: $(STACKS_VENV)/.stacks
