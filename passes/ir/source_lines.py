@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import sys
 from itertools import takewhile
@@ -43,8 +44,14 @@ def _of_packages(inside: list[str]) -> str:
 
 def _is_ours(line: str) -> bool:
     """Whether a line is of this package."""
-    folders = (folder for name in _PACKAGES if name in sys.modules for folder in sys.modules[name].__path__)
-    return any(line.startswith((f"{folder}/", f"{folder}\\")) for folder in folders)
+    return line.startswith(_own_folders())
+
+
+@functools.cache
+def _own_folders() -> tuple[str, ...]:
+    """Where this package's files are, as lines begin with."""
+    folders = [folder for name in _PACKAGES if name in sys.modules for folder in sys.modules[name].__path__]
+    return tuple(f"{folder}{end}" for folder in folders for end in "/\\")
 
 
 _ROOT = __name__.partition(".")[0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -56,17 +57,17 @@ class Product:
         """The result."""
         return self.node.outputs[0]
 
-    @property
+    @cached_property
     def tokens(self) -> int:
         """Rows of the activation: the product of its free dimensions."""
         return math.prod(self.x.shape[d] for d in self.x_free)
 
-    @property
+    @cached_property
     def contracted(self) -> int:
         """Length of the contraction."""
         return math.prod(self.weight.shape[d] for d in self.w_contract)
 
-    @property
+    @cached_property
     def width(self) -> int:
         """Outputs per token: the product of the weight's free dimensions."""
         return math.prod(self.weight.shape[d] for d in self.w_free)
