@@ -5,6 +5,7 @@ which a predictor's scores have rows (or groups of units) chosen: with the total
 ``k`` candidates is the share of the first ``k`` positions, for every ``k`` at once.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax
@@ -98,7 +99,7 @@ def _divergences(
         part = _divergences(some, sample.of(scores), sample.of(ranked), fill, None)
         return part * (logits.shape[0] / some.shape[0])
     logits, sizes = logits.astype(jnp.float32), min(logits.shape[1], KL_SIZES)
-    values, order = da_top_k(ranked, sizes)
+    values, order = _largest(ranked, sizes)
 
     def chosen(values: jax.Array) -> jax.Array:
         return jnp.take_along_axis(values, order, axis=1)
@@ -237,7 +238,7 @@ def unit_ranks(
     tokens, units = activation.shape
     energy = _energy(activation, down_norms)
     total = jnp.sum(energy, axis=1, keepdims=True)
-    order = da_top_k(_ranked(scores), scores.shape[1])[1]
+    order = _largest(_ranked(scores), scores.shape[1])[1]
 
     def by_position(values: jax.Array) -> jax.Array:
         grouped = values.reshape(tokens, units // group_size, group_size).sum(axis=2)
@@ -258,7 +259,7 @@ def first_in_order(scores: jax.Array, size: jax.Array, most: int) -> jax.Array:
       most: the largest size that will be asked for.
     """
     ranked = _ranked(scores)
-    last = jnp.take(da_top_k(ranked, most)[0], jnp.minimum(size, most) - 1, axis=1)[:, None]
+    last = jnp.take(_largest(ranked, most)[0], jnp.minimum(size, most) - 1, axis=1)[:, None]
     # Of equal scores the lower index is chosen first, as `da_top_k` does.
     left = size - jnp.sum(ranked > last, axis=1, keepdims=True)
     equal = ranked == last
@@ -268,6 +269,14 @@ def first_in_order(scores: jax.Array, size: jax.Array, most: int) -> jax.Array:
 
 def _energy(activation: jax.Array, down_norms: jax.Array) -> jax.Array:
     return jnp.square(activation.astype(jnp.float32) * down_norms)
+
+
+def _largest(ranked: jax.Array, k: int) -> Sequence[jax.Array]:
+    """The k largest of each token and where they stand, of scores without NaN; ties go to the lower index.
+
+    A kernel's, but not under a mesh that values are typed by: JAX 0.12 does not lower there what XLA partitions of it.
+    """
+    return da_top_k(ranked, k) if jax.typeof(ranked).sharding.mesh.empty else lax.top_k(ranked, k)
 
 
 def _ranked(scores: jax.Array) -> jax.Array:
