@@ -9,7 +9,8 @@ from checks import assert_same
 import hire_xform as hx
 from hire_xform.lowering.engine.head import vocab_logits
 from hire_xform.passes.match.matches import OneProduct
-from hire_xform.passes.plan.forms import ROWS, PackedPredictor, ProductForms, SiteForms
+from hire_xform.passes.plan.forms import ROWS, PackedPredictor
+from hire_xform.passes.plan.slots import ProductForms, SiteForms
 from hire_xform.passes.rewrite.canonical import flat_activation, product_key
 
 D, WIDE, LAYERS = 16, 48, 3

@@ -21,9 +21,10 @@ from hire_xform.passes.match.matches import Match, Matrix
 from hire_xform.passes.match.vocab import BATCHED
 from hire_xform.passes.plan.checks import MEANING, Case, has_few_tokens, is_placed, is_wanted
 from hire_xform.passes.plan.decisions import Decision
-from hire_xform.passes.plan.forms import Form, PackedPredictor, ProductForms, SiteForms
+from hire_xform.passes.plan.forms import Form, PackedPredictor
 from hire_xform.passes.plan.placement import Placement
 from hire_xform.passes.plan.settings import Dense
+from hire_xform.passes.plan.slots import ProductForms, SiteForms
 from hire_xform.passes.rewrite.canonical import flat_activation, product_key
 from hire_xform.passes.rewrite.environment import PackedView
 from hire_xform.passes.weights.products import Product, normal_form

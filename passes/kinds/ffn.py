@@ -30,18 +30,10 @@ from hire_xform.passes.plan.checks import (
     is_wanted,
 )
 from hire_xform.passes.plan.decisions import Decision
-from hire_xform.passes.plan.forms import (
-    ROWS,
-    Form,
-    LargestNorm,
-    Moments,
-    Norms,
-    PackedPredictor,
-    ProductForms,
-    SiteForms,
-)
+from hire_xform.passes.plan.forms import ROWS, Form, LargestNorm, Moments, Norms, PackedPredictor
 from hire_xform.passes.plan.placement import Placement
 from hire_xform.passes.plan.settings import Ffn
+from hire_xform.passes.plan.slots import ProductForms, SiteForms
 from hire_xform.passes.prove.region_intervals import unbounded
 from hire_xform.passes.rewrite.canonical import canonical_activation, canonical_side, product_key
 from hire_xform.passes.weights.cut_weights import is_cut

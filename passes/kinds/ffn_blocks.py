@@ -19,8 +19,8 @@ from hire_xform.passes.match.own_choice import OfAll, OfChosen
 from hire_xform.passes.match.region import Up, replay
 from hire_xform.passes.match.zeros import gate_of, upper_of
 from hire_xform.passes.plan.decisions import Decision
-from hire_xform.passes.plan.forms import SiteForms
 from hire_xform.passes.plan.settings import Ffn
+from hire_xform.passes.plan.slots import SiteForms
 from hire_xform.passes.prove.region_intervals import threshold_bounds
 from hire_xform.passes.rewrite.canonical import dense_product, dense_up
 from hire_xform.passes.rewrite.environment import PackedView

@@ -33,9 +33,10 @@ from hire_xform.passes.match.matches import VocabMatch
 from hire_xform.passes.measure.capture import Measured, Recorded, numbered
 from hire_xform.passes.plan.checks import MEANING, Case, can_be_certified, has_few_tokens, is_placed, is_wanted
 from hire_xform.passes.plan.decisions import Decision
-from hire_xform.passes.plan.forms import ROWS, Form, PackedPredictor, ProductForms, SiteForms
+from hire_xform.passes.plan.forms import ROWS, Form, PackedPredictor
 from hire_xform.passes.plan.placement import Placement
 from hire_xform.passes.plan.settings import Vocab
+from hire_xform.passes.plan.slots import ProductForms, SiteForms
 from hire_xform.passes.prove.what_to_prove import Reads, reads_of
 from hire_xform.passes.rewrite.action import Context
 from hire_xform.passes.rewrite.canonical import dense_product, flat_activation, product_key

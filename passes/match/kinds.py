@@ -16,9 +16,10 @@ if TYPE_CHECKING:
     from hire_xform.passes.measure.capture import Measured
     from hire_xform.passes.plan.checks import Case, Check
     from hire_xform.passes.plan.decisions import Decision
-    from hire_xform.passes.plan.forms import Form, SiteForms
+    from hire_xform.passes.plan.forms import Form
     from hire_xform.passes.plan.placement import Placement
     from hire_xform.passes.plan.settings import Settings
+    from hire_xform.passes.plan.slots import SiteForms
     from hire_xform.passes.prove.what_to_prove import Reads
     from hire_xform.passes.rewrite.action import Context
 

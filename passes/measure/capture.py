@@ -13,9 +13,10 @@ from hire_xform.lowering.primitives.records import record
 from hire_xform.passes.ir.each_device import whole_results
 from hire_xform.passes.match.kinds import kind_of
 from hire_xform.passes.plan.decisions import Decision, Need
-from hire_xform.passes.plan.forms import SiteForms, UnitOrder, Whole
+from hire_xform.passes.plan.forms import UnitOrder, Whole
 from hire_xform.passes.plan.measurement import Measurement
 from hire_xform.passes.plan.needs import stack_need
+from hire_xform.passes.plan.slots import SiteForms
 from hire_xform.passes.prove.what_to_prove import NOTHING_READ
 from hire_xform.passes.rewrite.action import Context
 from hire_xform.passes.rewrite.canonical import results_of

@@ -13,11 +13,12 @@ import jax
 from hire_xform.passes.ir.graph import Node
 from hire_xform.passes.match.kinds import kind_of
 from hire_xform.passes.match.matches import Match
-from hire_xform.passes.plan.forms import ROWS, Form, SiteForms
+from hire_xform.passes.plan.forms import ROWS, Form
 from hire_xform.passes.plan.levels import Levels
 from hire_xform.passes.plan.placement import Placement
 from hire_xform.passes.plan.profile import Profile
 from hire_xform.passes.plan.settings import Settings
+from hire_xform.passes.plan.slots import SiteForms
 from hire_xform.passes.prove.what_to_prove import NOTHING_READ, Reads
 from hire_xform.passes.weights.origins import Ref
 from hire_xform.passes.weights.recipe import Recipe, Root

@@ -1,14 +1,10 @@
-"""The packed forms of weights: objects that say how they are packed and what is read of them, and their slots by name.
-
-Packed forms of one program have an order, that of the slots here: rows, predictor, largest norm, norms, moments of each
-product; then what is of no product.
-"""
+"""The packed forms of weights: objects that say how they are packed and what is read of them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator
-from dataclasses import dataclass, field, fields, replace
-from typing import Any, ClassVar, Generic, Protocol, TypeVar
+from collections.abc import Hashable
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +12,6 @@ import jax.numpy as jnp
 from hire_xform.lowering.engine.certified_ffn import largest_norm
 from hire_xform.lowering.predict.predictors import Predictor, pack_predictor, packed_shapes, predictor_bytes
 from hire_xform.lowering.primitives.ranks import moments_bytes, pack_moments
-from hire_xform.lowering.primitives.stored_rows import Operation, StoredRows
 from hire_xform.lowering.prove.moment_bounds import bounded_moments_bytes, pack_bounded_moments
 from hire_xform.lowering.prove.proofs import pack_proof, proof_bytes, proof_reads, proof_shapes
 
@@ -335,111 +330,3 @@ class UnitOrder(Whole):
     def pack(self, leaf: Any, *given: Any) -> Any:
         """The order."""
         return given[0]
-
-
-T = TypeVar("T")
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Stored(Generic[T]):
-    """Of rows that are stored in few bits the packed forms, or what stands for them: it stands where rows do.
-
-    Attributes:
-      values: of the rows as they are stored.
-      others: of what they are scaled by, as small as it is.
-      operations: what makes the rows of them.
-    """
-
-    values: Any
-    others: tuple[T, ...]
-    operations: tuple[Operation, ...] = field(metadata={"static": True})
-
-    @property
-    def key(self) -> Any:
-        """The key of a need."""
-        return self.values.key
-
-    @property
-    def arrays(self) -> Any:
-        """The stored values of a view."""
-        return self.values.arrays
-
-    @property
-    def index(self) -> tuple[Any, ...]:
-        """The stack indices of a view."""
-        return tuple(self.values.index)
-
-    def filled(self, value: Any) -> Any:
-        """As of a view of rows."""
-        return self.values.filled(value)
-
-    def whole(self) -> StoredRows:
-        """As of a view of rows."""
-        return self._together(lambda view: view.whole())
-
-    def rows(self) -> tuple[StoredRows, Any]:
-        """As of a view of rows."""
-        return self._together(lambda view: view.rows()[0]), self.values.rows()[1]
-
-    def _together(self, taken: Callable[[Any], Any]) -> StoredRows:
-        one_row = tuple(view.arrays.shape[len(view.index)] == 1 for view in self.others)  # type: ignore[attr-defined]
-        return StoredRows(taken(self.values), tuple(map(taken, self.others)), self.operations, one_row)
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class ProductForms(Generic[T]):
-    """Of one product of a site its packed forms, or what stands for them (needs, views), by name.
-
-    Attributes:
-      rows: its rows, ``[n, d]``, or a ``Stored`` of those that are scaled; None of a product of which none are computed
-        exactly.
-      predictor: of a product that is scored; where the site is certified with its bounds.
-      largest: a bound of the norms of its rows.
-      norms: the norms of its rows.
-      moments: those of which sums over all units are made; where the site is certified with their bounds.
-    """
-
-    rows: Any = None
-    predictor: T | None = None
-    largest: T | None = None
-    norms: T | None = None
-    moments: T | None = None
-
-    def __iter__(self) -> Iterator[T]:
-        """Those that are there, in their order."""
-        return (one for one in (getattr(self, f.name) for f in fields(self)) if one is not None)
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class SiteForms(Generic[T]):
-    """Of one site its packed forms, or what stands for them (needs, views), by name.
-
-    Attributes:
-      up: of each product whose rows are chosen from: those into the hidden units, or a vocabulary's one.
-      down: of the product that contracts the units; None of a vocabulary.
-      order: the order that units are packed in, where it is not their own.
-      level: the number of the size of each layer that has its own.
-      leaves: the leaves of all products as they are, for a fallback that is the program's own.
-      beside: of further products that contract the units.
-    """
-
-    up: tuple[ProductForms[T], ...]
-    down: ProductForms[T] | None = None
-    order: T | None = None
-    level: T | None = None
-    leaves: tuple[T, ...] = ()
-    beside: tuple[ProductForms[T], ...] = ()
-
-    @property
-    def head(self) -> ProductForms[T]:
-        """Those of a site's one product."""
-        (one,) = self.up
-        return one
-
-    @property
-    def products(self) -> tuple[ProductForms[T], ...]:
-        """Those of all products, the contracting ones last."""
-        return self.up if self.down is None else (*self.up, self.down, *self.beside)

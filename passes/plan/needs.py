@@ -11,22 +11,11 @@ import jax.numpy as jnp
 from hire_xform.passes.match.kinds import kind_of
 from hire_xform.passes.match.matches import Match, Matrix
 from hire_xform.passes.plan.decisions import Need, PackKey
-from hire_xform.passes.plan.forms import (
-    ROWS,
-    Form,
-    Inputs,
-    Leaf,
-    Order,
-    PackedPredictor,
-    ProductForms,
-    Rows,
-    SiteForms,
-    Stored,
-    UnitOrder,
-)
+from hire_xform.passes.plan.forms import ROWS, Form, Inputs, Leaf, Order, PackedPredictor, Rows, UnitOrder
 from hire_xform.passes.plan.measurement import Measurement
 from hire_xform.passes.plan.placement import in_parts
 from hire_xform.passes.plan.settings import Settings
+from hire_xform.passes.plan.slots import ProductForms, SiteForms, Stored
 from hire_xform.passes.weights.cut_weights import is_cut
 from hire_xform.passes.weights.few_bits import blocks, compact, in_blocks
 from hire_xform.passes.weights.origins import Ref

@@ -18,9 +18,9 @@ from hire_xform.passes.match.matches import Detection
 from hire_xform.passes.match.output_axis import follow
 from hire_xform.passes.match.whole_axis import takes_largest
 from hire_xform.passes.plan.decisions import Decision, Need, PackKey, Plan
-from hire_xform.passes.plan.forms import Stored
 from hire_xform.passes.plan.needs import leaf_needs, rows_need
 from hire_xform.passes.plan.row_order import other_rows
+from hire_xform.passes.plan.slots import Stored
 from hire_xform.passes.rewrite.action import Action, Context
 from hire_xform.passes.rewrite.canonical import flat_activation, result_shape
 from hire_xform.passes.rewrite.cyclic_lookups import cyclic_lookups

@@ -24,9 +24,9 @@ from hire_xform.passes.ir.each_device import mesh_here, under_automatic_axes
 from hire_xform.passes.ir.graph import Node, Operand
 from hire_xform.passes.match.kinds import kind_of
 from hire_xform.passes.plan.decisions import Decision, Need
-from hire_xform.passes.plan.forms import SiteForms
 from hire_xform.passes.plan.levels import Levels
 from hire_xform.passes.plan.placement import Names, Placement, spec_of
+from hire_xform.passes.plan.slots import SiteForms
 from hire_xform.passes.prove.certifiable import platforms_proved
 from hire_xform.passes.rewrite.action import Action, Context
 from hire_xform.passes.rewrite.canonical import results_of

@@ -13,7 +13,7 @@ import hire_xform as hx
 from hire_xform.passes.ir.graph import Value, walk
 from hire_xform.passes.ir.verify import InvariantError, verify_graph
 from hire_xform.passes.match.verify import verify_detection
-from hire_xform.passes.plan.forms import SiteForms
+from hire_xform.passes.plan.slots import SiteForms
 from hire_xform.passes.plan.verify import verify_plan
 
 D, M, V, LAYERS = 8, 16, 32, 3

@@ -191,10 +191,28 @@ inline void WithScaling(const Scale& scale, const Fun& fun) {
   fun(Width<static_cast<int>(Scaling::kNone)>());
 }
 
-// R rows with T tokens. `ahead` is where the next rows lie: they are fetched while these are multiplied.
+// R chosen rows, those that are fetched while these are used, and the scales of these.
+template <int R>
+struct SomeRows {
+  const uint8_t *rows[R], *ahead[R];
+  const float* scales[R];
+
+  // Rows i .. i + R - 1 of the `end` rows that are chosen; `number` says which they are.
+  template <typename Step, typename Number>
+  SomeRows(const Step& s, const Number& number, int64_t i, int64_t end) {
+    const int64_t row_bytes = s.d * BytesOf(s.type);
+    for (int r = 0; r < R; ++r) {
+      rows[r] = s.rows + number(i + r) * row_bytes;
+      ahead[r] = i + r + R < end ? s.rows + number(i + r + R) * row_bytes : rows[r];
+      scales[r] = ScaleOf(s.scale, s.d, number(i + r));
+    }
+  }
+};
+
+// R rows with T tokens.
 template <RowType Type, int R, int T, bool Magnitudes, Scaling Scaled>
-inline void DotRows(const Dots& s, const uint8_t* const* rows, const uint8_t* const* ahead, const float* const* scales,
-                    const float* x, float* out) {
+inline void DotRows(const Dots& s, const SomeRows<R>& here, const float* x, float* out) {
+  const auto& [rows, ahead, scales] = here;
   constexpr int64_t size = BytesOf(Type);
   // As many sums at a time as hide how long an addition takes.
   constexpr int kSums = T == 1 ? 4 : T == 2 ? 2 : 1;
@@ -240,7 +258,6 @@ inline void DotRows(const Dots& s, const uint8_t* const* rows, const uint8_t* co
 
 template <RowType Type, bool Magnitudes, Scaling Scaled>
 inline void DotsOf(const Dots& s, int64_t first, int64_t last) {
-  const int64_t row_bytes = s.d * BytesOf(Type);
   auto number = [&](int64_t i) {
     const int64_t entry = i / s.group;
     return (s.index ? s.index[entry] : entry) * s.group + i % s.group;
@@ -249,17 +266,11 @@ inline void DotsOf(const Dots& s, int64_t first, int64_t last) {
   int64_t i = first * s.group;
   auto some_rows = [&](auto height) {
     constexpr int R = decltype(height)::value;
-    const uint8_t *rows[R], *ahead[R];
-    const float* scales[R];
-    for (int r = 0; r < R; ++r) {
-      rows[r] = s.rows + number(i + r) * row_bytes;
-      ahead[r] = i + r + R < end ? s.rows + number(i + r + R) * row_bytes : rows[r];
-      scales[r] = ScaleOf(s.scale, s.d, number(i + r));
-    }
+    const SomeRows<R> here(s, number, i, end);
     int64_t t = 0;
     auto some_tokens = [&](auto width) {
       constexpr int T = decltype(width)::value;
-      DotRows<Type, R, T, Magnitudes, Scaled>(s, rows, ahead, scales, s.x + t * s.d, s.out + t * s.stride + i);
+      DotRows<Type, R, T, Magnitudes, Scaled>(s, here, s.x + t * s.d, s.out + t * s.stride + i);
       t += T;
     };
     while (t + 4 <= s.tokens) some_tokens(Width<4>());
@@ -296,8 +307,8 @@ inline void DotsAll(const Dots& s, int64_t first, int64_t last) {
 
 // Adds R rows, each times its token's number, to `total`.
 template <RowType Type, int R, Scaling Scaled>
-inline void AddRows(const Sums& s, const uint8_t* const* rows, const uint8_t* const* ahead, const float* const* scales,
-                    int64_t i, float* total) {
+inline void AddRows(const Sums& s, const SomeRows<R>& here, int64_t i, float* total) {
+  const auto& [rows, ahead, scales] = here;
   constexpr int64_t size = BytesOf(Type);
   int64_t j = 0;
   for (; j + kLanes <= s.d; j += kLanes) {
@@ -328,21 +339,14 @@ inline void AddRows(const Sums& s, const uint8_t* const* rows, const uint8_t* co
 
 template <RowType Type, Scaling Scaled>
 inline void SumsOf(const Sums& s, int64_t first, int64_t last, float* total) {
-  const int64_t row_bytes = s.d * BytesOf(Type);
   auto number = [&](int64_t i) { return s.index[i / s.group] * s.group + i % s.group; };
   for (int64_t j = 0; j < s.tokens * s.d; ++j) total[j] = 0.0f;
   const int64_t end = last * s.group;
   int64_t i = first * s.group;
   auto some = [&](auto width) {
     constexpr int R = decltype(width)::value;
-    const uint8_t *rows[R], *ahead[R];
-    const float* scales[R];
-    for (int r = 0; r < R; ++r) {
-      rows[r] = s.rows + number(i + r) * row_bytes;
-      ahead[r] = i + r + R < end ? s.rows + number(i + r + R) * row_bytes : rows[r];
-      scales[r] = ScaleOf(s.scale, s.d, number(i + r));
-    }
-    AddRows<Type, R, Scaled>(s, rows, ahead, scales, i, total);
+    const SomeRows<R> here(s, number, i, end);
+    AddRows<Type, R, Scaled>(s, here, i, total);
     i += R;
   };
   // The sums of several tokens no longer lie in the first cache: more rows are added to them at a time.

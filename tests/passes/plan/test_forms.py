@@ -16,12 +16,11 @@ from hire_xform.passes.plan.forms import (
     Norms,
     Order,
     PackedPredictor,
-    ProductForms,
     Rows,
-    SiteForms,
     UnitOrder,
 )
 from hire_xform.passes.plan.levels import Levels
+from hire_xform.passes.plan.slots import ProductForms, SiteForms
 from hire_xform.passes.weights.recipe import Stack
 
 L, N, D = 2, 12, 8
