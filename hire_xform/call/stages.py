@@ -23,6 +23,8 @@ from hire_xform.call.signature import Signature, keyed
 from hire_xform.call.supply import Supply
 from hire_xform.config import Config
 from hire_xform.errors import HireWarning, PackedMismatchError
+from hire_xform.lowering.primitives.kernels import PLATFORMS
+from hire_xform.lowering.primitives.proved_for import lowered_for
 from hire_xform.passes.ir.graph import Node
 from hire_xform.passes.pack.make import pack_shapes
 from hire_xform.passes.pack.packed import Packed, PackLayout
@@ -32,6 +34,7 @@ from hire_xform.passes.plan.make import make_plan
 from hire_xform.passes.plan.measurement import MeasurementOf
 from hire_xform.passes.plan.placement import place
 from hire_xform.passes.plan.row_order import distribute_rows
+from hire_xform.passes.prove.certifiable import platforms_proved
 from hire_xform.passes.rewrite.action import Action
 from hire_xform.passes.rewrite.actions import actions_of, rewritten
 from hire_xform.passes.rewrite.holding import Holding, Reader, decide_holding
@@ -150,19 +153,42 @@ class Traced(Program):
         """The rewritten program, over the leaves of the call with ``Packed`` weights."""
         return self._bound().jaxpr()
 
-    def lower(self, lowering_platforms: Sequence[str] | None = None) -> jax.stages.Lowered:
+    @property
+    def platforms(self) -> tuple[str, ...]:
+        """What it can be lowered for, alone or together, as JAX names it: "cpu", "cuda", "rocm" and "tpu".
+
+        Fewer where a site is certified for the platform that it was traced for, and others round differently.
+        """
+        certified = [d for d in self.plan.decisions if d.marks and d.settings.certify]
+        proved = [lowered_for(platforms_proved(d.match, d.input_bits)) for d in certified]
+        return tuple(platform for platform in PLATFORMS if all(platform in one for one in proved))
+
+    def lower(self, lowering_platforms: Sequence[str] | None = None, **others: Any) -> jax.stages.Lowered:
         """Lowers the rewritten program, with ``Packed`` in the place of the weights; as ``jax.stages.Traced.lower``.
 
         Every operand is where the traced arguments said, so that it compiles for their devices. As for ``jax.jit``,
         what is compiled is called without the static arguments: ``lower().compile()(packed, cache, token)``.
 
         Args:
-          lowering_platforms: platforms to lower for, such as ``("tpu",)``; None is the default backend's.
+          lowering_platforms: some of :attr:`platforms`, such as ``("tpu",)``; None is the default backend's. What is
+            lowered for several, or for another than the arguments are on, is to be read, or exported, and not to be
+            compiled: JAX compiles it for the devices that it has.
+          **others: none; ``jax.export`` of the function itself has some.
+
+        Raises:
+          ValueError: there is no such platform, or a site is not certified for it.
+          TypeError: it is called by ``jax.export``.
         """
+        if others:
+            raise TypeError(
+                f"lower: {', '.join(others)} given, as jax.export does; expected jax.export.export(jitted)(*operands) "
+                "with jitted, operands = step.program(...), since Packed weights are not written down"
+            )
+        asked = _checked(lowering_platforms)
         with collector_paused():
             bound = self._bound()
             traced = jax.jit(bound.run, **self._options, **bound.donated).trace(*bound.args, **bound.kwargs)
-            return traced.lower(lowering_platforms=tuple(lowering_platforms) if lowering_platforms else None)
+            return traced.lower(lowering_platforms=asked)
 
     def pack(self, *weights: Any, progress: bool | None = None) -> Any:
         """Compresses weights once.
@@ -358,6 +384,19 @@ class Traced(Program):
     @cached_property
     def _const_keys(self) -> list[PackKey]:
         return [k for k in self.needed_keys() if k.recipe.root.kind == "const"]
+
+
+def _checked(platforms: Sequence[str] | None) -> tuple[str, ...] | None:
+    """Platforms to lower for, which JAX knows; what it says of others depends on which devices are here."""
+    if not platforms:
+        return None
+    unknown = [name for name in platforms if name not in PLATFORMS]
+    if isinstance(platforms, str) or unknown:
+        raise ValueError(
+            f"lower: lowering_platforms={platforms!r}; expected a sequence of {', '.join(PLATFORMS)}"
+            + ("; NVIDIA's GPUs are cuda" if "gpu" in (*unknown, platforms) else "")
+        )
+    return tuple(platforms)
 
 
 def _no_measurement(match: Any, names: Any) -> None:

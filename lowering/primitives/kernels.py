@@ -22,6 +22,7 @@ from jax.interpreters import ad, batching, mlir
 from hire_xform.lowering.xla.promotion import usual_promotion
 
 __all__ = [
+    "PLATFORMS",
     "backends",
     "bind_step",
     "has_kernels",
@@ -43,6 +44,7 @@ class Kernel:
     rule: Callable[..., Any]
     serves: Callable[..., bool]
     name: str
+    exported: bool
 
 
 # By the name of a primitive and a platform.
@@ -61,6 +63,7 @@ def register_kernel(
     platform: str,
     rule: Callable[..., Any],
     serves: Callable[..., bool] = lambda *operands, **settings: True,
+    exported: bool = False,
 ) -> Callable[[], None]:
     """Has a step run by a kernel of one platform instead of by its portable form, or by one that is built in.
 
@@ -79,6 +82,8 @@ def register_kernel(
         FFI target or Pallas. It returns what the portable form does, of the same shapes and dtypes.
       serves: of the operands' shapes and dtypes, and the settings, whether it is for them; where it is not, the one
         that is built in or the portable form is lowered. By default it is for all.
+      exported: whether programs that ``jax.export`` writes down have it. They run in other processes: what is lowered
+        of it has to need nothing of this one, as Pallas kernels for TPUs do, and FFI targets do not.
 
     Returns:
       What takes the kernel away again.
@@ -97,7 +102,7 @@ def register_kernel(
     key = primitive, platform
     if key in _kernels:
         raise ValueError(f"register_kernel: {primitive} has a kernel on {platform} already; take that away first")
-    kernel = _kernels[key] = Kernel(rule, serves, getattr(rule, "__qualname__", repr(rule)))
+    kernel = _kernels[key] = Kernel(rule, serves, getattr(rule, "__qualname__", repr(rule)), exported)
     _ask(key)
 
     def remove() -> None:
@@ -107,9 +112,11 @@ def register_kernel(
     return remove
 
 
-def register_built_in(primitive: str, platform: str, rule: Callable[..., Any], serves: Any, name: str) -> None:
+def register_built_in(
+    primitive: str, platform: str, rule: Callable[..., Any], serves: Any, name: str, exported: bool = False
+) -> None:
     """A kernel of this library, by the name that reports have; users' kernels stand before it."""
-    _built_in[primitive, platform] = Kernel(rule, serves, name)
+    _built_in[primitive, platform] = Kernel(rule, serves, name, exported)
     _ask((primitive, platform))
 
 
@@ -130,7 +137,11 @@ def _ask(key: tuple[str, str]) -> None:
 
 
 def _serving(
-    key: tuple[str, str], avals: Sequence[Any], batched: Sequence[Any], settings: dict[str, Any]
+    key: tuple[str, str],
+    avals: Sequence[Any],
+    batched: Sequence[Any],
+    settings: dict[str, Any],
+    for_export: bool = False,
 ) -> tuple[str, Callable[..., list[Any]]] | None:
     """The kernel for such operands, a user's or one that is built in: its name, and it as a function of them.
 
@@ -139,6 +150,7 @@ def _serving(
       avals: shapes and dtypes of the operands.
       batched: the axes that they are batched along, the innermost ``vmap`` first.
       settings: the step's.
+      for_export: whether it is for a program that is written down.
     """
     alone = [list(aval.shape) for aval in avals]
     for dims in reversed(batched):
@@ -147,6 +159,7 @@ def _serving(
                 del shape[dim]
     structs = [jax.ShapeDtypeStruct(tuple(s), a.dtype) for s, a in zip(alone, avals, strict=True)]
     found = [kernel for kernels in (_kernels, _built_in) if (kernel := kernels.get(key)) is not None]
+    found = [kernel for kernel in found if kernel.exported or not for_export]
     chosen = next((kernel for kernel in found if kernel.serves(*structs, **settings)), None)
     if chosen is None:
         return None
@@ -197,7 +210,8 @@ def lower_kernel(
     """
     if not _is_whole(ctx):
         return None
-    serving = _serving((name, platform), ctx.avals_in, batched, settings)
+    for_export = ctx.module_context.lowering_parameters.for_export
+    serving = _serving((name, platform), ctx.avals_in, batched, settings, for_export)
     if serving is None:
         return None
     kernel, fun = serving
@@ -213,14 +227,13 @@ def lower_kernel(
 
 
 def _is_whole(ctx: Any) -> bool:
-    """Whether a kernel would see whole arrays, in a program that stays on this machine.
+    """Whether a kernel would see whole arrays.
 
     XLA can't split a call of a kernel over devices: it would gather its operands. Inside a ``shard_map`` each device's
-    part is whole. A program that is exported is to run where there may be no such kernel.
+    part is whole.
     """
-    around, lowering = ctx.module_context.axis_context, ctx.module_context.lowering_parameters
-    alone = getattr(around, "num_devices", 1) == 1 or bool(getattr(around, "manual_axes", ()))
-    return alone and not lowering.for_export
+    around = ctx.module_context.axis_context
+    return getattr(around, "num_devices", 1) == 1 or bool(getattr(around, "manual_axes", ()))
 
 
 def _is_alone(operands: Sequence[Any]) -> bool:

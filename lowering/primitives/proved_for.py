@@ -15,7 +15,7 @@ from jax.interpreters import ad, batching, mlir
 
 from hire_xform.lowering.xla.eager import compiled_alone
 
-__all__ = ["proved_for", "proved_for_p"]
+__all__ = ["lowered_for", "proved_for", "proved_for_p"]
 
 # The names that JAX lowers for, and what plans call them.
 _PLATFORMS = {"cpu": "cpu", "cuda": "gpu", "rocm": "gpu", "tpu": "tpu"}
@@ -35,11 +35,17 @@ def proved_for(value: jax.Array, platforms: Sequence[str], path: str) -> jax.Arr
     return proved_for_p.bind(value, platforms=tuple(platforms), path=path)
 
 
+def lowered_for(platforms: Sequence[str]) -> tuple[str, ...]:
+    """What is among "cpu", "gpu" and "tpu" as JAX names what it lowers for."""
+    return tuple(name for name, planned in _PLATFORMS.items() if planned in platforms)
+
+
 def _lower(asked: str, ctx: Any, value: Any, *, platforms: tuple[str, ...], path: str) -> list[Any]:
     if _PLATFORMS[asked] not in platforms:
         raise ValueError(
             f"{path} is certified for {' and '.join(platforms)}, and is now lowered for {asked}, which rounds "
-            "differently; expected a step traced for arguments that are placed on devices of that platform"
+            "differently; expected a step traced for arguments that are placed on devices of that platform, or, for "
+            "one program that serves several, products in bfloat16 or at precision=HIGHEST, or certify=False"
         )
     return [value]
 

@@ -53,6 +53,44 @@ def test_a_packed_argument_is_exported_as_it_is_if_nothing_is_written():
         exported.serialize()
 
 
+def test_one_traced_function_is_lowered_for_several_platforms_together():
+    """Kernels of each stand in the branch of it; here those of CPUs, which a program for others alone has none of."""
+    step, w, x = hx.sparsify(decode, config=narrow()), weights(), tokens(1)
+    traced = step.trace(w, x)
+    assert traced.platforms == ("cpu", "cuda", "rocm", "tpu")
+    together, *alone = (traced.lower(lowering_platforms=p).as_text() for p in (PLATFORMS, ("cuda",), ("tpu",)))
+    assert "_platform_index" in together
+    assert not any("_platform_index" in text for text in alone)
+
+
+def test_a_program_that_is_called_where_it_is_not_for_says_what_it_is_for():
+    step, w, x = hx.sparsify(decode, config=narrow()), weights(), tokens(1)
+    jitted, operands = step.program(w, x)
+    again = written_and_read(jitted, *operands, platforms=("cuda", "tpu"))
+    assert again.platforms == ("cuda", "tpu")
+    with pytest.raises(ValueError, match=r"exported for platforms .*cuda.*tpu.* used on .*cpu"):
+        again.call(*operands)
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        (("cpu", "gpu"), "'gpu'.; expected a sequence of cpu, cuda, rocm, tpu; NVIDIA's GPUs are cuda"),
+        ("cuda", "lowering_platforms='cuda'; expected a sequence of cpu"),
+        (("metal",), "'metal',.; expected a sequence of cpu"),
+    ],
+)
+def test_platforms_that_are_none_are_refused(asked, message):
+    traced = hx.sparsify(decode, config=narrow()).trace(weights(), tokens(1))
+    with pytest.raises(ValueError, match=message):
+        traced.lower(lowering_platforms=asked)
+
+
+def test_the_step_itself_is_not_exported_and_says_what_is():
+    with pytest.raises(TypeError, match=r"expected jax.export.export\(jitted\).*step.program"):
+        jax.export.export(hx.sparsify(decode, config=narrow()))(weights(), tokens(1))
+
+
 def test_the_models_own_top_k():
     def own(w, x):
         hidden = jax.nn.relu(x @ w["up"][0])
@@ -74,6 +112,7 @@ def test_a_certified_step_is_lowered_only_where_it_is_proved():
     config, w, x = LOSSLESS, weights(), tokens(1)
     step = hx.sparsify(block_and_head, config=config)
     jitted, operands = step.program(w, x)
+    assert step.trace(w, x).platforms == ("cpu",)
     assert_same(written_and_read(jitted, *operands, platforms=("cpu",)).call(*operands), step(w, x))
     for platform in ("cuda", "tpu"):
         with pytest.raises(ValueError, match=f"is certified for cpu, and is now lowered for {platform}"):
@@ -87,6 +126,7 @@ def test_a_certified_step_whose_products_round_nothing_is_lowered_everywhere(pre
     w, x = jax.tree.map(lambda a: a.astype(dtype), (weights(), tokens(1)))
     step = hx.sparsify(partial(block_and_head, precision=precision), config=LOSSLESS)
     assert len(step.trace(w, x).plan.sites) == 2
+    assert step.trace(w, x).platforms == ("cpu", "cuda", "rocm", "tpu")
     jitted, operands = step.program(w, x)
     assert_same(written_and_read(jitted, *operands).call(*operands), step(w, x))
 

@@ -128,6 +128,18 @@ def test_a_kernel_takes_the_place_of_the_portable_form_in_every_context(kernel, 
     np.testing.assert_allclose(sent.call(*operands), want, rtol=1e-5)
 
 
+def test_a_kernel_that_needs_nothing_of_this_process_is_exported(kernel, operands):
+    """In the branch of its platform, and where it serves."""
+    x, rows, index = operands
+    for_few = lambda x, *rest, **settings: x.shape[0] == T  # noqa: E731
+    kernel("hire_select_rows_dot", "cpu", doubled, serves=for_few, exported=True)
+    sent = export.deserialize(export.export(fresh(), platforms=("cpu", "cuda", "tpu"))(*operands).serialize())
+    assert sent.mlir_module().count("dense<2.0") == 1
+    np.testing.assert_allclose(sent.call(*operands), 2 * x @ rows[index].T, rtol=1e-5)
+    alone = export.export(fresh(), platforms=("cpu",))(x[:1], rows, index)
+    np.testing.assert_allclose(alone.call(x[:1], rows, index), x[:1] @ rows[index].T, rtol=1e-5)
+
+
 def test_a_users_kernel_stands_before_one_that_is_built_in(operands, monkeypatch):
     x, rows, index = operands
     monkeypatch.setattr(kernels, "_built_in", {})
