@@ -8,7 +8,7 @@ PYTEST_ARGS ?=
 # What is installed here runs on the CPU; the TPU's compiler, beside it for the tests, would otherwise look for a TPU.
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: demo test fast other between stacks tpu random lint typecheck bench models quality docs wheel clean
+.PHONY: demo test fast other between stacks tpu gpu random lint typecheck bench models quality docs wheel clean
 
 # What an installation is made from, besides Python files, which are read where they are.
 BUILT := pyproject.toml setup.py build_backend.py $(wildcard lowering/kernels/cpu/*.cc lowering/kernels/cpu/*.h)
@@ -100,6 +100,17 @@ stacks: $(STACKS_VENV)/.stacks
 # Only what is compiled for TPUs that are not here.
 tpu: $(VENV)/.tpu
 	$(BIN)/python -m pytest -q -m tpu_aot $(PYTEST_ARGS)
+
+# What is compiled for GPUs that are not here. The compiler lies beside the environment: in it, every process that uses
+# JAX would start it, and be told that there is no GPU.
+GPU_AOT := $(abspath $(VENV))/gpu-aot
+$(GPU_AOT)/.installed: $(VENV)/.test
+	v=$$($(BIN)/python -c 'import jax; print(jax.__version__)') && $(BIN)/python -m pip install --quiet --no-deps \
+	  --target $(GPU_AOT) jax-cuda12-plugin==$$v jax-cuda12-pjrt==$$v
+	touch $@
+
+gpu: $(GPU_AOT)/.installed
+	PYTHONPATH=$(GPU_AOT) $(BIN)/python -m pytest -q -m gpu_aot $(PYTEST_ARGS)
 
 # Many random programs, spread over processes; every EVALUATE-th is evaluated, the others are rewritten and looked at.
 N ?= 20000

@@ -10,7 +10,7 @@ import sys
 import threading
 import types
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -266,8 +266,14 @@ class Sparsified:
         Raises:
           Whatever the function raises when traced.
         """
-        args, kwargs = self.signature.wrap_statics(args, kwargs)
-        call = abstract_call(self.signature, args, kwargs)
+        return self.traced_for(None, args, kwargs)
+
+    def traced_for(self, platform: str | None, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Traced:
+        """As ``trace``, planned for "cpu", "gpu" or "tpu", whatever the arguments say; None goes by them."""
+        plain, named = self.signature.wrap_statics(tuple(args), dict(kwargs))
+        call = abstract_call(self.signature, plain, named)
+        if platform is not None:
+            call = dataclasses.replace(call, platform=platform)
         return self.traced(call).at(call.where)
 
     def lower(self, *args: Any, **kwargs: Any) -> jax.stages.Lowered:

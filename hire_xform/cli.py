@@ -24,7 +24,8 @@ from hire_xform.call.stages import Traced
 from hire_xform.comparing.comparison import Comparison
 from hire_xform.comparing.run import checked_devices, comparison_of
 from hire_xform.config import Config, Ffn, Rule, Vocab
-from hire_xform.dump.dump import FORMATS, SHOWS, dump
+from hire_xform.dump.dump import FORMATS, LOWERED, SHOWS, dump
+from hire_xform.dump.targets import Target
 from hire_xform.files import write_whole
 from hire_xform.loading import LoadError, blame, demonstration, load_function, load_inputs
 from hire_xform.mesh_plan import Device, ModelShapes, plan_mesh
@@ -85,9 +86,14 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         )
         if name == "dump":
             command.add_argument(
-                "--show", choices=SHOWS, default="diff", help="which program (diff: both, and what changed)"
+                "--show",
+                choices=(*SHOWS, *LOWERED),
+                default="diff",
+                help="which program (diff: both, and what changed; stablehlo: as it is lowered; compiled: what the "
+                "compiler made of it, dense against sparse)",
             )
             command.add_argument("--format", choices=FORMATS, default="text", help="text, JSON, or one HTML page")
+            command.add_argument("--platform", type=_target, metavar="PLATFORM[:CHIP]", help=_PLATFORM_HELP)
         if name == "compare":
             command.add_argument(
                 "--repeats", type=_positive, default=20, metavar="N", help="calls of each that are timed (20)"
@@ -161,6 +167,19 @@ _TARGETS = (
 )
 
 
+_PLATFORM_HELP = (
+    "what to plan, lower and compile for: cpu, cuda, cuda:h100, tpu, tpu:v5e, ...; a chip that is not here is "
+    "described to its compiler, which has to be installed (the arguments' own)"
+)
+
+
+def _target(text: str) -> Target:
+    try:
+        return Target.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
 def _numbers(text: str) -> tuple[int, ...]:
     if not re.fullmatch(r"\d+(,\d+)*", text):
         raise argparse.ArgumentTypeError(f"{text!r}; expected positions such as 0 or 0,2")
@@ -203,11 +222,7 @@ def _run(arguments: argparse.Namespace) -> int:
             compared = _compare(arguments)
             _write(f"{compared.to_json() if arguments.format == 'json' else compared}\n", arguments.output)
             return 0
-        traced = _trace(arguments)
-        if arguments.command == "dump":
-            text = dump(traced, name=arguments.target, show=arguments.show, format=arguments.format)
-        else:
-            text = traced.explain() + "\n"
+        text = _dump(arguments) if arguments.command == "dump" else _trace(arguments).explain() + "\n"
         _write(text, arguments.output)
     except (CommandError, LoadError) as error:
         print(f"hire-xform {arguments.command}: {error}", file=sys.stderr)
@@ -262,12 +277,30 @@ def _tune(arguments: argparse.Namespace) -> str:
     return "\n".join(told) + "\n"
 
 
-def _trace(arguments: argparse.Namespace) -> Traced:
-    """The function, traced for the inputs."""
+def _dump(arguments: argparse.Namespace) -> str:
+    """The program, or what became of it on a platform."""
+    target, compiled = arguments.platform, arguments.show == "compiled"
+    named = None if target is None else target.platform
+    traced = _trace(arguments, target, compiled)
+    try:
+        return dump(traced, name=arguments.target, show=arguments.show, format=arguments.format, platform=named)
+    except ValueError as error:
+        raise CommandError(str(error).removeprefix("dump: ")) from error
+
+
+def _trace(arguments: argparse.Namespace, target: Target | None = None, compiled: bool = False) -> Traced:
+    """The function, traced for the inputs; for a platform, or for one of its devices, if one is named."""
     fun = load_function(arguments.target)
     args, kwargs = arguments_of(load_inputs(arguments.inputs))
     step = _sparsified(fun, arguments)
+    if compiled and target is not None:
+        try:
+            args, kwargs = target.placed((args, kwargs))
+        except ValueError as error:
+            raise CommandError(str(error)) from error
     try:
+        if target is not None:
+            return step.traced_for(target.planned, args, kwargs)
         return step.trace(*args, **kwargs)
     except (Exception, SystemExit) as error:
         raise CommandError(f"tracing {arguments.target!r} raised {blame(error, fun)}") from error

@@ -9,6 +9,7 @@ import jax
 
 from hire_xform.dump import page as dump_page
 from hire_xform.dump import text as dump_text
+from hire_xform.dump.compiled import compile_both
 from hire_xform.dump.listing import PHASES, Dump, Equation, Mark, Marker, list_program
 from hire_xform.passes.plan.decisions import Decision, Plan
 
@@ -16,32 +17,52 @@ if TYPE_CHECKING:
     from hire_xform.call.stages import Traced
 
 SHOWS = ("original", "sparse", "diff")
+# What becomes of the program: no page is made of it.
+LOWERED = ("stablehlo", "compiled")
 FORMATS = ("text", "json", "html")
 
 # The rewriter puts what it splices in under this name, followed by the site's path.
 _SCOPE = "hire/"
 
 
-def dump(traced: Traced, *, name: str = "", show: str = "diff", format: str = "text") -> str:
+def dump(
+    traced: Traced, *, name: str = "", show: str = "diff", format: str = "text", platform: str | None = None
+) -> str:
     """A traced function, to be read.
 
     Args:
       traced: from ``step.trace(...)``.
       name: what to call the function.
-      show: "original", "sparse", or "diff", which shows what became of each site (as a page: both, side by side).
-      format: "text", "json" or "html" (one page with nothing outside it).
+      show: "original", "sparse", or "diff", which shows what became of each site (as a page: both, side by side);
+        "stablehlo", the sparse program as it is lowered; or "compiled", what the compiler of the arguments' device
+        makes of it, after a table of it and of the dense program.
+      format: "text", "json" or "html" (one page with nothing outside it). No page is made of the last two.
+      platform: for "stablehlo", what to lower for, as JAX names it; None is where the arguments are.
 
     Raises:
-      ValueError: ``show`` or ``format`` is none of these.
+      ValueError: ``show`` or ``format`` is none of these, or they do not go together; or, with "compiled", the
+        arguments are on several devices.
     """
-    if show not in SHOWS:
-        raise ValueError(f"dump: show={show!r}; expected one of {', '.join(SHOWS)}")
+    if show not in (*SHOWS, *LOWERED):
+        raise ValueError(f"dump: show={show!r}; expected one of {', '.join((*SHOWS, *LOWERED))}")
     if format not in FORMATS:
         raise ValueError(f"dump: format={format!r}; expected one of {', '.join(FORMATS)}")
+    if show in LOWERED:
+        return _dump_lowered(traced, name or "function", show, format, platform)
     made = make_dump(traced, name or "function", show)
     if format == "json":
         return _to_json(made)
     return dump_page.render(made) if format == "html" else dump_text.render(made)
+
+
+def _dump_lowered(traced: Traced, name: str, show: str, format: str, platform: str | None) -> str:
+    if format == "html":
+        raise ValueError(f"dump: format='html' with show={show!r}; expected 'text' or 'json'")
+    if show == "compiled":
+        compiled = compile_both(traced, name)
+        return compiled.to_json() if format == "json" else compiled.to_text()
+    lowered = traced.lower(lowering_platforms=None if platform is None else (platform,)).as_text()
+    return json.dumps({"function": name, "stablehlo": lowered}, indent=1) if format == "json" else lowered
 
 
 def make_dump(traced: Traced, name: str, show: str) -> Dump:
