@@ -20,10 +20,12 @@ __all__ = [
     "entries",
     "fine_scores",
     "integer_scores",
+    "of_limbs",
     "pack_nibbles",
     "quantize",
     "quantize_clipped",
     "quantized_scores",
+    "two_limbs",
     "unpack_nibbles",
 ]
 
@@ -157,16 +159,16 @@ def fine_scores(x: jax.Array, q: jax.Array, scale: jax.Array, bits: int) -> tupl
     """
 
     def portable(x: jax.Array, q: jax.Array, scale: jax.Array) -> list[jax.Array]:
-        first, second, step = _two_limbs(x)
+        first, second, step = two_limbs(x)
         raw = integer_scores(jnp.concatenate([first, second]), q, bits).astype(jnp.float32)
         sums = raw[: x.shape[0]] + raw[x.shape[0] :] / 254.0
-        return [sums * step * scale[None, :], _of_limbs(first, second, step)]
+        return [sums * step * scale[None, :], of_limbs(first, second, step)]
 
     scores, kept = bind_step(fine_scores_p, portable, x, q, scale, bits=bits)
     return scores, kept
 
 
-def _two_limbs(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+def two_limbs(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Of ``[T, d]`` the leading 8 bits, the 8 that follow in steps of 1/254, and the scales ``[T, 1]``."""
     first, token_scale = quantize(x, 127)
     step = token_scale[:, None]
@@ -174,13 +176,14 @@ def _two_limbs(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     return first, jnp.clip(jnp.round(rest * 254.0), -127.0, 127.0).astype(jnp.int8), step
 
 
-def _of_limbs(first: jax.Array, second: jax.Array, step: jax.Array) -> jax.Array:
+def of_limbs(first: jax.Array, second: jax.Array, step: jax.Array) -> jax.Array:
+    """Tokens ``[T, d]`` of what :func:`two_limbs` made of them, as they are kept."""
     return (first.astype(jnp.float32) + second.astype(jnp.float32) / 254.0) * step
 
 
 def as_kept(x: jax.Array) -> jax.Array:
     """Tokens ``[T, d]`` as :func:`fine_scores` keeps them."""
-    return _of_limbs(*_two_limbs(x))
+    return of_limbs(*two_limbs(x))
 
 
 def as_rows(q: jax.Array, scale: jax.Array, bits: int, d: int) -> jax.Array:

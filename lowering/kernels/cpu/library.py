@@ -5,13 +5,13 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib.machinery
-import os
 import re
 from pathlib import Path
 
 import jax
 
 from hire_xform.lowering.kernels.cpu.ffi_version import ffi_version
+from hire_xform.lowering.kernels.switch import switched_off
 
 __all__ = ["instruction_sets", "load", "targets", "use"]
 
@@ -67,7 +67,7 @@ def load() -> ctypes.CDLL | str:
 
     Nothing here starts JAX's backends.
     """
-    if os.environ.get("HIRE_KERNELS", "").lower() in ("off", "0"):
+    if switched_off():
         return "HIRE_KERNELS is off"
     path = _fitting(_built())
     if isinstance(path, str):

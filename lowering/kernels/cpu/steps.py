@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from hire_xform.lowering.kernels.folding import folded
 
 __all__ = ["arg_max", "combine_rows", "fine_scores", "largest", "open_rows", "products", "scores", "select_rows_dot"]
 
@@ -16,52 +17,13 @@ def _f32(*shape: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, jnp.float32)
 
 
-def _folded(step: Callable[..., Any], *operands: jax.Array) -> Any:
-    """A step on operands of which the first are tokens; under ``vmap`` the tokens of all examples are taken together.
-
-    So each row is still read once. Where the rows are batched as well, examples are taken one after the other.
-    """
-
-    @jax.custom_batching.custom_vmap
-    def fold(*operands: jax.Array) -> Any:
-        return step(*operands)
-
-    @fold.def_vmap
-    def batch(size: int, batched: Sequence[bool], *operands: jax.Array) -> Any:
-        x, *others = operands
-        own = [i for i, each in enumerate(batched[1:]) if each]
-        # An index is the one thing that examples may have of their own: then each token has the one of its example.
-        if not batched[0] or own not in ([], [1]) or (own and not jnp.issubdtype(others[1].dtype, jnp.integer)):
-            made = jax.lax.map(lambda one: fold(*_placed(operands, batched, one)), _given(operands, batched))
-            return made, jax.tree.map(lambda _: True, made)
-        tokens = x.shape[1]
-        if own:
-            index = others[1] if others[1].ndim == 3 else jnp.repeat(others[1][:, None], tokens, axis=1)
-            others[1] = index.reshape(size * tokens, -1)
-        elif len(others) > 1 and others[1].ndim == 2:
-            others[1] = jnp.tile(others[1], (size, 1))
-        made = fold(x.reshape(size * tokens, -1), *others)
-        return jax.tree.map(lambda out: out.reshape(size, tokens, -1), made), jax.tree.map(lambda _: True, made)
-
-    return fold(*operands)
-
-
-def _given(operands: Sequence[jax.Array], batched: Sequence[bool]) -> list[jax.Array]:
-    return [operand for operand, each in zip(operands, batched, strict=True) if each]
-
-
-def _placed(operands: Sequence[jax.Array], batched: Sequence[bool], one: Sequence[jax.Array]) -> list[jax.Array]:
-    taken = iter(one)
-    return [next(taken) if each else operand for operand, each in zip(operands, batched, strict=True)]
-
-
 def scores(x: jax.Array, q: jax.Array, scale: jax.Array, bits: int) -> jax.Array:
     """As ``quantized_scores`` of ``lowering/predict/few_bits.py``; integer products are exact, so scores are its."""
 
     def step(x: jax.Array, q: jax.Array, scale: jax.Array) -> Any:
         return jax.ffi.ffi_call("hire_scores", _f32(x.shape[0], q.shape[0]))(x, q, scale, bits=np.int64(bits))
 
-    return _folded(step, x, q, scale)
+    return folded(step, x, q, scale)
 
 
 def fine_scores(x: jax.Array, q: jax.Array, scale: jax.Array, bits: int) -> tuple[jax.Array, jax.Array]:
@@ -75,7 +37,7 @@ def fine_scores(x: jax.Array, q: jax.Array, scale: jax.Array, bits: int) -> tupl
         shapes = _f32(x.shape[0], q.shape[0]), _f32(*x.shape)
         return tuple(jax.ffi.ffi_call("hire_fine_scores", shapes)(x, q, scale, bits=np.int64(bits)))
 
-    return _folded(step, x, q, scale)
+    return folded(step, x, q, scale)
 
 
 def products(x: jax.Array, rows: jax.Array) -> jax.Array:
@@ -84,7 +46,7 @@ def products(x: jax.Array, rows: jax.Array) -> jax.Array:
     def step(x: jax.Array, rows: jax.Array) -> Any:
         return jax.ffi.ffi_call("hire_products", _f32(x.shape[0], rows.shape[0]))(x, rows)
 
-    return _folded(step, x, rows)
+    return folded(step, x, rows)
 
 
 def select_rows_dot(
@@ -107,7 +69,7 @@ def select_rows_dot(
         call = jax.ffi.ffi_call("hire_select_rows_dot", _f32(x.shape[0], index.shape[-1] * group))
         return call(x, rows, scale, index, group=np.int64(group), magnitudes=magnitudes)
 
-    return _folded(step, x, rows, index, _scale(scale))
+    return folded(step, x, rows, index, _scale(scale))
 
 
 def combine_rows(
@@ -122,7 +84,7 @@ def combine_rows(
         call = jax.ffi.ffi_call("hire_combine_rows", _f32(h.shape[0], rows.shape[1]))
         return call(h, rows, scale, index, group=np.int64(group))
 
-    return _folded(step, h, rows, index, _scale(scale))
+    return folded(step, h, rows, index, _scale(scale))
 
 
 def _scale(scale: jax.Array | None) -> jax.Array:
