@@ -18,6 +18,7 @@ from hire_xform.comparing.run import compare
 from hire_xform.config import Config, Dense, Ffn, Rule, Vocab, approximate, lossless
 from hire_xform.errors import HireWarning, PackedMismatchError, TracedWeightsError
 from hire_xform.lowering.kernels import cpu as _cpu_kernels
+from hire_xform.lowering.kernels import tpu as _tpu_kernels
 from hire_xform.lowering.predict.low_rank import LowRank
 from hire_xform.lowering.predict.predictors import Predictor
 from hire_xform.lowering.predict.projected import Projected
@@ -36,6 +37,7 @@ from hire_xform.train.topk_ffn import TopkFfn, TracedTopk, topk_ffn
 __version__ = "0.1.0"
 
 _cpu_kernels.install()
+_tpu_kernels.install()
 
 __all__ = [
     "Calibration",

@@ -22,6 +22,7 @@ _INSTRUCTION = re.compile(r" *(?:ROOT )?%[\w.-]+ = (?P<type>\(.*?\)|\S+) (?P<op>
 _WRITES_NOTHING = {"parameter", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "copy-done"}
 _CALLED = re.compile(r"\b(\w+)=(\{%[^}]*\}|%[\w.-]+)")
 _ARRAY = re.compile(r"([a-z]+)(\d+)?[a-z0-9]*\[([\d,]*)\]")
+_OF_VMEM = re.compile(r"\w+\[[\d,]*\]\{[^}]*S\(1\)\}")
 
 
 @dataclass(frozen=True)
@@ -80,10 +81,11 @@ def largest_array(compiled):
     return max(size for line in compiled.as_text().splitlines() for size in _sizes(line.split(" metadata=")[0]))
 
 
-def arrays_written(compiled, in_branches=True):
+def arrays_written(compiled, in_branches=True, in_vmem=True):
     """Bytes of every array that an instruction of a compiled program writes; what a fusion keeps to itself is not.
 
     ``in_branches``: also those in the branches of conditionals, of which one is run.
+    ``in_vmem``: also those that a TPU's compiler put into VMEM.
     """
     text = compiled.as_text()
     left_out = set(re.findall(r"calls=(%[\w.-]+)", text))
@@ -95,7 +97,9 @@ def arrays_written(compiled, in_branches=True):
             inside = computation[1]
         match = _INSTRUCTION.match(line)
         if match is not None and inside not in left_out and match["op"] not in _WRITES_NOTHING:
-            found.extend(_sizes(match["type"]))
+            written = match["type"] if in_vmem else _OF_VMEM.sub("", match["type"])
+            # Of a copy that has begun, the second is where it is from.
+            found.extend(_sizes(written) if in_vmem or match["op"] != "copy-start" else _sizes(written)[1:])
     return found
 
 

@@ -3,8 +3,7 @@
 Programs are lowered from shapes that are placed on the devices of a described topology: v5e, four chips or one.
 """
 
-import re
-from functools import cache, partial
+from functools import partial
 
 import devices
 import jax
@@ -13,10 +12,10 @@ import numpy as np
 import pytest
 from checks import FORCE, named
 from collectives import arrays_written, collectives
+from described_tpus import ENVIRONMENT, chips, compiled, on_one_chip
 from extras import why_missing
 from jax import lax
-from jax.experimental import topologies
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from test_sharded import (
     SPECS,
     TOKENS,
@@ -39,16 +38,6 @@ from hire_xform.lowering.primitives.da_top_k import da_top_k
 
 pytestmark = [pytest.mark.tpu_aot, pytest.mark.slow]
 
-# libtpu asks the machine which TPU it is part of, unless it is told.
-ENVIRONMENT = {
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_WORKER_ID": "0",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-1",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    "TPU_LOG_DIR": "disabled",
-    "XLA_FLAGS": "",
-}
 P = PartitionSpec
 AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
 
@@ -60,13 +49,6 @@ def found():
     except ImportError as error:
         pytest.skip(why_missing("tpu-aot", error))
     return devices.outcomes(__name__, ENVIRONMENT)
-
-
-@cache
-def chips(name="v5e:2x2"):
-    bounds = {"v5e:1x1": (1, 1, 1)}
-    options = {"chips_per_host_bounds": bounds[name]} if name in bounds else {}
-    return topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices
 
 
 def mesh_of(model, data=1, types=AUTO):
@@ -83,20 +65,6 @@ def placed(mesh, count=TOKENS):
     """The weights and tokens of tests/sharded/test_sharded.py, as shapes on a mesh."""
     w = {name: on(mesh, a.shape, *SPECS[name]) for name, a in jax.eval_shape(weights).items()}
     return w, on(mesh, (count, D), "data" if "data" in mesh.axis_names else None)
-
-
-def on_one_chip(**shapes):
-    sharding = SingleDeviceSharding(chips("v5e:1x1")[0])
-    return {name: jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=sharding) for name, shape in shapes.items()}
-
-
-def compiled(lowered):
-    """A program of a TPU, for sure: without a topology in its operands it is quietly compiled for this machine."""
-    program = lowered.compile()
-    kinds = {device.device_kind for s in jax.tree.leaves(program.input_shardings) for device in s.device_set}
-    assert kinds == {"TPU v5 lite"}, kinds
-    assert re.search(r"\{[\d,]+:T\(", program.as_text()), "no tiled layout in it"
-    return program
 
 
 def sparse(fun, *shapes, config=None, **options):
@@ -197,7 +165,9 @@ def check_a_loop_over_layers_reads_rows_where_they_lie():
     layers, d, m = 4, 512, 4096
     w, x = on_one_chip(up=(layers, d, m), down=(layers, m, d)), on_one_chip(x=(1, d))["x"]
     step = sparse(lambda w, x: lax.scan(lambda x, w: (layer(w, x), None), x, w)[0], w, x, config=a_sixteenth())
-    assert max(arrays_written(step)) < m * d
+    # The predictor of a layer, which is read whole, may be brought from the stack into VMEM first.
+    assert max(arrays_written(step)) <= m * d
+    assert max(arrays_written(step, in_vmem=False)) < m * d
     assert step.memory_analysis().temp_size_in_bytes < m * d
 
 
@@ -222,8 +192,7 @@ def a_sixteenth():
 
 
 def check_a_certified_head_is_bounded_for_products_of_one_bf16_pass():
-    sharding = SingleDeviceSharding(chips("v5e:1x1")[0])
-    w, x = (jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding) for shape in ((D, 128), (1, D)))
+    w, x = on_one_chip(dtype=jnp.float32, w=(D, 128), x=(1, D)).values()
     config = hx.Config(rules=named(hx.Vocab(candidates=16, certify=True)))
     step = hx.sparsify(lambda w, x: x @ w, config=config).trace(w, x)
     assert [d.input_bits for d in step.plan.decisions] == [8]

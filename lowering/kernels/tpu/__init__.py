@@ -1,0 +1,71 @@
+"""Kernels for TPUs, in Pallas: rows are read once, from where they lie, and scores stay in VMEM until rows are chosen.
+
+:func:`install` puts them in the place of the portable forms for programs that are lowered for TPUs. They serve up to 16
+tokens and sizes that fill a TPU's registers; all else has the portable form. Pallas is imported when a program is
+lowered that has one of them.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+from typing import Any
+
+import jax
+
+from hire_xform.lowering.kernels.switch import switched_off
+from hire_xform.lowering.kernels.tpu import shapes
+from hire_xform.lowering.primitives.kernels import no_built_in, register_built_in
+
+__all__ = ["install"]
+
+
+@functools.cache
+def install() -> str | None:
+    """Registers the kernels; why not, where there are none. Calling it again changes nothing."""
+    missing = "HIRE_KERNELS is off" if switched_off() else _why_missing()
+    if missing:
+        no_built_in("tpu", f"no kernels, since {missing}")
+        return missing
+    for name, rule, serves in (
+        ("hire_quantized_scores", _quantized_scores, shapes.scores_served),
+        ("hire_fine_scores", _fine_scores, shapes.scores_served),
+        ("da_top_k", _da_top_k, shapes.top_k_served),
+        ("hire_select_rows_dot", _select_rows_dot, shapes.rows_served),
+        ("hire_combine_rows", _combine_rows, shapes.rows_served),
+    ):
+        register_built_in(name, "tpu", rule, serves, "Pallas")
+    return None
+
+
+def _why_missing() -> str | None:
+    # Looked for, not imported: that takes longer than all of this library.
+    found = importlib.util.find_spec("jax.experimental.pallas")
+    return None if found else f"JAX {jax.__version__} comes without Pallas"
+
+
+def _module(name: str) -> Any:
+    return importlib.import_module(f"{__name__}.{name}")
+
+
+def _quantized_scores(x: jax.Array, q: jax.Array, scale: jax.Array, *, bits: int) -> jax.Array:
+    return _module("scores").quantized_scores(x, q, scale, bits)
+
+
+def _fine_scores(x: jax.Array, q: jax.Array, scale: jax.Array, *, bits: int) -> tuple[jax.Array, jax.Array]:
+    return _module("scores").fine_scores(x, q, scale, bits)
+
+
+def _da_top_k(scores: jax.Array, *, k: int, shards: int) -> tuple[jax.Array, jax.Array]:
+    return _module("top_k").top_k(scores, k, shards)
+
+
+def _select_rows_dot(
+    x: jax.Array, rows: jax.Array, index: jax.Array, *, group_size: int, out_dtype: Any, magnitudes: bool
+) -> jax.Array:
+    return _module("rows").select_rows_dot(x, rows, index, group_size, magnitudes).astype(out_dtype)
+
+
+def _combine_rows(h: jax.Array, rows: jax.Array, index: jax.Array, *, group_size: int, out_dtype: Any) -> jax.Array:
+    return _module("rows").combine_rows(h, rows, index, group_size).astype(out_dtype)

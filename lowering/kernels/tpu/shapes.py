@@ -1,0 +1,91 @@
+"""What the TPU's kernels serve, move and hold: sizes alone, so that Pallas is not imported for them."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax.numpy as jnp
+
+__all__ = [
+    "AHEAD",
+    "LANES",
+    "MOST_TOKENS",
+    "bytes_of_slabs",
+    "rows_a_step",
+    "rows_served",
+    "scores_served",
+    "top_k_served",
+]
+
+LANES = 128
+# Tokens of one call; more, as `vmap` makes them, are taken so many at a time.
+MOST_TOKENS = 16
+# Steps of rows that are in VMEM or on their way.
+AHEAD = 4
+# What a kernel may hold in VMEM: XLA gives it 16 MiB unless asked, of 64 MiB and more that chips have.
+VMEM = 12 * 2**20
+# Chosen slabs, whose numbers are kept in scalar memory.
+_MOST_SLABS = 8192
+_FLOATS = frozenset({jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16)})
+
+
+def rows_a_step(group: int) -> int:
+    """Rows that are multiplied together: whole slabs, and whole registers of what is made of them."""
+    return math.lcm(LANES, group)
+
+
+def bytes_of_slabs(count: int, group: int, d: int, dtype: Any) -> int:
+    """Bytes that are read for so many slabs of rows: a single row of 16 bits brings its neighbour along."""
+    size = jnp.dtype(dtype).itemsize
+    return count * max(4, group * size) * d
+
+
+def rows_served(x: Any, rows: Any, index: Any, *, group_size: int, **settings: Any) -> bool:
+    """Whether chosen rows are read by a kernel: whole tiles of lanes and sublanes, in words of 32 bits."""
+    dtype = jnp.dtype(rows.dtype)
+    if jnp.dtype(x.dtype) not in _FLOATS or dtype not in _FLOATS or jnp.dtype(index.dtype) != jnp.int32:
+        return False
+    n, d = rows.shape
+    if 0 in x.shape or x.shape[0] > MOST_TOKENS or not 0 < index.shape[-1] <= _MOST_SLABS:
+        return False
+    tiles = d % LANES == 0 and n % (32 // dtype.itemsize) == 0
+    slabs = group_size == 1 or (group_size * dtype.itemsize) % 4 == 0
+    return tiles and slabs and rows_bytes_held(x.shape[0], index.shape[-1], group_size, d, dtype) <= VMEM
+
+
+def rows_bytes_held(tokens: int, count: int, group: int, d: int, dtype: Any) -> int:
+    """VMEM of either kernel of rows: what is on its way, what is at work, tokens, and what comes of them."""
+    size, step = jnp.dtype(dtype).itemsize, rows_a_step(group)
+    # Registers hold eight rows at least; tokens may be three terms each.
+    thin = 4 * (max(8, 3 * tokens) + max(8, tokens)) * max(d, -(-count * group // step) * step)
+    return (AHEAD * size + 4 + size) * step * d + thin
+
+
+# Bytes of rows that are scored together: enough that what a step of a grid costs is little beside.
+_SCORED_BYTES = 2**20
+
+
+def scored_together(n: int, width: int) -> int:
+    """Rows of so many bytes that one step scores: whole registers, of which the last may lack some rows."""
+    return min(max(LANES, _SCORED_BYTES // width // LANES * LANES), -(-n // LANES) * LANES)
+
+
+def scores_served(x: Any, q: Any, scale: Any, *, bits: int) -> bool:
+    """Whether quantised rows are scored by a kernel: whole lanes of them."""
+    n, width = q.shape
+    held = 4 * scored_together(n, width) * (width + 2 * max(8, x.shape[0]))
+    lanes = width % LANES == 0 and x.shape[1] == width * (8 // bits)
+    return 0 not in x.shape and x.shape[0] <= MOST_TOKENS and n >= LANES and lanes and held <= VMEM
+
+
+# What is chosen from at once, and how many: all is kept in VMEM.
+_MOST_SCORES, _MOST_CHOSEN = 2**19, 1024
+
+
+def top_k_served(scores: Any, *, k: int, shards: int) -> bool:
+    """Whether the largest are found by a kernel: of f32, not too many."""
+    n, own = scores.shape[-1] // shards, -(-k // shards)
+    blocks = scores.size // max(1, n)
+    few = 0 < blocks <= MOST_TOKENS and LANES <= n <= _MOST_SCORES and own <= min(n, _MOST_CHOSEN)
+    return jnp.dtype(scores.dtype) == jnp.float32 and few

@@ -1,0 +1,228 @@
+"""The TPU's kernels give what the portable forms do, run by Pallas' interpreters on the CPU."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import tpu as pltpu
+
+import hire_xform as hx
+from hire_xform.lowering.kernels import tpu
+from hire_xform.lowering.kernels.tpu import rows, scores, shapes, top_k
+from hire_xform.lowering.predict.few_bits import entries, fine_scores, pack_nibbles, quantize, quantized_scores
+from hire_xform.lowering.primitives.combine_rows import combine_rows
+from hire_xform.lowering.primitives.da_top_k import da_top_k
+from hire_xform.lowering.primitives.kernels import backends, register_kernel
+from hire_xform.lowering.primitives.select_rows import select_rows_dot
+
+F32, BF16, INT32 = jnp.float32, jnp.bfloat16, jnp.int32
+# As a TPU has it: memory of its own, copies that take their time, and an error for an index out of range.
+TPU = pltpu.InterpretParams()
+# That one can't see rows of 16 bits as words of 32; this one can.
+PLAIN = True
+
+
+@pytest.fixture(autouse=True)
+def _alone(portable_forms, monkeypatch):
+    # Nor where an operand is to lie.
+    monkeypatch.setattr(rows, "in_hbm", lambda matrix: matrix)
+    yield
+    jax.clear_caches()
+
+
+def normal(seed, *shape, dtype=F32):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
+
+
+def chosen(count, of, seed=3):
+    return jnp.asarray(np.random.default_rng(seed).permutation(of)[:count], INT32)
+
+
+def interpreted(mode, fun, *operands):
+    with pltpu.force_tpu_interpret_mode(mode):
+        return jax.jit(fun)(*operands)
+
+
+# Slabs of 8 rows, single ones, a tail of a step, tokens wider than rows, single rows of 16 bits, and slabs of two.
+ROWS = [
+    (TPU, F32, F32, 1, 8, 5),
+    (TPU, F32, BF16, 2, 1, 131),
+    (PLAIN, BF16, BF16, 1, 8, 20),
+    (PLAIN, BF16, F32, 3, 16, 3),
+    (PLAIN, BF16, BF16, 2, 1, 37),
+    (PLAIN, BF16, F32, 1, 2, 6),
+]
+
+
+@pytest.mark.parametrize(("mode", "dtype", "given", "tokens", "group", "count"), ROWS)
+def test_chosen_rows(mode, dtype, given, tokens, group, count):
+    n, d = 64 * max(group, 4), 128
+    matrix, x, index = normal(0, n, d, dtype=dtype), normal(1, tokens, d, dtype=given), chosen(count, n // group)
+    h = normal(2, tokens, count * group, dtype=given)
+    assert shapes.rows_served(x, matrix, index, group_size=group)
+    assert shapes.rows_served(h, matrix, index, group_size=group)
+    got = interpreted(mode, functools.partial(rows.select_rows_dot, group=group, magnitudes=False), x, matrix, index)
+    want = select_rows_dot(x, matrix, index, group_size=group, preferred_element_type=F32)
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-4)
+    got = interpreted(mode, functools.partial(rows.combine_rows, group=group), h, matrix, index)
+    want = combine_rows(h, matrix, index, group_size=group, preferred_element_type=F32)
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-4)
+
+
+def test_magnitudes_own_choices_and_many_tokens():
+    matrix, x = normal(0, 64, 128), normal(1, 17, 128)
+    for index in (chosen(5, 64), jnp.stack([chosen(5, 64, seed) for seed in range(2)])):
+        given = x if index.ndim == 1 else x[:2]
+        fun = functools.partial(rows.select_rows_dot, group=1, magnitudes=True)
+        want = select_rows_dot(given, matrix, index, magnitudes=True)
+        np.testing.assert_allclose(interpreted(PLAIN, fun, given, matrix, index), want, rtol=1e-5)
+
+
+def test_under_vmap_tokens_are_taken_together():
+    matrix, x, index = normal(0, 64, 128), normal(1, 3, 2, 128), chosen(5, 64)
+    fun = jax.vmap(functools.partial(rows.select_rows_dot, group=1, magnitudes=False), (0, None, None))
+    assert str(jax.make_jaxpr(fun)(x, matrix, index)).count("pallas_call[") == 1
+    want = jax.vmap(lambda x: select_rows_dot(x, matrix, index))(x)
+    np.testing.assert_allclose(interpreted(PLAIN, fun, x, matrix, index), want, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("row", [8, 3])
+def test_what_no_copy_wrote_counts_for_nothing(row):
+    """A tail of a step follows a row that holds a NaN, which is in a place that the tail does not write."""
+    matrix = normal(0, 256, 128).at[row].set(jnp.nan)
+    index = jnp.concatenate([jnp.array([5, row] * 64), chosen(3, 256) + 0]).astype(INT32)
+    h = jnp.ones((1, 131)).at[0, :128].set(0.0)
+    got = interpreted(TPU, functools.partial(rows.combine_rows, group=1), h, matrix, index)
+    assert np.isnan(got).all()  # zero times NaN, as in the portable form
+    index = index.at[:128].set(5).at[127].set(7)
+    got = interpreted(TPU, functools.partial(rows.combine_rows, group=1), h, matrix, index)
+    np.testing.assert_allclose(got, combine_rows(h, matrix, index), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("tokens", "d", "n", "bits"), [(1, 128, 200, 8), (3, 256, 130, 4), (17, 128, 128, 8)])
+def test_scores(tokens, d, n, bits):
+    x, matrix = normal(0, tokens, d), normal(1, n, d).at[n // 2].set(jnp.nan)
+    x = x.at[1].set(0.0).at[2, 0].set(jnp.inf) if tokens > 2 else x
+    q, scale = quantize(matrix, 127 if bits == 8 else 7)
+    q = q if bits == 8 else pack_nibbles(q)
+    assert shapes.scores_served(x[:16], q, scale, bits=bits)
+    got = interpreted(TPU, functools.partial(scores.quantized_scores, bits=bits), x, q, scale)
+    np.testing.assert_allclose(got, quantized_scores(x, q, scale, bits), rtol=1e-6)
+    got, kept = interpreted(TPU, functools.partial(scores.fine_scores, bits=bits), x, q, scale)
+    want, also_kept = fine_scores(x, q, scale, bits)
+    # Where a limb falls between two integers, either is right: tokens kept are then a step apart.
+    step = np.nanmax(np.where(np.isfinite(x), np.abs(x), 0.0), axis=1, keepdims=True) / 127.0 / 254.0
+    assert (np.abs(np.nan_to_num(kept) - np.nan_to_num(also_kept)) <= 1.01 * step).all()
+    np.testing.assert_array_equal(np.isnan(got), np.isnan(want))
+    exact = np.asarray(kept, np.float64) @ (np.asarray(entries(q, bits, d), np.float64) * np.asarray(scale)[:, None]).T
+    size = np.abs(np.nan_to_num(x, posinf=0.0)) @ np.abs(entries(q, bits, d) * np.nan_to_num(scale)[:, None]).T
+    assert (np.abs(np.nan_to_num(got) - np.nan_to_num(exact)) <= 1e-6 * size + 1e-6).all()
+
+
+def test_rows_of_several_blocks_and_a_last_one_that_is_not_whole(monkeypatch):
+    monkeypatch.setattr(shapes, "_SCORED_BYTES", 128 * 128)
+    x, (q, scale) = normal(0, 1, 128), quantize(normal(1, 300, 128), 127)
+    assert shapes.scored_together(300, 128) == 128
+    got = interpreted(TPU, functools.partial(scores.quantized_scores, bits=8), x, q, scale)
+    np.testing.assert_allclose(got, quantized_scores(x, q, scale, 8), rtol=1e-6)
+
+
+@pytest.mark.parametrize(("n", "k", "shards"), [(3000, 37, 1), (1024, 200, 4), (20_000, 130, 1), (128, 128, 1)])
+def test_the_largest(n, k, shards):
+    """Rounded, so that many are equal; with infinities, NaNs of either sign, and zeros of either."""
+    values = np.random.default_rng(0).normal(size=(2, n)).round(1).astype(np.float32)
+    values[0, 5], values[0, 70], values[1, 7], values[1, 8] = np.nan, -np.nan, np.inf, -np.inf
+    values[0, 30:60], values[1, n // 3 :] = -0.0, 0.0
+    assert shapes.top_k_served(jax.ShapeDtypeStruct(values.shape, F32), k=k, shards=shards)
+    got, index = interpreted(TPU, functools.partial(top_k.top_k, k=k, shards=shards), values)
+    want, want_index = da_top_k(jnp.asarray(values), k, shards)
+    np.testing.assert_array_equal(index, want_index)
+    np.testing.assert_array_equal(got, want)
+
+
+def struct(*shape, dtype=F32):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def test_what_they_do_not_serve():
+    x, matrix, index = struct(1, 256), struct(64, 256), struct(8, dtype=INT32)
+    assert shapes.rows_served(x, matrix, index, group_size=8)
+    assert not shapes.rows_served(struct(17, 256), struct(64, 256), index, group_size=8)
+    assert not shapes.rows_served(struct(1, 250), struct(64, 250), index, group_size=1)
+    assert not shapes.rows_served(x, struct(60, 256), index, group_size=1)
+    assert not shapes.rows_served(x, struct(96, 256, dtype=BF16), index, group_size=3)
+    assert not shapes.rows_served(x, struct(64, 256, dtype=jnp.float16), index, group_size=8)
+    assert not shapes.rows_served(struct(1, 2**15), struct(64, 2**15), index, group_size=8)
+    assert not shapes.rows_served(x, matrix, struct(0, dtype=INT32), group_size=8)
+    q, scale = struct(256, 256, dtype=jnp.int8), struct(256)
+    assert shapes.scores_served(x, q, scale, bits=8)
+    assert shapes.scores_served(struct(1, 512), q, scale, bits=4)
+    assert not shapes.scores_served(struct(1, 511), q, scale, bits=4)
+    assert not shapes.scores_served(struct(1, 250), struct(256, 250, dtype=jnp.int8), scale, bits=8)
+    assert not shapes.top_k_served(struct(1, 1000, dtype=BF16), k=5, shards=1)
+    assert not shapes.top_k_served(struct(1, 4096), k=2000, shards=1)
+    assert not shapes.top_k_served(struct(0, 4096), k=2, shards=1)
+
+
+def test_they_are_registered_for_tpus_alone_and_pallas_is_not_asked_for_at_once(monkeypatch):
+    tpu.install.__wrapped__()
+    named = {step: platforms for step, platforms in backends().items() if platforms["tpu"] == "Pallas"}
+    assert set(named) == {
+        "hire_quantized_scores",
+        "hire_fine_scores",
+        "da_top_k",
+        "hire_select_rows_dot",
+        "hire_combine_rows",
+    }
+    assert {p["cuda"].split(":")[0] for p in named.values()} == {"portable"}
+
+
+def test_without_pallas_there_are_none_and_it_is_said_why(monkeypatch):
+    from hire_xform.lowering.primitives import kernels
+
+    monkeypatch.setattr(kernels, "_missing", {})
+    monkeypatch.setattr(tpu, "_why_missing", lambda: "there is no Pallas")
+    assert tpu.install.__wrapped__() == "there is no Pallas"
+    assert backends()["da_top_k"]["tpu"] == "portable: no kernels, since there is no Pallas"
+    monkeypatch.setenv("HIRE_KERNELS", "off")
+    assert tpu.install.__wrapped__() == "HIRE_KERNELS is off"
+
+
+@pytest.fixture
+def on_cpu():
+    """The TPU's kernels in place of the CPU's, interpreted."""
+    tpu.install.__wrapped__()
+    from hire_xform.lowering.primitives import kernels
+
+    own = {step: kernel for (step, platform), kernel in kernels._built_in.items() if platform == "tpu"}
+    removed = [register_kernel(step, "cpu", kernel.rule, kernel.serves) for step, kernel in own.items()]
+    with pltpu.force_tpu_interpret_mode(PLAIN):
+        yield
+    for remove in removed:
+        remove()
+
+
+def test_everything_selected_equals_dense(on_cpu):
+    """A block and a head of a whole program, at full width: with these kernels, and as many as are served."""
+    d, m, vocab = 128, 256, 384
+    weights = {
+        "up": normal(0, d, m, dtype=BF16) / 8,
+        "down": normal(1, m, d, dtype=BF16) / 8,
+        "head": normal(2, d, vocab, dtype=BF16) / 8,
+    }
+
+    def model(w, x):
+        x = x + jax.nn.relu(x @ w["up"]) @ w["down"]
+        return jnp.argmax(x @ w["head"], axis=-1)
+
+    config = hx.Config(
+        ffn=hx.Ffn(active=1.0, group_size=8),
+        vocab=hx.Vocab(candidates=vocab),
+        rules=(hx.Rule("*", force=True),),
+    )
+    x = normal(3, 2, d, dtype=BF16)
+    step = hx.sparsify(model, config=config)
+    assert len(step.trace(weights, x).plan.sites) == 2
+    np.testing.assert_array_equal(step(weights, x), model(weights, x))

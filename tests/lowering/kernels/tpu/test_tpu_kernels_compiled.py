@@ -1,0 +1,126 @@
+"""What the TPU's own compiler makes of the kernels, ahead of time and without a TPU."""
+
+import re
+from functools import partial
+
+import devices
+import jax
+import jax.numpy as jnp
+import pytest
+from collectives import arrays_written
+from described_tpus import ENVIRONMENT, ONE, compiled, on_one_chip, one_chip
+from extras import why_missing
+
+import hire_xform as hx
+from hire_xform.lowering.kernels.tpu import shapes
+
+pytestmark = [pytest.mark.tpu_aot, pytest.mark.slow]
+
+F32, BF16, INT8, UINT8, INT32 = jnp.float32, jnp.bfloat16, jnp.int8, jnp.uint8, jnp.int32
+
+
+@pytest.fixture(scope="module")
+def found():
+    try:
+        import libtpu  # noqa: F401
+    except ImportError as error:
+        pytest.skip(why_missing("tpu-aot", error))
+    return devices.outcomes(__name__, ENVIRONMENT)
+
+
+def kernels():
+    """Each kernel at sizes of a model of a billion parameters, or of many tokens: a function, and what it takes."""
+    from hire_xform.lowering.kernels.tpu import rows, scores, top_k
+
+    for tokens, dtype, given, group, n, count in (
+        (1, BF16, BF16, 8, 8192, 65),
+        (16, BF16, F32, 1, 128256, 256),
+        (2, F32, F32, 1, 8192, 200),
+        (1, F32, F32, 8, 8192, 64),
+    ):
+        d = 2048
+        matrix, index = ((n, d), dtype), ((count,), INT32)
+        select = partial(rows.select_rows_dot, group=group, magnitudes=tokens == 2)
+        yield select, ((tokens, d), given), matrix, index
+        yield partial(rows.combine_rows, group=group), ((tokens, count * group), given), matrix, index
+    for tokens, d, n, bits in ((1, 512, 128256, 8), (16, 2048, 8192, 4), (3, 2048, 512, 8), (1, 256, 200, 4)):
+        q = ((n, d * bits // 8), INT8 if bits == 8 else UINT8)
+        yield partial(scores.quantized_scores, bits=bits), ((tokens, d), F32), q, ((n,), F32)
+        yield partial(scores.fine_scores, bits=bits), ((tokens, d), F32), q, ((n,), F32)
+    for n, k, shards in ((1024, 64, 1), (128256, 256, 1), (2**19, 1024, 1), (262144, 512, 4)):
+        yield partial(top_k.top_k, k=k, shards=shards), ((1, n), F32)
+
+
+def check_every_kernel_on_every_chip():
+    for kind in ONE:
+        for fun, *operands in kernels():
+            placed = [jax.ShapeDtypeStruct(*operand, sharding=one_chip(kind)) for operand in operands]
+            program = compiled(jax.jit(fun).trace(*placed).lower(), kind)
+            assert program.as_text().count('custom_call_target="tpu_custom_call"') == 1, fun
+            # Whatever the matrix is, nothing as large is made of it.
+            assert program.memory_analysis().temp_size_in_bytes < 2**20
+
+
+def check_what_is_held_fits_where_it_is_served():
+    """At the largest sizes that are served the compiler finds room in VMEM."""
+    from hire_xform.lowering.kernels.tpu import rows
+
+    d, tokens = max(d for d in range(128, 2**15, 128) if served(16, d)), 16
+    placed = [
+        jax.ShapeDtypeStruct(shape, dtype, sharding=one_chip())
+        for shape, dtype in (((tokens, d), F32), ((1024, d), F32), ((256,), INT32))
+    ]
+    compiled(jax.jit(partial(rows.select_rows_dot, group=1, magnitudes=False)).trace(*placed).lower())
+
+
+def served(tokens, d):
+    shape = jax.ShapeDtypeStruct
+    return shapes.rows_served(shape((tokens, d), F32), shape((1024, d), F32), shape((256,), INT32), group_size=1)
+
+
+def called(program):
+    """The kernels of a program, by name, how often each stands in it."""
+    names = re.findall(r"%(hire_\w+?)[.\d]* = .*custom_call_target=\"tpu_custom_call\"", program.as_text())
+    return {name: names.count(name) for name in sorted(set(names))}
+
+
+def model(w, x):
+    x = x + jax.nn.relu(x @ w["up"]) @ w["down"]
+    return jnp.argmax(x @ w["head"], axis=-1)
+
+
+CONFIG = hx.Config(
+    ffn=hx.Ffn(active=1 / 16, group_size=8, predictor=hx.LowRank(0.25, bits=8)),
+    vocab=hx.Vocab(candidates=128, predictor=hx.Quantized(4)),
+    rules=(hx.Rule("*", force=True),),
+)
+D, M, VOCAB = 512, 4096, 32768
+
+
+def traced():
+    w = on_one_chip(up=(D, M), down=(M, D), head=(D, VOCAB))
+    return hx.sparsify(model, config=CONFIG).trace(w, on_one_chip(x=(1, D))["x"])
+
+
+def check_a_block_and_a_head_are_run_by_kernels():
+    program = compiled(traced().lower())
+    assert called(program) == {
+        "hire_combine_rows": 1,
+        "hire_fine_scores": 2,
+        "hire_quantized_scores": 1,
+        "hire_select_rows_dot": 2,
+        "hire_top_k": 2,
+    }
+    # No scores in HBM, nor anything else but what comes out.
+    assert max(arrays_written(program, in_vmem=False)) < 4 * M // 8
+
+
+def check_a_program_for_several_platforms_has_them_for_one():
+    text = traced().lower(lowering_platforms=("cpu", "tpu")).as_text()
+    assert text.count("tpu_custom_call") == 8
+    assert "stablehlo.case" in text
+
+
+@pytest.mark.parametrize("name", devices.checks(__name__))
+def test_on_a_described_tpu(found, name):
+    assert not found[name], found[name]
