@@ -10,6 +10,7 @@ import pytest
 from collectives import arrays_written
 from described_tpus import ENVIRONMENT, ONE, compiled, on_one_chip, one_chip
 from extras import why_missing
+from jax import export
 
 import hire_xform as hx
 from hire_xform.lowering.kernels.tpu import shapes
@@ -119,6 +120,16 @@ def check_a_program_for_several_platforms_has_them_for_one():
     text = traced().lower(lowering_platforms=("cpu", "tpu")).as_text()
     assert text.count("tpu_custom_call") == 8
     assert "stablehlo.case" in text
+
+
+def check_a_program_that_is_written_down_has_them_too():
+    step = hx.sparsify(model, config=CONFIG)
+    w = {"up": jnp.zeros((D, M), BF16), "down": jnp.zeros((M, D), BF16), "head": jnp.zeros((D, 1024), BF16)}
+    x = jnp.ones((1, D), BF16)
+    packed = step.trace(w, x).pack(w)
+    sent = export.export(jax.jit(step), platforms=("cpu", "tpu"))(packed, x)
+    assert sent.platforms == ("cpu", "tpu")
+    assert sent.mlir_module().count("tpu_custom_call") == 8
 
 
 @pytest.mark.parametrize("name", devices.checks(__name__))
