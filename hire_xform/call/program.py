@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -20,7 +20,9 @@ from hire_xform.passes.ir.each_device import is_explicit
 from hire_xform.passes.ir.graph import Graph, Operand, walk
 from hire_xform.passes.ir.verify import verify_graph
 from hire_xform.passes.match.detect import detect
+from hire_xform.passes.match.experts import Experts, find_experts
 from hire_xform.passes.match.matches import Detection, Match, names_of
+from hire_xform.passes.rewrite.experts import looped_over
 from hire_xform.passes.weights.provenance import Provenance
 from hire_xform.passes.weights.recipe import Root
 
@@ -32,6 +34,9 @@ class Program:
       jaxpr: the program.
       seconds: how long each stage took, in their order.
     """
+
+    # Whether blocks of experts are looped over.
+    loops_over_experts = True
 
     def __init__(self, signature: Signature, call: Abstract):
         """Traces and detects.
@@ -63,21 +68,49 @@ class Program:
             if changed:
                 warn_if_lost(signature, self.jaxpr, call.roots, list(changed))
                 self.jaxpr = compat.without_last_outputs(self.jaxpr, len(changed))
-            with self.timed("graph"):
-                self._graph: Graph = walk(self.jaxpr)
-            if debugging():
-                verify_graph(self._graph)
-            with self.timed("weights"):
-                self._provenance = Provenance(self._graph, call.roots)
-            with self.timed("matches"):
-                self._detection: Detection = detect(self._graph, self._provenance)
+            self._experts: Sequence[Experts] = ()
+            self._find_all()
+
+    def _find_all(self, dense: Container[str] = ()) -> None:
+        """Finds what there is, with a loop in the place of each block of experts but those that end at these paths."""
+        self._find(self.jaxpr)
+        with self.timed("experts"):
+            self._experts = [one for one in self._of_experts() if one.match.node.path not in dense]
+            looped = looped_over(self._graph, self._experts) if self._experts else None
+        if looped is not None:
+            self._find(looped)
+
+    @property
+    def laid_out(self) -> Any:
+        """The program that paths are of: the original, but for loops over experts."""
+        return self._graph.jaxpr
+
+    def _find(self, jaxpr: Any) -> None:
+        """Lays a program out, and finds what there is."""
+        with self.timed("graph"):
+            self._graph: Graph = walk(jaxpr)
+        if debugging():
+            verify_graph(self._graph)
+        with self.timed("weights"):
+            self._provenance = Provenance(self._graph, self.call.roots)
+        with self.timed("matches"):
+            self._detection: Detection = detect(self._graph, self._provenance)
+
+    def _of_experts(self) -> Sequence[Experts]:
+        """The blocks of experts that are looped over: none over several devices, each of which may have its own."""
+        placed = any(
+            struct(a, at).sharding is not None for a, at in zip(self.call.avals, self.call.placed, strict=True)
+        )
+        if not self.loops_over_experts or placed:
+            return []
+        return find_experts(self._graph, self._provenance, self._detection.products)
 
     @contextlib.contextmanager
     def timed(self, stage: str) -> Iterator[None]:
         """Notes how long a stage takes."""
         start = time.perf_counter()
         yield
-        self.seconds[stage] = time.perf_counter() - start
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
 
     @property
     def rule_paths(self) -> list[str]:

@@ -29,6 +29,7 @@ from hire_xform.passes.ir.graph import Node
 from hire_xform.passes.pack.make import pack_shapes
 from hire_xform.passes.pack.packed import Packed, PackLayout
 from hire_xform.passes.plan.decisions import Decision, PackKey, Plan
+from hire_xform.passes.plan.experts import dense_experts, with_reasons
 from hire_xform.passes.plan.machine import built_in_for
 from hire_xform.passes.plan.make import make_plan
 from hire_xform.passes.plan.measurement import MeasurementOf
@@ -70,15 +71,24 @@ class Traced(Program):
         self._rewriters: dict[Any, Rewriter] = {}
         self._told = False
         with collector_paused():
-            measured = [calibration.measurement_of(self._detection.matches, self.name)] if calibration else []
-            with self.timed("plan"):
-                plan = self._plan(config, platform, *measured)
+            plan = self._timed_plan(config, platform, calibration)
+            if dense := dense_experts(self._experts, plan):
+                nodes = [experts.match.node for experts in dense]
+                self._find_all({node.path for node in nodes})
+                self._rewriters.clear()
+                reasons = dict(zip((node.source for node in nodes), dense.values(), strict=True))
+                plan = with_reasons(self._timed_plan(config, platform, calibration), reasons)
             unmatched = config.unmatched(self.rule_texts(config.compresses))
             self.plan: Plan = replace(plan, unmatched_rules=tuple(rule.path_glob for rule in unmatched))
         if os.environ.get("HIRE_DUMP"):
             from hire_xform.dump.stage_files import dump_stages  # which is for whoever develops the pass: rarely loaded
 
             dump_stages(self)
+
+    def _timed_plan(self, config: Config, platform: str, calibration: Calibration | None) -> Plan:
+        measured = [calibration.measurement_of(self._detection.matches, self.name)] if calibration else []
+        with self.timed("plan"):
+            return self._plan(config, platform, *measured)
 
     def _plan(self, config: Config, platform: str, *measured: MeasurementOf) -> Plan:
         measure = measured[0] if measured else _no_measurement

@@ -69,7 +69,7 @@ def make_dump(traced: Traced, name: str, show: str) -> Dump:
     """Lists the programs that are to be shown."""
     before = after = None
     if show != "sparse":
-        before = list_program(traced.jaxpr, _input_names(traced, packed=False), _before_marker(traced.plan))
+        before = list_program(traced.laid_out, _input_names(traced, packed=False), _before_marker(traced.plan))
     if show != "original":
         after = list_program(traced.sparse_jaxpr, _input_names(traced, packed=True), _after_marker(traced.plan))
     return Dump(name, traced.plan, before, after)

@@ -164,6 +164,8 @@ class TracedTopk(Program):
       jaxpr: the original program.
     """
 
+    loops_over_experts = False
+
     def __init__(self, signature: Signature, config: Config, call: Abstract):
         """Traces, detects and plans; see ``TopkFfn.trace``."""
         super().__init__(signature, call)

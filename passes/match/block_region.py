@@ -52,7 +52,9 @@ MAX_TO_STATISTIC = 48
 _GROUPING = frozenset({prims.reduce_sum_p, prims.reduce_max_p})
 
 
-def trace_region(down: Product, layout: Layout, products: dict[Node, Product], probe: Probe) -> Region | Unfollowed:
+def trace_region(
+    down: Product, layout: Layout, products: dict[Node, Product], probe: Probe, each: int | None = None
+) -> Region | Unfollowed:
     """The region that makes the activation of ``down``, or why no weight product is reached.
 
     Args:
@@ -60,10 +62,12 @@ def trace_region(down: Product, layout: Layout, products: dict[Node, Product], p
       layout: layout of its activation, token and hidden digits for each dimension.
       products: all weight products, by their equation.
       probe: tries regions on numbers.
+      each: of experts, how many tokens each has: the leading digits of the token index are theirs, and weights that
+        have these as dimensions make units. None where there are no experts.
     """
     mixing = ""
     try:
-        found = _trace(down, layout, products, True)
+        found = _trace(down, layout, products, True, each)
         if isinstance(found, _Builder) and found.mixes:
             own = own_sparsity(found.region, probe)
             if isinstance(own, OwnSparsity):
@@ -73,7 +77,7 @@ def trace_region(down: Product, layout: Layout, products: dict[Node, Product], p
             raise _NotFollowedError(own)
     except _NotFollowedError as error:
         mixing = str(error)
-        found = _trace(down, layout, products, False)
+        found = _trace(down, layout, products, False, each)
     if isinstance(found, Unfollowed):
         return Unfollowed(mixing) if mixing else found
     region = found.region
@@ -92,9 +96,10 @@ def _trace(
     layout: Layout,
     products: dict[Node, Product],
     statistics: bool,
+    each: int | None,
     updates: tuple[Product, ...] = (),
 ) -> _Builder | Unfollowed:
-    builder = _Builder(products, _units(layout), down, statistics, updates)
+    builder = _Builder(products, _units(layout), down, statistics, each, updates)
     try:
         root = builder.expand(down.x, layout)
     except _EndsError as error:
@@ -102,7 +107,7 @@ def _trace(
     if not builder.region.ups:
         return end_of(builder.ends, down, products)
     if not updates and (found := low_rank_updates(builder.region, products)):
-        return _trace(down, layout, products, statistics, found)
+        return _trace(down, layout, products, statistics, each, found)
     builder.region.root = root
     builder.region.zeroing = builder.zero[root]
     return builder
@@ -127,10 +132,12 @@ class _Builder:
         units: int,
         down: Product,
         statistics: bool,
+        each: int | None,
         updates: tuple[Product, ...],
     ):
         self.products = products
         self.down = down
+        self.each = each
         self.statistics = statistics
         self.region = Region(units, updates=updates)
         self.memo: dict[tuple[Any, Layout], int] = {}
@@ -219,6 +226,8 @@ class _Builder:
     def up(self, product: Product, layout: Layout) -> int:
         x_dims = [layout[d] for d in product.out_x_dims]
         w_dims = [layout[d] for d in product.out_w_dims]
+        if self.each is not None:
+            return self.up_of_experts(product, layout, x_dims, w_dims)
         if any(a.space != "t" for d in x_dims for a in d.atoms) or any(a.space != "h" for d in w_dims for a in d.atoms):
             return self.side(product.out, layout)
         followed = not product.batched and product.contracted and _units(layout) == self.region.units
@@ -226,6 +235,25 @@ class _Builder:
             return self.side(product.out, layout)
         if not followed or not all(d.full for d in x_dims):
             return self.side(product.out, layout)
+        return self.taken_as_up(product, layout)
+
+    def up_of_experts(self, product: Product, layout: Layout, x_dims: Sequence[Dim], w_dims: Sequence[Dim]) -> int:
+        """A product whose weight has the experts as dimensions, each with all digits of one kind."""
+        batch = layout[: len(product.w_batch)]
+        of_units = all(a.space == "h" or self.is_of_experts(a) for d in w_dims for a in d.atoms)
+        of_experts = all(self.is_of_experts(a) for d in batch for a in d.atoms)
+        of_tokens = all(a.space == "t" for d in x_dims for a in d.atoms)
+        whole_dims = all(d.full for d in (*batch, *x_dims, *w_dims))
+        units = math.prod(a.size for d in w_dims for a in d.atoms if a.space == "h") == self.region.units
+        if not (of_units and of_experts and of_tokens and whole_dims and units and product.contracted):
+            return self.side(product.out, layout)
+        return self.taken_as_up(product, layout)
+
+    def is_of_experts(self, atom: Atom) -> bool:
+        """Whether a digit is of the expert's number, which leads the token index."""
+        return self.each is not None and atom.space == "t" and atom.stride >= self.each
+
+    def taken_as_up(self, product: Product, layout: Layout) -> int:
         self.region.nodes.add(product.node)
         self.region.inner.add(product.out)
         return self.add(Up(product, layout), True)

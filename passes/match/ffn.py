@@ -48,19 +48,19 @@ def ffn_ending_in(
     region = trace_region(down, tuple(layout), by_node, probe)
     if isinstance(region, Unfollowed):
         return region
-    linear = _is_linear(region)
+    linear = is_linear(region)
     ends = [down] if linear else _contracting_alike(down, by_node, taken)
-    leak = _leak(region, hidden, ends) or next(filter(None, (_lost_derivative(region, end) for end in ends)), None)
+    leaked = leak(region, hidden, ends) or next(filter(None, (lost_derivative(region, end) for end in ends)), None)
     if linear:
-        if leak is not None:
-            return Unfollowed(f"it follows other products through sums only, as on a residual stream, and {leak}")
+        if leaked is not None:
+            return Unfollowed(f"it follows other products through sums only, as on a residual stream, and {leaked}")
         if _factored(region, down):
             how = "nothing nonlinear lies between it and the product it follows: one matrix in two factors"
             return Nearly(down, how)
     ups = tuple(up.product for up in region.ups)
-    if leak is not None:
-        leak += f"; nor is that the model's own choice of units: {region.mixing}" if region.mixing else ""
-        return Nearly(down, leak, ups, not jnp.issubdtype(hidden.aval.dtype, jnp.floating))
+    if leaked is not None:
+        leaked += f"; nor is that the model's own choice of units: {region.mixing}" if region.mixing else ""
+        return Nearly(down, leaked, ups, not jnp.issubdtype(hidden.aval.dtype, jnp.floating))
     blocked = next((up.product for up in region.ups if up.product in taken), None)
     if blocked is not None:
         return Nearly(down, f"the product it follows, {blocked.path}, already belongs to another block", ups)
@@ -81,7 +81,7 @@ def _contracting_alike(down: Product, by_node: dict[Node, Product], taken: set[P
     return [other for other in readers if other is down or alike(other)]
 
 
-def _leak(region: Region, hidden: Value, ends: Sequence[Product]) -> str | None:
+def leak(region: Region, hidden: Value, ends: Sequence[Product]) -> str | None:
     """Why the hidden units can't be left out: something besides the block reads them."""
     own = {end.node for end in ends}
     quantised = not jnp.issubdtype(hidden.aval.dtype, jnp.floating)
@@ -103,7 +103,7 @@ def _leak(region: Region, hidden: Value, ends: Sequence[Product]) -> str | None:
     return None
 
 
-def _lost_derivative(region: Region, down: Product) -> str | None:
+def lost_derivative(region: Region, down: Product) -> str | None:
     """Why a block that a custom_vjp stands in the middle of stays: the rewrite would drop the derivative it states."""
     around = set(down.node.frame.ancestors())
     for frame in down.node.frame.ancestors():
@@ -138,7 +138,7 @@ def _keeps_derivative(frame: Frame) -> bool:
     return bool(inside) and not any(n.primitive in STEPS for n in inside)
 
 
-def _is_linear(region: Region) -> bool:
+def is_linear(region: Region) -> bool:
     """True when the activation is a weighted sum of the products into the units, with no function of them between."""
     if region.own is not None:
         return False

@@ -41,7 +41,8 @@ def canonical_activation(product: Product, x: Any, layout: Layout, tokens: int) 
 def _activation_layout(product: Product, layout: Layout) -> Layout:
     """The layout of a product's activation, what it contracts as hidden digits, given that of its result."""
     dims: list[Any] = [None] * len(product.x.shape)
-    for d, out in zip(product.x_free, product.out_x_dims, strict=True):
+    outs = (*range(len(product.x_batch)), *product.out_x_dims)
+    for d, out in zip((*product.x_batch, *product.x_free), outs, strict=True):
         dims[d] = layout[out]
     sizes = [product.x.shape[d] for d in product.x_contract]
     for d, atom in zip(product.x_contract, row_major("h", sizes), strict=True):

@@ -32,8 +32,8 @@ class Product:
       origin: where the weight comes from.
       weight_left: True when the weight is the left operand, so that its free dimensions lead the result's.
       x_contract, w_contract: contracted dimensions of the two operands, paired in order.
+      x_batch, w_batch: batch dimensions of the two operands, paired in order; they lead the result's.
       x_free, w_free: the other dimensions, in order.
-      batched: True when the weight has batch dimensions.
     """
 
     node: Node
@@ -45,7 +45,13 @@ class Product:
     w_contract: tuple[int, ...]
     x_free: tuple[int, ...]
     w_free: tuple[int, ...]
-    batched: bool
+    x_batch: tuple[int, ...] = ()
+    w_batch: tuple[int, ...] = ()
+
+    @property
+    def batched(self) -> bool:
+        """Whether its weight has batch dimensions: one matrix for each of the entries of those."""
+        return bool(self.w_batch)
 
     @property
     def path(self) -> str:
@@ -108,13 +114,13 @@ class Product:
     @property
     def out_x_dims(self) -> tuple[int, ...]:
         """Dimensions of the result that come from the activation."""
-        lead = len(self.w_free) if self.weight_left else 0
+        lead = len(self.w_batch) + (len(self.w_free) if self.weight_left else 0)
         return tuple(range(lead, lead + len(self.x_free)))
 
     @property
     def out_w_dims(self) -> tuple[int, ...]:
         """Dimensions of the result that come from the weight."""
-        lead = 0 if self.weight_left else len(self.x_free)
+        lead = len(self.w_batch) + (0 if self.weight_left else len(self.x_free))
         return tuple(range(lead, lead + len(self.w_free)))
 
     def rows_free(self) -> Recipe:
@@ -232,16 +238,20 @@ def _classify(node: Node, provenance: Provenance) -> Product | Loose | None:
         return _derived_weight(node, provenance)
     else:
         weight_left = origins[0] is not None
+    origin = origins[0] if weight_left else origins[1]
+    assert origin is not None
+    x = right if weight_left else left
+    return product_with(node, weight_left, origin) if isinstance(x, Value) else None
+
+
+def product_with(node: Node, weight_left: bool, origin: Origin) -> Product:
+    """A ``dot_general`` as a product with the weight that one of its operands is."""
+    left, right = node.inputs
     (lc, rc), (lb, rb) = node.params["dimension_numbers"]
     weight, x = (left, right) if weight_left else (right, left)
     wc, xc, wb, xb = (lc, rc, lb, rb) if weight_left else (rc, lc, rb, lb)
-    origin = origins[0] if weight_left else origins[1]
     assert isinstance(weight, Value)
-    assert origin is not None
-    if not isinstance(x, Value):
-        return None
-    w_free = tuple(d for d in range(len(weight.shape)) if d not in wc and d not in wb)
-    x_free = tuple(d for d in range(len(x.shape)) if d not in xc and d not in xb)
+    assert isinstance(x, Value)
     return Product(
         node=node,
         x=x,
@@ -250,9 +260,10 @@ def _classify(node: Node, provenance: Provenance) -> Product | Loose | None:
         weight_left=weight_left,
         x_contract=tuple(xc),
         w_contract=tuple(wc),
-        x_free=x_free,
-        w_free=w_free,
-        batched=bool(wb),
+        x_free=tuple(d for d in range(len(x.shape)) if d not in xc and d not in xb),
+        w_free=tuple(d for d in range(len(weight.shape)) if d not in wc and d not in wb),
+        x_batch=tuple(xb),
+        w_batch=tuple(wb),
     )
 
 

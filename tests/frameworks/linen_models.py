@@ -445,8 +445,8 @@ CASES = [
     linen("FFN and head", "FrozenDict of nn.Partitioned", frozen_and_partitioned, 1, 1, 0),
     linen("decoder, dropout on", "a key as argument", with_keys, L, 1, 4 * L),
     linen("generation, greedy", "lax.scan of nn.scan", generation, 1, 1, 4),
-    # The experts' products have a batch dimension: no blocks by this project's definition. A router for each.
-    linen("decoder, dense experts", "nn.vmap over experts", partial(decoder, ffn=DenseExperts), 0, 1, (4 + 3) * L),
+    # A loop over the experts' blocks, and a router for each layer.
+    linen("decoder, dense experts", "nn.vmap over experts", partial(decoder, ffn=DenseExperts), L, 1, (4 + 1) * L),
     linen(
         "decoder, WeightNorm",
         "plain",

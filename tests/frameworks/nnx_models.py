@@ -480,8 +480,8 @@ CASES = [
         1,
         (4 + 3) * L,
     ),
-    # The experts' products have a batch dimension: no blocks by this project's definition. A router for each.
-    flax_nnx("decoder, dense experts", "nnx.vmap over experts", partial(module, ffn=DenseExperts), 0, 1, (4 + 3) * L),
+    # A loop over the experts' blocks, and a router for each layer.
+    flax_nnx("decoder, dense experts", "nnx.vmap over experts", partial(module, ffn=DenseExperts), L, 1, (4 + 1) * L),
     flax_nnx("FFN and head", "nnx.bridge.ToNNX", bridged, 1, 1, 0),
     flax_nnx("classifier of three layers", "module in eval()", classifier, 1, 0, 1),
 ]

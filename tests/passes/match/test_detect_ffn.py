@@ -295,17 +295,6 @@ def test_linear_attention_is_refused():
     refused(block, "another product", count=4)
 
 
-def test_batched_experts_are_refused():
-    rng = np.random.default_rng(0)
-    p = {name: jnp.asarray(rng.normal(size=s), jnp.float32) for name, s in (("a", (4, D, M)), ("b", (4, M, D)))}
-
-    def block(p, x):
-        u = jax.nn.relu(jnp.einsum("td,edm->etm", x, p["a"]))
-        return jnp.einsum("etm,emd->etd", u, p["b"]) * jax.nn.softmax(x[:, :4]).T[..., None]
-
-    refused(block, "batch dimension", "experts", p=p)
-
-
 def test_groups_that_do_not_divide_are_refused():
     refused(
         lambda p, x: jax.nn.relu(x @ p["w1"]) @ p["w2"],

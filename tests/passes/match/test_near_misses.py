@@ -99,17 +99,6 @@ def cached_attention(p, x):
     return jax.nn.softmax((x @ p["wg"]) @ cache.T) @ cache
 
 
-def experts_by_token(p, x):
-    index = jnp.argmax(x @ p["router"], axis=-1)
-    u = relu(jnp.einsum("td,tdm->tm", x, p["e1"][index]))
-    return jnp.einsum("tm,tmn->tn", u, p["e2"][index])
-
-
-def experts_all(p, x):
-    u = relu(jnp.einsum("td,edm->etm", x, p["e1"]))
-    return jnp.einsum("te,etn->tn", jax.nn.softmax(x @ p["router"]), jnp.einsum("etm,emn->etn", u, p["e2"]))
-
-
 def experts_ragged(p, x):
     sizes = jnp.array([1, 1, 1, 0])
     return lax.ragged_dot(relu(lax.ragged_dot(x, p["e1"], sizes)), p["e2"], sizes)
@@ -246,8 +235,6 @@ NEAR_MISSES = {
         "conv_general_dilated",
         3,
     ),
-    "experts_all": (experts_all, "batch dimension", 3),
-    "experts_by_token": (experts_by_token, "computed inside the program, by gather", 3),
     "experts_ragged": (experts_ragged, "one product for each group of tokens", 2),
     "lstm_gates": (lstm_gates, "split or merged", 2),
     "lstm_slices": (lstm_slices, "split or merged", 1),

@@ -1,0 +1,43 @@
+"""Which blocks of experts are left as they are: those of which no expert's block is rewritten."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from hire_xform.passes.match.experts import Experts
+from hire_xform.passes.plan.decisions import Plan, Refusal
+
+
+def dense_experts(experts: Sequence[Experts], plan: Plan) -> dict[Experts, str]:
+    """The blocks of experts that a loop was made of for nothing, no block in it being rewritten, and why it is not.
+
+    Args:
+      experts: the blocks that a loop was made of.
+      plan: what is done in the program with these loops.
+    """
+    rewritten = {(end.origin.recipe.root, end.node.source) for d in plan.decisions for end in d.match.ends}
+    found: dict[Experts, str] = {}
+    for one in experts:
+        down = one.match.down
+        if (down.origin.recipe.root, down.node.source) in rewritten:
+            continue
+        refused = (r for r in plan.refusals if r.source == down.node.source)
+        found[one] = next((r.reason for r in refused), "it is not rewritten")
+    return found
+
+
+def with_reasons(plan: Plan, reasons: Mapping[str, str]) -> Plan:
+    """The plan of the program without these loops, whose refusals say what was said of the blocks in them.
+
+    Args:
+      plan: the plan.
+      reasons: by the source line of the product that ends such a block.
+    """
+
+    def told(refusal: Refusal) -> Refusal:
+        reason = reasons.get(refusal.source)
+        said = f"{refusal.reason}; nor is the block of one expert a site: {reason}"
+        return refusal if reason is None else replace(refusal, reason=said)
+
+    return replace(plan, refusals=tuple(map(told, plan.refusals)))
