@@ -34,7 +34,8 @@ def looped_over(graph: Graph, experts: Sequence[Experts]) -> Any:
       graph: the program.
       experts: the blocks.
     """
-    rewriter = Rewriter(graph, {one.match.node: LoopedExperts(one) for one in experts})
+    # All that the program has is found again, what nothing reads as well.
+    rewriter = Rewriter(graph, {one.match.node: LoopedExperts(one) for one in experts}, keeps_unused=True)
     shapes = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype, weak_type=v.aval.weak_type) for v in graph.top.inputs]
     return jax.make_jaxpr(lambda *operands: rewriter.evaluate(operands, lambda need: None))(*shapes)
 

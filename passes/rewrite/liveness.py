@@ -25,9 +25,18 @@ class Liveness:
       changed: scopes in which something is done, at any depth.
     """
 
-    def __init__(self, graph: Graph, actions: dict[Node, Action], inlined: Container[Frame] = ()):
-        """For a graph, what is done where, and the calls that are evaluated where they are called."""
+    def __init__(
+        self, graph: Graph, actions: dict[Node, Action], inlined: Container[Frame] = (), keeps_unused: bool = False
+    ):
+        """For a graph, what is done where, and the calls that are evaluated where they are called.
+
+        With ``keeps_unused`` all but what is replaced is live, whether or not anything reads it.
+        """
         self._actions = actions
+        self._kept: Container[Node] = ()
+        if keeps_unused:
+            replaced = {node for action in actions.values() for node in action.nodes}
+            self._kept = {node for node in graph.program_order() if node not in replaced or node in actions}
         self._inlined = inlined
         self.nodes: set[Node] = set()
         self.values: set[Value] = set()
@@ -45,7 +54,7 @@ class Liveness:
         self._need(o for o, same in zip(scope.outputs, unchanging, strict=True) if not same)
         for node in reversed(scope.nodes):
             # Loops are marked whether or not their results are read: their bodies may have effects.
-            if node.eqn.effects or not self.values.isdisjoint(node.outputs):
+            if node.eqn.effects or not self.values.isdisjoint(node.outputs) or node in self._kept:
                 self.nodes.add(node)
                 if node.frame not in entered:
                     entered.add(node.frame)

@@ -37,10 +37,12 @@ class Rewriter:
     Args:
       graph: the program.
       actions: what to do where.
+      keeps_unused: whether what nothing reads stays; what is replaced does not.
     """
 
     graph: Graph
     actions: dict[Node, Action]
+    keeps_unused: bool = False
     live: Liveness = field(init=False)
     _inlined: frozenset[Frame] = field(init=False)
     _functions: dict[Any, Callable] = field(init=False, default_factory=dict)
@@ -53,7 +55,7 @@ class Rewriter:
     def __post_init__(self) -> None:
         """Finds the calls whose boundary an action spans, and what is live."""
         self._inlined = inlined_frames(self.actions.values())
-        self.live = Liveness(self.graph, self.actions, self._inlined)
+        self.live = Liveness(self.graph, self.actions, self._inlined, self.keeps_unused)
 
     def needed_inputs(self) -> list[bool]:
         """Which operands of the program are still read."""

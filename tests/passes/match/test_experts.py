@@ -269,3 +269,13 @@ def test_reasons_are_told_by_source_line():
     assert list(dense_experts(found, plan)) == found
     line = plan.refusals[-1].source
     assert with_reasons(plan, {line: "so"}).refusals[-1].reason.endswith("nor is the block of one expert a site: so")
+
+
+def test_a_product_that_nothing_reads_is_told_of_beside_experts():
+    def fun(p, x):
+        _ = x @ p["plain"]
+        return best_two(p, x)
+
+    traced = hx.sparsify(fun, config=full_width()).trace(weights(), tokens())
+    assert kinds(traced.plan) == ["ffn"]
+    assert any("its output is not used" in refusal.reason for refusal in traced.plan.refusals), traced.explain()
