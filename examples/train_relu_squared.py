@@ -208,13 +208,17 @@ class Branch:
         print(f"{self.name:10} step {last:5}  loss {np.mean(losses):.4f}  {speed:,.0f} tokens/s", flush=True)
 
 
-def note(args, step, name, value):
-    """Adds a loss to those of the run."""
+def noted(args, corpus, step, name, params, active, group, windows):
+    """The losses of the run at a step with this one among them: that of held-out text, unless it is known already."""
     path = args.checkpoints / "losses.json"
     found = json.loads(path.read_text()) if path.exists() else {}
-    found.setdefault(str(step), {})[name] = round(value, 4)
-    path.write_text(json.dumps(found, indent=1))
-    return found[str(step)]
+    here = found.setdefault(str(step), {})
+    if name not in here:
+        here[name] = round(validate(params, corpus.heldout, active, group, windows), 4)
+        path.write_text(json.dumps(found, indent=1))
+        over = {n: round(v - here["dense"], 4) for n, v in here.items() if n != "dense"}
+        print(f"step {step}: validation {here}" + (f", over dense {over}" if over else ""), flush=True)
+    return here
 
 
 def train(args, corpus):
@@ -222,36 +226,29 @@ def train(args, corpus):
     trunk = Branch(args, "trunk", 1.0, 1)
     while trunk.step < args.trunk:
         trunk.advance(corpus.train, min(args.trunk, trunk.step + args.turn))
-        if trunk.step % (4 * args.turn) == 0 or trunk.step == args.trunk:
-            value = note(
-                args, trunk.step, "dense", validate(trunk.state["params"], corpus.heldout, 1.0, 1, args.windows)
-            )
-            print(f"validation {value}", flush=True)
-    for active, group in args.topk:  # what a top-k costs without training for it
-        value = validate(trunk.state["params"], corpus.heldout, active, group, args.windows)
-        print("untrained", note(args, trunk.step, name_of(active, group), value), flush=True)
+        if trunk.step % (4 * args.turn) == 0:
+            noted(args, corpus, trunk.step, "dense", trunk.state["params"], 1.0, 1, args.windows)
+    # What a top-k costs without training for it.
+    for active, group in [(1.0, 1), *args.topk]:
+        noted(args, corpus, args.trunk, name_of(active, group), trunk.state["params"], active, group, args.windows)
     del trunk
-    branches = [Branch(args, "dense", 1.0, 1), *(Branch(args, name_of(a, g), a, g) for a, g in args.topk)]
+    branches = [Branch(args, name_of(active, group), active, group) for active, group in [(1.0, 1), *args.topk]]
     for last in range(args.trunk, args.trunk + args.branch, args.turn):
         last = min(args.trunk + args.branch, last + args.turn)
-        behind = [branch for branch in branches if branch.step < last]
-        for branch in behind:
-            branch.advance(corpus.train, last)
-        for branch in behind:
-            active = branch.active_at(last)
-            value = validate(branch.state["params"], corpus.heldout, active, branch.group, args.windows)
-            found = note(args, last, branch.name, value)
-        if behind:
-            gaps = {n: round(v - found["dense"], 4) for n, v in found.items() if n != "dense"}
-            print(f"step {last}: validation {found}, over dense {gaps}", flush=True)
+        for branch in branches:
+            if branch.step < last:
+                branch.advance(corpus.train, last)
+        for branch in branches:
+            if branch.step == last:
+                active = branch.active_at(last)
+                noted(args, corpus, last, branch.name, branch.state["params"], active, branch.group, args.windows)
     for branch in branches:
-        value = validate(branch.state["params"], corpus.heldout, branch.active, branch.group, 10**6)
-        print(f"all held-out text: {note(args, 'end', branch.name, value)}", flush=True)
+        noted(args, corpus, "end", branch.name, branch.state["params"], branch.active, branch.group, 10**6)
 
 
 def name_of(active, group):
-    """Of a branch: share kept, and units in a group."""
-    return f"{100 * active:g}%x{group}"
+    """Of a branch: share kept, and units in a group; or that it keeps all."""
+    return "dense" if active >= 1 else f"{100 * active:g}%x{group}"
 
 
 # --- decoding ---------------------------------------------------------------------------------------------------------

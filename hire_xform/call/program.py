@@ -74,7 +74,7 @@ class Program:
     def _find_all(self, dense: Container[str] = ()) -> None:
         """Finds what there is, with a loop in the place of each block of experts but those that end at these paths."""
         self._find(self.jaxpr)
-        with self.timed("experts"):
+        with self.timed("matches"):
             self._experts = [one for one in self._of_experts() if one.match.node.path not in dense]
             looped = looped_over(self._graph, self._experts) if self._experts else None
         if looped is not None:

@@ -25,10 +25,11 @@ SCRIPTS = {
 def test_every_script_is_run_or_named_here():
     written = {path.name for path in EXAMPLES.glob("*.py")}
     assert set(SCRIPTS) <= written
-    # Two train for an hour, with what two others hold; one is run by tests/sharded/test_processes.py. The demo is run
+    # Three train for an hour, with what two others hold; one is run by tests/sharded/test_processes.py. The demo is run
     # by tests/command_line/test_cli.py, and others look inside programs with its helper; the chat, by
     # tests/end_to_end/test_smollm2.py.
     training = {"train_tiny_lm.py", "finetune_tiny_lm.py", "tiny_lm_training.py", "library_corpus.py"}
+    training |= {"train_relu_squared.py"}
     others = training | {"sharded_decoder.py", "demo.py", "observe.py", "chat.py"}
     assert written - set(SCRIPTS) <= others
 
