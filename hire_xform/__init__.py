@@ -19,6 +19,7 @@ from hire_xform.config import Config, Dense, Ffn, Rule, Vocab, approximate, loss
 from hire_xform.errors import HireWarning, PackedMismatchError, TracedWeightsError
 from hire_xform.lowering.kernels import cpu as _cpu_kernels
 from hire_xform.lowering.kernels import tpu as _tpu_kernels
+from hire_xform.lowering.kernels import gpu as _gpu_kernels
 from hire_xform.lowering.predict.low_rank import LowRank
 from hire_xform.lowering.predict.predictors import Predictor
 from hire_xform.lowering.predict.projected import Projected
@@ -38,6 +39,7 @@ __version__ = "0.1.0"
 
 _cpu_kernels.install()
 _tpu_kernels.install()
+_gpu_kernels.install()
 
 __all__ = [
     "Calibration",

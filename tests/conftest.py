@@ -122,6 +122,7 @@ def portable_forms(monkeypatch) -> None:
 
     monkeypatch.setattr(kernels, "_kernels", {})
     monkeypatch.setattr(kernels, "_built_in", {})
+    monkeypatch.setattr(kernels, "_missing", {})
 
 
 @pytest.fixture

@@ -57,6 +57,13 @@ class Instruction:
         return [*_CALLED.findall(self.rest)]
 
     @cached_property
+    def kernel(self) -> str:
+        """Of a call of a kernel its name: that inside, where the target is only what compiles it."""
+        inner, target = _INNER.search(self.rest), _TARGET.search(self.rest)
+        found = (inner and (inner[1] or inner[2])) or (target and target[1])
+        return found or self.name
+
+    @cached_property
     def branches(self) -> list[str]:
         """Those of which it runs one."""
         found = [_NAME.findall(a) or [b] for a, b in _BRANCHES.findall(self.rest)]
@@ -170,8 +177,7 @@ class _Program:
             if written:
                 own.largest = {re.sub(r"\{[^}]*\}", "", f"{one.type} {one.name}"): written}
             if one.opcode == "custom-call" and "AllocateBuffer" not in one.rest:
-                target, inner = _TARGET.search(one.rest), _INNER.search(one.rest)
-                own.kernels = {inner[1] if inner else target[1] if target else one.name: 1}
+                own.kernels = {one.kernel: 1}
             total.add(own)
 
     def _trips(self, loop: Instruction) -> int | None:
@@ -265,12 +271,12 @@ class _Program:
         if estimate:
             return max(0, int(estimate[1]) - bytes_of(one.type, in_memory=True))
         indices = [i for i, t in enumerate(types) if t.startswith("s32[")]
-        if not _ROWS.search(one.rest) or not indices:
+        if not _ROWS.search(one.kernel) or not indices:
             return sum(sizes)
         chosen = math.prod(_dims(types[indices[-1]]))
         wide, made = _dims(types[0]), _dims(one.type)
         # Rows are `group` to an index: of the products that are made, or of the factors that are given.
-        last = made if "select" in one.rest else wide
+        last = made if "select" in one.kernel else wide
         group = max(1, last[-1] // max(1, _dims(types[indices[-1]])[-1])) if last else 1
         total = 0.0
         for i, (kind, size) in enumerate(zip(types, sizes, strict=True)):

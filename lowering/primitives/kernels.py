@@ -51,7 +51,8 @@ class Kernel:
 _kernels: dict[tuple[str, str], Kernel] = {}
 # The library's own, which those of users stand before; and why a platform has none, where it might.
 _built_in: dict[tuple[str, str], Kernel] = {}
-_missing: dict[str, str] = {}
+# By a platform, or by a step and a platform.
+_missing: dict[str | tuple[str, str], str] = {}
 # How a primitive is lowered for a platform that has had a kernel, by its name.
 _lowerings: dict[str, tuple[Primitive, Callable[..., Any]]] = {}
 # The platforms whose lowering of a primitive asks for a kernel first.
@@ -120,9 +121,9 @@ def register_built_in(
     _ask((primitive, platform))
 
 
-def no_built_in(platform: str, reason: str) -> None:
-    """Notes why there are no built-in kernels for a platform, for :func:`backends`."""
-    _missing[platform] = reason
+def no_built_in(platform: str, reason: str, primitive: str | None = None) -> None:
+    """Notes why there are no built-in kernels for a platform, or none of one step, for :func:`backends`."""
+    _missing[platform if primitive is None else (primitive, platform)] = reason
 
 
 def _ask(key: tuple[str, str]) -> None:
@@ -186,8 +187,9 @@ def backends() -> dict[str, dict[str, str]]:
 
     def named(step: str, platform: str) -> str:
         kernel = _kernels.get((step, platform)) or _built_in.get((step, platform))
-        reason = f": {_missing[platform]}" if platform in _missing else ""
-        return f"portable{reason}" if kernel is None else kernel.name
+        reason = _missing.get((step, platform)) or _missing.get(platform)
+        portable = f"portable: {reason}" if reason else "portable"
+        return portable if kernel is None else kernel.name
 
     return {step: {platform: named(step, platform) for platform in PLATFORMS} for step in sorted(_lowerings)}
 

@@ -1,0 +1,101 @@
+"""Kernels for NVIDIA's GPUs, in Pallas by way of Triton: rows in few bits, and chosen rows, read once as stored.
+
+:func:`install` puts them in the place of the portable forms for programs that are lowered for CUDA. They are compiled
+ahead of time and run in Pallas's interpreter in the tests; how fast they are was not measured, so they serve only where
+XLA's own code, by what its compiler makes of it, writes down what it reads, or reads more than it has to. Pallas is
+imported when a program is lowered that has one of them. JAX 0.12 says that Pallas will do without Triton one day: then
+there is the portable form, and ``hx.backends()`` says so.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+from typing import Any
+
+import jax
+
+from hire_xform.lowering.kernels.gpu import shapes
+from hire_xform.lowering.kernels.switch import switched_off
+from hire_xform.lowering.primitives.kernels import no_built_in, register_built_in
+
+__all__ = ["install"]
+
+# Why the others are left to XLA.
+_PORTABLE = {
+    "da_top_k": "Pallas has no sort there, and XLA has a top-k of its own",
+    "hire_arg_max": "XLA's own is one pass",
+    "hire_open_rows": "XLA's own is a few passes over the scores",
+    "hire_products": "XLA's own product of all rows reads them once",
+    "hire_scores": "made of the steps of its predictor",
+    "hire_bounds": "made of the steps of its predictor",
+}
+
+
+@functools.cache
+def install() -> str | None:
+    """Registers the kernels; why not, where there are none. Calling it again changes nothing."""
+    missing = "HIRE_KERNELS is off" if switched_off() else _why_missing()
+    if missing:
+        no_built_in("cuda", f"no kernels, since {missing}")
+        return missing
+    several, few = f"2 to {shapes.MOST_TOKENS} tokens", f"up to {shapes.MOST_TOKENS} tokens"
+    for name, rule, serves, what in (
+        ("hire_quantized_scores", _quantized_scores, shapes.scores_served, "rows in 4 bits"),
+        ("hire_fine_scores", _fine_scores, shapes.fine_scores_served, "rows in 4 bits"),
+        ("hire_select_rows_dot", _select_rows_dot, shapes.products_served, several),
+        ("hire_combine_rows", _combine_rows, shapes.sums_served, few),
+        ("hire_select_stored_rows_dot", _select_stored_rows_dot, shapes.stored_products_served, several),
+        ("hire_combine_stored_rows", _combine_stored_rows, shapes.stored_sums_served, few),
+    ):
+        register_built_in(name, "cuda", rule, serves, f"Pallas, through Triton, of {what}")
+    for name, reason in _PORTABLE.items():
+        no_built_in("cuda", reason, name)
+    return None
+
+
+def _why_missing() -> str | None:
+    # Looked for, not imported: that takes longer than all of this library.
+    try:
+        found = importlib.util.find_spec("jax.experimental.pallas.triton")
+    except ModuleNotFoundError:
+        found = None
+    return None if found else f"JAX {jax.__version__} comes without Pallas for Triton"
+
+
+def _module(name: str) -> Any:
+    return importlib.import_module(f"{__name__}.{name}")
+
+
+def _quantized_scores(x: jax.Array, q: jax.Array, scale: jax.Array, *, bits: int) -> jax.Array:
+    return _module("scores").quantized_scores(x, q, scale, bits)
+
+
+def _fine_scores(x: jax.Array, q: jax.Array, scale: jax.Array, *, bits: int) -> tuple[jax.Array, jax.Array]:
+    return _module("scores").fine_scores(x, q, scale, bits)
+
+
+def _select_rows_dot(
+    x: jax.Array, rows: jax.Array, index: jax.Array, *, group_size: int, out_dtype: Any, magnitudes: bool
+) -> jax.Array:
+    return _module("rows").select_rows_dot(x, rows, index, group_size, magnitudes).astype(out_dtype)
+
+
+def _combine_rows(h: jax.Array, rows: jax.Array, index: jax.Array, *, group_size: int, out_dtype: Any) -> jax.Array:
+    return _module("rows").combine_rows(h, rows, index, group_size).astype(out_dtype)
+
+
+def _select_stored_rows_dot(
+    x: jax.Array, index: jax.Array, values: jax.Array, scale: jax.Array, **settings: Any
+) -> jax.Array:
+    group, magnitudes = settings["group_size"], settings["magnitudes"]
+    made = _module("rows").select_rows_dot(x, values, index, group, magnitudes, scale)
+    return made.astype(settings["out_dtype"])
+
+
+def _combine_stored_rows(
+    h: jax.Array, index: jax.Array, values: jax.Array, scale: jax.Array, **settings: Any
+) -> jax.Array:
+    made = _module("rows").combine_rows(h, values, index, settings["group_size"], scale)
+    return made.astype(settings["out_dtype"])

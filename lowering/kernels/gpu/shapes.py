@@ -1,0 +1,92 @@
+"""Which operands the kernels for GPUs serve, by shapes, dtypes and settings.
+
+Where XLA's own code, by the program that its compiler makes for an H100, reads what has to be read once and writes down
+none of it, it is left to do so.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax.numpy as jnp
+
+__all__ = [
+    "MOST_TOKENS",
+    "fine_scores_served",
+    "products_served",
+    "scores_served",
+    "stored_products_served",
+    "stored_sums_served",
+    "sums_served",
+]
+
+# Each token multiplies and adds by itself, not in tensor cores, which do not round sums as proofs assume: up to so many
+# that takes no longer than reading the rows does.
+MOST_TOKENS = 8
+# Rows shorter than so many columns leave most of a warp idle.
+LEAST_COLUMNS = 128
+# Of a matrix that is small beside the cache nothing is gained.
+LEAST_BYTES = 1 << 20
+# Offsets in it are 32 bits.
+MOST_ENTRIES = 1 << 31
+# Sums of one token's rows: XLA writes down a product for each entry where there are so many rows, of fewer columns.
+SPLIT_ROWS, SPLIT_COLUMNS = 512, 2048
+_FLOATS = frozenset({jnp.dtype(t) for t in (jnp.float32, jnp.bfloat16, jnp.float16)})
+
+
+def scores_served(x: Any, q: Any, scale: Any, *, bits: int) -> bool:
+    """Rows in 4 bits: XLA unpacks them into memory. Those of 8 bits it reads once."""
+    return bits == 4 and 0 < x.shape[0] <= 2 * MOST_TOKENS and _fits(q)
+
+
+def fine_scores_served(x: Any, q: Any, scale: Any, *, bits: int) -> bool:
+    """The same of tokens in two limbs."""
+    return bits == 4 and 0 < x.shape[0] <= MOST_TOKENS and _fits(q)
+
+
+def products_served(x: Any, rows: Any, index: Any, **settings: Any) -> bool:
+    """Several tokens that share their rows: XLA gathers these into memory. Those of one token it reads once."""
+    return x.shape[0] > 1 and index.ndim == 1 and _rows_served(x, rows, index)
+
+
+def sums_served(h: Any, rows: Any, index: Any, **settings: Any) -> bool:
+    """The same, and such rows of one token as above; where tokens have rows of their own, each is one."""
+    alone = h.shape[0] == 1 or index.ndim == 2
+    split = h.shape[1] >= SPLIT_ROWS and rows.shape[1] < SPLIT_COLUMNS
+    return (split or not alone) and _rows_served(h, rows, index)
+
+
+def stored_products_served(x: Any, index: Any, values: Any, *others: Any, operations: Any, **settings: Any) -> bool:
+    """Rows of int8 times a scale, as above."""
+    return _stored_served(values, others, operations) and products_served(x, values, index)
+
+
+def stored_sums_served(h: Any, index: Any, values: Any, *others: Any, operations: Any, **settings: Any) -> bool:
+    """Rows of int8 times a scale: XLA makes weights of them in memory, of one token as well."""
+    return _stored_served(values, others, operations) and _rows_served(h, values, index)
+
+
+def _rows_served(x: Any, rows: Any, index: Any) -> bool:
+    known = jnp.dtype(x.dtype) in _FLOATS and jnp.dtype(rows.dtype) in _FLOATS | {jnp.dtype(jnp.int8)}
+    return (
+        known
+        and 0 < x.shape[0] <= MOST_TOKENS
+        and jnp.dtype(index.dtype) == jnp.int32
+        and 0 not in index.shape
+        and _fits(rows)
+    )
+
+
+def _stored_served(values: Any, others: Any, operations: Any) -> bool:
+    """One scale in f32, after conversions that keep all of an int8."""
+    if jnp.dtype(values.dtype) != jnp.int8 or len(others) != 1 or others[0].ndim != 2:
+        return False
+    *before, last = operations
+    exact = all(each.name == "convert" and jnp.dtype(each.dtype) in _FLOATS for each in before)
+    return exact and (last.name, jnp.dtype(last.dtype)) == ("mul", jnp.float32)
+
+
+def _fits(rows: Any) -> bool:
+    size = math.prod(rows.shape)
+    return rows.shape[1] >= LEAST_COLUMNS and size < MOST_ENTRIES and size * rows.dtype.itemsize >= LEAST_BYTES

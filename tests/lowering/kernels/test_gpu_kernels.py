@@ -1,0 +1,227 @@
+"""The kernels for GPUs: equal to the portable forms in the interpreter, lowered without a GPU, compiled for one."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import export
+
+import hire_xform as hx
+from hire_xform.dump import targets
+from hire_xform.dump.hlo import counts
+from hire_xform.dump.targets import Target
+from hire_xform.lowering.kernels.gpu import rows as gpu_rows
+from hire_xform.lowering.kernels.gpu import scores as gpu_scores
+from hire_xform.lowering.kernels.gpu import shapes
+from hire_xform.lowering.predict import few_bits
+from hire_xform.lowering.primitives.combine_rows import combine_rows
+from hire_xform.lowering.primitives.select_rows import select_rows_dot
+from hire_xform.lowering.primitives.stored_rows import Operation, StoredRows
+
+# Sides that no block divides.
+N, D, K = 136, 200, 21
+SCALED = (Operation("convert", jnp.dtype("float32")), Operation("mul", jnp.dtype("float32")))
+
+
+def packed(normal, bits, n=N, d=D):
+    q, scale = few_bits.quantize(normal((n, d), seed=1), 127 if bits == 8 else 7)
+    return (q if bits == 8 else few_bits.pack_nibbles(q)), scale
+
+
+def chosen(tokens, count, rows, own=False):
+    index = np.random.default_rng(2).integers(0, rows, size=(tokens, count) if own else (count,))
+    return jnp.asarray(index, jnp.int32)
+
+
+def stored(normal, high=N, wide=1):
+    values = jnp.asarray(np.random.default_rng(3).integers(-127, 128, size=(N, D)), jnp.int8)
+    scale = jnp.abs(normal((high, wide), seed=4))
+    return values, scale, StoredRows(values, (scale,), SCALED, (False,))
+
+
+@pytest.mark.parametrize(("tokens", "bits", "d"), [(1, 8, D), (8, 4, D), (16, 8, 33), (3, 4, 33)])
+def test_scores_are_those_of_the_portable_form(portable_forms, normal, tokens, bits, d):
+    x, (q, scale) = normal((tokens, d)), packed(normal, bits, d=d)
+    got = gpu_scores.quantized_scores(x, q, scale, bits, interpret=True)
+    np.testing.assert_array_equal(got, few_bits.quantized_scores(x, q, scale, bits))
+    if tokens <= shapes.MOST_TOKENS:
+        fine = gpu_scores.fine_scores(x, q, scale, bits, interpret=True)
+        for mine, theirs in zip(fine, few_bits.fine_scores(x, q, scale, bits), strict=True):
+            np.testing.assert_array_equal(mine, theirs)
+
+
+CASES = [(1, 1, False, "float32"), (3, 1, True, "bfloat16"), (8, 4, False, "bfloat16"), (2, 8, True, "float16")]
+
+
+@pytest.mark.parametrize(("tokens", "group", "own", "dtype"), CASES)
+def test_products_and_sums_are_those_of_the_portable_form(portable_forms, normal, tokens, group, own, dtype):
+    x, rows = normal((tokens, D)).astype(dtype), normal((N, D), seed=1).astype(dtype)
+    index = chosen(tokens, K, N // group, own)
+    for magnitudes in (False, True):
+        got = gpu_rows.select_rows_dot(x, rows, index, group, magnitudes, interpret=True)
+        options = {"group_size": group, "magnitudes": magnitudes, "preferred_element_type": jnp.float32}
+        np.testing.assert_allclose(got, select_rows_dot(x, rows, index, **options), rtol=1e-5, atol=1e-4)
+    h = normal((tokens, K * group), seed=5).astype(dtype)
+    want = combine_rows(h, rows, index, group_size=group, preferred_element_type=jnp.float32)
+    got = gpu_rows.combine_rows(h, rows, index, group, interpret=True)
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-4)
+
+
+def test_many_rows_are_dealt_out_and_added_up(portable_forms, normal):
+    """More parts than one, the last of which is short."""
+    rows, index, h = normal((N, D), seed=1), chosen(1, 1000, N), normal((1, 1000), seed=5)
+    assert gpu_rows._parts(1000, 1, 1, 4) > 1
+    got = gpu_rows.combine_rows(h, rows, index, 1, interpret=True)
+    np.testing.assert_allclose(got, combine_rows(h, rows, index), rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize(("high", "wide"), [(N, 1), (1, D), (N // 8, 4)])
+def test_rows_in_eight_bits_have_their_scales(portable_forms, normal, high, wide):
+    values, scale, rows = stored(normal, high, wide)
+    x, h, index = normal((2, D)), normal((2, K), seed=5), chosen(2, K, N)
+    got = gpu_rows.select_rows_dot(x, values, index, 1, scale=scale, interpret=True)
+    np.testing.assert_allclose(got, select_rows_dot(x, rows, index), rtol=1e-5, atol=1e-2)
+    got = gpu_rows.combine_rows(h, values, index, 1, scale=scale, interpret=True)
+    np.testing.assert_allclose(got, combine_rows(h, rows, index), rtol=1e-5, atol=1e-2)
+
+
+def test_tokens_of_a_batch_are_taken_together(portable_forms, normal):
+    x, rows = normal((3, 2, D)), normal((N, D), seed=1)
+    index = jnp.stack([chosen(1, K, N), chosen(1, K, N)[::-1], chosen(1, K, N) * 0])
+    step = lambda x, index: gpu_rows.select_rows_dot(x, rows, index, 1, interpret=True)  # noqa: E731
+    want = jax.vmap(lambda x, index: select_rows_dot(x, rows, index))(x, index)
+    np.testing.assert_allclose(jax.vmap(step)(x, index), want, rtol=1e-5, atol=1e-4)
+
+
+def struct(*shape, dtype=jnp.float32):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+BF16, INT8, INT32, UINT8 = jnp.bfloat16, jnp.int8, jnp.int32, jnp.uint8
+# A matrix that is served.
+LARGE = (8192, 512)
+
+
+def step_of(name):
+    """The step alone, a function of its operands, and operands for so many tokens that its kernel serves."""
+    n, d = LARGE
+    made = lambda values, scale: StoredRows(values, (scale,), SCALED, (False,))  # noqa: E731
+    return {
+        "integer_scores": (
+            lambda x, q, scale: few_bits.quantized_scores(x, q, scale, 4),
+            lambda t: (struct(t, 2 * d), struct(n, d, dtype=UINT8), struct(n)),
+        ),
+        "select_rows_dot": (
+            lambda x, rows, index: select_rows_dot(x, rows, index),
+            lambda t: (struct(t, d, dtype=BF16), struct(n, d, dtype=BF16), struct(1024, dtype=INT32)),
+        ),
+        "combine_rows": (
+            lambda h, rows, index: combine_rows(h, rows, index, group_size=8),
+            lambda t: (struct(t, 1024, dtype=BF16), struct(n, d, dtype=BF16), struct(128, dtype=INT32)),
+        ),
+        "stored select_rows_dot": (
+            lambda x, values, scale, index: select_rows_dot(x, made(values, scale), index),
+            lambda t: (struct(t, d), struct(n, d, dtype=INT8), struct(n, 1), struct(1024, dtype=INT32)),
+        ),
+        "stored combine_rows": (
+            lambda h, values, scale, index: combine_rows(h, made(values, scale), index),
+            lambda t: (struct(t, 1024), struct(n, d, dtype=INT8), struct(n // 8, 4), struct(1024, dtype=INT32)),
+        ),
+    }[name]
+
+
+NAMES = ["integer_scores", "select_rows_dot", "combine_rows", "stored select_rows_dot", "stored combine_rows"]
+TRITON = "xla.gpu.triton"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_programs_for_cuda_have_them_and_no_others(name):
+    step, shapes_of = step_of(name)
+    traced = jax.jit(lambda *operands: step(*operands)).trace(*shapes_of(2))
+    assert TRITON in traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert TRITON not in traced.lower(lowering_platforms=("tpu",)).as_text()
+    together = traced.lower(lowering_platforms=("cpu", "cuda", "tpu")).as_text()
+    assert together.count(TRITON) == 1
+    exported = export.export(jax.jit(lambda *operands: step(*operands)), platforms=("cpu", "cuda"))(*shapes_of(2))
+    assert TRITON not in exported.mlir_module()
+
+
+def test_inside_a_shard_map_each_part_has_them():
+    step, shapes_of = step_of("combine_rows")
+    mesh = jax.make_mesh((1,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
+    all_, none = jax.sharding.PartitionSpec("model"), jax.sharding.PartitionSpec()
+    inside = jax.shard_map(step, mesh=mesh, in_specs=(none, all_, none), out_specs=none, check_vma=False)
+    traced = jax.jit(inside).trace(*shapes_of(2))
+    assert TRITON in traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.parametrize(
+    ("serves", "operands", "settings", "served"),
+    [
+        (shapes.scores_served, [struct(1, 1024), struct(8192, 512, dtype=UINT8), None], {"bits": 4}, True),
+        (shapes.scores_served, [struct(1, 512), struct(8192, 512, dtype=INT8), None], {"bits": 8}, False),
+        (shapes.scores_served, [struct(17, 1024), struct(8192, 512, dtype=UINT8), None], {"bits": 4}, False),
+        (shapes.scores_served, [struct(1, 256), struct(8192, 64, dtype=UINT8), None], {"bits": 4}, False),
+        (shapes.products_served, [struct(2, 512), struct(*LARGE), struct(8, dtype=INT32)], {}, True),
+        (shapes.products_served, [struct(1, 512), struct(*LARGE), struct(8, dtype=INT32)], {}, False),
+        (shapes.products_served, [struct(2, 512), struct(*LARGE), struct(2, 8, dtype=INT32)], {}, False),
+        (shapes.products_served, [struct(9, 512), struct(*LARGE), struct(8, dtype=INT32)], {}, False),
+        (shapes.products_served, [struct(2, 512), struct(64, 512), struct(8, dtype=INT32)], {}, False),
+        (shapes.sums_served, [struct(1, 1024), struct(*LARGE), struct(1024, dtype=INT32)], {}, True),
+        (shapes.sums_served, [struct(1, 64), struct(*LARGE), struct(64, dtype=INT32)], {}, False),
+        (shapes.sums_served, [struct(2, 64), struct(1 << 21, 1024, dtype=BF16), struct(64, dtype=INT32)], {}, False),
+    ],
+)
+def test_what_they_serve(serves, operands, settings, served):
+    assert serves(*operands, **settings) == served
+
+
+def test_stored_rows_with_a_zero_point_have_the_portable_form():
+    index, values, scale = struct(8, dtype=INT32), struct(*LARGE, dtype=INT8), struct(8192, 1)
+    zero = (Operation("sub", jnp.dtype("float32")), *SCALED[1:])
+    told = functools.partial(shapes.stored_sums_served, struct(1, 8), index, values)
+    assert told(scale, operations=SCALED)
+    assert not told(scale, scale, operations=zero)
+    assert not told(scale, operations=(Operation("mul", jnp.dtype("bfloat16")),))
+
+
+def test_backends_say_which_and_why():
+    there = {step: platforms["cuda"] for step, platforms in hx.backends().items()}
+    assert there["hire_combine_rows"] == "Pallas, through Triton, of up to 8 tokens"
+    assert there["da_top_k"].startswith("portable: Pallas has no sort")
+    assert all(said.startswith(("Pallas", "portable: ")) for said in there.values())
+
+
+@pytest.fixture(scope="module")
+def gpu():
+    if not any(map(targets._is_installed, targets.PACKAGES["cuda"])):
+        pytest.skip("needs the compiler for CUDA: make gpu")
+    return Target.parse("cuda:h100")
+
+
+# What has to move: rows that are read, and small things beside.
+BYTES = {
+    "integer_scores": 8192 * 512,
+    "select_rows_dot": 1024 * 512 * 2,
+    "combine_rows": 1024 * 512 * 2,
+    "stored select_rows_dot": 1024 * 512,
+    "stored combine_rows": 1024 * 512,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.gpu_aot
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("tokens", [2, 8])
+def test_the_gpus_compiler_takes_them_and_nothing_is_copied(gpu, name, tokens):
+    step, shapes_of = step_of(name)
+    compiled = jax.jit(lambda *operands: step(*operands)).trace(*gpu.placed(shapes_of(tokens))).lower().compile()
+    text = compiled.as_text()
+    found = counts(text)
+    assert TRITON in text
+    assert found.kernels == {name.split()[-1]: 1}
+    # Sums of parts take up to half as much again as the rows; no row is written.
+    assert found.read < 1.5 * BYTES[name]
+    assert found.written < 0.6 * BYTES[name]
