@@ -91,7 +91,7 @@ def _products(
         mask = inside[:, None] & there[None, :]
         weights = as_float(triton.load(rows_ref.at[row[:, None], column[None, :]], mask=mask, other=0))
         for ref in scale_refs:
-            weights = weights * _scales(ref, row[:, None], column[None, :], mask, n, d)
+            weights = weights * _scales(ref, row, column, inside, there, n, d)
         weights = jnp.abs(weights) if magnitudes else weights
         made = []
         for token, total in enumerate(totals):
@@ -183,7 +183,7 @@ def _sums(
         mask = inside[:, None] & there[None, :]
         weights = as_float(triton.load(rows_ref.at[row[:, None], column[None, :]], mask=mask, other=0))
         for ref in scale_refs:
-            weights = weights * _scales(ref, row[:, None], column[None, :], mask, n, d)
+            weights = weights * _scales(ref, row, column, inside, there, n, d)
         made = []
         for token, total in enumerate(totals):
             factors = as_float(triton.load(h_ref.at[_of(token, which, own), slot], mask=inside, other=0))
@@ -196,11 +196,16 @@ def _sums(
         triton.store(out_ref.at[part, _of(token, which, own), column], total, mask=there)
 
 
-def _scales(ref: Any, row: Any, column: Any, mask: Any, n: int, d: int) -> jax.Array:
-    """The scale of each entry."""
+def _scales(ref: Any, row: Any, column: Any, inside: Any, there: Any, n: int, d: int) -> jax.Array:
+    """The scales of a block's entries: as a column, a row, or all of them, as few as there are."""
     high, wide = ref.shape
-    at = row // (n // high), column // (d // wide)
-    return triton.load(ref.at[at[0] + 0 * column, at[1] + 0 * row], mask=mask, other=0)
+    row, column = (row // (n // high))[:, None], (column // (d // wide))[None, :]
+    inside, there = inside[:, None], there[None, :]
+    if wide == 1:
+        return triton.load(ref.at[row, 0 * row], mask=inside, other=0)
+    if high == 1:
+        return triton.load(ref.at[0 * column, column], mask=there, other=0)
+    return triton.load(ref.at[row + 0 * column, column + 0 * row], mask=inside & there, other=0)
 
 
 def _of(token: int, which: Any, own: bool) -> Any:
