@@ -18,8 +18,8 @@ from hire_xform.comparing.run import compare
 from hire_xform.config import Config, Dense, Ffn, Rule, Vocab, approximate, lossless
 from hire_xform.errors import HireWarning, PackedMismatchError, TracedWeightsError
 from hire_xform.lowering.kernels import cpu as _cpu_kernels
-from hire_xform.lowering.kernels import tpu as _tpu_kernels
 from hire_xform.lowering.kernels import gpu as _gpu_kernels
+from hire_xform.lowering.kernels import tpu as _tpu_kernels
 from hire_xform.lowering.predict.low_rank import LowRank
 from hire_xform.lowering.predict.predictors import Predictor
 from hire_xform.lowering.predict.projected import Projected

@@ -12,9 +12,9 @@ import hire_xform as hx
 from hire_xform.dump import targets
 from hire_xform.dump.hlo import counts
 from hire_xform.dump.targets import Target
+from hire_xform.lowering.kernels.gpu import calls, shapes
 from hire_xform.lowering.kernels.gpu import rows as gpu_rows
 from hire_xform.lowering.kernels.gpu import scores as gpu_scores
-from hire_xform.lowering.kernels.gpu import shapes
 from hire_xform.lowering.predict import few_bits
 from hire_xform.lowering.primitives.combine_rows import combine_rows
 from hire_xform.lowering.primitives.select_rows import select_rows_dot
@@ -85,6 +85,18 @@ def test_rows_in_eight_bits_have_their_scales(portable_forms, normal, high, wide
     np.testing.assert_allclose(got, select_rows_dot(x, rows, index), rtol=1e-5, atol=1e-2)
     got = gpu_rows.combine_rows(h, values, index, 1, scale=scale, interpret=True)
     np.testing.assert_allclose(got, combine_rows(h, rows, index), rtol=1e-5, atol=1e-2)
+
+
+def test_rows_of_groups_are_those_after_their_first():
+    def kernel(index_ref, out_ref):
+        slot = jnp.arange(calls.padded(5))
+        out_ref[...] = calls.row_of(index_ref, 1, slot, 2, slot < 5)
+
+    out = jax.ShapeDtypeStruct((8,), jnp.int32)
+    index = jnp.array([7, 3, 0, 5], jnp.int32)
+    got = calls.call(kernel, "rows", out, (1,), index, warps=1, interpret=True)
+    np.testing.assert_array_equal(got, [6, 7, 0, 1, 10, 1, 0, 1])
+    assert [calls.padded(n) for n in (1, 2, 3, 8, 9)] == [1, 2, 4, 8, 16]
 
 
 def test_tokens_of_a_batch_are_taken_together(portable_forms, normal):
