@@ -72,7 +72,7 @@ class Traced(Program):
         self._told = False
         with collector_paused():
             plan = self._timed_plan(config, platform, calibration)
-            if dense := dense_experts(self._experts, plan):
+            if dense := dense_experts(self._experts, plan, self.runs_dense):
                 nodes = [experts.match.node for experts in dense]
                 self._find_all({node.path for node in nodes})
                 self._rewriters.clear()

@@ -6,7 +6,6 @@ top-k and a threshold at mean and deviation are taken for what they are: the mod
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,6 +25,7 @@ from hire_xform.passes.ir.axis_rules import is_pointwise, moves_only
 from hire_xform.passes.ir.graph import Node, Operand, Value
 from hire_xform.passes.ir.pointwise import HINTS, known_number, leaves_zeros, literal_number
 from hire_xform.passes.match.ends import MAX_EQUATIONS, MIXING, end_of, outlives
+from hire_xform.passes.match.expert_axes import makes_units_of_experts, units_of
 from hire_xform.passes.match.probe import ENOUGH_ZEROS, Probe, Untried, own_sparsity
 from hire_xform.passes.match.region import (
     Apply,
@@ -62,8 +62,7 @@ def trace_region(
       layout: layout of its activation, token and hidden digits for each dimension.
       products: all weight products, by their equation.
       probe: tries regions on numbers.
-      each: of experts, how many tokens each has: the leading digits of the token index are theirs, and weights that
-        have these as dimensions make units. None where there are no experts.
+      each: of experts, how many tokens each has; see ``expert_axes.py``. None where there are none.
     """
     mixing = ""
     try:
@@ -99,7 +98,7 @@ def _trace(
     each: int | None,
     updates: tuple[Product, ...] = (),
 ) -> _Builder | Unfollowed:
-    builder = _Builder(products, _units(layout), down, statistics, each, updates)
+    builder = _Builder(products, units_of(layout), down, statistics, each, updates)
     try:
         root = builder.expand(down.x, layout)
     except _EndsError as error:
@@ -224,34 +223,19 @@ class _Builder:
         return found
 
     def up(self, product: Product, layout: Layout) -> int:
+        if self.each is not None:
+            made = makes_units_of_experts(product, layout, self.region.units, self.each)
+            return self.taken_as_up(product, layout) if made else self.side(product.out, layout)
         x_dims = [layout[d] for d in product.out_x_dims]
         w_dims = [layout[d] for d in product.out_w_dims]
-        if self.each is not None:
-            return self.up_of_experts(product, layout, x_dims, w_dims)
         if any(a.space != "t" for d in x_dims for a in d.atoms) or any(a.space != "h" for d in w_dims for a in d.atoms):
             return self.side(product.out, layout)
-        followed = not product.batched and product.contracted and _units(layout) == self.region.units
+        followed = not product.batched and product.contracted and units_of(layout) == self.region.units
         if product in self.region.updates:
             return self.side(product.out, layout)
         if not followed or not all(d.full for d in x_dims):
             return self.side(product.out, layout)
         return self.taken_as_up(product, layout)
-
-    def up_of_experts(self, product: Product, layout: Layout, x_dims: Sequence[Dim], w_dims: Sequence[Dim]) -> int:
-        """A product whose weight has the experts as dimensions, each with all digits of one kind."""
-        batch = layout[: len(product.w_batch)]
-        of_units = all(a.space == "h" or self.is_of_experts(a) for d in w_dims for a in d.atoms)
-        of_experts = all(self.is_of_experts(a) for d in batch for a in d.atoms)
-        of_tokens = all(a.space == "t" for d in x_dims for a in d.atoms)
-        whole_dims = all(d.full for d in (*batch, *x_dims, *w_dims))
-        units = math.prod(a.size for d in w_dims for a in d.atoms if a.space == "h") == self.region.units
-        if not (of_units and of_experts and of_tokens and whole_dims and units and product.contracted):
-            return self.side(product.out, layout)
-        return self.taken_as_up(product, layout)
-
-    def is_of_experts(self, atom: Atom) -> bool:
-        """Whether a digit is of the expert's number, which leads the token index."""
-        return self.each is not None and atom.space == "t" and atom.stride >= self.each
 
     def taken_as_up(self, product: Product, layout: Layout) -> int:
         self.region.nodes.add(product.node)
@@ -343,7 +327,7 @@ class _Builder:
             return None
         size = operand.shape[axes[0]]
         if (
-            _units(layout) * size != self.region.units
+            units_of(layout) * size != self.region.units
             or min(a.stride for d in layout for a in d.atoms if a.space == "h") != size
         ):
             return None
@@ -415,7 +399,3 @@ def _layouts_before(node: Node, number: int, layout: Layout) -> Sequence[Layout]
 
 def _at(node: Node | None) -> str:
     return "" if node is None else f" ({node.primitive} at {node.source})"
-
-
-def _units(layout: Layout) -> int:
-    return math.prod(a.size for dim in layout for a in dim.atoms if a.space == "h")

@@ -1,8 +1,9 @@
 """Finds feed-forward blocks of experts: one block for each of several matrices of a stack.
 
 Their products have a batch dimension: over all experts, as an einsum or a ``vmap`` over them has it, or over those that
-a router gave to each token, whose matrices are gathered first. The experts' axes are followed as digits of the token
-index, the leading ones, so that all experts' tokens together make a block like any other, but for its weights.
+a router gave to each token, whose matrices are gathered first. Or they are ragged: rows are in order of their experts.
+The experts' axes are followed as digits of the token index, the leading ones, so that all experts' tokens together make
+a block like any other, but for its weights.
 ``passes/rewrite/experts.py`` makes a loop over experts of it, whose body is an ordinary block.
 """
 
@@ -15,40 +16,60 @@ from typing import Any
 
 from jax.extend.core import primitives as prims
 
+from hire_xform.passes.ir import compat
 from hire_xform.passes.ir.axes import Atom, Dim, Layout, UnsupportedLayoutError, operand_layouts, row_major, whole
 from hire_xform.passes.ir.axis_rules import moves_only
-from hire_xform.passes.ir.graph import Graph, Node, Value
+from hire_xform.passes.ir.graph import Graph, Node, Operand, Value
 from hire_xform.passes.match.block_region import trace_region
 from hire_xform.passes.match.ffn import is_linear, leak, lost_derivative
 from hire_xform.passes.match.matches import FfnMatch
 from hire_xform.passes.match.probe import Probe
 from hire_xform.passes.match.region import Apply, Number, Side, Unfollowed, Up
-from hire_xform.passes.weights.origins import picks_matrix
+from hire_xform.passes.weights.origins import picks_matrix, shape_of
 from hire_xform.passes.weights.products import Product, product_with
 from hire_xform.passes.weights.provenance import Provenance
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Routed:
-    """Matrices of a stack that are gathered by indices, as many as there are.
+    """Matrices of a stack that are gathered by indices, as many as there are, or that a ragged product takes.
 
     Attributes:
-      gather: the equation.
+      taken_by: the gather, or the ragged product.
       dtypes: what they are cast to on the way to the product, one after the other.
       layout: where the gather's result has the dimensions of the product's weight, each a space of its own.
       nodes: the gather, and the equations from it to the product.
     """
 
-    gather: Node
+    taken_by: Node
     dtypes: tuple[Any, ...]
     layout: Layout
     nodes: tuple[Node, ...]
 
     @property
+    def ragged(self) -> bool:
+        """Whether there are no indices, but rows in order of their experts, and how many each expert has."""
+        return self.taken_by.primitive is compat.RAGGED_DOT
+
+    @property
+    def stack(self) -> Operand:
+        """All matrices."""
+        return self.taken_by.inputs[1 if self.ragged else 0]
+
+    @property
+    def by(self) -> Operand:
+        """The indices; of a ragged product how many rows each expert has."""
+        return self.taken_by.inputs[2 if self.ragged else 1]
+
+    @property
+    def matrix_dims(self) -> tuple[int, ...]:
+        """The dimensions of what is taken that are those of a matrix."""
+        return (1, 2) if self.ragged else tuple(self.taken_by.params["dimension_numbers"].offset_dims)
+
+    @property
     def batch_dims(self) -> list[int]:
-        """The dimensions of the gather's result that are those of its indices."""
-        offsets = self.gather.params["dimension_numbers"].offset_dims
-        return [d for d in range(len(self.layout)) if d not in offsets]
+        """The others: those of the indices."""
+        return [d for d in range(len(self.layout)) if d not in self.matrix_dims]
 
     @property
     def routed(self) -> set[int]:
@@ -88,6 +109,11 @@ class Experts:
     summed: tuple[tuple[int, bool], ...]
 
     @property
+    def routed(self) -> bool:
+        """Whether its experts are those of tokens, not all that there are."""
+        return self.weights[-1].routed is not None
+
+    @property
     def nodes(self) -> set[Node]:
         """All equations that are replaced."""
         return self.match.nodes.union(*(w.routed.nodes for w in self.weights if w.routed is not None))
@@ -122,6 +148,8 @@ def find_experts(graph: Graph, provenance: Provenance, products: Sequence[Produc
 def _routed_products(graph: Graph, provenance: Provenance) -> Iterator[tuple[Product, Routed]]:
     """Products with gathered matrices of a weight, which are derived of it, and how they are gathered."""
     for node in graph.program_order():
+        if node.primitive is compat.RAGGED_DOT and (ragged := _ragged(node, provenance)) is not None:
+            yield ragged
         if node.primitive is not prims.dot_general_p:
             continue
         for number, operand in enumerate(node.inputs):
@@ -130,10 +158,39 @@ def _routed_products(graph: Graph, provenance: Provenance) -> Iterator[tuple[Pro
                 continue
             if provenance.origin(operand) is not None or (how := _gathered(operand)) is None:
                 continue
-            origin = provenance.origin(how.gather.inputs[0])
+            origin = provenance.origin(how.stack)
             if origin is not None:
                 yield product_with(node, number == 0, origin), how
                 break
+
+
+def _ragged(node: Node, provenance: Provenance) -> tuple[Product, Routed] | None:
+    """A product of rows ``[n, d]``, in order of their experts, with matrices ``[E, d, m]``."""
+    x, stack, *_ = node.inputs
+    origin = provenance.origin(stack)
+    numbers = node.params["ragged_dot_dimension_numbers"]
+    plain = numbers.dot_dimension_numbers == (((1,), (1,)), ((), ())) and tuple(numbers.lhs_ragged_dimensions) == (0,)
+    if not plain or tuple(numbers.rhs_group_dimensions) != (0,) or node.params["group_offset"] is not None:
+        return None
+    if origin is None or not isinstance(x, Value) or not isinstance(stack, Value) or len(shape_of(node.inputs[2])) != 1:
+        return None
+    if provenance.origin(x) is not None:
+        return None
+    layout = tuple(Dim((Atom(str(d), 1, size),), size) for d, size in enumerate(stack.shape))
+    product = Product(
+        node=node,
+        x=x,
+        weight=stack,
+        origin=origin,
+        weight_left=False,
+        x_contract=(1,),
+        w_contract=(1,),
+        x_free=(),
+        w_free=(2,),
+        x_batch=(0,),
+        w_batch=(0,),
+    )
+    return product, Routed(node, (), layout, (node,))
 
 
 def _gathered(weight: Value) -> Routed | None:
@@ -206,6 +263,8 @@ def _ending_in(
     each = tokens // count
     made = [_up_weight(up, each, count, gathers.get(up.product.node)) for up in region.ups]
     made.append(_down_weight(down, layout, each, count, gathers.get(down.node)))
+    if len({weight.routed.by for weight in made if weight is not None and weight.routed and weight.routed.ragged}) > 1:
+        return None
     weights = tuple(weight for weight in made if weight is not None)
     summed = tuple((size, added) for size, (_, added) in zip(sizes, own, strict=True))
     return Experts(match, count, weights, summed) if len(weights) == len(made) else None
@@ -244,7 +303,9 @@ def _checked(
 ) -> ExpertWeight | None:
     """The weight, if its dimensions have all of the experts, and gathered ones just those of the indices."""
     held = math.prod(a.size for atoms in dims for a in atoms if a.space == "t")
-    whole_dims = all(math.prod(a.size for a in atoms) == n for atoms, n in zip(dims, product.weight.shape, strict=True))
+    # A ragged product has rows, where its weight has experts.
+    sizes = (count, *product.weight.shape[1:]) if routed is not None and routed.ragged else product.weight.shape
+    whole_dims = all(math.prod(a.size for a in atoms) == n for atoms, n in zip(dims, sizes, strict=True))
     if held != count or not whole_dims:
         return None
     if routed is not None:

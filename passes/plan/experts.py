@@ -8,22 +8,29 @@ from dataclasses import replace
 from hire_xform.passes.match.experts import Experts
 from hire_xform.passes.plan.decisions import Plan, Refusal
 
+# Tokens times the experts of each that a loop goes over one by one: of as many tokens as a block has by default, eight.
+MOST_ROUTED = 64
 
-def dense_experts(experts: Sequence[Experts], plan: Plan) -> dict[Experts, str]:
+
+def dense_experts(experts: Sequence[Experts], plan: Plan, measures: bool) -> dict[Experts, str]:
     """The blocks of experts that a loop was made of for nothing, no block in it being rewritten, and why it is not.
 
     Args:
       experts: the blocks that a loop was made of.
       plan: what is done in the program with these loops.
+      measures: whether sites are only measured, of as many tokens as there are.
     """
     rewritten = {(end.origin.recipe.root, end.node.source) for d in plan.decisions for end in d.match.ends}
     found: dict[Experts, str] = {}
     for one in experts:
         down = one.match.down
-        if (down.origin.recipe.root, down.node.source) in rewritten:
-            continue
-        refused = (r for r in plan.refusals if r.source == down.node.source)
-        found[one] = next((r.reason for r in refused), "it is not rewritten")
+        if one.routed and one.count > MOST_ROUTED and not measures:
+            found[one] = (
+                f"a call has {one.count:,} experts of tokens; expected {MOST_ROUTED} at most, one after the other"
+            )
+        elif (down.origin.recipe.root, down.node.source) not in rewritten:
+            refused = (r for r in plan.refusals if r.source == down.node.source)
+            found[one] = next((r.reason for r in refused), "it is not rewritten")
     return found
 
 

@@ -70,7 +70,7 @@ class LoopedExperts(Action):
         region = self.experts.match.region
         found: list[Operand] = [*(up.product.x for up in region.ups), *(side.value for side in region.sides)]
         for weight in self.experts.weights:
-            found += [weight.product.weight] if weight.routed is None else weight.routed.gather.inputs
+            found += [weight.product.weight] if weight.routed is None else [weight.routed.stack, weight.routed.by]
         return found
 
     @property
@@ -99,9 +99,8 @@ class LoopedExperts(Action):
                 stacks.append(None)
                 indices.append(_each_matrix(weight, context.read(weight.product.weight)))
             else:
-                stack, index = map(context.read, weight.routed.gather.inputs)
-                stacks.append(stack)
-                indices.append(_each_index(weight, weight.routed, index))
+                stacks.append(context.read(weight.routed.stack))
+                indices.append(_each_index(weight, weight.routed, context.read(weight.routed.by), count))
 
         def body(_: None, one: Any) -> tuple[None, Any]:
             own, of_weights = one
@@ -114,6 +113,10 @@ class LoopedExperts(Action):
             made = made[None]
         else:
             _, made = lax.scan(body, None, (given, indices))
+        last = self.experts.weights[-1].routed
+        if last is not None and last.ragged:  # rows of no expert
+            there = jnp.arange(count) < jnp.sum(context.read(last.by))
+            made = jnp.where(there[:, None, None], made, 0)
         return [self._as_product(made)]
 
     def _block(self, given: Sequence[Any], matrices: Sequence[Any]) -> Any:
@@ -186,8 +189,10 @@ def _atoms_of(weight: ExpertWeight, routed: Routed, dim: int) -> tuple[Atom, ...
     return tuple(a for atom in routed.layout[dim].atoms for a in weight.atoms[int(atom.space)])
 
 
-def _each_index(weight: ExpertWeight, routed: Routed, index: Any) -> Any:
-    """The indices of a gather as ``[E, n]``, experts in order."""
+def _each_index(weight: ExpertWeight, routed: Routed, index: Any, count: int) -> Any:
+    """The indices of a gather as ``[E, n]``, experts in order; of a ragged product the expert of each row."""
+    if routed.ragged:
+        index = jnp.searchsorted(jnp.cumsum(index), jnp.arange(count), side="right").astype(jnp.int32)[:, None]
     atoms = [a for d in routed.batch_dims for a in _atoms_of(weight, routed, d)]
     last = Atom("c", 1, index.shape[-1])
     return _sorted(index, [*atoms, last], "tc")
@@ -197,21 +202,16 @@ def _matrix(weight: ExpertWeight, stack: Any, index: Any) -> Any:
     """The one matrix that an index takes."""
     routed = weight.routed
     assert routed is not None
-    params = routed.gather.params
-    numbers = params["dimension_numbers"]
-    offsets = numbers.offset_dims
-    with compat.equation_context(routed.gather.eqn):
-        value = lax.gather(
-            stack,
-            index,
-            lax.GatherDimensionNumbers(
-                tuple(range(len(offsets))), numbers.collapsed_slice_dims, numbers.start_index_map
-            ),
-            params["slice_sizes"],
-            mode=params["mode"],
-            fill_value=params["fill_value"],
-        )
+    params = routed.taken_by.params
+    with compat.equation_context(routed.taken_by.eqn):
+        if routed.ragged:
+            value = lax.dynamic_index_in_dim(stack, jnp.minimum(index[0], stack.shape[0] - 1), 0, keepdims=False)
+        else:
+            numbers, kept = params["dimension_numbers"], tuple(range(len(routed.matrix_dims)))
+            one = lax.GatherDimensionNumbers(kept, numbers.collapsed_slice_dims, numbers.start_index_map)
+            how = {"mode": params["mode"], "fill_value": params["fill_value"]}
+            value = lax.gather(stack, index, one, params["slice_sizes"], **how)
         for dtype in routed.dtypes:
             value = value.astype(dtype)
-        atoms = [a for d in offsets for a in _atoms_of(weight, routed, d)]
+        atoms = [a for d in routed.matrix_dims for a in _atoms_of(weight, routed, d)]
         return _sorted(value, atoms, _spaces_of(weight)[1:])

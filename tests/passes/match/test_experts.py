@@ -9,7 +9,9 @@ from jax import lax
 from jax.extend.core import primitives as prims
 
 import hire_xform as hx
+from hire_xform.passes.ir.axes import Atom
 from hire_xform.passes.ir.graph import walk
+from hire_xform.passes.match.expert_axes import is_of_experts
 from hire_xform.passes.match.experts import find_experts
 from hire_xform.passes.plan.experts import dense_experts, with_reasons
 from hire_xform.passes.rewrite.experts import looped_over
@@ -102,6 +104,16 @@ def layers(p, x):
     return lax.scan(layer, x, (p["layers"], p["outs"]))[0]
 
 
+def ragged(p, x):
+    """Rows are in order of their experts; the last row is of none, and zero."""
+    _, index = routed(p, x)
+    order = jnp.argsort(index.reshape(-1))
+    rows = jnp.repeat(x, K, axis=0)[order]
+    sizes = jnp.bincount(index.reshape(-1), length=E).at[index.max()].add(-1)
+    u = relu(lax.ragged_dot(rows, p["gate"], sizes)) * lax.ragged_dot(rows, p["up"], sizes)
+    return lax.ragged_dot(u, p["down"], sizes)[jnp.argsort(order)]
+
+
 # With how many tokens each expert's block has.
 BLOCKS = {
     best_one: 1,
@@ -114,6 +126,7 @@ BLOCKS = {
     over_experts: T,
     over_tokens: 1,
     layers: 1,
+    ragged: 1,
 }
 
 
@@ -193,7 +206,7 @@ def program(fun, p, x):
     return graph, find_experts(graph, provenance, find_products(graph, provenance)[0]), leaves
 
 
-@pytest.mark.parametrize("fun", [best_two, best_two_gated, every_one, over_tokens], ids=lambda fun: fun.__name__)
+@pytest.mark.parametrize("fun", [best_two_gated, every_one, over_tokens, ragged], ids=lambda fun: fun.__name__)
 def test_the_program_with_a_loop_computes_the_same(fun):
     graph, found, leaves = program(fun, weights(), tokens())
     assert len(found) == 1
@@ -249,6 +262,13 @@ def test_experts_that_pay_nothing_run_as_they_were_written():
     assert_same(step(p, x), jax.jit(silu)(p, x), 0.0)
 
 
+def test_many_tokens_with_experts_of_their_own_run_as_they_were_written():
+    p, x = weights(), tokens(40)
+    traced = hx.sparsify(best_two, config=full_width()).trace(p, x)
+    assert not traced.plan.sites
+    assert any("a call has 80 experts of tokens; expected 64" in refusal.reason for refusal in traced.plan.refusals)
+
+
 def test_one_block_may_stay_beside_one_that_is_rewritten():
     def both(p, x):
         return every_one(p, jnp.tanh(best_two(p, x, jax.nn.silu)) + x)
@@ -262,11 +282,20 @@ def test_one_block_may_stay_beside_one_that_is_rewritten():
     assert_same(step(p, x), jax.jit(both)(p, x))
 
 
+def test_the_expert_leads_the_token_index():
+    # Of five experts with three tokens each, the token index is three times the expert's number and the token's.
+    assert [is_of_experts(atom, 3) for atom in (Atom("t", 3, 5), Atom("t", 1, 3), Atom("h", 40, 5))] == [
+        True,
+        False,
+        False,
+    ]
+
+
 def test_reasons_are_told_by_source_line():
     p, x = weights(), tokens()
     _, found, _ = program(best_two, p, x)
     plan = hx.sparsify(lambda p, x: best_two(p, x, jax.nn.silu)).trace(p, x).plan
-    assert list(dense_experts(found, plan)) == found
+    assert list(dense_experts(found, plan, False)) == found
     line = plan.refusals[-1].source
     assert with_reasons(plan, {line: "so"}).refusals[-1].reason.endswith("nor is the block of one expert a site: so")
 
