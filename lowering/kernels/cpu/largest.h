@@ -3,6 +3,7 @@
 #define HIRE_LARGEST_H_
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <functional>
@@ -39,6 +40,8 @@ inline uint64_t Entry(float score, int64_t i) {
 inline uint32_t KeyIn(uint64_t entry) { return static_cast<uint32_t>(entry >> 32); }
 
 constexpr int64_t kScoresABlock = 16384;
+// Of fewer scores no sample is taken.
+constexpr int64_t kLeastSampled = 1024;
 
 // Entries of all scores that are not smaller than `least`, in the order of their index; a NaN is not smaller.
 template <typename Pool>
@@ -62,14 +65,16 @@ std::vector<uint64_t> NotBelow(Pool& pool, const Kernels& kernels, const float* 
   return all;
 }
 
-// A score that about twice as many reach as are wanted, going by a sample. NaN where one is among the largest.
+// A score that all of the k largest, and few more, probably reach, going by a sample. NaN where one is among the largest.
 inline float LeastBySample(const float* scores, int64_t n, int64_t k) {
-  constexpr int64_t kSample = 2048;
-  std::vector<uint32_t> sample(kSample);
-  for (int64_t i = 0; i < kSample; ++i) sample[static_cast<size_t>(i)] = KeyOf(scores[i * (n / kSample)]);
-  const auto rank = sample.begin() + (2 * k * kSample / n + 8);
-  std::nth_element(sample.begin(), rank, sample.end(), std::greater<uint32_t>());
-  return ValueOf(*rank);
+  const int64_t size = std::min<int64_t>(2048, std::max<int64_t>(256, n / 16)), every = n / size;
+  std::vector<uint32_t> sample(static_cast<size_t>(size));
+  for (int64_t i = 0; i < size; ++i) sample[static_cast<size_t>(i)] = KeyOf(scores[i * every]);
+  // Where the k-th largest would stand among them, and three standard deviations further down.
+  const double expected = static_cast<double>(k) * static_cast<double>(size) / static_cast<double>(n);
+  const auto rank = std::min(size - 1, static_cast<int64_t>(expected + 3.0 * std::sqrt(expected)) + 2);
+  std::nth_element(sample.begin(), sample.begin() + rank, sample.end(), std::greater<uint32_t>());
+  return ValueOf(sample[static_cast<size_t>(rank)]);
 }
 
 // The least score of the bin in which the k-th largest stands: scores are counted by the leading bits of their keys.
@@ -125,13 +130,14 @@ template <typename Pool>
 void Largest(Pool& pool, const Kernels& kernels, const float* scores, int64_t n, int64_t k, int64_t first,
              float* values, int32_t* indices) {
   std::vector<uint64_t> chosen;
-  if (n >= kScoresABlock && k <= n / 16) {
+  if (n >= kLeastSampled && k <= n / 4) {
     const float least = LeastBySample(scores, n, k);
     if (least == least) chosen = NotBelow(pool, kernels, scores, n, least);
   }
   if (static_cast<int64_t>(chosen.size()) < k)
     chosen = NotBelow(pool, kernels, scores, n, LeastByBins(pool, scores, n, k));
-  if (static_cast<int64_t>(chosen.size()) > k) {
+  // A few too many cost less to sort than to tell from the others.
+  if (static_cast<int64_t>(chosen.size()) > 2 * k) {
     std::vector<uint64_t> ranked(chosen);
     std::nth_element(ranked.begin(), ranked.begin() + (k - 1), ranked.end(), std::greater<uint64_t>());
     const uint64_t last = ranked[static_cast<size_t>(k - 1)];

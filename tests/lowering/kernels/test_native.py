@@ -145,7 +145,8 @@ def test_which_stored_rows_are_served():
 
 
 @pytest.mark.parametrize(
-    ("shape", "k", "shards"), [((1,), 1, 1), ((5,), 3, 1), ((3, 64), 17, 1), ((2, 40_000), 300, 1), ((4, 96), 12, 4)]
+    ("shape", "k", "shards"),
+    [((1,), 1, 1), ((5,), 3, 1), ((3, 64), 17, 1), ((2, 1_500), 375, 1), ((2, 40_000), 300, 1), ((4, 96), 12, 4)],
 )
 def test_the_largest(shape, k, shards):
     scores = np.round(np.random.default_rng(5).normal(size=shape), 1).astype(np.float32)
@@ -157,17 +158,19 @@ def test_the_largest(shape, k, shards):
 
 
 @pytest.mark.parametrize("how", ["all equal", "mostly NaN", "not in a sample", "only in a sample", "falling"])
-def test_the_largest_where_a_sample_misleads(how):
-    n, step = 40_960, 40_960 // 2_048
+@pytest.mark.parametrize("n", [8_192, 40_960])
+def test_the_largest_where_a_sample_misleads(n, how):
+    size = min(2_048, n // 16)
+    step = n // size
     scores = np.zeros(n, np.float32)
     if how == "mostly NaN":
         scores[::3] = np.nan
         scores[::step] = np.nan
     elif how == "not in a sample":
-        scores[1 : 900 * step : step] = np.arange(900)
+        scores[1::step] = np.arange(size)
         scores[::step] = -1.0
     elif how == "only in a sample":
-        scores[::step] = np.arange(2_048)
+        scores[::step] = np.arange(size)
     elif how == "falling":
         scores = np.linspace(1.0, -1.0, n, dtype=np.float32)
     got, want = steps.largest(jnp.asarray(scores), 700), da_top_k(jnp.asarray(scores), 700)
