@@ -26,7 +26,7 @@ def folded(step: Callable[..., Any], *operands: jax.Array) -> Any:
         x, *others = operands
         own = [i for i, each in enumerate(batched[1:]) if each]
         # An index is the one thing that examples may have of their own: then each token has the one of its example.
-        if not batched[0] or own not in ([], [1]) or (own and not jnp.issubdtype(others[1].dtype, jnp.integer)):
+        if not batched[0] or own not in ([], [1]) or (own and not _is_index(others[1])):
             made = jax.lax.map(lambda one: fold(*_placed(operands, batched, one)), _given(operands, batched))
             return made, jax.tree.map(lambda _: True, made)
         tokens = x.shape[1]
@@ -39,6 +39,11 @@ def folded(step: Callable[..., Any], *operands: jax.Array) -> Any:
         return jax.tree.map(lambda out: out.reshape(size, tokens, -1), made), jax.tree.map(lambda _: True, made)
 
     return fold(*operands)
+
+
+def _is_index(operand: jax.Array) -> bool:
+    """Of examples: numbers of rows, ``[K]`` or ``[T, K]`` of each."""
+    return operand.ndim > 1 and jnp.issubdtype(operand.dtype, jnp.integer)
 
 
 def _given(operands: Sequence[jax.Array], batched: Sequence[bool]) -> list[jax.Array]:

@@ -41,6 +41,7 @@ from jax import lax
 
 from hire_xform.lowering.predict.factors import factor_dtype, leading_directions, matmul, shrunk
 from hire_xform.lowering.predict.few_bits import CLIPS, closest, fine_scores, pack_nibbles, quantize
+from hire_xform.lowering.primitives.stack_entry import whole
 from hire_xform.lowering.prove.bounds import U, norm, slack, tiny
 from hire_xform.lowering.xla.blocks import fold_row_blocks, map_row_blocks, rows_together
 
@@ -192,7 +193,7 @@ def _rounded_up(values: jax.Array) -> jax.Array:
 
 
 def coordinate_scores(
-    x: jax.Array, packed: dict[str, jax.Array], rank: int, bits: int | None, *, input_bits: int
+    x: jax.Array, packed: dict[str, Any], rank: int, bits: int | None, *, input_bits: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Predicts products with every row and bounds them; see the head of this file.
 
@@ -239,11 +240,11 @@ def coordinate_scores(
 
 
 def _parts(
-    z: jax.Array, packed: dict[str, jax.Array], rank: int, bits: int | None
+    z: jax.Array, packed: dict[str, Any], rank: int, bits: int | None
 ) -> Iterator[tuple[jax.Array, Any, Any, float]]:
     """Of each segment: its share of the scores, its coordinates as used and as they are, and a score's rounding."""
     if bits is None:
-        a = packed["a"]
+        a = whole(packed["a"])
         own = z[:, : a.shape[1]]
         if a.dtype == jnp.float32:
             share, k = lax.dot_general(a, own, (((1,), (1,)), ((), ())), precision=lax.Precision.HIGHEST).T, own

@@ -38,6 +38,7 @@ class Factored(Predictor):
     proves = True
     fine = True
     whole = WHOLE
+    in_place = frozenset({"a", "q", "lead_q", "basis_q", "q0", "q1", "q2"})
 
     def __post_init__(self) -> None:
         """Refuses a value out of range."""

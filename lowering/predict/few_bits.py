@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from hire_xform.lowering.primitives.kernels import bind_step, step_primitive
+from hire_xform.lowering.primitives.stack_entry import StackEntry, whole
 from hire_xform.lowering.xla.blocks import map_row_blocks
 from hire_xform.lowering.xla.promotion import usual_promotion
 from hire_xform.lowering.xla.skinny_dot import skinny_dot
@@ -99,18 +100,19 @@ _NIBBLE_BLOCK_BYTES = 4 * 2**20
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(3,))
-def quantized_scores(x: jax.Array, q: jax.Array, scale: jax.Array, bits: int) -> jax.Array:
+def quantized_scores(x: jax.Array, q: jax.Array | StackEntry, scale: jax.Array, bits: int) -> jax.Array:
     """Integer products of quantised tokens and quantised rows, then both scales: f32 ``[T, n]``."""
 
-    def portable(x: jax.Array, q: jax.Array, scale: jax.Array) -> list[jax.Array]:
+    def portable(x: jax.Array, q: jax.Array | StackEntry, scale: jax.Array) -> list[jax.Array]:
         tokens, token_scale = quantize(x, 127)
         return [integer_scores(tokens, q, bits).astype(jnp.float32) * token_scale[:, None] * scale[None, :]]
 
     return bind_step(quantized_scores_p, portable, x.astype(jnp.float32), q, scale, bits=bits)[0]
 
 
-def integer_scores(tokens: jax.Array, q: jax.Array, bits: int) -> jax.Array:
+def integer_scores(tokens: jax.Array, kept: jax.Array | StackEntry, bits: int) -> jax.Array:
     """``int8 [T, d]`` times quantised rows, int32 ``[T, n]``: exact up to d = 2^17."""
+    q = whole(kept)
     if bits == 8:
         return skinny_dot(tokens, q)
     half = q.shape[1]
@@ -132,18 +134,19 @@ def quantized_scores_jvp(bits: int, primals: tuple, tangents: tuple) -> tuple[ja
     return quantized_scores(x, q, scale, bits), _scores_of_change(tangents[0], q, scale, bits)
 
 
-def _scores_of_change(dx: jax.Array, q: jax.Array, scale: jax.Array, bits: int) -> jax.Array:
+def _scores_of_change(dx: jax.Array, q: jax.Array | StackEntry, scale: jax.Array, bits: int) -> jax.Array:
     integers = entries(q, bits, dx.shape[1]).astype(jnp.float32)
     return skinny_dot(dx.astype(jnp.float32), integers) * scale[None, :]
 
 
-def entries(q: jax.Array, bits: int, d: int) -> jax.Array:
+def entries(kept: jax.Array | StackEntry, bits: int, d: int) -> jax.Array:
     """The integers of quantised rows, int8 ``[n, d]``."""
+    q = whole(kept)
     return q if bits == 8 else jnp.concatenate(unpack_nibbles(q), axis=1)[:, :d]
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(3,))
-def fine_scores(x: jax.Array, q: jax.Array, scale: jax.Array, bits: int) -> tuple[jax.Array, jax.Array]:
+def fine_scores(x: jax.Array, q: jax.Array | StackEntry, scale: jax.Array, bits: int) -> tuple[jax.Array, jax.Array]:
     """As ``predict_scores`` with ``Quantized``, but each token in two 8-bit limbs: the second has what the first lost.
 
     One token costs no more than with one limb, since fast integer products take two at least.
@@ -158,7 +161,7 @@ def fine_scores(x: jax.Array, q: jax.Array, scale: jax.Array, bits: int) -> tupl
       Scores, f32 ``[T, n]``, and the tokens as they were kept, f32 ``[T, d]``.
     """
 
-    def portable(x: jax.Array, q: jax.Array, scale: jax.Array) -> list[jax.Array]:
+    def portable(x: jax.Array, q: jax.Array | StackEntry, scale: jax.Array) -> list[jax.Array]:
         first, second, step = two_limbs(x)
         raw = integer_scores(jnp.concatenate([first, second]), q, bits).astype(jnp.float32)
         sums = raw[: x.shape[0]] + raw[x.shape[0] :] / 254.0
@@ -186,7 +189,7 @@ def as_kept(x: jax.Array) -> jax.Array:
     return of_limbs(*two_limbs(x))
 
 
-def as_rows(q: jax.Array, scale: jax.Array, bits: int, d: int) -> jax.Array:
+def as_rows(q: jax.Array | StackEntry, scale: jax.Array, bits: int, d: int) -> jax.Array:
     """Quantised rows as f32 ``[n, d]``: with tokens as they are kept, their products are scores, but for rounding."""
     return entries(q, bits, d).astype(jnp.float32) * scale[:, None]
 

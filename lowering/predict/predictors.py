@@ -106,6 +106,9 @@ class Predictor:
     bits: int | None = None
     # Of a proof's arrays those that are of the matrix as a whole, by name: all others have an entry for each row.
     whole: ClassVar[frozenset[str]] = frozenset()
+    # The names of packed matrices, and of those of a proof, that it only gives to steps which read them where they lie
+    # in a stack: as a `StackEntry` where the program's weights are stacked. All others come taken out of it.
+    in_place: frozenset[str] = frozenset()
 
     @property
     def stages(self) -> tuple[Predictor, ...]:

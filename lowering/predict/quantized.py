@@ -33,6 +33,7 @@ class Quantized(Predictor):
     bits: int = field(kw_only=False)
 
     proves = True
+    in_place = frozenset({"q"})
     instead = "a predictor of low rank, which a calibration finds, may be faster"
 
     def __post_init__(self) -> None:

@@ -74,6 +74,12 @@ class Staged(Predictor):
         return next((stage.needs_inputs for stage in self.stages if stage.needs_inputs), "")
 
     @property
+    def in_place(self) -> frozenset[str]:  # type: ignore[override]
+        """Those of the first stage, and of all stages under their numbers."""
+        numbered = (f"{number}.{name}" for number, stage in enumerate(self.stages) for name in stage.in_place)
+        return self.stages[0].in_place | frozenset(numbered)
+
+    @property
     def fine(self) -> bool:  # type: ignore[override]
         """That of the first stage, which predicts where nothing is proved."""
         return self.stages[0].fine

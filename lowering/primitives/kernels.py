@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Primitive, jaxpr_as_fun
 from jax.interpreters import ad, batching, mlir
 
+from hire_xform.lowering.primitives.stack_entry import StackEntry, of_one, whole
 from hire_xform.lowering.xla.promotion import usual_promotion
 
 __all__ = [
@@ -45,6 +46,8 @@ class Kernel:
     serves: Callable[..., bool]
     name: str
     exported: bool
+    # Whether it takes operands that are entries of stacks as they are (`stack_entry.py`); others get them taken out.
+    takes_entries: bool = False
 
 
 # By the name of a primitive and a platform.
@@ -114,10 +117,17 @@ def register_kernel(
 
 
 def register_built_in(
-    primitive: str, platform: str, rule: Callable[..., Any], serves: Any, name: str, exported: bool = False
+    primitive: str,
+    platform: str,
+    rule: Callable[..., Any],
+    serves: Any,
+    name: str,
+    *,
+    exported: bool = False,
+    takes_entries: bool = False,
 ) -> None:
     """A kernel of this library, by the name that reports have; users' kernels stand before it."""
-    _built_in[primitive, platform] = Kernel(rule, serves, name, exported)
+    _built_in[primitive, platform] = Kernel(rule, serves, name, exported, takes_entries)
     _ask((primitive, platform))
 
 
@@ -141,6 +151,7 @@ def _serving(
     key: tuple[str, str],
     avals: Sequence[Any],
     batched: Sequence[Any],
+    layout: Any,
     settings: dict[str, Any],
     for_export: bool = False,
 ) -> tuple[str, Callable[..., list[Any]]] | None:
@@ -150,6 +161,7 @@ def _serving(
       key: step and platform.
       avals: shapes and dtypes of the operands.
       batched: the axes that they are batched along, the innermost ``vmap`` first.
+      layout: how operands are made of these arrays; None where each is one.
       settings: the step's.
       for_export: whether it is for a program that is written down.
     """
@@ -158,14 +170,19 @@ def _serving(
         for shape, dim in zip(alone, dims, strict=True):
             if dim is not None:
                 del shape[dim]
-    structs = [jax.ShapeDtypeStruct(tuple(s), a.dtype) for s, a in zip(alone, avals, strict=True)]
+    structs: Sequence[Any] = [jax.ShapeDtypeStruct(tuple(s), a.dtype) for s, a in zip(alone, avals, strict=True)]
+    if layout is not None:
+        structs = of_one(layout.unflatten(structs))
     found = [kernel for kernels in (_kernels, _built_in) if (kernel := kernels.get(key)) is not None]
     found = [kernel for kernel in found if kernel.exported or not for_export]
     chosen = next((kernel for kernel in found if kernel.serves(*structs, **settings)), None)
     if chosen is None:
         return None
 
-    def one(*operands: Any) -> list[Any]:
+    def one(*arrays: Any) -> list[Any]:
+        operands = arrays if layout is None else layout.unflatten(arrays)
+        if not chosen.takes_entries:
+            operands = [whole(operand) for operand in operands]
         made = chosen.rule(*operands, **settings)
         return list(made) if isinstance(made, (tuple, list)) else [made]
 
@@ -200,7 +217,13 @@ def has_kernels(primitive: Primitive, lower: Callable[..., Any]) -> None:
 
 
 def lower_kernel(
-    name: str, platform: str, ctx: Any, operands: Sequence[Any], batched: Sequence[Any] = (), **settings: Any
+    name: str,
+    platform: str,
+    ctx: Any,
+    operands: Sequence[Any],
+    batched: Sequence[Any] = (),
+    layout: Any = None,
+    **settings: Any,
 ) -> Any:
     """The step lowered as its kernel on a platform; None where there is none, or it does not serve.
 
@@ -208,12 +231,13 @@ def lower_kernel(
       name, platform: which step, and where.
       ctx, operands: as a lowering rule has them.
       batched: the axes that the operands of a step are batched along, the innermost ``vmap`` first.
+      layout: how operands are made of these; None where each is one.
       **settings: the step's.
     """
     if not _is_whole(ctx):
         return None
     for_export = ctx.module_context.lowering_parameters.for_export
-    serving = _serving((name, platform), ctx.avals_in, batched, settings, for_export)
+    serving = _serving((name, platform), ctx.avals_in, batched, layout, settings, for_export)
     if serving is None:
         return None
     kernel, fun = serving
@@ -253,9 +277,9 @@ def step_primitive(name: str) -> Primitive:
         # It has come into another context, such as the inside of a shard_map.
         return jax.make_jaxpr(jaxpr_as_fun(portable))(*avals).out_avals
 
-    def run(*operands: Any, portable: ClosedJaxpr, batched: tuple[Any, ...], **settings: Any) -> Any:
+    def run(*operands: Any, portable: ClosedJaxpr, batched: tuple[Any, ...], layout: Any, **settings: Any) -> Any:
         key = name, jax.default_backend()
-        serving = _serving(key, operands, batched, settings) if _is_alone(operands) else None
+        serving = _serving(key, operands, batched, layout, settings) if _is_alone(operands) else None
         return jaxpr_as_fun(portable)(*operands) if serving is None else serving[1](*operands)
 
     def batch(operands: Any, dims: Any, *, portable: ClosedJaxpr, batched: tuple[Any, ...], **params: Any) -> Any:
@@ -273,8 +297,8 @@ def step_primitive(name: str) -> Primitive:
 
         return made, jax.jvp(of_changing, [primals[i] for i in changing], [tangents[i] for i in changing])[1]
 
-    def lower(platform: str, ctx: Any, *operands: Any, portable: ClosedJaxpr, batched: Any, **settings: Any) -> Any:
-        lowered = lower_kernel(name, platform, ctx, operands, batched, **settings)
+    def lower(platform: str, ctx: Any, *operands: Any, portable: ClosedJaxpr, **settings: Any) -> Any:
+        lowered = lower_kernel(name, platform, ctx, operands, **settings)
         return lower_portable(ctx, *operands, portable=portable) if lowered is None else lowered
 
     def lower_portable(ctx: Any, *operands: Any, portable: ClosedJaxpr, **params: Any) -> Any:
@@ -295,7 +319,11 @@ def bind_step(step_p: Primitive, portable: Callable[..., Any], *operands: Any, *
     Args:
       step_p: its primitive.
       portable: its portable form, a function of the operands that returns a sequence of arrays.
-      *operands: arrays.
+      *operands: arrays, or entries of stacks, which kernels that take them read where they lie.
       **settings: what a kernel is told besides; hashable.
     """
-    return step_p.bind(*operands, portable=jax.make_jaxpr(portable)(*operands), batched=(), **settings)
+    form = jax.make_jaxpr(portable)(*operands)
+    if not any(isinstance(operand, StackEntry) for operand in operands):
+        return step_p.bind(*operands, portable=form, batched=(), layout=None, **settings)
+    arrays, layout = jax.tree.flatten(operands)
+    return step_p.bind(*arrays, portable=form, batched=(), layout=layout, **settings)

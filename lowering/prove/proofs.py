@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from hire_xform.lowering.primitives.scores import bounded_scores
+from hire_xform.lowering.primitives.stack_entry import StackEntry
 from hire_xform.lowering.prove.bounds import ScoresWithBounds
 from hire_xform.lowering.xla.slabs import slabs_of
 
@@ -87,10 +88,12 @@ def proof_bytes(n: int, d: int, spec: Predictor, dtype: jax.typing.DTypeLike) ->
 def rows_of(proof: Proof, spec: Predictor, index: jax.Array) -> Proof:
     """The proof of chosen rows alone, of one stage: ``index`` says which, int32 ``[K]``."""
 
-    def chosen(array: jax.Array) -> jax.Array:
-        if array.ndim == 2:
-            return slabs_of(array, index, 1)
-        return array.at[index].get(mode="promise_in_bounds")
+    def chosen(array: jax.Array | StackEntry) -> jax.Array:
+        at = index
+        if isinstance(array, StackEntry):
+            array, first = array.laid_out()
+            at = index + first
+        return slabs_of(array, at, 1) if array.ndim == 2 else array.at[at].get(mode="promise_in_bounds")
 
     return {name: array if name in spec.whole else chosen(array) for name, array in proof.items()}
 

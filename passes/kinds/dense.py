@@ -137,8 +137,9 @@ class DenseKind(SiteKind):
         match, predictor = _match(decision), views.head.predictor
         assert predictor is not None
         outputs = match.units // (1 if placement is None else placement.shards)
+        spec = decision.settings.spec
         with jax.named_scope("predict"):
-            scores = predict_scores(given[0], predictor.whole(), decision.settings.spec, outputs)
+            scores = predict_scores(given[0], predictor.for_predictor(spec), spec, outputs)
         result = predictor.filled(scores).astype(match.product.out.aval.dtype)
         return result if placement is None or match.parts == 1 else placement.devices.total(result), None
 

@@ -221,8 +221,8 @@ class FfnKind(SiteKind):
         """
         devices = ONE if placement is None else placement.devices
         if decision.settings.certify:
-            block, operands = ffn_blocks.certified_block(decision, devices.count), certified_operands(given, views)
-            flat, mark = proved_or_dense(block, operands)
+            block = ffn_blocks.certified_block(decision, devices.count)
+            flat, mark = proved_or_dense(block, certified_operands(given, views, decision.settings.spec))
         else:
             flat, mark = ffn_blocks.chosen(decision, given, views, devices.count)
         return devices.total(ffn_blocks.filled(flat, views)), mark

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from hire_xform.lowering.engine.block import UpProduct, ffn
 from hire_xform.lowering.engine.certified_ffn import CertifiedBlock, GatedBlock, ThresholdBlock
 from hire_xform.lowering.engine.engine import Operands
+from hire_xform.lowering.predict.predictors import Predictor
 from hire_xform.lowering.primitives.ranks import moments
 from hire_xform.passes.match.matches import FfnMatch
 from hire_xform.passes.match.own_choice import OfAll, OfChosen
@@ -80,7 +81,9 @@ def ffn_parts(decision: Decision, given: Sequence[Any], views: Views) -> FfnPart
     for up, forms, number, value in zip(match.region.ups, views.up, _up_numbers(match), given, strict=False):
         rows, first = forms.rows.rows()
         x = forms.rows.filled(value)
-        packed = None if forms.predictor is None or settings.certify else forms.predictor.whole()
+        packed = None
+        if forms.predictor is not None and not settings.certify:
+            packed = forms.predictor.for_predictor(settings.spec)
         ups.append(UpProduct(x=x, rows=rows, first_row=first, packed=packed, spec=settings.spec, dtype=up.dtype))
         if forms.moments is not None:
             mean[number], variance = moments(x, forms.moments.whole())
@@ -170,7 +173,7 @@ def certified_block(decision: Decision, shards: int = 1) -> CertifiedBlock:
     )
 
 
-def certified_operands(given: Sequence[Any], views: Views) -> Operands:
+def certified_operands(given: Sequence[Any], views: Views, spec: Predictor) -> Operands:
     """Its arrays."""
     assert views.down is not None
     rows = [forms.rows.rows() for forms in views.up]
@@ -181,7 +184,7 @@ def certified_operands(given: Sequence[Any], views: Views) -> Operands:
         sides=[jnp.asarray(side) for side in given[len(views.up) :]],
         rows=[own for own, _ in rows],
         first_rows=[jnp.asarray(first, jnp.int32) for _, first in rows],
-        proofs=[_whole(forms.predictor) for forms in views.up],
+        proofs=[None if (p := forms.predictor) is None else p.for_predictor(spec) for forms in views.up],
         largest=[_whole(forms.largest) for forms in views.up],
         moments=[_whole(forms.moments) for forms in views.up],
         down=down,

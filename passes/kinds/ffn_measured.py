@@ -81,7 +81,7 @@ def _ranks(decision: Measured, given: Sequence[Any], views: Any, activation: Any
     for number, (way, own) in enumerate(zip(decision.ways, views.ways, strict=True)):
         settings = settings_of(way)
         if settings.certify:
-            upper, needed = certified_block(way).needed(certified_operands(given, own))
+            upper, needed = certified_block(way).needed(certified_operands(given, own, way.settings.spec))
             proved = unit_ranks(activation, norms, upper, settings.group_size)
             found.update(numbered(proved | groups_wanted(needed, upper.shape[1]), number))
             continue

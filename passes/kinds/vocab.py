@@ -192,7 +192,8 @@ class VocabKind(SiteKind):
 
     def _arguments(self, decision: Decision, given: Sequence[Any], views: Views) -> tuple[Any, Any, Any, Any]:
         assert views.head.predictor is not None
-        return given[0], views.head.rows.rows()[0], views.head.predictor.whole(), decision.settings.spec
+        spec = decision.settings.spec
+        return given[0], views.head.rows.rows()[0], views.head.predictor.for_predictor(spec), spec
 
     def _certified(self, decision: Decision, given: Sequence[Any], views: Views, devices: Devices) -> tuple[Any, Any]:
         """The logits ``[T, V]``, or one device's part of them, proved of all devices; and the size."""

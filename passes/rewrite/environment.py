@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
+from hire_xform.lowering.predict.predictors import Predictor
+from hire_xform.lowering.primitives.stack_entry import StackEntry
 from hire_xform.passes.ir.graph import Operand, Value
 from hire_xform.passes.plan.decisions import Need
 from hire_xform.passes.weights.recipe import Recipe, Stack
@@ -60,12 +60,14 @@ class PackedView:
     def whole(self) -> Any:
         """The packed form of the one matrix."""
 
-        def take(array: Any) -> Any:
-            for i in self.index:
-                array = lax.dynamic_index_in_dim(array, i, 0, keepdims=False)
-            return array
+        return jax.tree.map(lambda array: StackEntry(array, self.index).whole(), self.arrays)
 
-        return jax.tree.map(take, self.arrays)
+    def for_predictor(self, spec: Predictor) -> Any:
+        """As :meth:`whole`, but for the matrices that a predictor's steps read where they lie in the stack."""
+        if not self.index:
+            return self.arrays
+        entries = {name: StackEntry(array, self.index) for name, array in self.arrays.items()}
+        return {name: entry if name in spec.in_place else entry.whole() for name, entry in entries.items()}
 
     def matrix(self) -> Any:
         """The weight as the program's own product takes it, made of its leaf."""
@@ -77,14 +79,7 @@ class PackedView:
 
         Reading some rows of one layer through this copies nothing, where slicing the layer out first would copy all.
         """
-        stack = self.arrays.shape[: len(self.index)]
-        if not stack:
-            return self.arrays, 0
-        number: Any = 0
-        for size, i in zip(stack, self.index, strict=True):
-            number = number * size + i
-        rows, columns = self.arrays.shape[len(stack) :]
-        return self.arrays.reshape(math.prod(stack) * rows, columns), number * rows
+        return StackEntry(self.arrays, self.index).laid_out() if self.index else (self.arrays, 0)
 
 
 Env = dict[Value, Any]

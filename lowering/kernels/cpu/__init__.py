@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from hire_xform.lowering.kernels.cpu import library, steps
 from hire_xform.lowering.primitives.kernels import no_built_in, register_built_in
+from hire_xform.lowering.primitives.stack_entry import StackEntry
 
 __all__ = ["MOST_TOKENS", "install"]
 
@@ -22,6 +23,8 @@ MOST_TOKENS = 16
 # Columns that a scale's entry is for are one, all, or a multiple of this: `kScaled` of kernels.h.
 SCALED = 64
 _FLOATS = frozenset({jnp.dtype(t) for t in (jnp.float32, jnp.bfloat16, jnp.float16)})
+# Steps whose kernels read a matrix where it lies in a stack.
+_READ_IN_STACKS = ("hire_quantized_scores", "hire_fine_scores", "hire_products")
 _ROWS = _FLOATS | {jnp.dtype(t) for t in (jnp.float8_e4m3fn, jnp.float8_e5m2)}
 
 
@@ -44,7 +47,8 @@ def install() -> str | None:
         ("hire_arg_max", _arg_max, _floats_served),
         ("hire_open_rows", _open_rows, _open_rows_served),
     ):
-        register_built_in(name, "cpu", rule, serves, f"native, {library.instruction_sets()[0]}")
+        named = f"native, {library.instruction_sets()[0]}"
+        register_built_in(name, "cpu", rule, serves, named, takes_entries=name in _READ_IN_STACKS)
     return None
 
 
@@ -88,15 +92,17 @@ def _floats_served(values: Any) -> bool:
     return jnp.dtype(values.dtype) in _FLOATS and 0 not in values.shape
 
 
-def _quantized_scores(x: jax.Array, q: jax.Array, scale: jax.Array, *, bits: int) -> jax.Array:
+def _quantized_scores(x: jax.Array, q: jax.Array | StackEntry, scale: jax.Array, *, bits: int) -> jax.Array:
     return steps.scores(x, q, scale, bits)
 
 
-def _fine_scores(x: jax.Array, q: jax.Array, scale: jax.Array, *, bits: int) -> tuple[jax.Array, jax.Array]:
+def _fine_scores(
+    x: jax.Array, q: jax.Array | StackEntry, scale: jax.Array, *, bits: int
+) -> tuple[jax.Array, jax.Array]:
     return steps.fine_scores(x, q, scale, bits)
 
 
-def _products(x: jax.Array, rows: jax.Array) -> jax.Array:
+def _products(x: jax.Array, rows: jax.Array | StackEntry) -> jax.Array:
     return steps.products(x.astype(jnp.float32), rows)
 
 

@@ -81,18 +81,20 @@ auto Two() { return One().Arg<ffi::AnyBuffer>(); }
 auto Three() { return Two().Arg<ffi::AnyBuffer>(); }
 auto Four() { return Three().Arg<ffi::AnyBuffer>(); }
 
-ffi::Error ScoresImpl(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer rows, ffi::AnyBuffer scale, Floats out,
-                      int64_t bits) {
-  return Told(ScoreRows(pool, InUse(), Of(x), Of(rows), Of(scale), bits, 1, To(out), {nullptr, 0}));
+ffi::Error ScoresImpl(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer rows, ffi::AnyBuffer scale,
+                      ffi::AnyBuffer first, Floats out, int64_t bits) {
+  return Told(ScoreRows(pool, InUse(), Of(x), Of(rows), Of(scale), Of(first), bits, 1, To(out), {nullptr, 0}));
 }
 
 ffi::Error FineScoresImpl(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer rows, ffi::AnyBuffer scale,
-                          Floats out, Floats kept, int64_t bits) {
-  return Told(ScoreRows(pool, InUse(), Of(x), Of(rows), Of(scale), bits, 2, To(out), To(kept)));
+                          ffi::AnyBuffer first, Floats out, Floats kept, int64_t bits) {
+  return Told(ScoreRows(pool, InUse(), Of(x), Of(rows), Of(scale), Of(first), bits, 2, To(out), To(kept)));
 }
 
-ffi::Error ProductsImpl(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer rows, Floats out) {
-  return Told(Products(pool, InUse(), Of(x), Of(rows), To(out)));
+ffi::Error ProductsImpl(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer rows, ffi::AnyBuffer first,
+                        Floats out) {
+  const auto dims = out->dimensions();
+  return Told(Products(pool, InUse(), Of(x), Of(rows), Of(first), dims.size() == 2 ? dims[1] : 0, To(out)));
 }
 
 ffi::Error SelectRowsDotImpl(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer rows, ffi::AnyBuffer scale,
@@ -125,12 +127,12 @@ ffi::Error OpenRowsImpl(ffi::ThreadPool pool, ffi::AnyBuffer values, Integers ou
 #pragma GCC visibility push(default)
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(hire_scores, hire::ScoresImpl,
-                              hire::Three().Ret<hire::F32>().Attr<int64_t>("bits"));
+                              hire::Four().Ret<hire::F32>().Attr<int64_t>("bits"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(hire_fine_scores, hire::FineScoresImpl,
-                              hire::Three().Ret<hire::F32>().Ret<hire::F32>().Attr<int64_t>("bits"));
+                              hire::Four().Ret<hire::F32>().Ret<hire::F32>().Attr<int64_t>("bits"));
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(hire_products, hire::ProductsImpl, hire::Two().Ret<hire::F32>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(hire_products, hire::ProductsImpl, hire::Three().Ret<hire::F32>());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(hire_select_rows_dot, hire::SelectRowsDotImpl,
                               hire::Four().Ret<hire::F32>().Attr<int64_t>("group").Attr<bool>("magnitudes"));
@@ -148,7 +150,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(hire_open_rows, hire::OpenRowsImpl, hire::One().Re
 extern "C" {
 
 // Which handlers there are and what they take, as library.py says it: one more wherever that changes.
-int hire_interface() { return 4; }
+int hire_interface() { return 5; }
 
 // The number of instruction sets that this processor runs, and the name of one, the fastest first.
 int hire_instruction_sets() { return static_cast<int>(hire::Supported().size()); }

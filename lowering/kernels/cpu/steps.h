@@ -110,23 +110,38 @@ inline void QuantizeRest(const float* x, int64_t d, float scale, const int8_t* f
   }
 }
 
+// Which of some rows is the first of n that are read, int32 [].
+inline std::string ReadFirst(const char* name, const Array& first, const Array& rows, int64_t n, int64_t* found) {
+  if (first.element != Element::kS32 || !first.dims.empty())
+    return std::string(name) + " takes the first row's number in int32, not " + Shape(first);
+  *found = *first.As<int32_t>();
+  if (*found < 0 || *found > rows.dims[0] - n)
+    return std::string(name) + " of " + std::to_string(n) + " rows from " + std::to_string(*found) +
+           " on do not lie in " + Shape(rows);
+  return "";
+}
+
 // Scores of all rows from integer products with quantised tokens.
 //
 //   x      f32 [T, d]
-//   rows   int8 [n, d], or uint8 [n, ceil(d / 2)] of entries of 4 bits
+//   rows   int8 [N, d], or uint8 [N, ceil(d / 2)] of entries of 4 bits: n of them are read
+//   first  int32 []: the first that is read
 //   scale  f32 [n]
 //   limbs  1; or 2, where what the first 8 bits of a token lost has 8 more, and `kept` gets the tokens as they are kept
 //   out    f32 [T, n]
 template <typename Pool>
 std::string ScoreRows(Pool& pool, const Kernels& kernels, const Array& x, const Array& rows, const Array& scale,
-                      int64_t bits, int limbs, Result<float> out, Result<float> kept) {
+                      const Array& first, int64_t bits, int limbs, Result<float> out, Result<float> kept) {
   if (bits != 8 && bits != 4) return "scores are of entries of 8 or 4 bits, not " + std::to_string(bits);
   const bool is8 = bits == 8;
   if (!IsMatrix(x, Element::kF32) || !IsMatrix(rows, is8 ? Element::kS8 : Element::kU8))
     return "scores take x [T, d] in f32 and rows of integers, not " + Shape(x) + " and " + Shape(rows);
-  const int64_t tokens = x.dims[0], d = x.dims[1], n = rows.dims[0], bytes = rows.dims[1];
-  if (bytes != (is8 ? d : (d + 1) / 2) || scale.element != Element::kF32 || scale.dims != std::vector<int64_t>{n})
+  const int64_t tokens = x.dims[0], d = x.dims[1], bytes = rows.dims[1];
+  const int64_t n = scale.dims.size() == 1 ? scale.dims[0] : -1;
+  if (bytes != (is8 ? d : (d + 1) / 2) || scale.element != Element::kF32 || n < 0)
     return "scores take rows and scales that fit " + Shape(x) + ", not " + Shape(rows) + " and " + Shape(scale);
+  int64_t begin_row;
+  if (std::string wrong = ReadFirst("scores", first, rows, n, &begin_row); !wrong.empty()) return wrong;
   if (std::string wrong = NotOfSize("scores", out, tokens * n); !wrong.empty()) return wrong;
   if (std::string wrong = NotOfSize("kept tokens", kept, limbs == 2 ? tokens * d : 0); !wrong.empty()) return wrong;
   if (tokens == 0) return "";
@@ -159,7 +174,7 @@ std::string ScoreRows(Pool& pool, const Kernels& kernels, const Array& x, const 
       }
     }
     Scores s;
-    s.rows = rows.As<uint8_t>();
+    s.rows = rows.As<uint8_t>() + begin_row * bytes;
     s.end = s.rows + n * bytes;
     s.row_bytes = bytes;
     s.bits = static_cast<int>(bits);
@@ -253,16 +268,19 @@ std::string SelectRowsDot(Pool& pool, const Kernels& kernels, const Array& x, co
   return "";
 }
 
-// Products of all rows: x f32 [T, d], rows [n, d]; out f32 [T, n].
+// Products of n rows in order, from number `first` on: x f32 [T, d], rows [N, d], first int32 []; out f32 [T, n].
 template <typename Pool>
-std::string Products(Pool& pool, const Kernels& kernels, const Array& x, const Array& rows, Result<float> out) {
+std::string Products(Pool& pool, const Kernels& kernels, const Array& x, const Array& rows, const Array& first,
+                     int64_t n, Result<float> out) {
   RowType type;
   if (!TypeOf(rows.element, &type)) return "products take rows in f32, bf16, f16, float8 or int8";
   if (!IsMatrix(x, Element::kF32) || rows.dims.size() != 2 || rows.dims[1] != x.dims[1])
     return "products take rows that fit x in f32 " + Shape(x) + ", not " + Shape(rows);
-  const int64_t n = rows.dims[0], step = Together(x.dims[1] * BytesOf(type));
+  const int64_t bytes = x.dims[1] * BytesOf(type), step = Together(bytes);
+  int64_t begin_row;
+  if (std::string wrong = ReadFirst("products", first, rows, n, &begin_row); !wrong.empty()) return wrong;
   if (std::string wrong = NotOfSize("products", out, x.dims[0] * n); !wrong.empty()) return wrong;
-  const Dots s{rows.As<uint8_t>(), type, {nullptr, 1, 1}, x.dims[1], nullptr, 1, x.As<float>(), x.dims[0], out.data, n, false};
+  const Dots s{rows.As<uint8_t>() + begin_row * bytes, type, {nullptr, 1, 1}, x.dims[1], nullptr, 1, x.As<float>(), x.dims[0], out.data, n, false};
   ForEachBlock(pool, (n + step - 1) / step,
                [&](int64_t i) { kernels.dots(s, i * step, std::min(n, (i + 1) * step)); });
   return "";

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hire_xform.lowering.kernels.folding import folded
+from hire_xform.lowering.primitives.stack_entry import StackEntry
 
 __all__ = ["arg_max", "combine_rows", "fine_scores", "largest", "open_rows", "products", "scores", "select_rows_dot"]
 
@@ -17,36 +18,46 @@ def _f32(*shape: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, jnp.float32)
 
 
-def scores(x: jax.Array, q: jax.Array, scale: jax.Array, bits: int) -> jax.Array:
+def _laid_out(rows: jax.Array | StackEntry) -> tuple[jax.Array, jax.Array]:
+    """Rows as a kernel reads them, all of a stack's, and the number of the first one."""
+    return rows.laid_out() if isinstance(rows, StackEntry) else (rows, jnp.int32(0))
+
+
+def scores(x: jax.Array, q: jax.Array | StackEntry, scale: jax.Array, bits: int) -> jax.Array:
     """As ``quantized_scores`` of ``lowering/predict/few_bits.py``; integer products are exact, so scores are its."""
 
-    def step(x: jax.Array, q: jax.Array, scale: jax.Array) -> Any:
-        return jax.ffi.ffi_call("hire_scores", _f32(x.shape[0], q.shape[0]))(x, q, scale, bits=np.int64(bits))
+    def step(x: jax.Array, q: jax.Array, scale: jax.Array, first: jax.Array) -> Any:
+        call = jax.ffi.ffi_call("hire_scores", _f32(x.shape[0], scale.shape[0]))
+        return call(x, q, scale, first, bits=np.int64(bits))
 
-    return folded(step, x, q, scale)
+    rows, first = _laid_out(q)
+    return folded(step, x, rows, scale, first)
 
 
-def fine_scores(x: jax.Array, q: jax.Array, scale: jax.Array, bits: int) -> tuple[jax.Array, jax.Array]:
+def fine_scores(x: jax.Array, q: jax.Array | StackEntry, scale: jax.Array, bits: int) -> tuple[jax.Array, jax.Array]:
     """As ``fine_scores`` there: each token in two limbs of 8 bits, and the tokens as they are kept.
 
     What ``lowering/prove/bounds.py`` assumes holds: products of integers are exact, each limb's sum, the two scales and
     the addition are rounded once, and the tokens that are kept are those that were multiplied.
     """
 
-    def step(x: jax.Array, q: jax.Array, scale: jax.Array) -> Any:
-        shapes = _f32(x.shape[0], q.shape[0]), _f32(*x.shape)
-        return tuple(jax.ffi.ffi_call("hire_fine_scores", shapes)(x, q, scale, bits=np.int64(bits)))
+    def step(x: jax.Array, q: jax.Array, scale: jax.Array, first: jax.Array) -> Any:
+        shapes = _f32(x.shape[0], scale.shape[0]), _f32(*x.shape)
+        return tuple(jax.ffi.ffi_call("hire_fine_scores", shapes)(x, q, scale, first, bits=np.int64(bits)))
 
-    return folded(step, x, q, scale)
+    rows, first = _laid_out(q)
+    return folded(step, x, rows, scale, first)
 
 
-def products(x: jax.Array, rows: jax.Array) -> jax.Array:
+def products(x: jax.Array, rows: jax.Array | StackEntry) -> jax.Array:
     """``x @ rows.T``, f32 ``[T, n]``, of rows in f32, bf16, f16, float8 or int8; sums run in f32."""
 
-    def step(x: jax.Array, rows: jax.Array) -> Any:
-        return jax.ffi.ffi_call("hire_products", _f32(x.shape[0], rows.shape[0]))(x, rows)
+    count = rows.shape[0]
 
-    return folded(step, x, rows)
+    def step(x: jax.Array, rows: jax.Array, first: jax.Array) -> Any:
+        return jax.ffi.ffi_call("hire_products", _f32(x.shape[0], count))(x, rows, first)
+
+    return folded(step, x, *_laid_out(rows))
 
 
 def select_rows_dot(

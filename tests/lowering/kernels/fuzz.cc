@@ -58,6 +58,9 @@ std::vector<float> Floats(int64_t size) {
   return values;
 }
 
+// One integer.
+Array Number(const int32_t& value) { return {&value, Element::kS32, {}}; }
+
 Array F32(const std::vector<float>& values, std::vector<int64_t> dims) { return {values.data(), Element::kF32, dims}; }
 
 // A matrix of one of the types, and what it holds.
@@ -127,8 +130,12 @@ void FuzzScores(Threads& pool, const Kernels& kernels) {
         at = static_cast<uint8_t>(i < bytes ? (at & 0xf0) | (entry & 0xf) : (at & 0xf) | ((entry & 0xf) << 4));
     }
   std::vector<float> out(static_cast<size_t>(tokens * n)), kept(static_cast<size_t>(limbs == 2 ? tokens * d : 0));
-  const Array packed{rows.data(), bits == 8 ? Element::kS8 : Element::kU8, {n, bytes}};
-  Expect(hire::ScoreRows(pool, kernels, F32(x, {tokens, d}), packed, F32(scale, {n}), bits, limbs,
+  // Often the rows lie among others.
+  const auto before = static_cast<int32_t>(Up(3) == 1 ? Up(70) - 1 : 0), behind = static_cast<int32_t>(Up(3) - 1);
+  rows.insert(rows.begin(), static_cast<size_t>(before * bytes), uint8_t{0x5a});
+  rows.insert(rows.end(), static_cast<size_t>(behind * bytes), uint8_t{0x5a});
+  const Array packed{rows.data(), bits == 8 ? Element::kS8 : Element::kU8, {before + n + behind, bytes}};
+  Expect(hire::ScoreRows(pool, kernels, F32(x, {tokens, d}), packed, F32(scale, {n}), Number(before), bits, limbs,
                          {out.data(), tokens * n}, {kept.data(), limbs == 2 ? tokens * d : 0}));
   for (int64_t t = 0; t < tokens; ++t) {
     double peak = 0;
@@ -172,10 +179,13 @@ void FuzzRows(Threads& pool, const Kernels& kernels) {
 
   const auto x = Floats(tokens * d), h = Floats(tokens * k * group);
   std::vector<float> dots(static_cast<size_t>(tokens * k * group)), sums(static_cast<size_t>(tokens * d));
-  std::vector<float> all(static_cast<size_t>(tokens * n));
+  const auto first = static_cast<int32_t>(Up(n) - 1);
+  const int64_t from_first = n - first;
+  std::vector<float> all(static_cast<size_t>(tokens * from_first));
   Expect(hire::SelectRowsDot(pool, kernels, F32(x, {tokens, d}), rows.array, scale, chosen, group, magnitudes,
                              {dots.data(), tokens * k * group}));
-  Expect(hire::Products(pool, kernels, F32(x, {tokens, d}), rows.array, {all.data(), tokens * n}));
+  Expect(hire::Products(pool, kernels, F32(x, {tokens, d}), rows.array, Number(first), from_first,
+                        {all.data(), tokens * from_first}));
   Expect(hire::CombineRows(pool, kernels, F32(h, {tokens, k * group}), rows.array, scale, chosen, group,
                            {sums.data(), tokens * d}));
   for (int64_t t = 0; t < tokens; ++t) {
@@ -185,7 +195,7 @@ void FuzzRows(Threads& pool, const Kernels& kernels) {
         plain += at(r, j) * x[t * d + j];
         size += std::fabs(at(r, j) * x[t * d + j]);
       }
-      if (!scaled) Expect(Near(all[t * n + r], plain, size), "products");
+      if (!scaled && r >= first) Expect(Near(all[t * from_first + r - first], plain, size), "products");
       for (int64_t i = 0; i < k * group; ++i)
         if (row_of(t, i) == r) Expect(Near(dots[t * k * group + i], magnitudes ? size : plain, size), "chosen rows");
     }
@@ -283,14 +293,18 @@ void FuzzRefusals(Threads& pool, const Kernels& kernels) {
   const Array narrow{bytes, Element::kS8, {4, 3}};
   refused(hire::SelectRowsDot(pool, kernels, given, narrow, F32(rows, {3, 4}), fitting, 1, false, {out, 2}));
   refused(hire::CombineRows(pool, kernels, F32(x, {6, 1}), narrow, F32(rows, {4}), fitting, 1, {out, 6}));
-  refused(hire::Products(pool, kernels, given, F32(rows, {12}), {out, 6}));
+  const int32_t none_below = 0, outside = 1;
+  refused(hire::Products(pool, kernels, given, F32(rows, {12}), Number(none_below), 3, {out, 6}));
+  refused(hire::Products(pool, kernels, given, matrix, Number(outside), 4, {out, 8}));
+  refused(hire::Products(pool, kernels, given, matrix, fitting, 4, {out, 8}));
+  refused(hire::ScoreRows(pool, kernels, given, narrow, F32(rows, {4}), Number(outside), 8, 1, {out, 8}, {nullptr, 0}));
   refused(hire::LargestOf(pool, kernels, given, 4, 1, {out, 8}, {nullptr, 8}));
   refused(hire::ArgMax(pool, kernels, given, {nullptr, 3}));
   refused(hire::ArgMax(pool, kernels, F32(x, {2, 0}), {nullptr, 2}));
   refused(hire::OpenRows(pool, kernels, given, {nullptr, 6}, {nullptr, 1}));
   refused(hire::OpenRows(pool, kernels, F32(x, {6}), {nullptr, 5}, {nullptr, 1}));
   refused(hire::OpenRows(pool, kernels, F32(x, {6}), {nullptr, 6}, {nullptr, 2}));
-  refused(hire::ScoreRows(pool, kernels, given, matrix, F32(rows, {4}), 8, 1, {out, 6}, {nullptr, 0}));
+  refused(hire::ScoreRows(pool, kernels, given, matrix, F32(rows, {4}), Number(none_below), 8, 1, {out, 6}, {nullptr, 0}));
 }
 
 }  // namespace
