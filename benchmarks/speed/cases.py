@@ -39,6 +39,8 @@ class Case:
     stored: str = "float32"
     # Shares of the units that approximate blocks compute.
     active: tuple[float, ...] = (0.0625, 0.25)
+    # Whether blocks run as a scan over stacked weights as well, as many models in JAX have their layers.
+    scanned: bool = False
 
     @property
     def name(self) -> str:
@@ -224,7 +226,7 @@ def full() -> Iterator[Case]:
     for vocab in (2048, 8192, 32768):
         yield Case("growth", "head", 1024, vocab)
     everything = (0.05, 0.0625, 0.125, 0.25, 0.5)
-    yield Case("blocks", "ffn", 1024, m=4096, layers=12, active=everything)
+    yield Case("blocks", "ffn", 1024, m=4096, layers=12, active=everything, scanned=True)
     yield Case("blocks", "ffn", 2048, m=8192, layers=4, active=everything)
     yield Case("blocks", "ffn", 4096, m=16384, layers=1)
     yield Case("blocks", "ffn", 2048, m=5632, layers=4, gated=True)
@@ -259,7 +261,7 @@ def quick() -> Iterator[Case]:
 def toy() -> Iterator[Case]:
     """``--toy``: seconds. For tests: nothing is far larger than a cache."""
     yield Case("heads", "head", 64, 512)
-    yield Case("blocks", "ffn", 64, m=256, layers=2, active=(0.25,))
+    yield Case("blocks", "ffn", 64, m=256, layers=2, active=(0.25,), scanned=True)
     yield Case("step", "step", 128, 512, 256, 1, active=(0.25,))
 
 

@@ -10,7 +10,19 @@ from jax import lax
 
 from benchmarks.speed.cases import Weights
 from benchmarks.speed.peers import BF16, EXACT, NARROW, Kernel, Left, Settings
-from benchmarks.speed.peers.on_jax import columns_of, copies, kernel, nbytes, placed, plain, program, rows_of, two_rows
+from benchmarks.speed.peers.on_jax import (
+    columns_of,
+    copies,
+    kernel,
+    nbytes,
+    placed,
+    plain,
+    program,
+    rows_of,
+    scanned,
+    stacked,
+    two_rows,
+)
 from hire_xform.lowering.xla.huge_pages import on_huge_pages
 
 ROWS, COLUMNS = (((1,), (1,)), ((), ())), (((1,), (0,)), ((), ()))
@@ -89,3 +101,7 @@ def kernels(weights: Weights, settings: Settings) -> Iterator[Kernel | Left]:
             EXACT if dtype == f32 and case.stored == "float32" else BF16 if "8" not in case.stored else NARROW,
             dense=True,
         )
+    if case.scanned:
+        sets = copies(stacked(case, tall), 4 * case.elements, settings)
+        step = jax.jit(scanned(case, plain))
+        yield kernel("dense f32, a scan over layers", step, sets, weights, 4 * case.elements, EXACT, dense=True)

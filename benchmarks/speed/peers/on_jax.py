@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -32,6 +33,28 @@ def program(case: Case, product: Callable[[jax.Array, Any, str], jax.Array]) -> 
         return model(case, OPS, lambda x, name: product(x, params[name], name), rest, x)
 
     return step
+
+
+def scanned(case: Case, product: Callable[[jax.Array, Any, str], jax.Array]) -> Callable[..., jax.Array]:
+    """The same of blocks as a scan over their stacked weights."""
+    block = program(dataclasses.replace(case, layers=1), product)
+
+    def step(params: dict[str, Any], rest: dict[str, Any], x: jax.Array) -> jax.Array:
+        def one(x: jax.Array, own: tuple[dict[str, Any], Any]) -> tuple[jax.Array, None]:
+            return block({f"0.{name}": matrix for name, matrix in own[0].items()}, {"0.bias": own[1]}, x), None
+
+        biases = jnp.stack([rest[f"{i}.bias"] for i in range(case.layers)])
+        return jax.lax.scan(one, x, (params, biases))[0]
+
+    return step
+
+
+def stacked(case: Case, arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """The matrices of all blocks by their names, for :func:`scanned`."""
+    names = [name.removeprefix("0.") for name in arrays if name.startswith("0.")]
+    made = {name: jnp.stack([arrays[f"{i}.{name}"] for i in range(case.layers)]) for name in names}
+    on_huge_pages(made)
+    return made
 
 
 def placed(weights: Weights) -> dict[str, jax.Array]:

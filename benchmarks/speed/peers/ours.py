@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import hire_xform as hx
 from benchmarks.speed.cases import Case, Weights
 from benchmarks.speed.peers import BF16, EXACT, INT4, INT8, LOSSY, NARROW, Kernel, Left, Settings
-from benchmarks.speed.peers.on_jax import copies, kernel, nbytes, placed, plain, program
+from benchmarks.speed.peers.on_jax import copies, kernel, nbytes, placed, plain, program, scanned, stacked
 
 EIGHT, QUARTER, EIGHTH = hx.Quantized(8), hx.LowRank(0.25, bits=8), hx.LowRank(0.125, bits=8)
 # Of the units of a ReLU block fewer fire than this. SiLU's are never zero: what is left out there is lost.
@@ -110,10 +110,25 @@ def _tolerance(case: Case, config: hx.Config | None) -> float:
 def kernels(weights: Weights, settings: Settings) -> Iterator[Kernel | Left]:
     """The default, ``hx.approximate()``, and predictors and sizes of one's own."""
     case, base = weights.case, placed(weights)
+    yield from _made(weights, settings, base, program(case, plain), settings_of(case))
+    if case.scanned:
+        least = min(case.active)
+        named = f"ours: {WORDS[EIGHTH]}, {_share(least)}, a scan over layers"
+        configs = [{named: _approximate(case, EIGHTH, least)}]
+        yield from _made(weights, settings, stacked(case, base), scanned(case, plain), configs)
+
+
+def _made(
+    weights: Weights,
+    settings: Settings,
+    base: dict[str, jax.Array],
+    function: Callable[..., jax.Array],
+    groups: Sequence[dict[str, hx.Config | None]],
+) -> Iterator[Kernel | Left]:
+    case = weights.case
     rest = jax.tree.map(jnp.asarray, {**weights.biases, **weights.cache})
     inputs = [jnp.asarray(x) for x in weights.inputs]
-    function = program(case, plain)
-    for configs in settings_of(case):
+    for configs in groups:
         reason = settings.short_of(case.elements * 1.5)
         if reason:
             yield from (Left(name, reason) for name in configs)
@@ -128,8 +143,7 @@ def kernels(weights: Weights, settings: Settings) -> Iterator[Kernel | Left]:
             read, note = reads[name], "" if plan.sites else "left dense"
             if _certified(config) and plan.sites:
                 read, note = _truly_read(step, plan, packed, rest, inputs, read - plan.sparse_bytes)
-            held = kernel(name, step, sets, weights, read, _tolerance(case, config), note=note)
-            yield held
+            yield kernel(name, step, sets, weights, read, _tolerance(case, config), note=note)
 
 
 def _truly_read(step: Any, plan: Any, packed: Any, rest: Any, inputs: list[Any], others: int) -> tuple[int, str]:
