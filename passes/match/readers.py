@@ -19,6 +19,7 @@ from hire_xform.passes.ir import compat
 from hire_xform.passes.ir.axis_rules import is_pointwise, moves_only
 from hire_xform.passes.ir.graph import Graph, Node, Operand, Value, carry_of
 from hire_xform.passes.ir.pointwise import known_number
+from hire_xform.passes.match.negative_zeros import source_of_replaced_zeros
 from hire_xform.passes.match.output_axis import Fate
 from hire_xform.passes.match.top_k import top_k_of
 from hire_xform.passes.weights.origins import shape_of
@@ -213,6 +214,8 @@ class Slopes:
             return _flipped(slopes[0]) if number is not None and number < 0 else 0 if number == 0 else slopes[0]
         if p is prims.integer_pow_p:
             return slopes[0] if node.params["y"] > 0 and node.params["y"] % 2 else 0
+        if (source := source_of_replaced_zeros(node)) is not None:
+            return self._of(source)
         if p is prims.select_n_p and 0 in places:
             return 0
         if p in _RISING or p is compat.OPTIMIZATION_BARRIER:

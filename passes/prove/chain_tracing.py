@@ -12,6 +12,7 @@ from hire_xform.passes.ir import compat
 from hire_xform.passes.ir.axis_rules import is_pointwise, moves_only
 from hire_xform.passes.ir.graph import Node, Operand, Value, carry_of, dtype_of
 from hire_xform.passes.ir.pointwise import COMPARES, stretched_number
+from hire_xform.passes.match.negative_zeros import source_of_replaced_zeros
 from hire_xform.passes.match.output_axis import Fate
 from hire_xform.passes.match.readers import Reader
 from hire_xform.passes.prove.chains import Chain, Step, keeps_values
@@ -131,7 +132,11 @@ class Tracer:
                 found = at = source
                 self.softmax = True
                 continue
-            if not isinstance(source, Value) or not (p in ENDS or keeps_values(node)):
+            # Behind a softmax the largest is ahead by a margin, which is more than replaced zeros are apart.
+            replaced = source_of_replaced_zeros(node)
+            if replaced is not None:
+                source = replaced
+            elif not isinstance(source, Value) or not (p in ENDS or keeps_values(node)):
                 break
             if self.logits.width(at) != self.logits.width(source):
                 break

@@ -41,7 +41,14 @@ def greedy_where_it_is_cold(u, key):
     return jnp.where(cold, jnp.argmax(u, -1), drawn(u / jnp.maximum(0.7, 1e-6), key))
 
 
+def with_zeros_replaced(u):
+    """As Keras has it on CPU: zeros of negative sign are made smaller, so that they come after others."""
+    return jnp.where((u == 0.0) & jnp.signbit(u), -jnp.finfo(u.dtype).tiny, u)
+
+
 FROM_ALL = {
+    "zeros replaced": lambda u, key: jnp.argmax(with_zeros_replaced(u + 0.7 * jax.random.gumbel(key, u.shape)), -1),
+    "zeros replaced in a softmax": lambda u, key: jnp.argmax(with_zeros_replaced(jax.nn.softmax(u / 0.7)), -1),
     "categorical": lambda u, key: drawn(u / 0.7, key),
     "categorical of high accuracy": lambda u, key: jax.random.categorical(key, u / 0.7, mode="high"),
     "Gumbel by hand": gumbel_by_hand,
@@ -235,7 +242,16 @@ def test_tokens_are_the_dense_ones_and_most_are_proved(name):
 # --- inputs that are hard to prove anything of ---
 
 FAMILIES = (
-    *("categorical", "of a log-softmax", "ids made rarer", "top_k_by_cutoff", "top_k_and_its_index", "top_k_put_back"),
+    *(
+        "categorical",
+        "of a log-softmax",
+        "ids made rarer",
+        "zeros replaced",
+        "zeros replaced in a softmax",
+        "top_k_by_cutoff",
+        "top_k_and_its_index",
+        "top_k_put_back",
+    ),
     *("top_p_by_cutoff", "top_p_of_shares", "top_p_in_the_order", "top_p_mask_put_back_by_a_sort", "min-p"),
     "all of them",
 )
