@@ -116,7 +116,10 @@ def main() -> None:
         found = np.asarray([site.dense_bytes / options.length, read, site.sparse_bytes / options.length])
         totals["all"] += found
         totals["all blocks"] += found * (site.kind == "ffn")
-        sizes = ", ".join(f"{r.computed} ({n / tokens:.2%})" for n, r in zip(counts, site.rungs[:-1], strict=False))
+        sizes = ", ".join(
+            f"{n / tokens:.0f} in {r.stage}" if r.stage else f"{r.computed} ({n / tokens:.2%})"
+            for n, r in zip(counts[:-1], site.rungs[:-1], strict=True)
+        )
         cells = (_short(site.settings.spec), sizes, str(site.units), *_cells(found))
         table.add_row(site.kind, *cells, f"{counts[-1] / tokens:.3%}")
     for name, total in totals.items():

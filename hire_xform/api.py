@@ -219,11 +219,12 @@ class Sparsified:
         return result, {path: taken[-1] for path, taken in counts.items()}
 
     def with_rungs(self, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, jax.Array]]:
-        """A call that also says how often each certified site took each of its compiled sizes.
+        """A call that also says how often each certified site took each of its compiled sizes, and what stages read.
 
         Returns:
-          What the call returns, and for each certified site's path int32 counts, one for each of ``Site.rungs``: the
-          last is that of ``with_fallbacks``. Counts times the rungs' ``bytes`` are the weight bytes truly read. For a
+          What the call returns, and for each certified site's path int32 counts, one for each of ``Site.rungs``: how
+          many rows each further stage of a head has read, and how often each size was taken, of which the last is that
+          of ``with_fallbacks``. Counts times the rungs' ``bytes`` are the weight bytes truly read. For a
           block that is not certified there are two: how often it held its units, and how often it was short.
         """
         entry, leaves, packed = self._entry(args, kwargs)

@@ -73,7 +73,7 @@ def _proved(site: Site) -> str:
         what = f"{' and '.join(site.proved) or 'the arg max of its logits'} {several} of the dense logits"
     else:
         what = "the units chosen are the dense ones" if site.own else "every unit left out is zero"
-    counted = "" if site.rungs and site.rungs[0].share is not None else "; the bytes are those of calls that are proved"
+    counted = "" if site.rungs and site.rungs[-1].share is not None else "; the bytes are those of calls that are proved"
     return f"proved for every call: {what}; a call that is not proved runs dense{counted}"
 
 
@@ -81,7 +81,7 @@ def exactly(site: Site, what: str = "") -> str:
     """How many rows of how many a site computes, where it may take several sizes at most; ``what`` they are."""
     if not site.computed:
         return f"{site.units:,} outputs as predicted, none exact"
-    most = "at most " if len(site.rungs) > 2 else ""
+    most = "at most " if len(site.sizes) > 2 else ""
     return f"{most}{site.computed:,} of {site.units:,} {what}exact"
 
 
@@ -128,7 +128,7 @@ def _site(sites: list[Site]) -> list[str]:
     what = {"vocab": "logits ", "ffn": "hidden units "}.get(site.kind, "rows ")
     for_whom = f"{site.tokens} token" + ("s" if site.tokens > 1 else "")
     shared = ", one set shared by all" if site.shared and site.tokens > 1 else ""
-    expected = " expected" if site.rungs and site.rungs[0].share is not None else ""
+    expected = " expected" if site.rungs and site.rungs[-1].share is not None else ""
     lines = [
         f"  {site.kind:5s}  {_paths(sites)}",
         f"         {site.source}",
@@ -169,7 +169,7 @@ def _site(sites: list[Site]) -> list[str]:
 
 def _rungs(site: Site) -> str:
     """A certified site's sizes and how often each is expected to be taken."""
-    *rungs, dense = site.rungs
+    *rungs, dense = site.sizes
     told = [f"{r.computed:,} ({r.share:.2%})" for r in rungs]
     return f"{', '.join(told)}, dense ({dense.share:.2%})"
 

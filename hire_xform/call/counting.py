@@ -13,7 +13,8 @@ from jax import lax
 from hire_xform.call.folding import Marks, Totals, fold
 from hire_xform.lowering.primitives.rungs import rung_p
 
-# Times that each site took each of its sizes, and last its dense form, int32 ``[rungs + 1]``, by the site's path.
+# Of each site by its path, int32: rows that each further stage of its predictor has read, times that it took each of
+# its sizes, and last its dense form.
 Counts = dict[str, jax.Array]
 
 
@@ -21,8 +22,8 @@ def count_rungs(jaxpr: Any, operands: Sequence[Any]) -> tuple[list[Any], Counts]
     """Evaluates a closed jaxpr; works under a trace. Calls, loops and branches are entered.
 
     Returns:
-      The program's results, and for each certified site how often it took each of its sizes, and last its dense form;
-      for a block that tells whether it was short how often it was not, and how often it was.
+      The program's results, and for each certified site how many rows each further stage of its predictor has read,
+      how often it took each of its sizes, and last its dense form; for a block that tells whether it was short how often it was not, and how often it was.
     """
     return fold(jaxpr, operands, _RUNGS)
 
@@ -47,7 +48,7 @@ def count_last(
         executed, last = names(eqn)
         if last not in totals:
             return totals
-        rung = given[0]
+        rung = given[-1]
         found = lax.convert_element_type(lax.eq(rung, lax.full_like(rung, eqn.params["rungs"])), jnp.int32)
         found = found if rung.ndim == 0 else jnp.sum(found, dtype=jnp.int32)
         return {**totals, executed: totals[executed] + np.int32(rung.size), last: totals[last] + found}
@@ -58,13 +59,16 @@ def count_last(
 
 
 def _shapes(eqn: Any) -> dict[str, jax.ShapeDtypeStruct]:
-    return {eqn.params["path"]: jax.ShapeDtypeStruct((eqn.params["rungs"] + 1,), jnp.int32)}
+    counted = len(eqn.invars) + eqn.params["rungs"]
+    return {eqn.params["path"]: jax.ShapeDtypeStruct((counted,), jnp.int32)}
 
 
 def _add(eqn: Any, given: Sequence[Any], totals: Totals) -> Totals:
-    path = eqn.params["path"]
-    taken = given[0].reshape(-1, 1) == jnp.arange(eqn.params["rungs"] + 1)
-    return {**totals, path: totals[path] + jnp.sum(taken, axis=0, dtype=jnp.int32)}
+    path, (*rows, rung) = eqn.params["path"], given
+    taken = rung.reshape(-1, 1) == jnp.arange(eqn.params["rungs"] + 1)
+    counts = jnp.sum(taken, axis=0, dtype=jnp.int32)
+    read = jnp.asarray([jnp.sum(count) for count in rows], jnp.int32)
+    return {**totals, path: totals[path] + jnp.concatenate([read, counts])}
 
 
 _RUNGS = Marks(rung_p, _shapes, _add, True)

@@ -20,7 +20,7 @@ from hire_xform.explain import size
 from hire_xform.passes.ir import compat
 from hire_xform.passes.ir.trace_context import as_usual
 from hire_xform.passes.pack.packed import Packed
-from hire_xform.passes.plan.decisions import Decision
+from hire_xform.passes.plan.decisions import Decision, Site
 
 # Refusals that are told of, the largest ones.
 TOLD = 5
@@ -184,19 +184,24 @@ def _site(decision: Decision, taken: np.ndarray | None, saved: float | None) -> 
         dense_seconds=site.dense_seconds,
         sparse_seconds=site.sparse_seconds,
         predicted=site.dense_seconds / site.sparse_seconds,
-        executions=None if taken is None else int(taken.sum()),
+        executions=None if taken is None else _executions(site, taken),
         ran_dense=last if site.settings.certify else None,
         short=None if site.settings.certify else last,
         saved=saved,
     )
 
 
+def _executions(site: Site, taken: np.ndarray) -> int:
+    """How often it was executed, by the sizes that it took; each took one."""
+    return int(taken[len(site.rungs) - len(site.sizes) :].sum())
+
+
 def _bytes_read(decision: Decision, taken: np.ndarray | None) -> int:
     """Weight bytes that a site read in a call: by the sizes that it took, where they were counted."""
     site = decision.site
-    if taken is None or len(taken) != len(site.rungs) or not taken.sum():
+    if taken is None or len(taken) != len(site.rungs) or not _executions(site, taken):
         return site.sparse_bytes
-    each = float(np.dot(taken, [rung.bytes for rung in site.rungs]) / taken.sum())
+    each = float(np.dot(taken, [rung.bytes for rung in site.rungs]) / _executions(site, taken))
     return round(each * decision.node.scope.iterations)
 
 

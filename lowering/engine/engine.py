@@ -41,6 +41,7 @@ class Steps:
       result: what stands where the dense result stood, from the index and what was computed.
       proved: whether that is proved to do, a bool scalar, of the same two.
       rung: int32 scalar, where bounds alone prove it: the number of the selection to take, or how many there are.
+      read: rows that each further stage of a predictor has read, int32 scalars.
     """
 
     scores: jax.Array
@@ -49,6 +50,7 @@ class Steps:
     result: Callable[[jax.Array, Made], jax.Array] = lambda index, made: made
     proved: Callable[[jax.Array, Made], jax.Array] | None = None
     rung: jax.Array | None = None
+    read: Sequence[jax.Array] = ()
 
 
 class Operands(NamedTuple):
@@ -128,7 +130,8 @@ def proved_or_dense(site: Certified, operands: Operands) -> tuple[jax.Array, jax
     Under ``vmap`` over tokens and side inputs the tokens of all examples are taken together.
 
     Returns:
-      ``[T, n]``, and an int32 scalar: the number of the selection, or how many there are for the dense form.
+      ``[T, n]``, and an int32 scalar: the number of the selection, or how many there are for the dense form. Of a
+      predictor in stages int32 ``[stages]``: that number, and how many rows each stage after the first has read.
     """
 
     @jax.custom_batching.custom_vmap
@@ -136,7 +139,8 @@ def proved_or_dense(site: Certified, operands: Operands) -> tuple[jax.Array, jax
         steps, selections = site.steps(o)
         fallback = functools.partial(site.fallback, o)
         if steps.rung is None:
-            return _climbed(steps, selections, fallback)
+            out, rung = _climbed(steps, selections, fallback)
+            return out, jnp.stack([rung, *steps.read]) if steps.read else rung
         sizes = [functools.partial(_sized, steps, selection) for selection in selections]
         return lax.switch(steps.rung, [*sizes, fallback]), steps.rung
 
@@ -150,7 +154,10 @@ def proved_or_dense(site: Certified, operands: Operands) -> tuple[jax.Array, jax
         xs = [_together(x, b, size, tokens) for x, b in zip(o.xs, batched.xs, strict=True)]
         sides = [_together(s, b, size, tokens) for s, b in zip(o.sides, batched.sides, strict=True)]
         out, rung = run(o._replace(xs=xs, sides=sides))
-        return (out.reshape(size, tokens, -1), jnp.broadcast_to(rung, (size,))), (True, True)
+        taken = jnp.broadcast_to(rung, (size, *rung.shape))
+        # Rows are read once for all examples, each of which takes the size.
+        taken = taken.at[1:, 1:].set(0) if rung.ndim else taken
+        return (out.reshape(size, tokens, -1), taken), (True, True)
 
     @jax.custom_jvp
     def differentiable(o: Operands) -> tuple[jax.Array, jax.Array]:

@@ -31,7 +31,7 @@ from hire_xform.lowering.prove.bounds import ScoresWithBounds, product_error
 from hire_xform.lowering.prove.goals import fewest_candidates, mass_margin, proved
 from hire_xform.lowering.prove.intervals import Interval
 from hire_xform.lowering.prove.proofs import PROBED, Proof
-from hire_xform.lowering.prove.readings import Reading, between_proved
+from hire_xform.lowering.prove.readings import Reading, between_proved, within_proved
 from hire_xform.lowering.xla.devices import ONE, Devices
 
 __all__ = ["certified_logits", "vocab_candidates", "vocab_logits"]
@@ -185,7 +185,8 @@ def certified_logits(
 
     Returns:
       Logits ``[T, V]`` of ``out_dtype``, and an int32 scalar: the number of the size that was computed, of ``smaller``
-      and then ``candidates``; one more for the dense product.
+      and then ``candidates``; one more for the dense product. Of a predictor in stages int32 ``[stages]``: that number,
+      and how many rows each stage after the first has read.
 
     Raises:
       ValueError: there are smaller sizes of rows that several devices have parts of.
@@ -269,7 +270,7 @@ class _Head:
 
         with jax.named_scope("predict"):
             sides = lax.stop_gradient(o.sides)
-            found, _ = narrowed(
+            found, counts = narrowed(
                 x,
                 proof,
                 self.spec,
@@ -290,7 +291,7 @@ class _Head:
         def logits(index: jax.Array, made: tuple[jax.Array, jax.Array]) -> jax.Array:
             return _filled(found.scores, index, made[0], self.fill).astype(self.out_dtype)
 
-        steps = Steps(scores=ranked, compute=products, proved=proves, result=logits)
+        steps = Steps(scores=ranked, compute=products, proved=proves, result=logits, read=counts)
         return steps, rungs(x.shape[0], self.vocab, self.sizes)
 
     def opened(
@@ -351,9 +352,17 @@ class _Head:
             for end, own in ((found.lower, exact - error), (found.upper, exact + error))
         )
         narrow = self.rounded_to.itemsize < 4
-        rounded = [end.astype(self.rounded_to).astype(jnp.float32) if narrow else end for end in (low, high)]
+
+        def once(end: jax.Array) -> jax.Array:
+            return end.astype(self.rounded_to).astype(jnp.float32) if narrow else end
+
+        rounded = [once(end) for end in (low, high)]
         if reading.mixed:
             low, high = jnp.minimum(low, rounded[0]), jnp.maximum(high, rounded[1])
+        if reading.within is not None:
+            made = _filled(lax.stop_gradient(found.scores), index, exact, self.fill).astype(jnp.float32)
+            here = Interval(jnp.minimum(made, once(made)), jnp.maximum(made, once(made)))
+            return jnp.all(within_proved(reading, Interval(low, high), here, sides))
         sure, best = between_proved(reading, Interval(low, high), sides)
         if narrow and not reading.mixed:
             also, same = between_proved(reading, Interval(*rounded), sides)

@@ -19,28 +19,31 @@ __all__ = ["mark_rung", "rung_p"]
 
 
 def mark_rung(rung: jax.Array, path: str, rungs: int) -> jax.Array:
-    """``rung`` itself, marked as the one that the site at ``path`` took.
+    """The number itself, marked as the one that the site at ``path`` took.
 
     Args:
       rung: int32, the number of the size that was computed, or ``rungs`` for the dense form; where there is one size a
-        bool says whether the dense form was run, or, of a block that is not certified, whether it was short.
+        bool says whether the dense form was run, or, of a block that is not certified, whether it was short. Of a
+        predictor in stages int32 ``[stages]``: that number, and how many rows each stage after the first has read.
       path: the site's.
       rungs: how many sizes the site has.
     """
-    return rung_p.bind(jnp.asarray(rung, jnp.int32), path=path, rungs=rungs)
+    number, *rows = jnp.asarray(rung, jnp.int32) if jnp.ndim(rung) else (jnp.asarray(rung, jnp.int32),)
+    return rung_p.bind(*rows, number, path=path, rungs=rungs)
 
 
 def _batch(args: Sequence[jax.Array], dims: Sequence[Any], **params: Any) -> tuple[Any, Any]:
-    return rung_p.bind(args[0], **params), dims[0]
+    return rung_p.bind(*args, **params), dims[-1]
 
 
 def _jvp(primals: Sequence[jax.Array], tangents: Sequence[Any], **params: Any) -> tuple[Any, Any]:
-    return rung_p.bind(primals[0], **params), ad.Zero(ShapedArray(primals[0].shape, jax.dtypes.float0))
+    return rung_p.bind(*primals, **params), ad.Zero(ShapedArray(primals[-1].shape, jax.dtypes.float0))
 
 
 rung_p = Primitive("hire_rung")
-rung_p.def_impl(lambda rung, *, path, rungs: rung)
-rung_p.def_abstract_eval(lambda rung, *, path, rungs: rung)
+# The operands are what each further stage has read, and the number, which is the result.
+rung_p.def_impl(lambda *given, path, rungs: given[-1])
+rung_p.def_abstract_eval(lambda *given, path, rungs: given[-1])
 batching.primitive_batchers[rung_p] = _batch
 ad.primitive_jvps[rung_p] = _jvp
-mlir.register_lowering(rung_p, lambda ctx, rung, *, path, rungs: [rung])
+mlir.register_lowering(rung_p, lambda ctx, *given, path, rungs: [given[-1]])

@@ -32,6 +32,7 @@ __all__ = [
     "proof_shapes",
     "rows_of",
     "scores_with_bounds",
+    "stage_reads",
 ]
 
 # Rows, of those that look best, that are computed before each further stage: what is below them is not open.
@@ -83,6 +84,19 @@ def proof_bytes(n: int, d: int, spec: Predictor, dtype: jax.typing.DTypeLike) ->
     read = sum(share * s.size * s.dtype.itemsize for share, s in proof_reads(n, d, spec, dtype))
     first = min(PROBED, n) * d * jnp.dtype(dtype).itemsize * (len(spec.stages) - 1)
     return math.ceil(read + first)
+
+
+def stage_reads(n: int, d: int, spec: Predictor, dtype: jax.typing.DTypeLike) -> list[tuple[Predictor, float, int]]:
+    """Each stage after the first: how many of ``n`` rows it is expected to read, and the bytes of one.
+
+    What is not of rows, such as a basis, is read whatever is open, and is not in them.
+    """
+    found = []
+    for share, stage in zip(spec.expected[1:], spec.stages[1:], strict=True):
+        kept = stage.proof_shapes(n, d, dtype)
+        sizes = (s.size * s.dtype.itemsize for name, s in kept.items() if name not in stage.whole)
+        found.append((stage, share * n, sum(sizes) // n))
+    return found
 
 
 def rows_of(proof: Proof, spec: Predictor, index: jax.Array) -> Proof:

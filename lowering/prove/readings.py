@@ -2,7 +2,8 @@
 
 A reader takes an arg max, or the k largest, of what a chain of equations makes of the logits. Candidates' logits lie in
 intervals as wide as the rounding of a sum, all others in those of their bounds; the chain carries intervals to what is
-read, and there the largest must be above all others.
+read, and there the largest must be above all others. Numbers that are made of all logits, such as a log-probability,
+lie in an interval then, whose ends say how far they can be from those of the dense logits.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,7 +16,7 @@ from jax import lax
 from hire_xform.lowering.prove.goals import Goal, TopSet, fewest_candidates
 from hire_xform.lowering.prove.intervals import Interval
 
-__all__ = ["Reading", "between_proved", "goal_of", "openness"]
+__all__ = ["Reading", "between_proved", "goal_of", "openness", "within_proved"]
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,8 @@ class Reading:
       sides: which of the site's side inputs it takes: from the first number up to the second.
       mixed: whether logits are read in several places, in each of which a product of 16 bits is rounded or not.
       decides: whether what is read are whole numbers, ``[n, 1]``, each of which is to be decided.
+      within: of numbers that are read, ``[n, 1]``, how far each may be from what is read of the dense logits; None: they
+        are not numbers.
     """
 
     goal: Goal = True
@@ -39,6 +42,7 @@ class Reading:
     sides: tuple[int, int] = (0, 0)
     decides: bool = False
     mixed: bool = False
+    within: float | None = None
 
     def read(self, logits: Interval, sides: Sequence[jax.Array]) -> Interval:
         """What is read of logits in these intervals."""
@@ -82,6 +86,25 @@ def between_proved(reading: Reading, logits: Interval, sides: Sequence[jax.Array
             below = lax.cummax(tops[:, ::-1], axis=1)[:, ::-1]
             sure &= jnp.all(floor[:, :-1] > below[:, 1:], axis=1)
     return sure & jnp.all(jnp.isfinite(floor), axis=1), best
+
+
+def within_proved(reading: Reading, logits: Interval, here: Interval, sides: Sequence[jax.Array]) -> jax.Array:
+    """Whether numbers are proved to be as close to those of the dense logits as they are to be; NaN proves nothing.
+
+    Both are read of logits in the same intervals. What is read here is known better, but for how the program rounds.
+
+    Args:
+      reading: of numbers.
+      logits: f32 ``[T, V]``, what both may be.
+      here: f32 ``[T, V]``, what they are here, as far as they may be rounded or not.
+      sides: the site's side inputs.
+
+    Returns:
+      bool ``[n]``.
+    """
+    either, own = reading.read(logits, sides), reading.read(here, sides)
+    error = jnp.maximum(either.high - own.low, own.high - either.low)
+    return jnp.all(error <= reading.within, axis=1)
 
 
 def openness(readings: Sequence[Reading], logits: Interval, sides: Sequence[jax.Array]) -> list[jax.Array]:

@@ -40,6 +40,7 @@ __all__ = [
     "sorted_entries",
     "summed",
     "taken",
+    "taken_where_known",
     "whole",
 ]
 
@@ -314,3 +315,13 @@ def hull(values: Interval, places: Interval) -> Interval:
 def taken(values: Interval | Order, places: Interval) -> Interval:
     """What is taken along the last axis at places that are not certain."""
     return values.at(places) if isinstance(values, Order) else hull(values, places)
+
+
+def taken_where_known(values: Interval, places: Interval) -> Interval:
+    """What is taken along the last axis, ``[..., m]``, at places that are decided; of others nothing is known."""
+    known = places.low == places.high
+    place = jnp.where(known, places.low, 0.0).astype(jnp.int32)
+    low, high = (jnp.take_along_axis(end, place, axis=-1) for end in values)
+    if low.dtype == jnp.bool_:
+        return Interval(known & low, ~known | high)
+    return Interval(jnp.where(known, low, jnp.nan), jnp.where(known, high, jnp.nan))

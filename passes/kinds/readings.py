@@ -21,8 +21,15 @@ from hire_xform.passes.rewrite.canonical import result_shape
 from hire_xform.passes.weights.products import Product
 
 
-def readings_of(product: Product, reads: Reads, goal: Goal) -> tuple[Reading, ...]:
-    """What is to be proved of a projection: of the logits themselves where nothing reads them as a whole."""
+def readings_of(product: Product, reads: Reads, goal: Goal, within: float | None = None) -> tuple[Reading, ...]:
+    """What is to be proved of a projection: of the logits themselves where nothing reads them as a whole.
+
+    Args:
+      product: the projection.
+      reads: what reads its logits.
+      goal: what is to be proved of these where nothing says more.
+      within: how far numbers that are made of all logits may be from the dense ones.
+    """
     found: list[Reading] = []
     at = 0
     for chain in reads.chains:
@@ -36,7 +43,11 @@ def readings_of(product: Product, reads: Reads, goal: Goal) -> tuple[Reading, ..
         margin = margin_of if chain.softmax else None
         between = functools.partial(_between, product, chain)
         mixed = sum(number == -1 for step in chain.steps for number in step.operands) > 1
-        found.append(Reading(own, ordered, between, margin, sides, chain.reader.kind == "picked", mixed))
+        number = chain.reader.kind == "number"
+        decides = not number and not chain.reader.has_places
+        found.append(
+            Reading(own, ordered, between, margin, sides, decides, mixed or number, within if number else None)
+        )
     return tuple(dict.fromkeys(found)) or (Reading(goal),)
 
 

@@ -207,7 +207,7 @@ class VocabKind(SiteKind):
             own=lambda x, leaf: own_product(product, x, leaf).astype(match.out_dtype),
             leaf=views.leaves[0] if views.leaves else None,
             smaller=decision.smaller,
-            readings=readings_of(product, reads, settings.certify or False),
+            readings=readings_of(product, reads, settings.certify or False, settings.logprobs),
             sides=[jnp.asarray(side) for side in given[1:]],
             rank=rank_of(product, reads),
             fill=settings.fill,  # type: ignore[arg-type]

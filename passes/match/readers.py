@@ -36,7 +36,8 @@ class Reader:
 
     Attributes:
       kind: "arg max", "top-k" (of the ``k`` largest), "arg min" and "bottom-k" of the smallest, "softmax" (or a sum of
-        exponentials), "returned", or "picked", of a number picked by a draw among ranks.
+        exponentials), "returned", or "picked", of a number picked by a draw among ranks. What is made of all logits
+        and has no entry for each: "number", of floats, and "decision", of what these decide.
       node: the equation; None for what is returned.
       value: what it reads.
       dims: where the axis is in it.
@@ -44,7 +45,9 @@ class Reader:
       slope: whether what it reads rises with the logits (1), falls (-1), or neither is known (0).
     """
 
-    kind: Literal["arg max", "top-k", "arg min", "bottom-k", "softmax", "returned", "picked"]
+    kind: Literal[
+        "arg max", "top-k", "arg min", "bottom-k", "softmax", "returned", "picked", "number", "decision"
+    ]
     node: Node | None
     value: Value
     dims: frozenset[int]
@@ -55,6 +58,11 @@ class Reader:
     def inverted(self) -> bool:
         """True where it takes the smallest of what it reads."""
         return self.kind in ("arg min", "bottom-k")
+
+    @property
+    def has_places(self) -> bool:
+        """True where what it reads has an entry for each of some logits, of which it takes the best."""
+        return self.kind not in ("picked", "number", "decision")
 
     @property
     def wants(self) -> int:

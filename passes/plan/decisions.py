@@ -28,16 +28,22 @@ from hire_xform.passes.weights.recipe import Recipe, Root
 class Rung:
     """A size that a certified site may take, as each input needs; the last of a site's is its dense form.
 
+    Those of a head in stages begin with a row of each stage after the first, of which each execution reads as many as
+    are open.
+
     Attributes:
-      computed: rows computed exactly per execution.
-      bytes: weight bytes that one execution reads, of the predictor and of all that is tried before included.
+      computed: rows computed exactly per execution; of a stage none.
+      bytes: weight bytes that one execution reads, of the predictor and of all that is tried before included, but not
+        those of further stages; of such a stage what one row takes.
       share: of the executions, how many are expected to take it by the calibration, tokens of one execution taken as
-        independent; None without a calibration.
+        independent; None without a calibration. Of a stage how many rows an execution is expected to read.
+      stage: the predictor, of a stage; else empty.
     """
 
     computed: int
     bytes: int
     share: float | None = None
+    stage: str = ""
 
 
 @dataclass(frozen=True)
@@ -69,7 +75,8 @@ class Site:
         tokens are split over.
       rows: of a sharded vocabulary, how its rows are distributed over devices, and why.
       rungs: of a certified site the sizes that it may take, ``computed`` being the largest, and last its dense form; of
-        layers with sizes of their own those of each, one after the other. ``Sparsified.with_rungs`` counts them.
+        layers with sizes of their own those of each, one after the other. Before them stand the further stages of a
+        head that has some. ``Sparsified.with_rungs`` counts them.
       static: hidden units that are always computed and never predicted; ``computed`` has them.
       derivative: which derivative it has where a custom_jvp or custom_vjp is in or around it; empty where none is.
       evidence: of a vocabulary, why its outputs are taken for logits.
@@ -114,6 +121,11 @@ class Site:
     stored: str = ""
     dense_seconds: float = 0.0
     sparse_seconds: float = 0.0
+
+    @property
+    def sizes(self) -> tuple[Rung, ...]:
+        """Its ``rungs`` that are sizes, and last the dense form: without the stages before them."""
+        return tuple(rung for rung in self.rungs if not rung.stage)
 
 
 @dataclass(frozen=True)

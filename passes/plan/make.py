@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from hire_xform.lowering.engine.selection import Selection
 from hire_xform.lowering.predict.predictors import Predictor
+from hire_xform.lowering.prove.proofs import stage_reads
 from hire_xform.passes.ir.debugging import Why, debugging
 from hire_xform.passes.ir.graph import Node
 from hire_xform.passes.match.derivatives import derivative_of
@@ -245,6 +246,21 @@ def _slower(case: Case, sized: _Sized) -> str | None:
     )
 
 
+def _rungs(case: Case, sizes: Sequence[Rung]) -> tuple[Rung, ...]:
+    """What ``with_rungs`` counts: rows of further stages, and sizes, of whose bytes those of these stages are not."""
+    match, spec, shards = case.match, case.settings.spec, case.shards
+    stages: list[Rung] = []
+    if sizes and len(spec.stages) > 1:
+        (matrix,), rows = match.matrices, match.units // shards
+        stages = [
+            Rung(0, each, expected, str(stage))
+            for stage, expected, each in stage_reads(rows, matrix.columns, spec, matrix.dtype)
+        ]
+    read = sum(round(stage.bytes * (stage.share or 0.0)) for stage in stages)
+    stages = [replace(stage, share=(stage.share or 0.0) * shards) for stage in stages]
+    return (*stages, *(Rung(r.computed * shards, (r.bytes - read) * shards, r.share) for r in sizes))
+
+
 def _stored(match: Match) -> str:
     told = (in_words(m.rows, (match.units, m.columns), m.product.stored) for m in match.matrices)
     return ", ".join(dict.fromkeys(text for text in told if text))
@@ -274,7 +290,7 @@ def _describe(case: Case, sized: _Sized) -> Decision:
         calibrated=case.chosen.how + ordered + sizes.how,
         shards=shards,
         placed="" if placement is None else str(placement),
-        rungs=tuple(Rung(r.computed * shards, r.bytes * shards, r.share) for r in sizes.rungs),
+        rungs=_rungs(case, sizes.rungs),
         static=static,
         derivative=derivative_of(match),
         proved=reads.proved,

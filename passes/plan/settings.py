@@ -60,6 +60,16 @@ def _certified(certify: Any) -> str:
     return f", certify={certify!r}" if certify else ""
 
 
+def _check_logprobs(settings: Vocab) -> None:
+    within = settings.logprobs
+    if within is None:
+        return
+    if isinstance(within, bool) or not isinstance(within, (int, float)) or not 0.0 < within < math.inf:
+        refuse("Vocab", "logprobs", within, "None or a number of nats above zero")
+    if settings.certify not in (None, True) or settings.fill != "predicted":
+        refuse("Vocab", "logprobs", within, "None without certify=True and fill='predicted'")
+
+
 # What `Vocab(candidates=None)` computes, and what `predictor=None` is without a calibration.
 CANDIDATES = 256
 PREDICTOR = Quantized(bits=8)
@@ -159,11 +169,16 @@ class Vocab(_Predicted):
     # set. `hx.Nucleus(eps)`: that the candidates hold all of the softmax's mass but `eps`. None is True, unless an
     # approximation is asked for: by a number of candidates, or by a calibration that was not certified.
     certify: Goal | None = None
+    # How far numbers that a program makes of all logits of a token may be from those of the dense logits: for the
+    # log-probability of the token that is chosen, beside it, in nats. Proved for each input, or the dense product is
+    # run; with `certify=True` and `fill="predicted"`, on one device. None: such numbers are not proved.
+    logprobs: float | None = None
     # Calls with more tokens than this (prefill) run dense.
     max_tokens: int = 8
 
     def __post_init__(self) -> None:
         """Checks every field."""
+        _check_logprobs(self)
         if self.candidates is not None:
             _check_count("Vocab", "candidates", self.candidates)
             if self.candidates < fewest_candidates(self.certify or False):

@@ -156,7 +156,7 @@ class Chain:
             if here is None:  # a truth value, which moves nothing
                 made.append(None)
                 continue
-            made.append(moved_by(step.node, step.result, here) if moves_only(step.node) else here)
+            made.append(moved_by(step.node, step.result, here))
         last = made[-1] if made else numbers
         return jnp.moveaxis(last, self.dim, -1).reshape(-1, last.shape[self.dim])
 
@@ -213,7 +213,9 @@ def _applied(step: Step, operands: list[Interval | None], known: list[Any]) -> I
 
 
 def moved_by(node: Node, result: int, end: Any) -> Any:
-    """Where an equation that only moves entries puts them."""
+    """Where an equation puts entries: elsewhere, or beside as many of another operand as its result has."""
+    if not moves_only(node):
+        return jnp.broadcast_to(end, node.outputs[result].shape)
     params = dict(node.params)
     return (
         node.primitive.bind(end, **params)[result]

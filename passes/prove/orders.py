@@ -39,6 +39,18 @@ def order_of(operand: Operand) -> Node | None:
     return None
 
 
+def is_located(operand: Operand) -> bool:
+    """Whether an operand holds places of largest or smallest entries, which intervals decide or say nothing of."""
+    while isinstance(operand, Value) and operand.node is not None:
+        node, plain = operand.node, without_wrapping(operand)
+        if node.primitive in LOCATE:
+            return True
+        if plain is None and not (node.primitive in _PASSED or moves_only(node)):
+            return False
+        operand = node.inputs[0] if plain is None else plain
+    return False
+
+
 def set_in_order(node: Node) -> Operand | None:
     """The order at whose places one entry of each row after the other is set; None where it is something else."""
     into, index, update = node.inputs

@@ -14,7 +14,7 @@ from hire_xform.passes.prove.edges import Edge
 from hire_xform.passes.prove.write_rules import put_back
 
 
-def picked(node: Node, values: Held, places: Held, same: int) -> Interval:
+def picked(node: Node, values: Held, places: Held, same: int, located: bool) -> Interval:
     """Entries along the last axis at places that hang on the logits.
 
     Args:
@@ -22,6 +22,7 @@ def picked(node: Node, values: Held, places: Held, same: int) -> Interval:
       values: what they are taken of, ``[..., n]``.
       places: of the same rows, or an order that all of its places are taken in.
       same: 1 where an order is that of the values themselves, -1 of their negatives, 0 of something else.
+      located: whether places are decided, or nothing is known of them.
     """
     shape = node.outputs[0].shape
     if isinstance(places, Order):
@@ -29,7 +30,9 @@ def picked(node: Node, values: Held, places: Held, same: int) -> Interval:
         made = _in_order(values, places, same)
     else:
         rows = (values.keys if isinstance(values, Order) else values).low.shape[:-1]
-        made = reductions.taken(values, places.map(lambda end: end.reshape(*rows, -1)))
+        places = places.map(lambda end: end.reshape(*rows, -1))
+        take = reductions.taken_where_known if located and isinstance(values, Interval) else reductions.taken
+        made = take(values, places)
     return made.map(lambda end: end.reshape(shape))
 
 

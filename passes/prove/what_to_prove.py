@@ -11,6 +11,7 @@ from hire_xform.passes.ir.graph import Node, Operand, Value
 from hire_xform.passes.match.readers import Reader, others_of
 from hire_xform.passes.prove.chain_tracing import Filtered, chain_of
 from hire_xform.passes.prove.chains import Chain
+from hire_xform.passes.prove.numbers import numbers_of
 from hire_xform.passes.prove.whole_tracing import draws_of, ends_in, whole_chain_of
 
 
@@ -59,8 +60,16 @@ def reads_of(match: Any, settings: Any, split: bool) -> Reads | str:
     if not settings.certify:
         return _ranked(found, split)
     whole = settings.certify is True and settings.fill == "predicted" and not split
-    found, drawn = _followed(match, found) if whole else (found, [])
-    decided: set[Node | None] = {r.node for r, chain in found if isinstance(chain, Chain) and r.kind in _DECIDED}
+    drawn: list[str] = []
+    if settings.logprobs is not None and not whole:
+        return "logprobs= is proved of logits that one device has all of"
+    if whole:
+        found, drawn = _followed(match, found)
+        found, missed = _with_numbers(match, found, settings.logprobs)
+        if isinstance(missed, str):
+            return missed
+        drawn += missed
+    decided = _decided(found)
     unseen = {r.node: whole and r.node is not None and ends_in(r.node, decided) for r, _ in found}
     picks: set[Node | None] = {r.node for r, chain in found if isinstance(chain, Chain) and r.kind == "picked"}
     chains: dict[tuple[Value, int, bool], Chain] = {}
@@ -91,7 +100,7 @@ def reads_of(match: Any, settings: Any, split: bool) -> Reads | str:
     unproved += drawn
 
     def hidden(node: Node) -> bool:
-        return whole and ends_in(node, decided)
+        return whole and (node in decided or ends_in(node, decided))
 
     unproved += [f"what {how} reads of predicted logits" for how in others_of(fate, [r for r, _ in found], hidden)]
     return Reads(tuple(chains.values()), tuple(dict.fromkeys(proved)), tuple(dict.fromkeys(unproved)), filters)
@@ -99,7 +108,12 @@ def reads_of(match: Any, settings: Any, split: bool) -> Reads | str:
 
 # Readers, with the way to each, or why it is not followed.
 Followed = list[tuple[Reader, Chain | str]]
-_DECIDED = ("arg max", "arg min", "picked")
+_DECIDED = ("arg max", "arg min", "picked", "number", "decision")
+
+
+def _decided(found: Followed) -> set[Node | None]:
+    """The equations whose results are proved."""
+    return {reader.node for reader, chain in found if isinstance(chain, Chain) and reader.kind in _DECIDED}
 
 
 def _followed(match: Any, found: Followed) -> tuple[Followed, list[str]]:
@@ -120,6 +134,33 @@ def _followed(match: Any, found: Followed) -> tuple[Followed, list[str]]:
             missed.append(f"what {reader.where} takes: {whole}")
         else:
             followed.append((reader, whole))
+    return followed, missed
+
+
+def _with_numbers(match: Any, found: Followed, within: float | None) -> tuple[Followed, list[str] | str]:
+    """The same readers, with what is decided by numbers, and, where these are asked for, the numbers that are seen.
+
+    Returns:
+      Readers, with the way to each; and of decisions that are not followed, why. Why nothing may be done, where that is
+      so of a number that is asked for.
+    """
+    product, fate = match.product, match.fate
+    followed, missed = list(found), []
+    # What decides about a number alone is replayed with it.
+    for reader in sorted(numbers_of(product, fate, _decided(found)), key=lambda reader: reader.kind != "number"):
+        assert reader.node is not None
+        if (reader.kind == "number" and within is None) or ends_in(reader.node, _decided(followed)):
+            continue
+        chain = whole_chain_of(product, fate, reader)
+        if not isinstance(chain, str):
+            followed.append((reader, chain))
+        elif reader.kind == "number":
+            return found, (
+                f"it can't be proved how far {reader.where} is from that of the dense logits: {chain}; leave out "
+                "logprobs= to have it of predicted logits, which are close"
+            )
+        else:
+            missed.append(f"what {reader.where} decides: {chain}")
     return followed, missed
 
 
@@ -147,6 +188,10 @@ def _told(reader: Reader) -> str:
         return f"the {reader.k:,} largest ({reader.where})"
     if reader.kind == "picked":
         return f"what is drawn ({reader.where})"
+    if reader.kind == "number":
+        return f"the number that is seen, within its bound ({reader.where})"
+    if reader.kind == "decision":
+        return f"what is decided ({reader.where})"
     if reader.kind == "returned":
         return "the arg max of what is returned"
     return f"the arg max ({reader.where})"

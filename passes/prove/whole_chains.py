@@ -35,11 +35,13 @@ class WholeStep(Step):
     Attributes:
       inputs: its operands; of one that picks, what it picks of, and the places.
       takes: of one that picks how an order in which it does is related to what it picks of; see ``picked``.
+      located: of one that picks, whether at places of largest or smallest entries.
       edge: of one that compares entries with one of them, which that is; the last of ``inputs`` are its places.
     """
 
     inputs: tuple[Operand, ...] = ()
     takes: int | None = None
+    located: bool = False
     edge: Edge | None = None
 
 
@@ -81,7 +83,7 @@ class WholeChain(Chain):
         return "whole", self.reader.kind, self.reader.k, self.dim, self.value.shape, steps, sides
 
     def between(self, logits: Interval, sides: Sequence[Any]) -> Interval:
-        """What the reader may take, ``[n, V']``; whole numbers as ``[n, 1]``."""
+        """What the reader may take, ``[n, V']``; numbers and what they decide as ``[n, 1]``."""
         given = iter(sides)
         made: list[Held] = []
         for step in self.steps:
@@ -96,7 +98,7 @@ class WholeChain(Chain):
             made.append(_step(step, operands))
         last = made[-1]
         assert isinstance(last, Interval)
-        if self.reader.kind == "picked":
+        if not self.reader.has_places:
             return last.map(lambda end: end.reshape(-1, 1))
         if last.low.dtype == jnp.bool_:
             last = intervals.negated(last) if self.reader.inverted else last
@@ -112,8 +114,7 @@ class WholeChain(Chain):
             at = _along_spine(step, [n is not None and (n < 0 or made[n] is not None) for n in step.operands])
             number = None if at is None else step.operands[at]
             here = None if number is None else numbers if number < 0 else made[number]
-            moves = here is not None and moves_only(step.node)
-            made.append(moved_by(step.node, step.result, here) if moves else here)
+            made.append(None if here is None else moved_by(step.node, step.result, here))
         last = made[-1]
         return jnp.moveaxis(last, self.dim, -1).reshape(-1, last.shape[self.dim])
 
@@ -143,14 +144,14 @@ def _signed(step: WholeStep) -> Any:
     node, edge = step.node, step.edge
     beside = None if edge is None else (edge.entries, edge.at, edge.step)
     shape = node.outputs[step.result].shape
-    return node.primitive, hashable(node.params), step.result, step.operands, step.takes, beside, shape
+    return node.primitive, hashable(node.params), step.result, step.operands, step.takes, step.located, beside, shape
 
 
 def _step(step: WholeStep, operands: list[Any]) -> Held:
     if step.takes is not None and len(operands) == 3:
         return placed(step.node, *operands)
     if step.takes is not None:
-        return picked(step.node, operands[0], operands[1], step.takes)
+        return picked(step.node, operands[0], operands[1], step.takes, step.located)
     if step.edge is not None:
         places = operands[2] if step.edge.places is not None else None
         made = replayed(step.node, step.result, operands[:2])

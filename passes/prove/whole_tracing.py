@@ -16,6 +16,7 @@ from hire_xform.passes.prove.orders import (
     LOCATE,
     ORDERS,
     is_full,
+    is_located,
     is_numbers,
     order_of,
     places_of,
@@ -47,13 +48,13 @@ class _WholeTracer(Tracer):
     most_steps = 256
 
     def whole(self) -> WholeChain:
-        value = self.reader.value if self.reader.kind == "picked" else self._inside(self.reader.value)
+        value = self._inside(self.reader.value) if self.reader.has_places else self.reader.value
         if value.scope is not self.product.node.scope:
             raise NotFollowedError(f"{self.reader.where} stands in another loop or branch than its logits")
         self._number(value)
         node = self.reader.node
         dims = node.params["axes"] if node is not None and node.primitive in LOCATE else self.reader.dims
-        if self.reader.kind != "picked" and len(dims) != 1:
+        if self.reader.has_places and len(dims) != 1:
             raise NotFollowedError(f"its axis is split or merged on the way to {self.reader.where}")
         return WholeChain(
             self.reader,
@@ -65,7 +66,7 @@ class _WholeTracer(Tracer):
             self.outer,
             False,
             False,
-            spine=self.reader.kind != "picked" and has_spine(self.steps),
+            spine=self.reader.has_places and has_spine(self.steps),
         )
 
     def _made(self, value: Value) -> int:
@@ -91,7 +92,10 @@ class _WholeTracer(Tracer):
         for operand, here in zip(inputs, reached, strict=True):
             if isinstance(operand, Value) and not here:
                 self._beside(operand)
-        self.steps.append(WholeStep(node, result, operands, inputs=tuple(inputs), takes=takes, edge=edge))
+        located = takes is not None and len(inputs) == 2 and is_located(inputs[1])
+        self.steps.append(
+            WholeStep(node, result, operands, inputs=tuple(inputs), takes=takes, located=located, edge=edge)
+        )
         return len(self.steps) - 1
 
     def _has_rule(self, node: Node, result: int, reached: list[bool]) -> bool:

@@ -232,8 +232,10 @@ def _numbered(function: SiteFunction, before: int, own: int, total: int) -> Site
     """A certified site's function of one level, with its rungs numbered among those of all levels."""
 
     def numbered(values: list[Any], views: Any) -> Any:
-        value, rung = function(values, views)
-        return value, jnp.where(rung < own, before + rung, total)
+        value, told = function(values, views)
+        rung = told[0] if told.ndim else told
+        number = jnp.where(rung < own, before + rung, total)
+        return value, told.at[0].set(number) if told.ndim else number
 
     return numbered
 
@@ -265,7 +267,8 @@ def _on_each_device(decision: Decision, placement: Placement) -> SiteFunction:
         if not marked:
             return results_of(match.ends, mapped(given, views))
         flat, marks = mapped(given, views)
-        return results_of(match.ends, flat), marks.max()
+        rung, rows = (marks, None) if marks.ndim == 1 else (marks[:, 0], marks[:, 1:].sum(0, dtype=jnp.int32))
+        return results_of(match.ends, flat), rung.max() if rows is None else jnp.append(rung.max(), rows)
 
     specs = tuple(end.out.aval.sharding.spec for end in match.ends)
     result: Any = specs[0] if len(specs) == 1 else specs

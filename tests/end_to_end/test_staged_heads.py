@@ -64,3 +64,38 @@ def test_derivatives_are_those_of_the_dense_head():
     # The derivative of sin is of the logits that are returned, of which few are exact.
     want = jnp.cos(fun(x)) @ w
     np.testing.assert_allclose(found, want, rtol=1e-4, atol=1e-3)
+
+
+def test_rows_of_stages_are_counted_and_so_are_their_bytes():
+    """Two rows open alone, or all of them: what is read is counted in every context, once for all that read it."""
+    w = normal(0, V, D)
+    step, kept = packed(greedy, w, w[:1])
+    (site,) = step.trace(w, w[:1]).plan.sites
+    stage, size, dense = site.rungs
+    assert site.sizes == (size, dense)
+    assert (stage.stage, stage.computed) == ("Quantized(bits=8)", 0)
+    # A byte an entry, and scale, error and size of the row.
+    assert stage.bytes == D + 3 * 4
+    x, zero = w[:1], jnp.zeros((1, D))
+    (few,) = step.with_rungs(kept, x)[1].values()
+    (every,) = step.with_rungs(kept, zero)[1].values()
+    assert 4 < int(few[0]) < V
+    assert few.tolist()[1:] == [1, 0]
+    assert every.tolist() == [V, 0, 1]
+    first = V * (12 + 4 * 4) * 1.0
+    assert size.bytes < V * stage.bytes + first + 4 * D * 13  # those of further stages are not in it
+    # In a scan they are added up; of a batch that reads rows together they are read once.
+    scanned = hx.sparsify(lambda w, xs: jax.lax.map(lambda x: greedy(w, x[None]), xs), config=CONFIG)
+    (counts,) = scanned.with_rungs(w, jnp.concatenate([x, zero, x]))[1].values()
+    assert counts.tolist() == [2 * int(few[0]) + V, 2, 1]
+    batched = hx.sparsify(lambda w, xs: jax.vmap(lambda x: greedy(w, x[None]))(xs), config=CONFIG)
+    (counts,) = batched.with_rungs(w, jnp.concatenate([x, x]))[1].values()
+    assert int(counts[0]) == int(few[0])
+
+
+def test_what_is_expected_of_sizes_and_stages_is_what_the_site_is_said_to_read():
+    w = normal(0, V, D)
+    step, _ = packed(greedy, w, w[:1])
+    (site,) = step.trace(w, w[:1]).plan.sites
+    stage, size, _ = site.rungs
+    assert abs(stage.share * stage.bytes + size.bytes - site.sparse_bytes) <= 1

@@ -155,6 +155,6 @@ def _truly_read(step: Any, plan: Any, packed: Any, rest: Any, inputs: list[Any],
         for path, count in counts.items():
             total += sum(int(n) * rung.bytes for n, rung in zip(count, paths[path].rungs, strict=True))
             dense += int(count[-1])
-            runs += int(count.sum())
+            runs += int(count[-len(paths[path].sizes) :].sum())
         total += sum(site.sparse_bytes for path, site in paths.items() if path not in counts)
     return others + total // len(inputs), f"proved {1 - dense / max(runs, 1):.0%}"
