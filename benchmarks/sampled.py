@@ -1,6 +1,6 @@
 """Draws tokens with a language model, dense and certified with the same keys, and counts what differs and is read.
 
-    python benchmarks/sampled.py                                  # 20,000 tokens each way of drawing, five million bytes
+    python benchmarks/sampled.py                              # 20,000 tokens each way, on the bundled model
     python benchmarks/sampled.py --ways temperature --tokens 1000000
     python benchmarks/sampled.py --model smollm2 --ways temperature --tokens 50000 --calibrate 2048
 
@@ -116,8 +116,9 @@ class SmolLM2:
     """SmolLM2-135M-Instruct, with English prose to begin with."""
 
     def __init__(self):
-        import smollm2
         from pydoc_data import topics
+
+        import smollm2
 
         self.name, self.model = "SmolLM2-135M-Instruct", smollm2
         loaded = smollm2.load()
@@ -243,7 +244,14 @@ def row_of(bench, state):
     dense = site.dense_bytes / bench.each
     proved = 1.0 - state["taken"][-1] / tokens
     counted = (f"{tokens:,}", str(state["differ"]), str(state["batched"] - state["differ"]), f"{proved:.3%}")
-    return [bench.way, str(bench.temperature), *counted, *opened(state["open"]), f"{read / dense:.1%}", f"{2 * read / dense:.1%}"]
+    return [
+        bench.way,
+        str(bench.temperature),
+        *counted,
+        *opened(state["open"]),
+        f"{read / dense:.1%}",
+        f"{2 * read / dense:.1%}",
+    ]
 
 
 def settings_of(model, options):
@@ -294,7 +302,19 @@ def main() -> None:
                 print(*row_of(bench, state), sep=" | ", file=sys.stderr, flush=True)
             rows.append(row_of(bench, state))
     table = Table(title=f"{model.name}, {told}, JAX {jax.__version__}, {jax.default_backend()}")
-    names = ("way", "T", "tokens", "differ", "dense differ", "proved", "open: mean", "p50", "p99", "f32 bytes", "of bf16")
+    names = (
+        "way",
+        "T",
+        "tokens",
+        "differ",
+        "dense differ",
+        "proved",
+        "open: mean",
+        "p50",
+        "p99",
+        "of f32",
+        "of bf16",
+    )
     for name in names:
         table.add_column(name, justify="left" if name == "way" else "right")
     for row in rows:

@@ -73,7 +73,9 @@ def _proved(site: Site) -> str:
         what = f"{' and '.join(site.proved) or 'the arg max of its logits'} {several} of the dense logits"
     else:
         what = "the units chosen are the dense ones" if site.own else "every unit left out is zero"
-    counted = "" if site.rungs and site.rungs[-1].share is not None else "; the bytes are those of calls that are proved"
+    counted = (
+        "" if site.rungs and site.rungs[-1].share is not None else "; the bytes are those of calls that are proved"
+    )
     return f"proved for every call: {what}; a call that is not proved runs dense{counted}"
 
 

@@ -23,7 +23,8 @@ def count_rungs(jaxpr: Any, operands: Sequence[Any]) -> tuple[list[Any], Counts]
 
     Returns:
       The program's results, and for each certified site how many rows each further stage of its predictor has read,
-      how often it took each of its sizes, and last its dense form; for a block that tells whether it was short how often it was not, and how often it was.
+      how often it took each of its sizes, and last its dense form; for a block that tells whether it was short how
+      often it was not, and how often it was.
     """
     return fold(jaxpr, operands, _RUNGS)
 

@@ -31,8 +31,8 @@ class Reading:
       sides: which of the site's side inputs it takes: from the first number up to the second.
       mixed: whether logits are read in several places, in each of which a product of 16 bits is rounded or not.
       decides: whether what is read are whole numbers, ``[n, 1]``, each of which is to be decided.
-      within: of numbers that are read, ``[n, 1]``, how far each may be from what is read of the dense logits; None: they
-        are not numbers.
+      within: of numbers that are read, ``[n, 1]``, how far each may be from what is read of the dense logits; None of
+        all else.
     """
 
     goal: Goal = True
@@ -102,6 +102,7 @@ def within_proved(reading: Reading, logits: Interval, here: Interval, sides: Seq
     Returns:
       bool ``[n]``.
     """
+    assert reading.within is not None
     either, own = reading.read(logits, sides), reading.read(here, sides)
     error = jnp.maximum(either.high - own.low, own.high - either.low)
     return jnp.all(error <= reading.within, axis=1)

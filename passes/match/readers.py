@@ -45,9 +45,7 @@ class Reader:
       slope: whether what it reads rises with the logits (1), falls (-1), or neither is known (0).
     """
 
-    kind: Literal[
-        "arg max", "top-k", "arg min", "bottom-k", "softmax", "returned", "picked", "number", "decision"
-    ]
+    kind: Literal["arg max", "top-k", "arg min", "bottom-k", "softmax", "returned", "picked", "number", "decision"]
     node: Node | None
     value: Value
     dims: frozenset[int]

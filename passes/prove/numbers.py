@@ -1,8 +1,9 @@
 """What a program makes of all logits of a token, but for its tokens: numbers that are seen, and what they decide.
 
 A *number* is a float that has no entry for each of the vocabulary, and goes on to be seen: the log-probability of a
-chosen token, in whatever spelling, a sum of some, or those of a few. A *decision* is a truth value or a whole number that hangs on
-such floats: whether a drafted token is accepted, say. Draws and arg maxes are readers already; see ``readers.py``.
+chosen token, in whatever spelling, a sum of some, or those of a few. A *decision* is a truth value or a whole number
+that hangs on such floats: whether a drafted token is accepted, say. Draws and arg maxes are readers already; see
+``readers.py``.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from hire_xform.passes.ir.graph import Node, Value
 from hire_xform.passes.match.output_axis import Fate
 from hire_xform.passes.match.readers import Reader
 from hire_xform.passes.prove.orders import LOCATE, ORDERS
+from hire_xform.passes.weights.origins import shape_of
 from hire_xform.passes.weights.products import Product
 
 _MAX_LOOKED = 1024
@@ -64,7 +66,7 @@ def _is_bare(value: Value, product: Product, fate: Fate, known: dict[Value, bool
     before = [known[o] for o in node.inputs if isinstance(o, Value) and o in known]
     held = math.prod(value.shape[d] for d in fate.axes.get(value, ()))
     picks = node.primitive is prims.gather_p and math.prod(node.params["slice_sizes"]) == 1
-    return all(before) or _FEW * held <= product.width or (picks and held <= math.prod(node.inputs[0].shape[:-1]))
+    return all(before) or _FEW * held <= product.width or (picks and held <= math.prod(shape_of(node.inputs[0])[:-1]))
 
 
 def _is_plain(node: Node, product: Product) -> bool:

@@ -31,8 +31,10 @@ def picked(node: Node, values: Held, places: Held, same: int, located: bool) -> 
     else:
         rows = (values.keys if isinstance(values, Order) else values).low.shape[:-1]
         places = places.map(lambda end: end.reshape(*rows, -1))
-        take = reductions.taken_where_known if located and isinstance(values, Interval) else reductions.taken
-        made = take(values, places)
+        if located and isinstance(values, Interval):
+            made = reductions.taken_where_known(values, places)
+        else:
+            made = reductions.taken(values, places)
     return made.map(lambda end: end.reshape(shape))
 
 

@@ -1,4 +1,4 @@
-"""Speculative decoding as it is written by hand: a draft model's tokens are verified several a call by a certified head.
+"""Speculative decoding as written by hand: a draft model's tokens are verified several a call by a certified head.
 
 What is accepted, how many, and the token that follows are those of the dense function: greedy, with one key for each
 position, and by rejection, where shares of both models are compared and what is left of them is drawn from.

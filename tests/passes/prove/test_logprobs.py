@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_sampling_spellings import K, ROWS, T, V, W, draws, drawn, hard, near_and_equal, of, run, step_of
+from test_sampling_spellings import ROWS, K, T, V, W, drawn, draws, hard, near_and_equal, of, run, step_of
 
 import hire_xform as hx
 
