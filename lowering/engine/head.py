@@ -27,7 +27,7 @@ from hire_xform.lowering.predict.predictors import PackedArrays, Predictor, pred
 from hire_xform.lowering.primitives.da_top_k import da_top_k
 from hire_xform.lowering.primitives.select_rows import select_rows_dot
 from hire_xform.lowering.primitives.stored_rows import own_rows
-from hire_xform.lowering.prove.bounds import ScoresWithBounds, product_error
+from hire_xform.lowering.prove.bounds import ScoresWithBounds, flushed, product_error
 from hire_xform.lowering.prove.goals import fewest_candidates, mass_margin, proved
 from hire_xform.lowering.prove.intervals import Interval
 from hire_xform.lowering.prove.proofs import PROBED, Proof
@@ -286,6 +286,7 @@ class _Head:
             exact, terms = made
             exact = lax.stop_gradient(exact)
             error = product_error(terms, x.shape[1], self.input_bits, exact.astype(terms.dtype))
+            error = error + flushed(lax.stop_gradient(x))
             return self.proved(found, exact, error, index, sides)
 
         def logits(index: jax.Array, made: tuple[jax.Array, jax.Array]) -> jax.Array:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from hire_xform.lowering.engine.selection import Selection
 from hire_xform.lowering.predict.predictors import Predictor
+from hire_xform.lowering.prove.arithmetic import ALL_BITS
 from hire_xform.lowering.prove.proofs import stage_reads
 from hire_xform.passes.ir.debugging import Why, debugging
 from hire_xform.passes.ir.graph import Node
@@ -24,7 +25,7 @@ from hire_xform.passes.plan.profile import Profile, seconds_text
 from hire_xform.passes.plan.settings import ChooseSettings
 from hire_xform.passes.plan.sizes import UNCHOSEN, Reading, Sizes, sizes_of
 from hire_xform.passes.plan.verify import verify_plan
-from hire_xform.passes.prove.certifiable import ALL_BITS, input_bits
+from hire_xform.passes.prove.certifiable import input_bits
 from hire_xform.passes.weights.few_bits import in_words
 from hire_xform.passes.weights.products import Product
 from hire_xform.passes.weights.recipe import Root

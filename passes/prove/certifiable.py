@@ -10,13 +10,12 @@ import numpy as np
 from jax.lax import Precision
 
 from hire_xform.lowering.primitives.stored_rows import Operation
+from hire_xform.lowering.prove.arithmetic import kept_bits
 from hire_xform.passes.match.kinds import kind_of
 from hire_xform.passes.match.matches import Match
 from hire_xform.passes.weights.few_bits import in_few_bits
 from hire_xform.passes.weights.products import Product
 
-# Significant bits of an f32 input: all of them. Fewer where a product rounds its inputs first.
-ALL_BITS = 24
 _PROVED = ("float32", "bfloat16", "float16")
 
 
@@ -64,17 +63,22 @@ def _unsure(operations: Sequence[Operation]) -> str | None:
 
 
 def input_bits(match: Match, platform: str) -> int | None:
-    """Significant bits that the products to be bounded keep of f32 inputs on a platform; None when not known."""
+    """Significant bits that are sure to be kept of inputs of the products to be bounded on a platform; None: not known.
+
+    What that says of their sums, and where it is from: ``lowering/prove/arithmetic.py``.
+    """
     precision = _precision(match)
     stated = set(precision) if isinstance(precision, (tuple, list)) else {precision}
     if not stated <= {None, *Precision}:
         return None
-    if platform == "cpu" or stated == {Precision.HIGHEST}:
-        return ALL_BITS
-    if all(v.aval.dtype.name == "bfloat16" for p in kind_of(match).bounded(match) for v in (p.x, p.weight)):
-        return ALL_BITS  # exact in one pass of bf16, and in TF32
-    # TPU: one pass of bf16, at HIGH three. GPU: TF32.
-    return {"tpu": 16 if stated == {Precision.HIGH} else 8, "gpu": 11}.get(platform)
+    inputs = {v.aval.dtype.name for p in kind_of(match).bounded(match) for v in (p.x, p.weight)}
+    if inputs == {"bfloat16"}:
+        return kept_bits("bf16", platform)
+    if inputs <= {"bfloat16", "float16"} and stated != {Precision.HIGHEST}:
+        return kept_bits("f16", platform)
+    precisions = {Precision.HIGH: "f32, HIGH", Precision.HIGHEST: "f32, HIGHEST"}
+    (precision,) = stated if len(stated) == 1 else (None,)
+    return kept_bits(precisions.get(precision, "f32"), platform)
 
 
 def platforms_proved(match: Match, bits: int) -> tuple[str, ...]:

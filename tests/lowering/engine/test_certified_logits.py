@@ -56,7 +56,10 @@ def step(x, rows, proof, candidates, spec, out, options):
 
 
 def run(x, rows, *, candidates=16, spec=SPECS[0], out=jnp.float32, **options):
-    return step(x, rows, made(rows, spec), candidates, spec, out, tuple(options.items()))
+    """The logits, and the number of the size; without the rows that stages have read."""
+    logits, taken = step(x, rows, made(rows, spec), candidates, spec, out, tuple(options.items()))
+    assert taken.shape == (() if len(spec.stages) == 1 else (len(spec.stages),))
+    return logits, taken[0] if taken.ndim else taken
 
 
 @functools.partial(jax.jit, static_argnums=1)
