@@ -76,9 +76,9 @@ def input_bits(match: Match, platform: str) -> int | None:
         return kept_bits("bf16", platform)
     if inputs <= {"bfloat16", "float16"} and stated != {Precision.HIGHEST}:
         return kept_bits("f16", platform)
-    precisions = {Precision.HIGH: "f32, HIGH", Precision.HIGHEST: "f32, HIGHEST"}
-    (precision,) = stated if len(stated) == 1 else (None,)
-    return kept_bits(precisions.get(precision, "f32"), platform)
+    if stated == {Precision.HIGHEST}:
+        return kept_bits("f32, HIGHEST", platform)
+    return kept_bits("f32, HIGH" if stated == {Precision.HIGH} else "f32", platform)
 
 
 def platforms_proved(match: Match, bits: int) -> tuple[str, ...]:

@@ -68,6 +68,10 @@ def tf32(x):
     return (np.float32(x).view(np.uint32) & np.uint32(0xFFFFE000)).view(np.float32)
 
 
+def bf16(x):
+    return np.float64(x.astype(ml_dtypes.bfloat16))
+
+
 def three_passes(x, w):
     high = [np.float32(a.astype(ml_dtypes.bfloat16)) for a in (x, w)]
     low = [np.float32((a - h).astype(ml_dtypes.bfloat16)) for a, h in zip((x, w), high, strict=True)]
