@@ -2,7 +2,7 @@
 
     python benchmarks/sampled.py                              # 20,000 tokens each way, on the bundled model
     python benchmarks/sampled.py --ways temperature --tokens 1000000
-    python benchmarks/sampled.py --model smollm2 --ways temperature --tokens 50000 --calibrate 2048
+    python benchmarks/sampled.py --model smollm2 --ways temperature --tokens 50000 --calibrate 2048 --staged
 
 The dense model draws its own text, many sequences at once: at a temperature, or from the k likeliest tokens, the
 nucleus, or those that are likely beside the likeliest. The certified head is then given what the dense head was given
@@ -267,7 +267,8 @@ def settings_of(model, options):
     xs = jnp.concatenate([x for x, _, _ in found])[: options.calibrate]
     fun = functools.partial(lambda rows, x: jnp.argmax(x @ rows.T, axis=-1))
     batches = [(bench.rows, part) for part in jnp.split(xs, max(1, len(xs) // 256))]
-    return config, hx.calibrate(fun, batches, config=config, progress=False)
+    only = [hx.Staged((hx.LowRank(0.75, bits=4), hx.Quantized(8)))] if options.staged else None
+    return config, hx.calibrate(fun, batches, config=config, predictors=only, progress=False)
 
 
 def main() -> None:
@@ -281,6 +282,7 @@ def main() -> None:
     parser.add_argument("--ways", default=",".join(WAYS), help="which ways of drawing")
     parser.add_argument("--candidates", type=int, default=256, help="rows that may be computed exactly, uncalibrated")
     parser.add_argument("--calibrate", type=int, default=0, help="tokens to calibrate on; 0: no calibration")
+    parser.add_argument("--staged", action="store_true", help="calibrate a head in two stages, and no other predictor")
     parser.add_argument("--every", type=int, default=16, help="of how many tokens one has its open rows counted")
     parser.add_argument("--state", type=Path, help="a file that what was counted is kept in, and gone on from")
     options = parser.parse_args()
