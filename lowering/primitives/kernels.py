@@ -9,8 +9,9 @@ Under ``vmap`` the kernel is batched by ``vmap``, as it is written to be. Under 
 derivatives those of the portable form.
 """
 
+import contextlib
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +30,7 @@ __all__ = [
     "has_kernels",
     "lower_kernel",
     "no_built_in",
+    "portable_only",
     "register_built_in",
     "register_kernel",
     "step_primitive",
@@ -134,6 +136,19 @@ def register_built_in(
 def no_built_in(platform: str, reason: str, primitive: str | None = None) -> None:
     """Notes why there are no built-in kernels for a platform, or none of one step, for :func:`backends`."""
     _missing[platform if primitive is None else (primitive, platform)] = reason
+
+
+@contextlib.contextmanager
+def portable_only() -> Iterator[None]:
+    """Programs that are lowered in it, by any thread, have portable forms only: to compare kernels with."""
+    held = [(kernels, dict(kernels)) for kernels in (_kernels, _built_in)]
+    for kernels, _ in held:
+        kernels.clear()
+    try:
+        yield
+    finally:
+        for kernels, had in held:
+            kernels.update(had)
 
 
 def _ask(key: tuple[str, str]) -> None:
