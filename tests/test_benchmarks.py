@@ -95,3 +95,81 @@ def test_a_peer_or_case_that_is_not_there_is_refused(speed, capsys):
         with pytest.raises(SystemExit):
             speed["main"].main([argument])
         assert words in capsys.readouterr().err
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+    from benchmarks import gpu as module
+
+    yield module
+    for name in [name for name in sys.modules if name.partition(".")[0] == "benchmarks"]:
+        del sys.modules[name]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--parts", "check,nothing"], "--parts check,nothing; expected some of check,head,ffn,step"),
+        (["--tokens", "1,0"], "--tokens 1,0; expected numbers from 1 to 64"),
+        (["--compile", "cuda:z9"], "platform='cuda:z9'; expected one of cpu, cuda, cuda:h100"),
+    ],
+)
+def test_what_the_benchmark_for_gpus_does_not_take(gpu, capsys, arguments, message):
+    with pytest.raises(SystemExit) as ended:
+        gpu.main(arguments)
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_without_a_gpu_it_says_so(gpu, capsys):
+    assert gpu.main([]) == 2
+    said = capsys.readouterr()
+    assert "has no GPU here, but cpu; expected an NVIDIA GPU" in said.err
+    assert not said.out
+
+
+@pytest.mark.slow
+def test_the_benchmark_for_gpus_runs_through(gpu, capsys, tmp_path, monkeypatch):
+    """At sizes that take no time, on a CPU: every form, none of them wrong."""
+    monkeypatch.setattr(gpu, "REPEATS", 1)
+    monkeypatch.setattr(gpu, "SEEN", 2)
+    written = tmp_path / "found.json"
+    arguments = ["--small", "--any-device", "--tokens=2", "--minutes=30", f"--json={written}"]
+    assert gpu.main(arguments) == 0, capsys.readouterr().out
+    found = json.loads(written.read_text())
+    assert not found["wrong"]
+    assert not found["left_out"]
+    names = {part: {row["name"] for row in found["rows"] if row["part"] == part} for part in gpu.PARTS}
+    assert {"scores, 4 bits", "sums, bfloat16, groups of 8", "products, int8, portable"} <= names["check"]
+    assert "ours, certified, low rank d/8, then int8" in names["head"]
+    for part in ("ffn", "step"):
+        assert {"dense bf16, rows", "dense bf16, columns", "XLA int8", "ours, int8, 25 % of units"} <= names[part]
+    assert all(row["milliseconds"] > 0 and row["nbytes"] > 0 for row in found["rows"])
+
+
+def test_what_does_not_fit_into_the_minutes_is_named(gpu, capsys, monkeypatch):
+    monkeypatch.setattr(gpu, "REPEATS", 1)
+    arguments = ["--small", "--any-device", "--parts=ffn", "--tokens=1", "--minutes=0"]
+    assert gpu.main(arguments) == 0
+    assert "left out: ffn, ours, int8, 25 % of units, 1 tokens" in capsys.readouterr().out
+
+
+def test_what_is_wrong_ends_in_an_error(gpu, capsys, monkeypatch):
+    """A kernel that says something else."""
+    import jax.numpy as jnp
+
+    import hire_xform as hx
+
+    every = gpu.checks
+    some = lambda sizes, tokens: [one for one in every(sizes, tokens) if one[0] == "sums, int8"]  # noqa: E731
+    monkeypatch.setattr(gpu, "REPEATS", 1)
+    monkeypatch.setattr(gpu, "checks", some)
+    remove = hx.register_kernel(
+        "hire_combine_stored_rows", "cpu", lambda h, i, v, *others, **settings: jnp.ones((len(h), v.shape[1]))
+    )
+    try:
+        assert gpu.main(["--small", "--any-device", "--parts=check", "--tokens=1"]) == 1
+    finally:
+        remove()
+    assert "WRONG: sums, int8, 1 tokens: differs by" in capsys.readouterr().out

@@ -33,6 +33,7 @@ _FREE = frozenset(
 )
 # The value of operand 0 under another shape.
 _SAME = frozenset(("bitcast", "reshape", "copy", "convert", "transpose"))
+_SCORES = re.compile(r"scores|products")
 _ROWS = re.compile(r"select_(?:stored_)?rows|combine_(?:stored_)?rows")
 
 
@@ -271,18 +272,20 @@ class _Program:
         if estimate:
             return max(0, int(estimate[1]) - bytes_of(one.type, in_memory=True))
         indices = [i for i, t in enumerate(types) if t.startswith("s32[")]
-        if not _ROWS.search(one.kernel) or not indices:
-            return sum(sizes)
-        chosen = math.prod(_dims(types[indices[-1]]))
         wide, made = _dims(types[0]), _dims(one.type)
-        # Rows are `group` to an index: of the products that are made, or of the factors that are given.
-        last = made if "select" in one.kernel else wide
-        group = max(1, last[-1] // max(1, _dims(types[indices[-1]])[-1])) if last else 1
+        if _SCORES.search(one.kernel) and made:
+            rows = made[-1]  # of a stack, one matrix
+        elif _ROWS.search(one.kernel) and indices:
+            # Rows are `group` to an index: of the products that are made, or of the factors that are given.
+            last, index = made if "select" in one.kernel else wide, _dims(types[indices[-1]])
+            rows = math.prod(index) * (max(1, last[-1] // max(1, index[-1])) if last else 1)
+        else:
+            return sum(sizes)
         total = 0.0
-        for i, (kind, size) in enumerate(zip(types, sizes, strict=True)):
+        for kind, size in zip(types, sizes, strict=True):
             dims = _dims(kind)
-            is_matrix = i != 0 and i not in indices and len(dims) == 2 and dims[0] > chosen * group
-            total += size / dims[0] * chosen * group if is_matrix else size
+            is_matrix = kind[:3] != "s32" and len(dims) == 2 and dims[0] > rows
+            total += size / dims[0] * rows if is_matrix else size
         return total
 
 

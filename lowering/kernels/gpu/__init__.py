@@ -19,6 +19,7 @@ import jax
 from hire_xform.lowering.kernels.gpu import shapes
 from hire_xform.lowering.kernels.switch import switched_off
 from hire_xform.lowering.primitives.kernels import no_built_in, register_built_in
+from hire_xform.lowering.primitives.stack_entry import StackEntry
 
 __all__ = ["install"]
 
@@ -41,15 +42,17 @@ def install() -> str | None:
         no_built_in("cuda", f"no kernels, since {missing}")
         return missing
     several, few = f"2 to {shapes.MOST_TOKENS} tokens", f"up to {shapes.MOST_TOKENS} tokens"
+    scores = "rows in 4 bits, and in 8 in stacks"
     for name, rule, serves, what in (
-        ("hire_quantized_scores", _quantized_scores, shapes.scores_served, "rows in 4 bits"),
-        ("hire_fine_scores", _fine_scores, shapes.fine_scores_served, "rows in 4 bits"),
+        ("hire_quantized_scores", _quantized_scores, shapes.scores_served, scores),
+        ("hire_fine_scores", _fine_scores, shapes.fine_scores_served, scores),
         ("hire_select_rows_dot", _select_rows_dot, shapes.products_served, several),
         ("hire_combine_rows", _combine_rows, shapes.sums_served, few),
         ("hire_select_stored_rows_dot", _select_stored_rows_dot, shapes.stored_products_served, several),
         ("hire_combine_stored_rows", _combine_stored_rows, shapes.stored_sums_served, few),
     ):
-        register_built_in(name, "cuda", rule, serves, f"Pallas, through Triton, of {what}")
+        named = f"Pallas, through Triton, of {what}"
+        register_built_in(name, "cuda", rule, serves, named, takes_entries=what == scores)
     for name, reason in _PORTABLE.items():
         no_built_in("cuda", reason, name)
     return None
@@ -68,11 +71,13 @@ def _module(name: str) -> Any:
     return importlib.import_module(f"{__name__}.{name}")
 
 
-def _quantized_scores(x: jax.Array, q: jax.Array, scale: jax.Array, *, bits: int) -> jax.Array:
+def _quantized_scores(x: jax.Array, q: jax.Array | StackEntry, scale: jax.Array, *, bits: int) -> jax.Array:
     return _module("scores").quantized_scores(x, q, scale, bits)
 
 
-def _fine_scores(x: jax.Array, q: jax.Array, scale: jax.Array, *, bits: int) -> tuple[jax.Array, jax.Array]:
+def _fine_scores(
+    x: jax.Array, q: jax.Array | StackEntry, scale: jax.Array, *, bits: int
+) -> tuple[jax.Array, jax.Array]:
     return _module("scores").fine_scores(x, q, scale, bits)
 
 

@@ -18,6 +18,7 @@ from hire_xform.lowering.kernels.gpu import scores as gpu_scores
 from hire_xform.lowering.predict import few_bits
 from hire_xform.lowering.primitives.combine_rows import combine_rows
 from hire_xform.lowering.primitives.select_rows import select_rows_dot
+from hire_xform.lowering.primitives.stack_entry import StackEntry
 from hire_xform.lowering.primitives.stored_rows import Operation, StoredRows
 
 # Sides that no block divides.
@@ -50,6 +51,16 @@ def test_scores_are_those_of_the_portable_form(portable_forms, normal, tokens, b
         fine = gpu_scores.fine_scores(x, q, scale, bits, interpret=True)
         for mine, theirs in zip(fine, few_bits.fine_scores(x, q, scale, bits), strict=True):
             np.testing.assert_array_equal(mine, theirs)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_scores_of_one_of_a_stack_are_read_where_it_lies(portable_forms, normal, bits):
+    entries, scales = zip(*(packed(normal, bits, n, 40) for n in (N, N)), strict=True)
+    stack, x = jnp.stack([entries[0], entries[0][::-1]]), normal((2, 40))
+    for layer in (0, 1):
+        entry = StackEntry(stack, (jnp.int32(layer),))
+        got = gpu_scores.quantized_scores(x, entry, scales[0], bits, interpret=True)
+        np.testing.assert_array_equal(got, few_bits.quantized_scores(x, stack[layer], scales[0], bits))
 
 
 CASES = [(1, 1, False, "float32"), (3, 1, True, "bfloat16"), (8, 4, False, "bfloat16"), (2, 8, True, "float16")]
@@ -105,6 +116,14 @@ def test_tokens_of_a_batch_are_taken_together(portable_forms, normal):
     step = lambda x, index: gpu_rows.select_rows_dot(x, rows, index, 1, interpret=True)  # noqa: E731
     want = jax.vmap(lambda x, index: select_rows_dot(x, rows, index))(x, index)
     np.testing.assert_allclose(jax.vmap(step)(x, index), want, rtol=1e-5, atol=1e-4)
+
+
+def test_rows_in_eight_bits_that_are_no_stack_are_left_to_xla(normal):
+    x, (q, scale) = normal((2, 64)), packed(normal, 8, d=64)
+    plain = jax.make_jaxpr(lambda q: gpu_scores.quantized_scores(x, q, scale, 8))(q)
+    stacked = jax.make_jaxpr(lambda q: gpu_scores.quantized_scores(x, StackEntry(q[None], (0,)), scale, 8))(q)
+    assert "pallas_call" not in str(plain)
+    assert "pallas_call" in str(stacked)
 
 
 def struct(*shape, dtype=jnp.float32):
@@ -173,7 +192,7 @@ def test_inside_a_shard_map_each_part_has_them():
     ("serves", "operands", "settings", "served"),
     [
         (shapes.scores_served, [struct(1, 1024), struct(8192, 512, dtype=UINT8), None], {"bits": 4}, True),
-        (shapes.scores_served, [struct(1, 512), struct(8192, 512, dtype=INT8), None], {"bits": 8}, False),
+        (shapes.scores_served, [struct(1, 512), struct(8192, 512, dtype=INT8), None], {"bits": 8}, True),
         (shapes.scores_served, [struct(17, 1024), struct(8192, 512, dtype=UINT8), None], {"bits": 4}, False),
         (shapes.scores_served, [struct(1, 256), struct(8192, 64, dtype=UINT8), None], {"bits": 4}, False),
         (shapes.products_served, [struct(2, 512), struct(*LARGE), struct(8, dtype=INT32)], {}, True),
