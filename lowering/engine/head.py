@@ -31,7 +31,7 @@ from hire_xform.lowering.prove.bounds import ScoresWithBounds, flushed, product_
 from hire_xform.lowering.prove.goals import fewest_candidates, mass_margin, proved
 from hire_xform.lowering.prove.intervals import Interval
 from hire_xform.lowering.prove.proofs import PROBED, Proof
-from hire_xform.lowering.prove.readings import Reading, between_proved, within_proved
+from hire_xform.lowering.prove.readings import Reading, between_proved, between_proved_across, within_proved
 from hire_xform.lowering.xla.devices import ONE, Devices
 
 __all__ = ["certified_logits", "vocab_candidates", "vocab_logits"]
@@ -205,8 +205,8 @@ def certified_logits(
         input_bits=input_bits,
         devices=devices,
     )
-    if devices != ONE and (smaller or head.one_by_one):
-        raise ValueError(f"certified_logits: smaller={tuple(smaller)} across devices; expected one size, of logits")
+    if devices != ONE and smaller:
+        raise ValueError(f"certified_logits: smaller={tuple(smaller)} across devices; expected one size")
     operands = Operands(
         xs=[x],
         sides=list(sides),
@@ -358,12 +358,14 @@ class _Head:
             return end.astype(self.rounded_to).astype(jnp.float32) if narrow else end
 
         rounded = [once(end) for end in (low, high)]
-        if reading.mixed:
+        if reading.mixed or self.devices != ONE:
             low, high = jnp.minimum(low, rounded[0]), jnp.maximum(high, rounded[1])
         if reading.within is not None:
             made = _filled(lax.stop_gradient(found.scores), index, exact, self.fill).astype(jnp.float32)
             here = Interval(jnp.minimum(made, once(made)), jnp.maximum(made, once(made)))
             return jnp.all(within_proved(reading, Interval(low, high), here, sides))
+        if self.devices != ONE:
+            return jnp.all(between_proved_across(reading, Interval(low, high), sides, self.devices))
         sure, best = between_proved(reading, Interval(low, high), sides)
         if narrow and not reading.mixed:
             also, same = between_proved(reading, Interval(*rounded), sides)

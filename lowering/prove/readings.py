@@ -15,8 +15,9 @@ from jax import lax
 
 from hire_xform.lowering.prove.goals import Goal, TopSet, fewest_candidates
 from hire_xform.lowering.prove.intervals import Interval
+from hire_xform.lowering.xla.devices import Devices
 
-__all__ = ["Reading", "between_proved", "goal_of", "openness", "within_proved"]
+__all__ = ["Reading", "between_proved", "between_proved_across", "goal_of", "openness", "within_proved"]
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,27 @@ class Reading:
         """What is read of logits in these intervals."""
         assert self.between is not None
         return self.between(logits, sides[self.sides[0] : self.sides[1]])
+
+
+def between_proved_across(
+    reading: Reading, logits: Interval, sides: Sequence[jax.Array], devices: Devices
+) -> jax.Array:
+    """Whether an arg max is proved of what is read of the logits of several devices, bool ``[T]``.
+
+    With A the largest that any entry is for sure, the one entry that can be A or more is the arg max. Each device sends
+    the largest of its own, and how many of its entries can be A: 8 bytes a token.
+
+    Args:
+      reading: with a chain, for an arg max.
+      logits: f32 ``[T, V]``, of one device's part.
+      sides: its side inputs, of that part.
+      devices: all of them.
+    """
+    read = reading.read(logits, sides)
+    low = jnp.where(jnp.isnan(read.low), -jnp.inf, read.low)
+    floor = devices.largest(jnp.max(low, axis=1))
+    can = ~(read.high < floor[:, None])
+    return (devices.total(jnp.sum(can, axis=1)) == 1) & jnp.isfinite(floor)
 
 
 def between_proved(reading: Reading, logits: Interval, sides: Sequence[jax.Array]) -> tuple[jax.Array, jax.Array]:

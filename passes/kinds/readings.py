@@ -21,7 +21,9 @@ from hire_xform.passes.rewrite.canonical import result_shape
 from hire_xform.passes.weights.products import Product
 
 
-def readings_of(product: Product, reads: Reads, goal: Goal, within: float | None = None) -> tuple[Reading, ...]:
+def readings_of(
+    product: Product, reads: Reads, goal: Goal, within: float | None = None, split: bool = False
+) -> tuple[Reading, ...]:
     """What is to be proved of a projection: of the logits themselves where nothing reads them as a whole.
 
     Args:
@@ -29,6 +31,7 @@ def readings_of(product: Product, reads: Reads, goal: Goal, within: float | None
       reads: what reads its logits.
       goal: what is to be proved of these where nothing says more.
       within: how far numbers that are made of all logits may be from the dense ones.
+      split: whether logits and side inputs are one device's part of them.
     """
     found: list[Reading] = []
     at = 0
@@ -41,7 +44,7 @@ def readings_of(product: Product, reads: Reads, goal: Goal, within: float | None
             found.append(Reading(own, ordered))
             continue
         margin = margin_of if chain.softmax else None
-        between = functools.partial(_between, product, chain)
+        between = chain.between if split else functools.partial(_between, product, chain)
         mixed = sum(number == -1 for step in chain.steps for number in step.operands) > 1
         number = chain.reader.kind == "number"
         decides = not number and not chain.reader.has_places
@@ -55,16 +58,17 @@ def _between(product: Product, chain: Chain, logits: Interval, sides: Sequence[A
     return chain.between(logits.map(lambda end: result_shape(product, end)), sides)
 
 
-def rank_of(product: Product, reads: Reads) -> Callable[[Interval, Sequence[Any]], Any] | None:
+def rank_of(product: Product, reads: Reads, split: bool = False) -> Callable[[Interval, Sequence[Any]], Any] | None:
     """What candidates are chosen by where something is added that differs along the vocabulary; else None.
 
-    How far an entry can be above the largest lower bound, as it is read: the best of all readers decides.
+    How far an entry can be above the largest lower bound, as it is read: the best of all readers decides. Of logits
+    that are ``split``, above the largest of a device's own.
     """
     # A token that is picked at run time is not put back where it was: then logits decide.
     picked = any(step.node.primitive is prims.dynamic_slice_p for chain in reads.chains for step in chain.steps)
     if picked or all(chain.uniform for chain in reads.chains):
         return None
-    readings = readings_of(product, reads, True)
+    readings = readings_of(product, reads, True, split=split)
     chained = [chain for chain in reads.chains if not chain.plain]
     # What is picked or drawn among ranks has no place among the logits: then their own bounds decide.
 
@@ -93,7 +97,10 @@ def _back(product: Product, chain: Chain, opened: Any, shape: tuple[int, ...]) -
     return empty.at[at.reshape(-1)].max(opened.reshape(-1), mode="promise_in_bounds").reshape(shape)
 
 
-def as_plain(reads: Reads) -> Reads:
-    """The same readers, as if they took the logits themselves."""
-    chains = (dataclasses.replace(chain, steps=(), sides=(), ahead=(), softmax=False) for chain in reads.chains)
+def on_each_device(reads: Reads) -> Reads:
+    """The same readers, as if they took the logits themselves where that takes the same entry."""
+    chains = (
+        dataclasses.replace(chain, steps=(), sides=(), ahead=(), softmax=False) if chain.keeps_order else chain
+        for chain in reads.chains
+    )
     return dataclasses.replace(reads, chains=tuple(chains))

@@ -27,7 +27,7 @@ from hire_xform.lowering.prove.proofs import proof_bytes, scores_with_bounds
 from hire_xform.lowering.xla.blocks import fold_row_blocks
 from hire_xform.lowering.xla.devices import ONE, Devices
 from hire_xform.passes.ir.graph import Node, Operand
-from hire_xform.passes.kinds.readings import as_plain, rank_of, readings_of
+from hire_xform.passes.kinds.readings import on_each_device, rank_of, readings_of
 from hire_xform.passes.match.kinds import SiteKind, register_site_kind
 from hire_xform.passes.match.matches import VocabMatch
 from hire_xform.passes.measure.capture import Measured, Recorded, numbered
@@ -102,8 +102,8 @@ class VocabKind(SiteKind):
 
     def reads(self, case: Case) -> Reads | str:
         """What reads the logits."""
-        split = case.placement is not None or is_cut(case.match.product.origin.refs)
-        return reads_of(case.match, case.settings, split)
+        placed = case.placement is not None
+        return reads_of(case.match, case.settings, placed or is_cut(case.match.product.origin.refs), placed)
 
     def listing(self, match: VocabMatch) -> list[str]:
         """With what says that they are logits, and what reads them."""
@@ -136,10 +136,11 @@ class VocabKind(SiteKind):
 
     def values(self, decision: Decision, context: Context) -> list[Any]:
         """The activation, and the side inputs of readers, which may be made further on."""
-        for chain in decision.reads.chains:
+        reads = _reads(decision)
+        for chain in reads.chains:
             if chain.ahead:
                 context = context.with_results(chain.ahead, chain.resolved)
-        sides = [context.read(chain.resolved(side)) for chain, side in decision.reads.sides]
+        sides = [context.read(chain.resolved(side)) for chain, side in reads.sides]
         return [context.read(_match(decision).product.x), *sides]
 
     def reached_by(self, decision: Decision) -> list[Node]:
@@ -154,14 +155,22 @@ class VocabKind(SiteKind):
         return product_key(match.product), chains, match.out_dtype.name
 
     def canonical(self, decision: Decision, values: Sequence[Any]) -> list[Any]:
-        """Tokens flattened. On several devices only logits are proved, so readers' side inputs are left out."""
+        """Tokens flattened, and readers' side inputs as they are."""
         x, *sides = values
-        flat = flat_activation(_match(decision).product, x)
-        return [flat, *sides] if decision.placement is None else [flat]
+        return [flat_activation(_match(decision).product, x), *sides]
 
     def specs(self, decision: Decision, given: Sequence[Any], placement: Placement) -> list[PartitionSpec]:
-        """Tokens over their axes."""
-        return [PartitionSpec(placement.tokens or None, None) for _ in given]
+        """Tokens over their axes, and of side inputs along the vocabulary each device its part."""
+        product = _match(decision).product
+        tokens, rows = placement.tokens or None, placement.rows or None
+
+        def spec(side: Any) -> PartitionSpec:
+            if not side.ndim:
+                return PartitionSpec()
+            lengths = zip(side.shape, (product.tokens, product.width), (tokens, rows), strict=True)
+            return PartitionSpec(*(names if have == full and full > 1 else None for have, full, names in lengths))
+
+        return [PartitionSpec(tokens, None), *map(spec, map(jnp.asarray, given[1:]))]
 
     def splits_result(self, match: VocabMatch) -> bool:
         """Logits stay where they are made."""
@@ -183,7 +192,7 @@ class VocabKind(SiteKind):
             logits, mark = self._certified(decision, given, views, devices)
         else:
             sizes = _sizes(decision, views, devices)
-            rank = rank_of(match.product, decision.reads)
+            rank = rank_of(match.product, _reads(decision))
             if rank is not None:
                 sizes["rank"] = lambda scores: rank(Interval(scores, scores), given[1:])
             logits = vocab_logits(*self._arguments(decision, given, views), **sizes, fill=_settings(decision).fill)  # type: ignore[arg-type]
@@ -198,18 +207,16 @@ class VocabKind(SiteKind):
     def _certified(self, decision: Decision, given: Sequence[Any], views: Views, devices: Devices) -> tuple[Any, Any]:
         """The logits ``[T, V]``, or one device's part of them, proved of all devices; and the size."""
         match, settings = _match(decision), _settings(decision)
-        product = match.product
-        # Of rows on several devices only logits are proved; what is added is the same for all, and keeps the order.
-        reads = decision.reads if decision.placement is None else as_plain(decision.reads)
+        product, reads, split = match.product, _reads(decision), decision.placement is not None
         return certified_logits(
             *self._arguments(decision, given, views),
             lambda x, rows: dense_product(product, x, rows).astype(match.out_dtype),
             own=lambda x, leaf: own_product(product, x, leaf).astype(match.out_dtype),
             leaf=views.leaves[0] if views.leaves else None,
             smaller=decision.smaller,
-            readings=readings_of(product, reads, settings.certify or False, settings.logprobs),
+            readings=readings_of(product, reads, settings.certify or False, settings.logprobs, split),
             sides=[jnp.asarray(side) for side in given[1:]],
-            rank=rank_of(product, reads),
+            rank=rank_of(product, reads, split),
             fill=settings.fill,  # type: ignore[arg-type]
             rounded_to=product.out.aval.dtype,
             input_bits=decision.input_bits,
@@ -296,6 +303,11 @@ def _opened(way: Decision, x: jax.Array, packed: Any, logits: jax.Array) -> dict
         for i, stage in enumerate(spec.stages[:-1])
     ]
     return {"opened": jnp.stack(shares)} if shares else {}
+
+
+def _reads(decision: Decision) -> Reads:
+    """What reads the logits, as far as it has to be told; of rows on several devices what keeps their order has not."""
+    return decision.reads if decision.placement is None else on_each_device(decision.reads)
 
 
 def _match(decision: Decision) -> VocabMatch:

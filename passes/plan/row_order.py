@@ -89,8 +89,10 @@ def other_rows(decision: Decision) -> Decision | None:
 
 
 def may_be_cyclic(decision: Decision) -> bool:
-    """True for a vocabulary whose rows are over several devices."""
+    """True for a vocabulary whose rows are over several devices, and beside which nothing else lies in their order."""
     placement, kind = decision.placement, kind_of(decision.match)
+    if not all(chain.keeps_order for chain in decision.reads.chains):
+        return False
     return kind.chooses and kind.splits_result(decision.match) and placement is not None and placement.shards > 1
 
 

@@ -19,7 +19,7 @@ from jax.extend.core import primitives as prims
 from hire_xform.lowering.prove import intervals
 from hire_xform.lowering.prove.intervals import Interval
 from hire_xform.passes.ir import compat
-from hire_xform.passes.ir.axis_rules import moves_only
+from hire_xform.passes.ir.axis_rules import is_pointwise, moves_only
 from hire_xform.passes.ir.graph import Node, Operand, Value, dtype_of
 from hire_xform.passes.ir.pointwise import HINTS
 from hire_xform.passes.match.readers import Reader
@@ -92,6 +92,30 @@ class Chain:
     def uniform(self) -> bool:
         """True where all logits are read, and the same is done to them all along the vocabulary."""
         return not self.cut and not any(step.differs for step in self.steps)
+
+    @property
+    def split(self) -> bool:
+        """True where a part of the vocabulary's entries can be replayed by itself, as each of several devices has one.
+
+        That is so of logits ``[T, V]`` to which pointwise equations alone are applied, with side inputs of that shape
+        or of one that broadcasts to it.
+        """
+        shape = self.value.shape
+        sides = (o.shape for o in self.sides if isinstance(o, Value))
+        return (
+            len(shape) == 2
+            and self.dim == 1
+            and self.reader.k == 1
+            and not (self.softmax or self.cut)
+            and all(is_pointwise(s.node) and not (s.common or s.unknown) for s in self.steps)
+            and all(s.node.outputs[s.result].shape == shape for s in self.steps)
+            and all(not s or (len(s) == 2 and s[0] in (1, shape[0]) and s[1] in (1, shape[1])) for s in sides)
+        )
+
+    @property
+    def keeps_order(self) -> bool:
+        """True where the largest of what it ends in is the largest of the logits."""
+        return self.plain or (self.uniform and self.reader.slope > 0)
 
     def signature(self) -> Any:
         """Equal for two chains that compute the same function; hashable."""

@@ -45,13 +45,14 @@ class Reads:
 NOTHING_READ = Reads()
 
 
-def reads_of(match: Any, settings: Any, split: bool) -> Reads | str:
+def reads_of(match: Any, settings: Any, split: bool, placed: bool = False) -> Reads | str:
     """What reads the logits of a match, as far as its settings ask; a reason where that can't be proved.
 
     Args:
       match: a ``VocabMatch``.
       settings: its settings, ``certify`` decided.
       split: whether its rows are over several devices, of which each knows its own logits only.
+      placed: whether it is ours to say what these devices are given beside their logits.
     """
     product, fate = match.product, match.fate
     found = [(reader, chain_of(product, fate, reader)) for reader in match.readers]
@@ -93,7 +94,7 @@ def reads_of(match: Any, settings: Any, split: bool) -> Reads | str:
                 f"it can't be proved what {reader.where} takes of its logits: {chain}; allow what is not proved with "
                 "hx.approximate(), candidates=, or a calibration"
             )
-        if split and not chain.plain and not (chain.uniform and reader.slope > 0):
+        if split and not chain.keeps_order and not (placed and chain.split and settings.certify is True):
             return f"what {reader.where} reads is not its logits alone, which is proved on one device only"
         chains.setdefault((chain.value, reader.k, reader.inverted), chain)
         proved.append(_told(reader))

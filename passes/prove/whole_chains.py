@@ -67,6 +67,11 @@ class WholeChain(Chain):
         return False
 
     @property
+    def split(self) -> bool:
+        """Never, likewise."""
+        return False
+
+    @property
     def uniform(self) -> bool:
         """Whether candidates are chosen by their logits."""
         return not self.spine

@@ -241,12 +241,11 @@ def check_all_rows_selected_is_the_dense_result():
         assert_same(hx.sparsify(block, config=whole)(w, x), dense(block))
 
 
-def check_what_differs_along_the_vocabulary_is_refused():
-    """Each device knows its own logits only: what of them is read, and with what, must be the same for all."""
+def check_what_moves_along_the_vocabulary_is_refused():
+    """Each device knows its own logits only: what of them is read, and with what, must be there for its own part."""
     over = jnp.arange(V, dtype=jnp.float32)
     forms = {
         "cut": lambda w, x: jnp.argmax((x @ w["head"])[:, : V - 4], axis=-1),
-        "bias": lambda w, x: jnp.argmax(x @ w["head"] + over, axis=-1),
         "bias_vocabulary_first": lambda w, x: jnp.argmax(w["head"].T @ x.T + over[:, None], axis=0),
         "signs": lambda w, x: (lambda u: jnp.argmax(jnp.where(jnp.signbit(u), -u, u), axis=-1))(x @ w["head"]),
     }
@@ -283,6 +282,94 @@ def check_under_jit_scan_vmap_and_grad():
 
     want = jax.grad(total, argnums=2)(logits_and_block, weights(bias=-0.5), tokens())
     assert_same(jax.jit(jax.grad(total, argnums=2), static_argnums=0)(both, packed, x), want, 1e-4)
+
+
+# --- draws ---
+
+
+def drawn(w, x, key):
+    """A bias, a cap, ids that are masked, a temperature for each token, and noise."""
+    u = x @ w["head"] + jnp.linspace(-1.0, 1.0, V)
+    u = jnp.where(jnp.arange(V) % 7 == 3, -jnp.inf, 5.0 * jnp.tanh(u / 5.0))
+    return jax.random.categorical(key, u / jnp.linspace(0.5, 1.5, len(x))[:, None])
+
+
+def at(temperature):
+    return lambda w, x, key: jax.random.categorical(key, (x @ w["head"]).astype(jnp.float32) / temperature)
+
+
+def draws_compared(fun, w, x, keys, model=8, data=1, types=AUTO, config=None):
+    """How many of the draws with some keys ran dense; each is the dense one."""
+    mesh = mesh_of(model, data, types)
+    placed_w = {"head": jax.device_put(w["head"], NamedSharding(mesh, SPECS["head"]))}
+    placed_x = jax.device_put(x, NamedSharding(mesh, P("data") if data > 1 else P()))
+    step, dense_step = hx.sparsify(fun, config=config or lossless()), jax.jit(fun)
+    (site,) = step.trace(placed_w, placed_x, keys[0]).plan.sites
+    assert site.shards == model
+    assert "arg max" in site.proved[0], site.proved
+    packed, failed = step.trace(placed_w, placed_x, keys[0]).pack(placed_w), 0
+    for key in keys:
+        got, counts = step.with_fallbacks(packed, placed_x, key)
+        np.testing.assert_array_equal(got, dense_step({"head": w["head"]}, x, key))
+        (count,) = counts.values()
+        failed += int(count)
+    return failed
+
+
+def keys_of(n):
+    return jax.random.split(jax.random.key(0), n)
+
+
+def check_draws_are_the_dense_ones_on_every_mesh():
+    staged = lossless(predictor=hx.Staged((hx.LowRank(4, bits=8), hx.Quantized(8))))
+    for model, data, types, config in (
+        (8, 1, AUTO, None),
+        (4, 2, AUTO, None),
+        (2, 1, EXPLICIT, None),
+        (4, 1, AUTO, staged),
+    ):
+        for fun in (drawn, at(0.7)):
+            failed = draws_compared(fun, weights(), tokens(), keys_of(8), model, data, types, config)
+            assert failed <= 1, (model, data, failed)
+
+
+def check_what_draws_send():
+    """16 bytes a device and token, the arg max of noisy logits included, as for the greedy token."""
+    w, x = placed(mesh_of(8))
+    sent = collectives(compiled(hx.sparsify(at(0.7), config=lossless()), w, x, jax.random.key(0)))
+    assert sum(c.sent for c in sent) <= 16 * TOKENS, sent
+
+
+def check_draws_from_hard_inputs():
+    """Ties, huge and tiny norms, what is not finite, 16 bits, temperatures of nothing and of nearly everything."""
+    head = np.asarray(weights()["head"]).copy()
+    for copy in (3, 17, 40, 63):
+        head[:, copy] = head[:, 5]
+    head[:, 20:30] *= np.float32(1.0 + 1e-6)
+    tied, plain, x = {"head": jnp.asarray(head)}, weights(), tokens()
+    for scale in (1e-30, 1e-3, 1e3, 1e30):
+        draws_compared(at(1.0), tied, x * scale, keys_of(2))
+    for value in (0.0, np.nan, np.inf, -np.inf, 3e38):
+        failed = draws_compared(at(1.0), tied, x.at[1, 3].set(value), keys_of(2))
+        assert failed == 2 or np.isfinite(value)
+    for temperature in (0.0, 1e-30, 1e-6, 1e6, 1e30, np.inf):
+        draws_compared(at(temperature), plain, x, keys_of(2))
+    for dtype in (jnp.bfloat16, jnp.float16):
+        draws_compared(at(1.0), {"head": tied["head"].astype(dtype)}, x.astype(dtype), keys_of(3))
+        proved = draws_compared(at(1.0), {"head": plain["head"].astype(dtype)}, x.astype(dtype), keys_of(4), 4)
+        assert proved <= 2
+
+
+def check_all_ids_masked_on_most_devices():
+    def masked(w, x, key):
+        return jax.random.categorical(key, jnp.where(jnp.arange(V) < 5, x @ w["head"], -jnp.inf))
+
+    assert draws_compared(masked, weights(), tokens(), keys_of(4)) <= 1
+
+    def all_masked(w, x, key):
+        return jax.random.categorical(key, jnp.where(jnp.arange(V) < 0, x @ w["head"], -jnp.inf))
+
+    assert draws_compared(all_masked, weights(), tokens(), keys_of(2)) == 2
 
 
 @pytest.mark.parametrize("name", devices.checks(__name__))

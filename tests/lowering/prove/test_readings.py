@@ -2,13 +2,22 @@
 
 import itertools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from hire_xform.lowering.prove.goals import TopSet
 from hire_xform.lowering.prove.intervals import Interval, interval
-from hire_xform.lowering.prove.readings import Reading, between_proved, goal_of, openness
+from hire_xform.lowering.prove.readings import (
+    Reading,
+    between_proved,
+    between_proved_across,
+    goal_of,
+    openness,
+    within_proved,
+)
+from hire_xform.lowering.xla.devices import Devices
 
 
 def as_they_are(logits, sides):
@@ -67,6 +76,49 @@ def test_what_is_proved_holds_at_every_corner(reading):
             got = np.asarray(best[0]).tolist()
             assert outcomes == {tuple(got if reading.ordered else sorted(got))}
     assert proved > 3
+
+
+def test_an_arg_max_across_devices_is_proved_where_one_entry_alone_can_be_it():
+    """Of four entries on two devices: as on one, but that ties are never decided."""
+    rng, proved = np.random.default_rng(1), 0
+    devices = Devices(("devices",), 2)
+
+    def across(low, high):
+        return between_proved_across(ARG_MAX, Interval(low, high), (), devices)
+
+    run = jax.jit(jax.vmap(across, axis_name="devices"))
+    for number in range(60):
+        low = rng.integers(0, 6, 4).astype(np.float32)
+        high = low + rng.integers(0, 2, 4).astype(np.float32)
+        if number % 10 == 0:
+            high[number % 4] = low[number % 4] = np.nan
+        given = (jnp.asarray(end.reshape(2, 1, 2)) for end in (low, high))
+        first, second = np.asarray(run(*given))[:, 0]
+        assert first == second  # every device must branch alike
+        floor = np.nanmax(low)
+        assert first == (np.isfinite(high).all() and (high >= floor).sum() == 1)
+        proved += bool(first)
+    assert proved > 5
+
+
+WITHIN = Reading(True, False, as_they_are, within=0.5)
+NUMBERS = {
+    "as close": ((1.0, 1.5), (1.2, 1.2), True),
+    "known here, at an end": ((1.0, 1.5), (1.0, 1.0), True),
+    "too wide": ((0.0, 1.5), (0.5, 0.5), False),
+    "rounded here": ((1.0, 1.4), (1.0, 1.4), True),
+    "rounded here too much": ((1.0, 1.6), (1.0, 1.6), False),
+    "not known": ((np.nan, np.nan), (1.0, 1.0), False),
+    "not known here": ((1.0, 1.1), (np.nan, np.nan), False),
+    "infinite": ((-INF, -INF), (-INF, -INF), False),
+}
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_numbers_are_proved_where_no_two_cases_are_further_apart(name):
+    either, here, want = NUMBERS[name]
+    sure = within_proved(WITHIN, logits(either), logits(here), ())
+    assert bool(sure[0]) is want
 
 
 def test_the_largest_must_be_ahead_by_the_margin():
