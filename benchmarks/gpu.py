@@ -6,13 +6,16 @@
 
 Each form runs in a loop of steps inside one program, so that no call from Python is in the times; what one step makes
 is the input of the next. Speeds are bytes that a step has to read over its time, and their share of the speed at which
-the card copies. Certified forms read what they read: their bytes are those of the inputs that were run. Parts that do
-not fit into the minutes are named and left out. What is wrong makes the exit status 1; without a GPU it is 2.
+the card copies. Certified forms read what they read: their bytes are those of the inputs that were run. All parts of
+one number of tokens come before those of the next; what does not fit into the minutes is named and left out. What is
+wrong makes the exit status 1; without a GPU it is 2.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
+import itertools
 import json
 import statistics
 import sys
@@ -176,31 +179,32 @@ def drawn(struct: jax.ShapeDtypeStruct, seed: int, below: int) -> jax.Array:
     return jnp.asarray(np.abs(values) if len(struct.shape) == 1 or struct.shape[1] == 1 else values, struct.dtype)
 
 
-def check(run: Run) -> None:
+def check(run: Run, tokens: int) -> None:
     """Every step as programs for GPUs have it, against its portable form: results, then times of both."""
-    for tokens in sorted({1, *run.tokens}):
-        for name, step, operands, nbytes in checks(run.sizes, tokens):
-            if run.compiling:
-                compiled(run, f"{name}, {tokens} tokens", jax.jit(lambda *o, step=step: step(*o)), operands)
-                continue
-            if not run.has_time(f"check of {name}, {tokens} tokens", 10):
-                continue
+    for name, step, operands, nbytes in checks(run.sizes, tokens):
+        if run.compiling:
+            compiled(run, f"{name}, {tokens} tokens", jax.jit(lambda *o, step=step: step(*o)), operands)
+        elif run.has_time(f"check of {name}, {tokens} tokens", 10):
             arrays = [drawn(struct, i, run.sizes.rows) for i, struct in enumerate(operands)]
             if operands[-1].dtype == jnp.int32:
                 arrays[-1] = arrays[-1] % (run.sizes.rows * operands[-1].shape[0] // run.sizes.chosen)
-            mine, theirs = jax.jit(repeated(step, run.sizes.steps)), jax.jit(repeated(step, run.sizes.steps))
-            one = jax.jit(lambda *o, step=step: jax.tree.leaves(step(*o)))
-            got, seconds = one(*arrays), timed(lambda mine=mine, arrays=arrays: mine(*arrays), run.sizes.steps)
+            got, seconds = made_and_timed(step, arrays, run.sizes.steps)
             with portable_only():
-                other = jax.jit(lambda *o, step=step: jax.tree.leaves(step(*o)))
-                want, plain = other(*arrays), timed(lambda f=theirs, arrays=arrays: f(*arrays), run.sizes.steps)
+                want, plain = made_and_timed(step, arrays, run.sizes.steps)
             error = max(map(difference, got, want))
-            allowed = 2e-2 if operands[0].dtype == jnp.bfloat16 else 1e-3
-            note = f"differs by {error:.1e}" + ("" if error <= allowed else " WRONG")
-            if error > allowed or not np.isfinite(error):
+            # XLA's products of f32 are of fewer bits on a GPU, and those of bf16 are rounded to it.
+            right = error <= (2e-2 if operands[0].dtype == jnp.bfloat16 else 5e-3)
+            if not right:
                 run.wrong.append(f"{name}, {tokens} tokens: differs by {error}")
-            run.tell("check", name, tokens, seconds, nbytes, note)
+            run.tell("check", name, tokens, seconds, nbytes, f"differs by {error:.1e}" + ("" if right else " WRONG"))
             run.tell("check", f"{name}, portable", tokens, plain, nbytes)
+
+
+def made_and_timed(step: Callable[..., Any], arrays: Sequence[jax.Array], times: int) -> tuple[list[jax.Array], float]:
+    """What a step makes, and the seconds that it takes."""
+    made = jax.jit(lambda *operands: jax.tree.leaves(step(*operands)))(*arrays)
+    loop = jax.jit(repeated(step, times))
+    return made, timed(lambda: loop(*arrays), times)
 
 
 def difference(a: Any, b: Any) -> float:
@@ -357,78 +361,113 @@ def configs(part: str, tokens: int) -> dict[str, hx.Config]:
     }
 
 
-def measure(run: Run, part: str) -> None:
-    """A part for every number of tokens: dense in two layouts, int8, and ours."""
-    sizes = run.sizes
-    base = None if run.compiling else make_weights(sizes, part)
-    structs = {name: jax.ShapeDtypeStruct(shape, jnp.bfloat16) for name, shape in shapes_of(sizes, part).items()}
-    packed: dict[str, Any] = {}
-    for tokens in run.tokens:
-        inputs = [norm(jax.random.normal(jax.random.key(i), (tokens, sizes.d), jnp.bfloat16)) for i in range(SEEN)]
+class Part:
+    """A part of the model: its weights, and what is packed of them for all numbers of tokens."""
+
+    def __init__(self, run: Run, name: str):
+        """Makes nothing yet."""
+        self.run, self.name = run, name
+        self.structs = {k: jax.ShapeDtypeStruct(shape, jnp.bfloat16) for k, shape in shapes_of(run.sizes, name).items()}
+        self.configs = configs(name, max(run.tokens))
+        self.single = one_step(run.sizes, name, rows_form)
+        self.loop = looped(self.single, run.sizes.steps)
+        self._packed: dict[str, Any] = {}
+
+    @functools.cached_property
+    def base(self) -> dict[str, jax.Array]:
+        """The weights."""
+        return make_weights(self.run.sizes, self.name)
+
+    def inputs(self, tokens: int) -> list[jax.Array]:
+        """Some, for so many tokens."""
+        shape = tokens, self.run.sizes.d
+        return [norm(jax.random.normal(jax.random.key(i), shape, jnp.bfloat16)) for i in range(SEEN)]
+
+    def packed(self, form: str) -> Any:
+        """The weights as a form of ours has them."""
+        if form not in self._packed:
+            steps = [hx.sparsify(f, config=self.configs[form]) for f in (self.loop, self.single)]
+            traces = [step.trace(self.base, self.inputs(t)[0]) for t in self.run.tokens for step in steps]
+            self._packed[form] = hx.pack(self.base, traces)
+        return self._packed[form]
+
+    def measure(self, tokens: int) -> None:
+        """Dense in two layouts, int8, and ours."""
+        run, x = self.run, self.inputs(tokens)[0]
         for name, product, layout in (
             ("dense bf16, rows", rows_form, lambda w: w),
             ("dense bf16, columns", columns_form, columns_of),
             ("XLA int8", int8_form, int8_of),
         ):
-            loop = jax.jit(looped(one_step(sizes, part, product), sizes.steps))
+            loop = jax.jit(looped(one_step(run.sizes, self.name, product), run.sizes.steps))
             if run.compiling:
-                shapes = jax.eval_shape(layout, structs)
-                compiled(run, f"{part}, {name}, {tokens} tokens", loop, (shapes, inputs[0]))
-            elif run.has_time(f"{part}, {name}, {tokens} tokens"):
-                w = layout(base)
-                seconds = timed(lambda loop=loop, w=w, x=inputs[0]: loop(w, x), sizes.steps)
-                run.tell(part, name, tokens, seconds, sum(leaf.nbytes for leaf in jax.tree.leaves(w)))
-        single = one_step(sizes, part, rows_form)
-        dense = jax.jit(single)
-        for name, config in configs(part, tokens).items():
-            step = hx.sparsify(looped(single, sizes.steps), config=config)
+                shapes = jax.eval_shape(layout, self.structs)
+                compiled(run, f"{self.name}, {name}, {tokens} tokens", loop, (shapes, x))
+            elif run.has_time(f"{self.name}, {name}, {tokens} tokens"):
+                w = layout(self.base)
+                seconds = timed(lambda loop=loop, w=w: loop(w, x), run.sizes.steps)
+                run.tell(self.name, name, tokens, seconds, sum(leaf.nbytes for leaf in jax.tree.leaves(w)))
+        for name, config in self.configs.items():
             if run.compiling:
-                args = run.compiling.placed((structs, inputs[0]))
-                compiled(run, f"{part}, {name}, {tokens} tokens", step, args, placed=True)
-            elif run.has_time(f"{part}, {name}, {tokens} tokens", 40):
-                ours(run, part, name, (step, hx.sparsify(single, config=config)), base, inputs, packed, dense)
+                args = run.compiling.placed((self.structs, x))
+                step = hx.sparsify(self.loop, config=config)
+                compiled(run, f"{self.name}, {name}, {tokens} tokens", step, args, placed=True)
+            elif run.has_time(f"{self.name}, {name}, {tokens} tokens", 40):
+                self.ours(name, tokens)
+
+    def ours(self, name: str, tokens: int) -> None:
+        """A line of ours: the loop is timed; results and bytes are those of single steps on some inputs."""
+        run, config, inputs = self.run, self.configs[name], self.inputs(tokens)
+        loop, single = (hx.sparsify(f, config=config) for f in (self.loop, self.single))
+        plan = single.trace(self.base, inputs[0]).plan
+        if not plan.sites:
+            run.left_out.append(f"{self.name}, {name}: left dense, {hx_reason(plan)}")
+            return
+        weights, dense, ran = self.packed(name), jax.jit(self.single), Counted()
+        for x in inputs:
+            (got, _), counts = single.with_rungs(weights, x)
+            want = dense(self.base, x)[0]
+            ran.add(plan, counts)
+            ran.same.append(
+                difference(got, want) if self.name == "ffn" else float(np.mean(np.asarray(got) == np.asarray(want)))
+            )
+        note = (
+            f"differs by {max(ran.same):.1e}"
+            if self.name == "ffn"
+            else f"{statistics.mean(ran.same):.1%} of tokens agree"
+        )
+        if "certified" in name:
+            note += f", {1 - ran.dense / max(1, ran.runs):.1%} proved"
+            if min(ran.same) < 1:
+                run.wrong.append(f"{self.name}, {name}, {tokens} tokens: {note}")
+        others = sum(leaf.nbytes for leaf in jax.tree.leaves(self.base)) - plan.dense_bytes
+        seconds = timed(lambda: loop(weights, inputs[0]), run.sizes.steps)
+        run.tell(self.name, name, tokens, seconds, others + ran.read / len(inputs), note)
 
 
-def ours(
-    run: Run,
-    part: str,
-    name: str,
-    steps: tuple[Any, Any],
-    base: Any,
-    inputs: Sequence[jax.Array],
-    packed: dict[str, Any],
-    dense: Callable[..., Any],
-) -> None:
-    """A line of ours: the loop is timed; results and bytes are those of single steps on some inputs."""
-    loop, single = steps
-    looping, alone = loop.trace(base, inputs[0]), single.trace(base, inputs[0])
-    if name not in packed:
-        packed.clear()  # one at a time: memory
-        packed[name] = hx.pack(base, [looping, alone])
-    weights = packed[name]
-    if not alone.plan.sites:
-        run.left_out.append(f"{part}, {name}: left dense, {alone.explain().splitlines()[-1]}")
-        return
-    others = sum(leaf.nbytes for leaf in jax.tree.leaves(base)) - alone.plan.dense_bytes
-    rungs = {site.path: site.rungs for site in alone.plan.sites}
-    read, fell_back, ran, agreed = 0.0, 0, 0, []
-    for x in inputs:
-        (got, _), counts = single.with_rungs(weights, x)
-        for path, site in zip(rungs, alone.plan.sites, strict=True):
-            if path in counts and site.rungs:
-                read += sum(int(n) * rung.bytes for n, rung in zip(counts[path], rungs[path], strict=True))
-                fell_back, ran = fell_back + int(counts[path][-1]), ran + int(sum(counts[path]))
-            else:
-                read += site.sparse_bytes
-        want = dense(base, x)[0]
-        agreed.append(float(np.mean(np.asarray(got) == np.asarray(want))) if part != "ffn" else difference(got, want))
-    note = f"differs by {max(agreed):.1e}" if part == "ffn" else f"{statistics.mean(agreed):.1%} of tokens agree"
-    if ran and "certified" in name:
-        note += f", {1 - fell_back / ran:.1%} proved"
-        if min(agreed) < 1:
-            run.wrong.append(f"{part}, {name}: {note}")
-    seconds = timed(lambda: loop(weights, inputs[0]), run.sizes.steps)
-    run.tell(part, name, inputs[0].shape[0], seconds, others + read / len(inputs), note)
+@dataclass
+class Counted:
+    """Of some calls: bytes that their sites read, how often certified ones ran and fell back, and how results agree."""
+
+    read: float = 0.0
+    runs: int = 0
+    dense: int = 0
+    same: list[float] = field(default_factory=list)
+
+    def add(self, plan: hx.Plan, counts: Any) -> None:
+        """One call more, by what each site counted."""
+        for site in plan.sites:
+            own = counts.get(site.path)
+            if own is None or not site.rungs:
+                self.read += site.sparse_bytes
+                continue
+            self.read += sum(int(n) * rung.bytes for n, rung in zip(own, site.rungs, strict=True))
+            self.runs, self.dense = self.runs + int(sum(own)), self.dense + int(own[-1])
+
+
+def hx_reason(plan: hx.Plan) -> str:
+    """Why nothing is rewritten."""
+    return plan.refusals[-1].reason if plan.refusals else "nothing was found"
 
 
 def compiled(run: Run, name: str, function: Any, operands: Any, placed: bool = False) -> None:
@@ -459,7 +498,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", default=",".join(PARTS), help=f"some of {','.join(PARTS)}")
     parser.add_argument("--tokens", default="1,8,2,4", help="tokens a step, in the order that they are run (1,8,2,4)")
-    parser.add_argument("--minutes", type=float, default=9.0, help="after which nothing more is begun (9)")
+    parser.add_argument("--minutes", type=float, default=8.5, help="after which nothing more is begun (8.5)")
     parser.add_argument("--small", action="store_true", help="sizes that take no time")
     parser.add_argument("--any-device", action="store_true", help="run on what is here, GPU or not")
     parser.add_argument("--compile", nargs="?", const="cuda:h100", metavar="CHIP", help="compile only (cuda:h100)")
@@ -497,12 +536,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"  {step:28s} {platforms['cuda']}")
     if not options.compile:
         measure_copy(run)
-    for part in options.parts:
+    parts = {name: Part(run, name) for name in options.parts if name != "check"}
+    for tokens, part in itertools.product(options.tokens, options.parts):
         try:
-            check(run) if part == "check" else measure(run, part)
+            check(run, tokens) if part == "check" else parts[part].measure(tokens)
         except Exception as error:
             # The parts after it are as good without it, and the time on a GPU is short.
-            run.wrong.append(f"{part}: {type(error).__name__}: {str(error)[:2000]}")
+            run.wrong.append(f"{part}, {tokens} tokens: {type(error).__name__}: {str(error)[:2000]}")
             print(f"{part} FAILED: {type(error).__name__}: {str(error)[:2000]}", flush=True)
     summary(run)
     if options.json:

@@ -30,8 +30,8 @@ LEAST_COLUMNS = 128
 LEAST_BYTES = 1 << 20
 # Offsets in it are 32 bits.
 MOST_ENTRIES = 1 << 31
-# Sums of one token's rows: XLA writes down a product for each entry where there are so many rows, of fewer columns.
-SPLIT_ROWS, SPLIT_COLUMNS = 512, 2048
+# Sums of one token's rows: of so many XLA may write down a product for each entry, which hangs on what is around them.
+SPLIT_ROWS = 256
 _FLOATS = frozenset({jnp.dtype(t) for t in (jnp.float32, jnp.bfloat16, jnp.float16)})
 
 
@@ -53,8 +53,7 @@ def products_served(x: Any, rows: Any, index: Any, **settings: Any) -> bool:
 def sums_served(h: Any, rows: Any, index: Any, **settings: Any) -> bool:
     """The same, and such rows of one token as above; where tokens have rows of their own, each is one."""
     alone = h.shape[0] == 1 or index.ndim == 2
-    split = h.shape[1] >= SPLIT_ROWS and rows.shape[1] < SPLIT_COLUMNS
-    return (split or not alone) and _rows_served(h, rows, index)
+    return (h.shape[1] >= SPLIT_ROWS or not alone) and _rows_served(h, rows, index)
 
 
 def stored_products_served(x: Any, index: Any, values: Any, *others: Any, operations: Any, **settings: Any) -> bool:
