@@ -269,12 +269,20 @@ class Sparsified:
         """
         return self.traced_for(None, args, kwargs)
 
-    def traced_for(self, platform: str | None, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Traced:
-        """As ``trace``, planned for "cpu", "gpu" or "tpu", whatever the arguments say; None goes by them."""
+    def traced_for(
+        self, platform: str | None, args: Sequence[Any], kwargs: Mapping[str, Any], elsewhere: str | None = None
+    ) -> Traced:
+        """As ``trace``, planned for "cpu", "gpu" or "tpu", whatever the arguments say; None goes by them.
+
+        Args:
+          platform: which.
+          args, kwargs: of the call.
+          elsewhere: the kind of its device, if that is not here.
+        """
         plain, named = self.signature.wrap_statics(tuple(args), dict(kwargs))
         call = abstract_call(self.signature, plain, named)
         if platform is not None:
-            call = dataclasses.replace(call, platform=platform)
+            call = dataclasses.replace(call, platform=platform, elsewhere=elsewhere)
         return self.traced(call).at(call.where)
 
     def lower(self, *args: Any, **kwargs: Any) -> jax.stages.Lowered:

@@ -29,6 +29,7 @@ from hire_xform.dump.targets import Target
 from hire_xform.files import write_whole
 from hire_xform.loading import LoadError, blame, demonstration, load_function, load_inputs
 from hire_xform.mesh_plan import Device, ModelShapes, plan_mesh
+from hire_xform.passes.plan.accelerators import SHEETS
 from hire_xform.passes.plan.placement import platform_named
 from hire_xform.tuning.keeping import VARIABLE, keep, key_of, profile_for, source_of
 from hire_xform.tuning.measuring import measure
@@ -108,9 +109,9 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     command.add_argument("--dtype", default="bfloat16", help="of weights and sums (bfloat16)")
     for flag, (default, text) in _MESH_NUMBERS.items():
         more = f" ({default:g})" if default is not None else ""
-        required = default is None
-        command.add_argument(f"--{flag}", type=float, default=default, required=required, metavar="X", help=text + more)
-    command.add_argument("--platform", default="tpu", help="cpu, gpu or tpu (tpu)")
+        command.add_argument(f"--{flag}", type=float, default=default, metavar="X", help=text + more)
+    command.add_argument("--chip", choices=sorted(SHEETS), help="by its data sheet: bandwidth, link, memory, platform")
+    command.add_argument("--platform", help="cpu, gpu or tpu (tpu, or the chip's)")
     command.add_argument("--devices", type=_numbers, required=True, metavar="N[,N...]", help="mesh sizes to compare")
     command.add_argument("--tokens", type=_positive, default=1, help="tokens a step (1)")
     command.add_argument("--candidates", type=_positive, help="logits computed exactly")
@@ -242,18 +243,27 @@ def _mesh(arguments: argparse.Namespace) -> str:
             other_bytes=round(arguments.other * 1e9),
             dtype=arguments.dtype,
         )
-        device = Device(
-            bandwidth=arguments.bandwidth * 1e9,
-            link=arguments.link * 1e9,
-            memory=arguments.memory * 1e9,
-            latency=arguments.latency * 1e-6,
-            platform=arguments.platform,
-        )
+        device = _device(arguments)
         settings = Vocab(candidates=arguments.candidates), Ffn(active=arguments.active)
         plan = plan_mesh(model, device, arguments.devices, tokens=arguments.tokens, vocab=settings[0], ffn=settings[1])
     except (ValueError, OverflowError) as error:
         raise CommandError(str(error)) from error
     return f"{plan}\n"
+
+
+def _device(arguments: argparse.Namespace) -> Device:
+    """That of a data sheet, with what else is said of it; or one of which all is said."""
+    stated = {name: getattr(arguments, name) for name in ("bandwidth", "link", "memory")}
+    missing = [f"--{name}" for name, value in stated.items() if value is None]
+    given: dict[str, Any] = {name: value * 1e9 for name, value in stated.items() if value is not None}
+    given["latency"] = arguments.latency * 1e-6
+    if arguments.platform is not None:
+        given["platform"] = arguments.platform
+    if arguments.chip is not None:
+        return Device.named(arguments.chip, **given)
+    if missing:
+        raise CommandError(f"no {', '.join(missing)}; expected them, or --chip, one of {', '.join(sorted(SHEETS))}")
+    return Device(**given)
 
 
 def _tune(arguments: argparse.Namespace) -> str:
@@ -300,7 +310,7 @@ def _trace(arguments: argparse.Namespace, target: Target | None = None, compiled
             raise CommandError(str(error)) from error
     try:
         if target is not None:
-            return step.traced_for(target.planned, args, kwargs)
+            return step.traced_for(target.planned, args, kwargs, target.elsewhere)
         return step.trace(*args, **kwargs)
     except (Exception, SystemExit) as error:
         raise CommandError(f"tracing {arguments.target!r} raised {blame(error, fun)}") from error

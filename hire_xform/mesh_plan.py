@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -16,7 +17,9 @@ from hire_xform.explain import size
 from hire_xform.lowering.engine.bytes_read import ffn_bytes, vocab_bytes
 from hire_xform.lowering.engine.selection import selection_of
 from hire_xform.lowering.predict.predictors import predictor_bytes
-from hire_xform.passes.plan.machine import PLATFORMS, of_memory
+from hire_xform.passes.plan.accelerators import SHEETS, accelerator
+from hire_xform.passes.plan.machine import CPU_MEMORY, FIXED_BYTES, PLATFORMS, ROW
+from hire_xform.passes.plan.profile import Profile
 from hire_xform.passes.plan.settings import Ffn, Vocab, refuse
 
 # A value and an id: what each device sends of a token for an arg max.
@@ -93,6 +96,23 @@ class Device:
                 refuse("Device", name, value, "a positive number")
         if self.platform not in PLATFORMS:
             refuse("Device", "platform", self.platform, f"one of {sorted(PLATFORMS)}")
+
+    @classmethod
+    def named(cls, chip: str, **changed: Any) -> Device:
+        """A device by its data sheet: "h100", "h200", "a100", "v4", "v5e", "v5p" or "v6e".
+
+        Args:
+          chip: its name.
+          **changed: fields that are to be others than the sheet's.
+
+        Raises:
+          ValueError: no such device is known.
+        """
+        if chip not in SHEETS:
+            refuse("Device", "chip", chip, f"one of {', '.join(sorted(SHEETS))}")
+        sheet = SHEETS[chip]
+        own = {"bandwidth": sheet.memory, "link": sheet.link, "memory": sheet.size, "platform": sheet.platform}
+        return cls(**{**own, **changed})
 
 
 @dataclass(frozen=True)
@@ -282,14 +302,46 @@ def _seconds(
     model: ModelShapes, device: Device, count: int, tokens: int, vocab: Vocab, ffn: Ffn
 ) -> tuple[tuple[float, float], tuple[float, float]]:
     """Dense and sparse seconds of all blocks, and of the head."""
-    row, fixed = of_memory(device.platform)
+    costs = _costs(device)
 
-    def pair(parts: tuple[int, int, int], times: int) -> tuple[float, float]:
+    def pair(parts: tuple[int, int, int], times: int, spec: Any, rows: float) -> tuple[float, float]:
         dense, predicted, exact = parts
-        sparse = (predicted + exact * row) / device.bandwidth + fixed
+        sparse = (predicted * costs.scores(spec) + exact * rows) / device.bandwidth + costs.fixed
         return dense / device.bandwidth * times, sparse * times
 
-    return pair(_block(model, count, tokens, ffn), model.layers), pair(_head(model, count, tokens, vocab), 1)
+    dot, total = costs.rows(model.itemsize, ffn.group_size)
+    mixed = (model.ups * dot + total) / (model.ups + 1)
+    blocks = pair(_block(model, count, tokens, ffn), model.layers, ffn.spec, mixed)
+    return blocks, pair(_head(model, count, tokens, vocab), 1, vocab.spec, costs.rows(model.itemsize, 1)[0])
+
+
+@dataclass(frozen=True)
+class _Costs:
+    """What bytes of a predictor and of chosen rows cost, as multiples of a dense product's; and a site's seconds."""
+
+    profile: Profile | None
+    fixed: float
+
+    def scores(self, spec: Any) -> float:
+        """Of a predictor."""
+        kind = {8: "int8", 4: "int4"}.get(getattr(spec, "bits", None) or 0)
+        return 1.0 if self.profile is None or kind is None else 1.0 / self.profile.speed(kind)
+
+    def rows(self, itemsize: int, group: int) -> tuple[float, float]:
+        """Of products with chosen rows, so many beside one another, and of sums of them."""
+        if self.profile is None:
+            return ROW, ROW
+        wide, size = "f32" if itemsize == 4 else "16 bits", 1 << 20
+        rows = (self.profile.rows[f"{step} {wide}"].seconds(1, size, group=group) for step in ("dot", "sum"))
+        dot, total = (seconds * self.profile.memory / size for seconds in rows)
+        return dot, total
+
+
+def _costs(device: Device) -> _Costs:
+    if device.platform == "cpu":
+        return _Costs(None, FIXED_BYTES / CPU_MEMORY)
+    profile = accelerator("", device.platform, device.bandwidth)
+    return _Costs(profile, profile.fixed)
 
 
 def _row(

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from hire_xform.call.leaves import PlacedAval, aval_of, placed_at, platform_in, stated_sharding
+from hire_xform.call.leaves import PlacedAval, aval_of, kind_elsewhere, placed_at, platform_in, stated_sharding
 from hire_xform.call.opaque import check_static
 from hire_xform.call.signature import Signature, argument_of
 from hire_xform.passes.ir.static_values import value_key
@@ -29,6 +29,7 @@ class Abstract:
       placed: for each array leaf that is a weight over several devices, its sharding; None for the others.
       token_axes: mesh axes that data comes in sharded over.
       platform: of the devices that the array leaves are on, where one of them says so.
+      elsewhere: the kind of an accelerator that they are on, where that is not here, as ahead of time.
       where: for each array leaf, the sharding it was given with, if that was stated. What a trace means does not hang
         on it, but what it is compiled for does.
     """
@@ -41,6 +42,7 @@ class Abstract:
     token_axes: tuple[str, ...] = ()
     platform: str | None = None
     where: tuple[Any, ...] = field(default=(), compare=False)
+    elsewhere: str | None = None
     # What the static values are compared by.
     _keys: tuple[Any, ...] = field(init=False, repr=False)
 
@@ -141,10 +143,10 @@ def abstract_call(signature: Signature, args: tuple[Any, ...], kwargs: dict[str,
         roots.append(Root.of(weight, counts.get(weight, 0)))
         counts[weight] = counts.get(weight, 0) + 1
     token_axes = tuple(axes) or token_axes_of(data)
-    platform = platform_in([*where, *(stated_sharding(leaf) for p in held if _is_packed(p) for leaf in p.leaves)])
-    return Abstract(
-        treedef, tuple(statics), tuple(avals), tuple(roots), tuple(placed), token_axes, platform, tuple(where)
-    )
+    stated = [*where, *(stated_sharding(leaf) for p in held if _is_packed(p) for leaf in p.leaves)]
+    platform, elsewhere = platform_in(stated), kind_elsewhere(stated)
+    lists = tuple(statics), tuple(avals), tuple(roots), tuple(placed)
+    return Abstract(treedef, *lists, token_axes, platform, tuple(where), elsewhere)
 
 
 def _is_held(value: Any) -> bool:

@@ -12,7 +12,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from hire_xform.passes.ir import compat
 from hire_xform.passes.ir.each_device import is_explicit
-from hire_xform.passes.plan.placement import device_of, placement_of, platform_of
+from hire_xform.passes.plan.machine import device_kind
+from hire_xform.passes.plan.placement import device_of, kind_of_device, placement_of, platform_of
 
 # What jax.jit traces; any other leaf (a function, a string, a dtype) is static.
 ARRAY_TYPES = (jax.Array, np.ndarray, np.generic, bool, int, float, complex, jax.ShapeDtypeStruct)
@@ -61,6 +62,12 @@ def placed_at(leaf: Any) -> Any:
 def stated_sharding(leaf: Any) -> Any:
     """Where a leaf is bound to be: over several devices, or on the one it was committed to."""
     return None if compat.is_tracer(leaf) else placement_of(leaf) or device_of(leaf)
+
+
+def kind_elsewhere(shardings: Iterable[Any]) -> str | None:
+    """The kind of the accelerator that some shardings name, if it is none that is here."""
+    found = next(((p, kind_of_device(s)) for s in shardings if (p := platform_of(s)) not in (None, "cpu")), None)
+    return None if found is None or found[1] == device_kind(str(found[0])) else found[1]
 
 
 def platform_in(shardings: Iterable[Any]) -> str | None:

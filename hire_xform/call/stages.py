@@ -92,7 +92,7 @@ class Traced(Program):
 
     def _plan(self, config: Config, platform: str, *measured: MeasurementOf) -> Plan:
         measure = measured[0] if measured else _no_measurement
-        profile = built_in_for(platform) if self.runs_dense else profile_for(platform)
+        profile = built_in_for(platform) if self.runs_dense else profile_for(platform, self.call.elsewhere)
         plan = make_plan(self._detection, config.choose, profile, self.name, measure, self._place, self.runs_dense)
         return distribute_rows(plan, self._read_as_they_are)
 

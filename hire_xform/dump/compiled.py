@@ -46,6 +46,7 @@ class Compiled:
     name: str
     device: str
     platform: str
+    profile: str
     planned: tuple[int, int]
     dense: Made
     sparse: Made
@@ -86,8 +87,8 @@ class Compiled:
         return rows
 
     def headline(self) -> str:
-        """What it was compiled for, and what ran the steps there."""
-        return f"{self.name}, compiled for {self.device}"
+        """What it was compiled for, and what it was planned for."""
+        return f"{self.name}, compiled for {self.device}, planned for {self.profile}"
 
     def to_text(self) -> str:
         """The table, and the sparse program as the compiler left it."""
@@ -96,6 +97,7 @@ class Compiled:
     def to_json(self) -> str:
         """All of it as JSON."""
         found: dict[str, Any] = {"function": self.name, "device": self.device, "platform": self.platform}
+        found["profile"] = self.profile
         found["planned_bytes"] = {"dense": self.planned[0], "sparse": self.planned[1]}
         found["kernels"] = {step: there[self.platform] for step, there in backends().items()}
         for which, made in (("dense", self.dense), ("sparse", self.sparse)):
@@ -135,7 +137,8 @@ def compile_both(traced: Traced, name: str) -> Compiled:
     left = plan.refused_bytes
     platform = {"gpu": "cuda"}.get(device.platform, device.platform)
     planned = plan.dense_bytes + left, plan.sparse_bytes + left
-    return Compiled(name, device.device_kind, platform, planned, dense, sparse)
+    profile = plan.profile.in_words if plan.profile is not None else "none"
+    return Compiled(name, device.device_kind, platform, profile, planned, dense, sparse)
 
 
 def _made(lowered: jax.stages.Lowered, device: Any) -> Made:

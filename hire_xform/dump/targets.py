@@ -73,6 +73,14 @@ class Target:
         """The platform as plans have it."""
         return platform_named(self.platform)
 
+    @property
+    def elsewhere(self) -> str | None:
+        """What JAX calls its kind, or the like, for a profile; None for the CPU, and for a device that is here."""
+        if self.platform == "cpu" or (self.chip is None and _here(self.platform) is not None):
+            return None
+        chip = self.chip or CHIPS[self.platform][0]
+        return f"TPU {chip}" if self.platform == "tpu" else f"NVIDIA {chip.upper()}"
+
     def device(self) -> Any:
         """A device of it, here or described to its compiler.
 

@@ -27,6 +27,7 @@ from hire_xform.errors import HireWarning
 from hire_xform.files import write_whole
 from hire_xform.lowering.kernels.cpu import library
 from hire_xform.lowering.primitives.kernels import backends
+from hire_xform.passes.plan.accelerators import of_device_kind
 from hire_xform.passes.plan.machine import BUILT_IN, built_in_for, device_kind, instruction_set
 from hire_xform.passes.plan.profile import Profile
 
@@ -37,20 +38,27 @@ VARIABLE = "HIRE_TUNE"
 FORMAT = 1
 
 
-def profile_for(platform: str) -> Profile:
+def profile_for(platform: str, elsewhere: str | None = None) -> Profile:
     """What plans for a platform ("cpu", "gpu", "tpu") are made for, as ``HIRE_TUNE`` has it.
+
+    Args:
+      platform: the platform.
+      elsewhere: the kind of its device where that is not here: what was measured here is not its own.
 
     Raises:
       ValueError: ``HIRE_TUNE`` names no profile, or a file that holds none.
     """
     stated = os.environ.get(VARIABLE, "")
+    built_in = built_in_for(platform) if elsewhere is None else of_device_kind(platform, elsewhere)
     if stated in ("", "auto"):
+        if elsewhere is not None:
+            return built_in
         if jax.process_count() > 1:
             # Processes that run one program have to plan it alike, and each has its own folder.
-            return built_in_for(platform)
-        return kept(platform) or (_measured_now(platform) if stated else None) or built_in_for(platform)
+            return built_in
+        return kept(platform) or (_measured_now(platform) if stated else None) or built_in
     fixed = None if stated == "off" else _named(stated)
-    return fixed if fixed is not None and fixed.platform == platform else built_in_for(platform)
+    return fixed if fixed is not None and fixed.platform == platform else built_in
 
 
 def source_of(platform: str) -> str:

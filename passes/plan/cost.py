@@ -142,12 +142,12 @@ class Running:
         row_bytes = [matrix.row_nbytes for matrix in matrices]
         count = size / sum(row_bytes)
         forms = kind.forms(self.match, self.settings)
-        time = 0.0
+        time, group = 0.0, self.settings.group_size
         for number, (matrix, nbytes) in enumerate(zip(matrices, row_bytes, strict=True)):
             step = "dot" if number < len(forms.up) else "sum"
             wide = "f32" if matrix.product.stored.itemsize >= 4 else "16 bits"
             sharing = self.tokens if self.shared else 1
-            time += self.profile.rows[f"{step} {wide}"].seconds(count, nbytes, sharing, kind.gathers)
+            time += self.profile.rows[f"{step} {wide}"].seconds(count, nbytes, sharing, kind.gathers, group)
         # A proof multiplies the rows twice, by their values and by their magnitudes.
         time *= 2 if kind.gathers and self.settings.certify else 1
         return time + count * self.profile.picking

@@ -1,8 +1,7 @@
 """The profiles that are built in, and which of them is that of a machine which nobody has measured.
 
 Those of CPUs go by instruction set, with the native kernels and without: each is that of two machines that were
-measured, and cautious. Those of GPUs and TPUs go by the kind of device. They are modelled: speeds of memory are those
-of public data sheets, of which a share is counted on, and nothing is measured.
+measured, and cautious. Those of GPUs and TPUs, in ``accelerators.py``, go by the kind of device, and are modelled.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ import subprocess
 import jax
 
 from hire_xform.lowering.kernels.cpu import library
+from hire_xform.passes.plan.accelerators import ACCELERATORS, of_device_kind
 from hire_xform.passes.plan.profile import FORMS, ROWS, SCORES, SPELLINGS, ByTokens, Profile, RowTimes
 
 PLATFORMS = ("cpu", "gpu", "tpu")
@@ -89,56 +89,7 @@ _CPUS = {
 _NATIVE = {"AVX-512 VNNI": "native_avx512_vnni", "AVX2": "native_avx2"}
 
 
-def accelerator(name: str, platform: str, sheet: float) -> Profile:
-    """A GPU or TPU whose memory gives so many bytes a second by its data sheet.
-
-    Rows of a kilobyte or more it reads about as fast as anything else, and compressed ones as fast as others: that is
-    what its own compiler and kernels are made for, and it is not measured. A site's small steps take as long as ten
-    launches of kernels.
-    """
-    second = ((1, 1.0 / (SHEET_SHARE * sheet)),)
-    return Profile(
-        name=name,
-        platform=platform,
-        source="modelled",
-        kernels=False,
-        dense={form: dict.fromkeys(SPELLINGS, second) for form in FORMS},
-        scores=dict.fromkeys(SCORES, second),
-        score_rows=((1, 0.0),),
-        rows=dict.fromkeys(ROWS, RowTimes(points=((GATHERED, GATHERED * second[0][1]),), each=0.0, further=0.0)),
-        fixed=FIXED_SECONDS[platform],
-        choosing=0.0,
-        bounding=0.0,
-        picking=0.0,
-    )
-
-
-# Of the speed of memory that a data sheet says, what programs are counted on to reach.
-SHEET_SHARE = 0.85
-# Of a site on an accelerator, besides reading.
-FIXED_SECONDS = {"gpu": 20e-6, "tpu": 10e-6}
-# By a name, what a device's kind has in it, and bytes a second by NVIDIA's and Google's data sheets.
-_SHEETS = {
-    "h200": ("gpu", "H200", 4.8e12),
-    "h100": ("gpu", "H100", 3.35e12),
-    "a100": ("gpu", "A100", 2.0e12),
-    "v6e": ("tpu", "TPU v6", 1.64e12),
-    "v5e": ("tpu", "TPU v5 lite|TPU v5e", 0.819e12),
-    "v5p": ("tpu", "TPU v5", 2.765e12),
-    "v4": ("tpu", "TPU v4", 1.2e12),
-}
-_ACCELERATORS = {name: accelerator(name, platform, sheet) for name, (platform, _, sheet) in _SHEETS.items()}
-# Of a kind that is not known: memory that is fast, so that dense programs are.
-_UNKNOWN = {"gpu": accelerator("unknown GPU", "gpu", 3.35e12), "tpu": accelerator("unknown TPU", "tpu", 1.64e12)}
-
-BUILT_IN: dict[str, Profile] = {**_CPUS, **_ACCELERATORS}
-
-
-def of_memory(platform: str) -> tuple[float, float]:
-    """Of a platform: what a byte of rows that are chosen costs of any other, and a site's seconds besides reading."""
-    if platform == "cpu":
-        return ROW, FIXED_BYTES / CPU_MEMORY
-    return 1.0, FIXED_SECONDS[platform]
+BUILT_IN: dict[str, Profile] = {**_CPUS, **ACCELERATORS}
 
 
 def built_in_for(platform: str) -> Profile:
@@ -146,14 +97,6 @@ def built_in_for(platform: str) -> Profile:
     if platform == "cpu":
         return BUILT_IN[_native() or instruction_set(os.environ.get("XLA_FLAGS", ""))]
     return of_device_kind(platform, device_kind(platform))
-
-
-def of_device_kind(platform: str, kind: str) -> Profile:
-    """The profile of an accelerator by what JAX calls its kind."""
-    for name, (where, words, _) in _SHEETS.items():
-        if where == platform and re.search(words, kind, re.IGNORECASE):
-            return BUILT_IN[name]
-    return _UNKNOWN[platform]
 
 
 def device_kind(platform: str) -> str:

@@ -107,6 +107,12 @@ def platform_of(sharding: Any) -> str | None:
     return platform_named(devices[0].platform) if devices else None
 
 
+def kind_of_device(sharding: Any) -> str | None:
+    """What JAX calls the kind of a sharding's devices; None where it names no devices."""
+    devices = _devices(sharding)
+    return str(devices[0].device_kind) if devices else None
+
+
 def platform_named(name: str) -> str:
     """A platform's name as the planner knows it: one for all kinds of GPU."""
     return "gpu" if name in ("gpu", "cuda", "rocm") else name

@@ -42,13 +42,15 @@ class RowTimes:
         are new at every call, and cost more than the reading.
       each: seconds of a row besides, however short it is.
       further: how much longer all takes, as a share, for each further token that shares the rows.
+      single: how many times as long it takes where rows do not come in groups of an even number.
     """
 
     points: tuple[tuple[int, float], ...]
     each: float
     further: float
+    single: float = 1.0
 
-    def seconds(self, count: float, row_bytes: float, tokens: int = 1, gathered: bool = True) -> float:
+    def seconds(self, count: float, row_bytes: float, tokens: int = 1, gathered: bool = True, group: int = 1) -> float:
         """Of so many rows.
 
         Args:
@@ -56,6 +58,7 @@ class RowTimes:
           row_bytes: bytes of one.
           tokens: that share them.
           gathered: False where the array that they are gathered into, if any, serves other sites as well.
+          group: how many lie beside one another.
         """
         size = count * row_bytes
         (first, least), *_ = self.points
@@ -64,7 +67,8 @@ class RowTimes:
             pairs = list(itertools.pairwise(self.points)) or [((0, 0.0), self.points[0])]
             (low, start), (high, end) = next((pair for pair in pairs if size <= pair[1][0]), pairs[-1])
             time = start + (size - low) * (end - start) / (high - low)
-        return (time + count * self.each) * (1.0 + self.further * (tokens - 1))
+        alone = self.single if group % 2 else 1.0
+        return (time + count * self.each) * (1.0 + self.further * (tokens - 1)) * alone
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,6 +211,7 @@ def _row_times(plain: Any) -> RowTimes:
         points=_table(plain["points"]),
         each=_number(plain["each"], zero=True),
         further=_number(plain["further"], zero=True),
+        single=_number(plain.get("single", 1.0)),
     )
 
 

@@ -73,9 +73,12 @@ def test_what_is_lowered_for_another_platform_needs_no_compiler(platform, model,
     assert "module @jit_run" in capsys.readouterr().out
 
 
-def test_plans_are_made_for_the_platform_that_is_asked_for(model, capsys):
-    assert main(["dump", *model, "--platform", "tpu"]) == 0
-    assert "model.py:approx on tpu:" in capsys.readouterr().out
+@pytest.mark.parametrize(("platform", "profile"), [("tpu", "v5e"), ("tpu:v6e", "v6e"), ("cuda:h200", "h200")])
+def test_plans_are_made_for_the_platform_that_is_asked_for(platform, profile, model, capsys):
+    assert main(["dump", *model, "--platform", platform, "--format", "json"]) == 0
+    plan = json.loads(capsys.readouterr().out)["plan"]
+    assert plan["platform"] == ("gpu" if "cuda" in platform else "tpu")
+    assert plan["profile"]["name"] == profile
 
 
 @pytest.mark.parametrize(
@@ -147,7 +150,7 @@ def test_what_a_tpus_compiler_made_of_it(tmp_path):
     if importlib.util.find_spec("libtpu") is None:
         pytest.skip(why_missing("tpu-aot", ImportError("libtpu")))
     found = compiled_elsewhere(tmp_path, "tpu:v5e")
-    assert found["device"] == "TPU v5 lite"
+    assert (found["device"], found["profile"]) == ("TPU v5 lite", "v5e, modelled")
     assert found["dense"]["counts"]["cycles"] > 0
     assert "T(8,128)" in found["sparse"]["text"]
     check_bytes(found, 1.1)
@@ -160,4 +163,5 @@ def test_what_a_gpus_compiler_made_of_it(tmp_path):
         pytest.skip("needs the compiler for CUDA: make gpu")
     found = compiled_elsewhere(tmp_path, "cuda:h100")
     assert "H100" in found["device"]
+    assert found["profile"] == "h100, modelled"
     check_bytes(found, 2)

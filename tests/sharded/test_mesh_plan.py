@@ -100,7 +100,8 @@ def test_recall_at_the_edges():
 
 def test_more_devices_read_less_each_and_stop_paying_somewhere():
     model = hx.ModelShapes(inputs=4096, hidden=14336, vocab=131072, layers=32, other_bytes=2_684_354_560)
-    plan = hx.plan_mesh(model, DEVICE, [1, 2, 4, 8, 16])
+    pairs = hx.Ffn(group_size=2)
+    plan = hx.plan_mesh(model, DEVICE, [1, 2, 4, 8, 16], ffn=pairs)
     assert [row.devices for row in plan.rows] == [1, 2, 4, 8, 16]
     assert plan.rows[0].sent == 0
     assert all(row.total[1] < row.total[0] for row in plan.rows)
@@ -108,11 +109,44 @@ def test_more_devices_read_less_each_and_stop_paying_somewhere():
     assert speedups == sorted(speedups, reverse=True)
     assert [row.fits for row in plan.rows] == [False, True, True, True, True]
     assert 16 <= plan.blocks_until < 4096
-    beyond = hx.plan_mesh(model, DEVICE, 2 * plan.blocks_until).rows[0]
-    within = hx.plan_mesh(model, DEVICE, plan.blocks_until).rows[0]
+    beyond = hx.plan_mesh(model, DEVICE, 2 * plan.blocks_until, ffn=pairs).rows[0]
+    within = hx.plan_mesh(model, DEVICE, plan.blocks_until, ffn=pairs).rows[0]
     assert beyond.speedup < within.speedup
     assert hx.plan_mesh(shapes(), DEVICE, 1).blocks_until == 0
     assert f"sparse blocks: faster on up to {plan.blocks_until} devices" in str(plan)
+    # Of bfloat16 a TPU reads a single unit with its neighbour.
+    single = hx.plan_mesh(model, DEVICE, [1])
+    assert 1 <= single.blocks_until < plan.blocks_until
+    assert single.rows[0].seconds[1] > plan.rows[0].seconds[1]
+
+
+def test_a_device_goes_by_its_data_sheet(capsys):
+    chip = hx.Device.named("v5e")
+    assert (chip.platform, chip.bandwidth, chip.memory) == ("tpu", 819e9, 16e9)
+    assert hx.Device.named("h100", memory=94e9).memory == 94e9
+    with pytest.raises(ValueError, match=r"chip='abacus'\): expected one of a100, h100, h200, v4, v5e, v5p, v6e"):
+        hx.Device.named("abacus")
+    model = hx.ModelShapes(inputs=2048, hidden=8192, vocab=131072, layers=16)
+    plans = {name: hx.plan_mesh(model, hx.Device.named(name), 1).rows[0] for name in ("v5e", "v6e", "h100", "h200")}
+    assert plans["v5e"].seconds[0] > plans["v6e"].seconds[0] > plans["h100"].seconds[0] > plans["h200"].seconds[0]
+    line = LINE[: LINE.index("--bandwidth")]
+    assert cli.main(["plan-mesh", *line, "--chip", "v5p", "--devices", "1,4"]) == 0
+    assert capsys.readouterr().out.splitlines()[1].split()[0] == "1"
+    assert cli.main(["plan-mesh", *line, "--link", "45", "--devices", "1"]) == 2
+    assert "no --bandwidth, --memory; expected them, or --chip, one of a100, h100" in capsys.readouterr().err
+
+
+def test_sums_of_rows_cost_what_the_kernels_move():
+    """On a GPU half as much again, in a block; a head has none."""
+    model = hx.ModelShapes(inputs=2048, hidden=8192, vocab=131072, layers=1, gated=False)
+    gpu, tpu = (hx.Device(bandwidth=1e12, link=1e9, memory=1e12, latency=0, platform=p) for p in ("gpu", "tpu"))
+    pairs = hx.Ffn(active=0.25, group_size=2, predictor=hx.Quantized(8))
+    rows = [hx.plan_mesh(model, device, 1, ffn=pairs).rows[0] for device in (gpu, tpu)]
+    exact = 0.25 * 8192 * 2 * 2048 * 2
+    # 20 us a site on a GPU and 10 on a TPU, which reads the head's single rows twice.
+    head = hx.Vocab().candidates_of(model.vocab) * model.inputs * 2
+    difference = rows[0].seconds[1] - rows[1].seconds[1] - 2 * (20e-6 - 10e-6)
+    assert difference == pytest.approx((0.25 * exact - head) / 1e12, rel=0.05)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import pytest
 from checks import FORCE
 
 import hire_xform as hx
-from hire_xform.passes.plan import machine
+from hire_xform.passes.plan import accelerators, machine
 from hire_xform.passes.plan.cost import Running, dense_seconds
 from hire_xform.passes.plan.machine import BUILT_IN, CPU_MEMORY
 from hire_xform.tuning import keeping
@@ -97,7 +97,10 @@ def test_other_platforms_are_planned_by_their_own_profiles(slow):
             assert site.sparse_bytes < site.dense_bytes
             running = Running(decision.match, decision.settings, plan.profile, 1)
             arrays = sum(nbytes for _, nbytes in running.predictor_arrays())
-            read = (arrays + 100 + 10) / plan.profile.memory
+            # What of the rows is summed up, in a block, a GPU's kernels move half as often again.
+            rows = running.rows_seconds(10) * plan.profile.memory
+            assert rows == pytest.approx(10 if platform == "tpu" or fun is HEAD[0] else 12.5)
+            read = (arrays + 100 + rows) / plan.profile.memory
             assert running.seconds(arrays + 100, [(1.0, 10, False)]) == pytest.approx(fixed + read, rel=1e-6)
     fun, shapes = BLOCK
     traced = hx.sparsify(fun, config=config()).trace(*shapes)
@@ -205,6 +208,26 @@ def test_accelerators_go_by_their_kind_and_are_modelled(platform, kind, want):
     assert (profile.platform, profile.source) == (platform, "modelled")
     unknown = machine.of_device_kind(platform, "something new")
     assert (unknown.platform, unknown.source) == (platform, "modelled")
+
+
+def test_steps_cost_what_kernels_move_or_what_xla_does():
+    ours, theirs = (accelerators.accelerator("", "gpu", 1e12, kernels) for kernels in (True, False))
+    assert ours.kernels
+    assert not theirs.kernels
+    assert theirs.rows["dot 16 bits"].seconds(8, 4096) == pytest.approx(3.1 * ours.rows["dot 16 bits"].seconds(8, 4096))
+    assert theirs.speed("int4") < ours.speed("int4") == 1
+    rows = accelerators.accelerator("", "tpu", 1e12).rows["sum 16 bits"]
+    assert rows.seconds(8, 4096) == 2 * rows.seconds(8, 4096, group=2)
+
+
+def test_a_described_device_has_its_own_profile(monkeypatch):
+    """Whatever was kept for this machine; but a profile that is named holds."""
+    monkeypatch.delenv(keeping.VARIABLE, raising=False)
+    assert keeping.profile_for("tpu", "TPU v5 lite") is BUILT_IN["v5e"]
+    assert keeping.profile_for("gpu", "NVIDIA H200") is BUILT_IN["h200"]
+    monkeypatch.setenv(keeping.VARIABLE, "a100")
+    assert keeping.profile_for("gpu", "NVIDIA H200") is BUILT_IN["a100"]
+    assert keeping.profile_for("tpu", "TPU v5 lite") is BUILT_IN["v5e"]
 
 
 def test_what_this_cpu_says_of_itself_can_be_read():
