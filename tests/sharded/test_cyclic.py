@@ -15,6 +15,8 @@ import hire_xform as hx
 from hire_xform.lowering.engine.cyclic_rows import from_cyclic, to_cyclic
 from hire_xform.lowering.xla.devices import Devices
 
+pytestmark = pytest.mark.any_jax("which row lies where is our own arithmetic; test_sharded.py splits rows on every JAX")
+
 P = PartitionSpec
 AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
 # 10 rows on each of 4 devices, which 4 does not divide; 5 on each of 8.
