@@ -26,6 +26,7 @@ _FLOATS = frozenset({jnp.dtype(t) for t in (jnp.float32, jnp.bfloat16, jnp.float
 # Steps whose kernels read a matrix where it lies in a stack.
 _READ_IN_STACKS = ("hire_quantized_scores", "hire_fine_scores", "hire_products")
 _ROWS = _FLOATS | {jnp.dtype(t) for t in (jnp.float8_e4m3fn, jnp.float8_e5m2)}
+_INTEGERS = frozenset({jnp.dtype(t) for t in (jnp.int8, jnp.int4)})
 
 
 @functools.cache
@@ -65,19 +66,26 @@ def _products_served(x: Any, rows: Any) -> bool:
 
 
 def _rows_served(x: Any, rows: Any, index: Any, **settings: Any) -> bool:
-    known = jnp.dtype(x.dtype) in _FLOATS and jnp.dtype(rows.dtype) in _ROWS | {jnp.dtype(jnp.int8)}
+    kept = jnp.dtype(rows.dtype)
+    known = jnp.dtype(x.dtype) in _FLOATS and kept in _ROWS | _INTEGERS
+    # Two entries of four bits share a byte.
+    known = known and (kept != jnp.int4 or rows.shape[1] % 2 == 0)
     return known and _few(x) and 0 not in rows.shape and jnp.dtype(index.dtype) == jnp.int32
 
 
 def _stored_rows_served(x: Any, index: Any, values: Any, *others: Any, operations: Any, **settings: Any) -> bool:
-    """Rows of int8 times one scale in f32, in blocks that the loops take; conversions before keep all of an int8."""
-    if jnp.dtype(values.dtype) != jnp.int8 or len(others) != 1 or not _rows_served(x, values, index):
+    """Rows of int8 or int4 times one scale, in blocks that the loops take; conversions before keep all of an int8.
+
+    The loops multiply in f32. Where a program multiplies in 16 bits, XLA may leave out that rounding as well, and no
+    site is certified.
+    """
+    if jnp.dtype(values.dtype) not in _INTEGERS or len(others) != 1 or not _rows_served(x, values, index):
         return False
     *before, last = operations
     exact = all(each.name == "convert" and jnp.dtype(each.dtype) in _FLOATS for each in before)
     columns = values.shape[1] // others[0].shape[1]
     blocks = columns in (1, values.shape[1]) or columns % SCALED == 0
-    return exact and (last.name, jnp.dtype(last.dtype)) == ("mul", jnp.float32) and blocks
+    return exact and last.name == "mul" and jnp.dtype(last.dtype) in _FLOATS and blocks
 
 
 def _largest_served(scores: Any, *, k: int, shards: int) -> bool:

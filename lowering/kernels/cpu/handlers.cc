@@ -50,6 +50,7 @@ Element ElementOf(ffi::DataType type) {
     case ffi::F8E4M3FN: return Element::kE4M3;
     case ffi::F8E5M2: return Element::kE5M2;
     case ffi::S8: return Element::kS8;
+    case ffi::S4: return Element::kS4;
     case ffi::U8: return Element::kU8;
     case ffi::S32: return Element::kS32;
     default: return Element::kOther;
@@ -150,7 +151,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(hire_open_rows, hire::OpenRowsImpl, hire::One().Re
 extern "C" {
 
 // Which handlers there are and what they take, as library.py says it: one more wherever that changes.
-int hire_interface() { return 5; }
+int hire_interface() { return 6; }
 
 // The number of instruction sets that this processor runs, and the name of one, the fastest first.
 int hire_instruction_sets() { return static_cast<int>(hire::Supported().size()); }

@@ -15,11 +15,13 @@ struct Width {
 // Tokens, or limbs of tokens, that one call takes.
 constexpr int64_t kMostTokens = 64;
 
-// kE4M3 is float8_e4m3fn, which has no infinity, and kE5M2 float8_e5m2.
-enum class RowType { kF32, kBF16, kF16, kE4M3, kE5M2, kS8 };
+// kE4M3 is float8_e4m3fn, which has no infinity, and kE5M2 float8_e5m2. kS4 is two entries a byte, the first one low.
+enum class RowType { kF32, kBF16, kF16, kE4M3, kE5M2, kS8, kS4 };
 
-constexpr int64_t BytesOf(RowType type) {
-  return type == RowType::kF32 ? 4 : type == RowType::kBF16 || type == RowType::kF16 ? 2 : 1;
+// Bytes of so many entries, an even number of those of four bits.
+constexpr int64_t BytesOf(RowType type, int64_t entries) {
+  if (type == RowType::kS4) return entries / 2;
+  return entries * (type == RowType::kF32 ? 4 : type == RowType::kBF16 || type == RowType::kF16 ? 2 : 1);
 }
 
 // Integer products of quantised rows with quantised tokens.
@@ -40,7 +42,7 @@ struct Scores {
   int64_t n;
 };
 
-// What rows of int8 are multiplied with: [n / rows, d / columns], each for so many rows and columns. Null: nothing.
+// What rows of int8 and int4 are multiplied with: [n / rows, d / columns], each for so many rows and columns. Null: nothing.
 // `columns` is 1, d, or a multiple of kScaled.
 struct Scale {
   const float* values;

@@ -3,6 +3,8 @@
 
 #include <immintrin.h>
 
+#include <cstring>
+
 #include "kernels.h"
 
 #if defined(__clang__)
@@ -41,6 +43,14 @@ inline F LoadE4M3(const uint8_t* p) {
 }
 inline F LoadS8(const int8_t* p) {
   return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+}
+// Nibbles side by side; flipping the sign's bit and taking it off again extends it.
+inline F LoadS4(const uint8_t* p) {
+  int32_t four;
+  std::memcpy(&four, p, 4);
+  const __m128i pairs = _mm_cvtsi32_si128(four), low = _mm_set1_epi8(0xf), sign = _mm_set1_epi8(8);
+  const __m128i each = _mm_unpacklo_epi8(_mm_and_si128(pairs, low), _mm_and_si128(_mm_srli_epi16(pairs, 4), low));
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_sub_epi8(_mm_xor_si128(each, sign), sign)));
 }
 inline F Broadcast(float x) { return _mm256_set1_ps(x); }
 inline F Fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }

@@ -2,7 +2,7 @@
 // of its own, behind the operations:
 //
 //   F, kLanes                   a vector of f32
-//   Zero, Load, LoadBF16, LoadF16, LoadE4M3, LoadE5M2, LoadS8, Store, Fma(a, b, c) = a b + c, Abs, Broadcast, Sum
+//   Zero, Load, LoadBF16, LoadF16, LoadE4M3, LoadE5M2, LoadS8, LoadS4, Store, Fma(a, b, c) = a b + c, Abs, Broadcast, Sum
 //   Max, NaNs(a, b)             where neither is NaN, the larger; a, with those entries of b that are NaN
 //   NotBelow(a, b)              whether an entry of a is not smaller than that of b, as a NaN is not
 //   I, kBytes                   a vector of int32 that products of kBytes pairs of bytes are added to
@@ -142,13 +142,13 @@ inline F LoadRow(const uint8_t* p) {
   if constexpr (Type == RowType::kE4M3) return LoadE4M3(p);
   if constexpr (Type == RowType::kE5M2) return LoadE5M2(p);
   if constexpr (Type == RowType::kS8) return LoadS8(reinterpret_cast<const int8_t*>(p));
+  if constexpr (Type == RowType::kS4) return LoadS4(p);
 }
 
 template <RowType Type>
 inline F LoadRowPart(const uint8_t* p, int64_t count) {
-  constexpr int64_t size = BytesOf(Type);
-  alignas(64) uint8_t part[kLanes * size] = {};
-  for (int64_t i = 0; i < count * size; ++i) part[i] = p[i];
+  alignas(64) uint8_t part[BytesOf(Type, kLanes)] = {};
+  for (int64_t i = 0; i < BytesOf(Type, count); ++i) part[i] = p[i];
   return LoadRow<Type>(part);
 }
 
@@ -165,8 +165,7 @@ inline const float* ScaleOf(const Scale& scale, int64_t d, int64_t row) {
 
 template <RowType Type, Scaling Scaled>
 inline F LoadScaled(const uint8_t* row, const float* scale, int64_t columns, int64_t j) {
-  constexpr int64_t size = BytesOf(Type);
-  const F w = LoadRow<Type>(row + j * size);
+  const F w = LoadRow<Type>(row + BytesOf(Type, j));
   if constexpr (Scaled == Scaling::kColumns) return Fma(w, Load(scale + j), Zero());
   if constexpr (Scaled == Scaling::kBlocks) return Fma(w, Broadcast(scale[j / columns]), Zero());
   return w;
@@ -174,17 +173,16 @@ inline F LoadScaled(const uint8_t* row, const float* scale, int64_t columns, int
 
 template <RowType Type, Scaling Scaled>
 inline F LoadScaledPart(const uint8_t* row, const float* scale, int64_t columns, int64_t j, int64_t count) {
-  constexpr int64_t size = BytesOf(Type);
-  const F w = LoadRowPart<Type>(row + j * size, count);
+  const F w = LoadRowPart<Type>(row + BytesOf(Type, j), count);
   if constexpr (Scaled == Scaling::kColumns) return Fma(w, LoadPart(scale + j, count), Zero());
   if constexpr (Scaled == Scaling::kBlocks) return Fma(w, Broadcast(scale[j / columns]), Zero());
   return w;
 }
 
-// Calls fun(width of a scaling) for that of a scale; only rows of int8 have one.
+// Calls fun(width of a scaling) for that of a scale; only rows of int8 and int4 have one.
 template <RowType Type, typename Fun>
 inline void WithScaling(const Scale& scale, const Fun& fun) {
-  if constexpr (Type == RowType::kS8) {
+  if constexpr (Type == RowType::kS8 || Type == RowType::kS4) {
     if (scale.values && scale.columns == 1) return fun(Width<static_cast<int>(Scaling::kColumns)>());
     if (scale.values) return fun(Width<static_cast<int>(Scaling::kBlocks)>());
   }
@@ -200,7 +198,7 @@ struct SomeRows {
   // Rows i .. i + R - 1 of the `end` rows that are chosen; `number` says which they are.
   template <typename Step, typename Number>
   SomeRows(const Step& s, const Number& number, int64_t i, int64_t end) {
-    const int64_t row_bytes = s.d * BytesOf(s.type);
+    const int64_t row_bytes = BytesOf(s.type, s.d);
     for (int r = 0; r < R; ++r) {
       rows[r] = s.rows + number(i + r) * row_bytes;
       ahead[r] = i + r + R < end ? s.rows + number(i + r + R) * row_bytes : rows[r];
@@ -213,7 +211,6 @@ struct SomeRows {
 template <RowType Type, int R, int T, bool Magnitudes, Scaling Scaled>
 inline void DotRows(const Dots& s, const SomeRows<R>& here, const float* x, float* out) {
   const auto& [rows, ahead, scales] = here;
-  constexpr int64_t size = BytesOf(Type);
   // As many sums at a time as hide how long an addition takes.
   constexpr int kSums = T == 1 ? 4 : T == 2 ? 2 : 1;
   F sum[R][T][kSums];
@@ -223,7 +220,7 @@ inline void DotRows(const Dots& s, const SomeRows<R>& here, const float* x, floa
   int64_t j = 0;
   for (; j + kSums * kLanes <= s.d; j += kSums * kLanes) {
     for (int r = 0; r < R; ++r)
-      for (int64_t b = 0; b < kSums * kLanes * size; b += 64) __builtin_prefetch(ahead[r] + j * size + b);
+      for (int64_t b = 0; b < BytesOf(Type, kSums * kLanes); b += 64) __builtin_prefetch(ahead[r] + BytesOf(Type, j) + b);
     for (int k = 0; k < kSums; ++k) {
       F w[R];
       for (int r = 0; r < R; ++r) {
@@ -302,6 +299,7 @@ inline void DotsAll(const Dots& s, int64_t first, int64_t last) {
     case RowType::kE4M3: return DotsOf<RowType::kE4M3>(s, first, last);
     case RowType::kE5M2: return DotsOf<RowType::kE5M2>(s, first, last);
     case RowType::kS8: return DotsOf<RowType::kS8>(s, first, last);
+    case RowType::kS4: return DotsOf<RowType::kS4>(s, first, last);
   }
 }
 
@@ -309,12 +307,11 @@ inline void DotsAll(const Dots& s, int64_t first, int64_t last) {
 template <RowType Type, int R, Scaling Scaled>
 inline void AddRows(const Sums& s, const SomeRows<R>& here, int64_t i, float* total) {
   const auto& [rows, ahead, scales] = here;
-  constexpr int64_t size = BytesOf(Type);
   int64_t j = 0;
   for (; j + kLanes <= s.d; j += kLanes) {
     F row[R];
     for (int r = 0; r < R; ++r) {
-      if (j * size % 64 == 0) __builtin_prefetch(ahead[r] + j * size);
+      if (BytesOf(Type, j) % 64 == 0) __builtin_prefetch(ahead[r] + BytesOf(Type, j));
       row[r] = LoadScaled<Type, Scaled>(rows[r], scales[r], s.scale.columns, j);
     }
     for (int64_t t = 0; t < s.tokens; ++t) {
@@ -370,6 +367,7 @@ inline void SumsAll(const Sums& s, int64_t first, int64_t last, float* total) {
     case RowType::kE4M3: return SumsOf<RowType::kE4M3>(s, first, last, total);
     case RowType::kE5M2: return SumsOf<RowType::kE5M2>(s, first, last, total);
     case RowType::kS8: return SumsOf<RowType::kS8>(s, first, last, total);
+    case RowType::kS4: return SumsOf<RowType::kS4>(s, first, last, total);
   }
 }
 

@@ -46,6 +46,13 @@ inline F LoadS8(const int8_t* p) {
   const int16x4_t wide = vget_low_s16(vmovl_s8(vreinterpret_s8_u32(vdup_n_u32(four))));
   return vcvtq_f32_s32(vmovl_s16(wide));
 }
+// Each byte twice: shifted up, its low nibble and, as it is, its high one; then either is shifted down with its sign.
+inline F LoadS4(const uint8_t* p) {
+  const int32_t first = static_cast<int8_t>(p[0]), second = static_cast<int8_t>(p[1]);
+  const int32x4_t both = vcombine_s32(vdup_n_s32(first), vdup_n_s32(second));
+  const int32_t up[4] = {28, 24, 28, 24};
+  return vcvtq_f32_s32(vshrq_n_s32(vshlq_s32(both, vld1q_s32(up)), 28));
+}
 inline F Broadcast(float x) { return vdupq_n_f32(x); }
 inline F Fma(F a, F b, F c) { return vfmaq_f32(c, a, b); }
 inline F Add(F a, F b) { return vaddq_f32(a, b); }

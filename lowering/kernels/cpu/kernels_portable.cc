@@ -68,6 +68,11 @@ inline F LoadS8(const int8_t* p) {
   for (int i = 0; i < kLanes; ++i) f.v[i] = p[i];
   return f;
 }
+inline F LoadS4(const uint8_t* p) {
+  F f;
+  for (int i = 0; i < kLanes; ++i) f.v[i] = static_cast<float>(((p[i / 2] >> (i % 2 * 4) & 0xf) ^ 8) - 8);
+  return f;
+}
 inline F Broadcast(float x) {
   F f;
   for (int i = 0; i < kLanes; ++i) f.v[i] = x;

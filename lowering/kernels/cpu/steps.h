@@ -25,7 +25,7 @@ constexpr int64_t kMostParts = 64;
 // Values that a thread looks through at a time.
 constexpr int64_t kValuesABlock = 32768;
 
-enum class Element { kF32, kBF16, kF16, kE4M3, kE5M2, kS8, kU8, kS32, kOther };
+enum class Element { kF32, kBF16, kF16, kE4M3, kE5M2, kS8, kS4, kU8, kS32, kOther };
 
 // An array in row-major order.
 struct Array {
@@ -60,6 +60,7 @@ inline bool TypeOf(Element element, RowType* found) {
     case Element::kE4M3: *found = RowType::kE4M3; return true;
     case Element::kE5M2: *found = RowType::kE5M2; return true;
     case Element::kS8: *found = RowType::kS8; return true;
+    case Element::kS4: *found = RowType::kS4; return true;
     default: return false;
   }
 }
@@ -108,6 +109,15 @@ inline void QuantizeRest(const float* x, int64_t d, float scale, const int8_t* f
     second[i] = usable ? static_cast<int8_t>(std::min(127.0f, std::max(-127.0f, rounded))) : int8_t{0};
     kept[i] = (one + static_cast<float>(second[i]) / 254.0f) * scale;
   }
+}
+
+// A matrix of rows of any kind; those of four bits begin at whole bytes.
+inline std::string ReadRows(const char* name, const Array& rows, RowType* found) {
+  if (rows.dims.size() != 2 || !TypeOf(rows.element, found))
+    return std::string(name) + " takes rows [n, d] in f32, bf16, f16, float8, int8 or int4, not " + Shape(rows);
+  if (*found == RowType::kS4 && rows.dims[1] % 2)
+    return std::string(name) + " takes rows of int4 of an even number of entries, not " + Shape(rows);
+  return "";
 }
 
 // Which of some rows is the first of n that are read, int32 [].
@@ -219,14 +229,14 @@ inline std::string ReadIndex(const char* name, const Array& index, const Array& 
   return "";
 }
 
-// A scale [n / rows, d / columns] in f32 of rows of int8; none where it is of no numbers at all.
+// A scale [n / rows, d / columns] in f32 of rows of int8 or int4; none where it is of no numbers at all.
 inline std::string ReadScale(const char* name, const Array& scale, const Array& rows, Scale* found) {
   *found = {nullptr, 1, 1};
   if (scale.dims == std::vector<int64_t>{0}) return "";
   const int64_t n = rows.dims[0], d = rows.dims[1];
-  if (rows.element != Element::kS8 || !IsMatrix(scale, Element::kF32) || scale.dims[0] < 1 || scale.dims[1] < 1 ||
+  if ((rows.element != Element::kS8 && rows.element != Element::kS4) || !IsMatrix(scale, Element::kF32) || scale.dims[0] < 1 || scale.dims[1] < 1 ||
       n % scale.dims[0] || d % scale.dims[1])
-    return std::string(name) + " takes a scale of rows of int8 that fits " + Shape(rows) + ", not " + Shape(scale);
+    return std::string(name) + " takes a scale of rows of int8 or int4 that fits " + Shape(rows) + ", not " + Shape(scale);
   const int64_t columns = d / scale.dims[1];
   if (columns != 1 && columns != d && columns % kScaled)
     return std::string(name) + " takes a scale for one column, all, or a multiple of " + std::to_string(kScaled) +
@@ -240,8 +250,8 @@ template <typename Pool>
 std::string SelectRowsDot(Pool& pool, const Kernels& kernels, const Array& x, const Array& rows, const Array& scale,
                           const Array& index, int64_t group, bool magnitudes, Result<float> out) {
   RowType type;
-  if (!TypeOf(rows.element, &type)) return "select_rows_dot takes rows in f32, bf16, f16, float8 or int8";
-  if (!IsMatrix(x, Element::kF32) || rows.dims.size() != 2 || rows.dims[1] != x.dims[1])
+  if (std::string wrong = ReadRows("select_rows_dot", rows, &type); !wrong.empty()) return wrong;
+  if (!IsMatrix(x, Element::kF32) || rows.dims[1] != x.dims[1])
     return "select_rows_dot takes rows that fit x in f32 " + Shape(x) + ", not " + Shape(rows);
   const int64_t tokens = x.dims[0], d = x.dims[1];
   Chosen chosen;
@@ -258,7 +268,7 @@ std::string SelectRowsDot(Pool& pool, const Kernels& kernels, const Array& x, co
     for (float& value : sizes) value = std::fabs(value);
     given = sizes.data();
   }
-  const int64_t step = Together(group * d * BytesOf(type)), blocks = (chosen.entries + step - 1) / step;
+  const int64_t step = Together(group * BytesOf(type, d)), blocks = (chosen.entries + step - 1) / step;
   ForEachBlock(pool, (chosen.own ? tokens : 1) * blocks, [&](int64_t i) {
     const int64_t t = i / blocks, first = i % blocks * step, stride = chosen.entries * group;
     const Dots s{rows.As<uint8_t>(), type, scaled, d, chosen.Of(t), group, given + t * d, chosen.own ? 1 : tokens,
@@ -273,10 +283,10 @@ template <typename Pool>
 std::string Products(Pool& pool, const Kernels& kernels, const Array& x, const Array& rows, const Array& first,
                      int64_t n, Result<float> out) {
   RowType type;
-  if (!TypeOf(rows.element, &type)) return "products take rows in f32, bf16, f16, float8 or int8";
-  if (!IsMatrix(x, Element::kF32) || rows.dims.size() != 2 || rows.dims[1] != x.dims[1])
+  if (std::string wrong = ReadRows("products", rows, &type); !wrong.empty()) return wrong;
+  if (!IsMatrix(x, Element::kF32) || rows.dims[1] != x.dims[1])
     return "products take rows that fit x in f32 " + Shape(x) + ", not " + Shape(rows);
-  const int64_t bytes = x.dims[1] * BytesOf(type), step = Together(bytes);
+  const int64_t bytes = BytesOf(type, x.dims[1]), step = Together(bytes);
   int64_t begin_row;
   if (std::string wrong = ReadFirst("products", first, rows, n, &begin_row); !wrong.empty()) return wrong;
   if (std::string wrong = NotOfSize("products", out, x.dims[0] * n); !wrong.empty()) return wrong;
@@ -291,8 +301,8 @@ template <typename Pool>
 std::string CombineRows(Pool& pool, const Kernels& kernels, const Array& h, const Array& rows, const Array& scale,
                         const Array& index, int64_t group, Result<float> out) {
   RowType type;
-  if (!TypeOf(rows.element, &type)) return "combine_rows takes rows in f32, bf16, f16, float8 or int8";
-  if (!IsMatrix(h, Element::kF32) || rows.dims.size() != 2)
+  if (std::string wrong = ReadRows("combine_rows", rows, &type); !wrong.empty()) return wrong;
+  if (!IsMatrix(h, Element::kF32))
     return "combine_rows takes h [T, K] in f32 and rows [n, d], not " + Shape(h) + " and " + Shape(rows);
   const int64_t tokens = h.dims[0], d = rows.dims[1];
   Chosen chosen;
@@ -303,7 +313,7 @@ std::string CombineRows(Pool& pool, const Kernels& kernels, const Array& h, cons
     return "combine_rows takes an index that fits " + Shape(h) + ", not " + Shape(index);
   if (std::string wrong = NotOfSize("combine_rows", out, tokens * d); !wrong.empty()) return wrong;
   const int64_t sets = chosen.own ? tokens : 1, together = chosen.own ? 1 : tokens, size = together * d;
-  const int64_t step = std::max(Together(group * d * BytesOf(type)), (chosen.entries + kMostParts - 1) / kMostParts);
+  const int64_t step = std::max(Together(group * BytesOf(type, d)), (chosen.entries + kMostParts - 1) / kMostParts);
   const int64_t parts = std::max<int64_t>(1, (chosen.entries + step - 1) / step);
   std::unique_ptr<float[]> totals(new float[static_cast<size_t>(sets * parts * size)]);
   ForEachBlock(pool, sets * parts, [&](int64_t i) {

@@ -70,10 +70,10 @@ def select_rows_dot(
 ) -> jax.Array:
     """As ``select_rows_dot`` of ``lowering/primitives``, for ``x`` in f32: f32 ``[T, K * group]``.
 
-    Rows of int8 may have a scale, f32 ``[n / r, d / c]``, each entry of which is for ``r`` rows and ``c`` columns: one,
-    all, or a multiple of 64. Weights are then the products, rounded to f32, as programs make them in f32. Each product
-    with a token is a sum of f32 products in some order, rounded at each addition or, with FMA, less often: what proofs
-    say of sums in f32 in any order holds. An index out of range is an error.
+    Rows of int8 and int4 may have a scale, f32 ``[n / r, d / c]``, each entry of which is for ``r`` rows and ``c``
+    columns: one, all, or a multiple of 64. Weights are then the products, rounded to f32, as programs make them in f32.
+    Each product with a token is a sum of f32 products in some order, rounded at each addition or, with FMA, less often:
+    what proofs say of sums in f32 in any order holds. An index out of range is an error.
     """
 
     def step(x: jax.Array, rows: jax.Array, index: jax.Array, scale: jax.Array) -> Any:
@@ -88,7 +88,7 @@ def combine_rows(
 ) -> jax.Array:
     """As ``combine_rows`` there, for ``h`` in f32: f32 ``[T, d]``. The order of sums hangs on shapes alone.
 
-    Rows of int8 may have a scale, as in :func:`select_rows_dot`.
+    Rows of int8 and int4 may have a scale, as in :func:`select_rows_dot`.
     """
 
     def step(h: jax.Array, rows: jax.Array, index: jax.Array, scale: jax.Array) -> Any:

@@ -72,7 +72,7 @@ struct Rows {
   Rows(Element element, int64_t n, int64_t d) {
     const bool wide = element == Element::kBF16 || element == Element::kF16;
     const int64_t size = element == Element::kF32 ? 4 : wide ? 2 : 1;
-    bytes.resize(static_cast<size_t>(n * d * size));
+    bytes.resize(static_cast<size_t>(element == Element::kS4 ? n * d / 2 : n * d * size));
     for (int64_t i = 0; i < n * d; ++i) {
       const float drawn = Normal();
       uint32_t bits;
@@ -80,6 +80,10 @@ struct Rows {
       float kept = drawn;
       if (element == Element::kF32) {
         std::memcpy(&bytes[static_cast<size_t>(4 * i)], &drawn, 4);
+      } else if (element == Element::kS4) {
+        const int entry = static_cast<int>(Up(16)) - 9;
+        bytes[static_cast<size_t>(i / 2)] |= static_cast<uint8_t>((entry & 0xf) << (i % 2 * 4));
+        kept = static_cast<float>(entry);
       } else if (element == Element::kS8) {
         const auto entry = static_cast<int8_t>(static_cast<int>(Up(256)) - 129);
         bytes[static_cast<size_t>(i)] = static_cast<uint8_t>(entry);
@@ -157,12 +161,14 @@ void FuzzScores(Threads& pool, const Kernels& kernels) {
 
 void FuzzRows(Threads& pool, const Kernels& kernels) {
   const Element elements[] = {Element::kF32,  Element::kBF16, Element::kF16,
-                              Element::kE4M3, Element::kE5M2, Element::kS8};
+                              Element::kE4M3, Element::kE5M2, Element::kS8, Element::kS4};
   const int64_t group = Up(4), n = group * Up(40), tokens = Up(9), k = Up(50) - 1;
-  const int64_t d = Up(3) == 1 ? 64 * Up(3) : Up(150);
-  const Rows rows(elements[Up(6) - 1], n, d);
-  // What rows of int8 are multiplied with, for some rows and columns.
-  const bool scaled = rows.array.element == Element::kS8 && Up(4) > 1;
+  const Element element = elements[Up(7) - 1];
+  // Rows of four bits begin at whole bytes.
+  const int64_t drawn = Up(3) == 1 ? 64 * Up(3) : Up(150), d = element == Element::kS4 ? drawn + drawn % 2 : drawn;
+  const Rows rows(element, n, d);
+  // What rows of integers are multiplied with, for some rows and columns.
+  const bool scaled = (element == Element::kS8 || element == Element::kS4) && Up(4) > 1;
   const int64_t row_set[] = {1, group, n}, column_set[] = {1, d, d % 64 ? d : 64};
   const int64_t tall = row_set[Up(3) - 1], wide = column_set[Up(3) - 1];
   const auto factors = Floats(scaled ? n / tall * (d / wide) : 0);
@@ -292,6 +298,8 @@ void FuzzRefusals(Threads& pool, const Kernels& kernels) {
   const int8_t bytes[12] = {};
   const Array narrow{bytes, Element::kS8, {4, 3}};
   refused(hire::SelectRowsDot(pool, kernels, given, narrow, F32(rows, {3, 4}), fitting, 1, false, {out, 2}));
+  const Array odd{bytes, Element::kS4, {4, 3}};
+  refused(hire::SelectRowsDot(pool, kernels, F32(x, {2, 3}), odd, none, fitting, 1, false, {out, 2}));
   refused(hire::CombineRows(pool, kernels, F32(x, {6, 1}), narrow, F32(rows, {4}), fitting, 1, {out, 6}));
   const int32_t none_below = 0, outside = 1;
   refused(hire::Products(pool, kernels, given, F32(rows, {12}), Number(none_below), 3, {out, 6}));

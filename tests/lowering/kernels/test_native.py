@@ -14,7 +14,7 @@ from hire_xform.lowering.primitives.combine_rows import combine_rows
 from hire_xform.lowering.primitives.da_top_k import da_top_k
 from hire_xform.lowering.primitives.open_rows import open_rows
 from hire_xform.lowering.primitives.select_rows import select_rows_dot
-from hire_xform.lowering.primitives.stored_rows import Operation
+from hire_xform.lowering.primitives.stored_rows import Operation, StoredRows
 
 SETS = library.instruction_sets()
 if not SETS and shutil.which("c++") and os.environ.get("HIRE_REQUIRE_EXTRAS"):
@@ -103,11 +103,13 @@ def test_every_number_of_a_narrow_float(dtype):
         np.testing.assert_array_equal(got, wide * np.float32(2.0**20))
 
 
+@pytest.mark.parametrize("dtype", [jnp.int8, jnp.int4], ids=lambda t: t.__name__)
 @pytest.mark.parametrize(("tall", "wide"), [(1, 1), (4, 1), (1, 128), (16, 128), (2, 64)])
-def test_rows_of_int8_times_a_scale_are_the_weights_that_a_program_makes(tall, wide):
+def test_rows_of_integers_times_a_scale_are_the_weights_that_a_program_makes(tall, wide, dtype):
     n, d = 16, 128
     rng = np.random.default_rng(8)
-    rows, scale = jnp.asarray(rng.integers(-128, 128, (n, d)), jnp.int8), normal(9, n // tall, d // wide)
+    least = jnp.iinfo(dtype).min
+    rows, scale = jnp.asarray(rng.integers(least, -least, (n, d)), dtype), normal(9, n // tall, d // wide)
     weights = rows.astype(jnp.float32) * jnp.repeat(jnp.repeat(scale, tall, 0), wide, 1)
     x, h, index = normal(10, 3, d), normal(11, 3, 4), jnp.asarray([5, 0, 15, 9], jnp.int32)
     for magnitudes in (False, True):
@@ -124,21 +126,40 @@ def test_rows_of_int8_times_a_scale_are_the_weights_that_a_program_makes(tall, w
         jax.block_until_ready(steps.select_rows_dot(x, rows, index, 1, False, normal(12, 3, 128)))
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=lambda t: t.__name__)
+def test_rows_that_a_program_scales_in_16_bits(dtype):
+    n, d = 16, 128
+    values = jnp.asarray(np.random.default_rng(8).integers(-128, 128, (n, d)), jnp.int8)
+    operations = Operation("convert", jnp.dtype(dtype)), Operation("mul", jnp.dtype(dtype))
+    rows = StoredRows(values, (normal(9, n, 1).astype(dtype),), operations, (False,))
+    x, h, index = normal(10, 3, d).astype(dtype), normal(11, 3, 4).astype(dtype), jnp.asarray([5, 0, 15, 9], jnp.int32)
+    got = jax.jit(select_rows_dot)(x, rows, index)
+    assert got.dtype == dtype
+    want = x.astype(jnp.float32) @ rows.dense()[index].astype(jnp.float32).T
+    np.testing.assert_allclose(got.astype(jnp.float32), want, rtol=0.02, atol=0.01 * float(jnp.abs(want).max()))
+    want = h.astype(jnp.float32) @ rows.dense()[index].astype(jnp.float32)
+    got = jax.jit(combine_rows)(h, rows, index).astype(jnp.float32)
+    np.testing.assert_allclose(got, want, rtol=0.02, atol=0.01 * float(jnp.abs(want).max()))
+
+
 def test_which_stored_rows_are_served():
     def of(name, dtype=jnp.float32):
         return Operation(name, jnp.dtype(dtype))
 
-    def served(scale, *operations, dtype=jnp.int8):
-        x, index, values = normal(0, 2, 128), jnp.zeros(3, jnp.int32), jnp.zeros((8, 128), dtype)
+    def served(scale, *operations, dtype=jnp.int8, d=128):
+        x, index, values = normal(0, 2, d), jnp.zeros(3, jnp.int32), jnp.zeros((8, d), dtype)
         return _stored_rows_served(x, index, values, *scale, operations=operations, shared=())
 
     per_row = [normal(1, 8, 1)]
     assert served(per_row, of("mul"))
     assert served(per_row, of("convert", jnp.bfloat16), of("mul"))
+    assert served(per_row, of("mul"), dtype=jnp.int4)
+    assert not served(per_row, of("mul"), dtype=jnp.int4, d=127)
     assert served([normal(1, 8, 2)], of("mul"))
     assert not served([normal(1, 8, 4)], of("mul"))
     assert not served(per_row, of("div"))
-    assert not served(per_row, of("mul", jnp.bfloat16))
+    assert served(per_row, of("convert", jnp.bfloat16), of("mul", jnp.bfloat16))
+    assert not served(per_row, of("mul", jnp.float64))
     assert not served(per_row, of("convert", jnp.float8_e4m3fn), of("mul"))
     assert not served([*per_row, *per_row], of("sub"), of("mul"))
     assert not served(per_row, of("mul"), dtype=jnp.float8_e4m3fn)
