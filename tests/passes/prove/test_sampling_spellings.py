@@ -18,6 +18,7 @@ D, V, T, K, P, MIN_P = 8, 97, 2, 7, 0.8, 0.1
 RNG = np.random.default_rng(0)
 W = jnp.asarray(RNG.normal(size=(V, D)) * 0.9, jnp.float32)
 ROWS = jnp.arange(T)[:, None]
+BIAS = jnp.asarray(RNG.normal(size=V), jnp.float32)
 
 
 def drawn(logits, key):
@@ -57,6 +58,8 @@ FROM_ALL = {
     "of a log-softmax": lambda u, key: drawn(jax.nn.log_softmax(u / 0.7), key),
     "of the log of a softmax": lambda u, key: drawn(jnp.log(jax.nn.softmax(u / 0.7)), key),
     "greedy where it is cold": greedy_where_it_is_cold,
+    "a soft cap and a bias": lambda u, key: drawn(3.0 * jnp.tanh((u + BIAS) / 3.0) / 0.7, key),
+    "several of each": lambda u, key: jax.random.categorical(key, u / 0.7, shape=(3, T)),
     "ids left out": lambda u, key: drawn(u.at[:, np.array([3, 7])].set(-jnp.inf), key),
     "ids made rarer": lambda u, key: drawn(u.at[:, np.array([3, 7, 7])].add(-1.5), key),
     "ids made rarer by a factor": lambda u, key: drawn(u.at[:, np.array([3, 7])].multiply(0.8), key),
@@ -283,6 +286,38 @@ def hard(n=48):
 def test_hard_inputs_draw_the_dense_tokens(name):
     """Half of the inputs draw from ties, so that little is proved: nothing may be proved wrongly."""
     compared(SPELLINGS[name], near_and_equal(), *hard())
+
+
+STAGES = hx.Staged((hx.LowRank(6, bits=8), hx.Quantized(8)))
+
+
+@pytest.mark.any_jax("cases vary predictors and dtypes of one proof", every=3)
+@pytest.mark.parametrize("spec", [hx.Quantized(4), hx.LowRank(6, bits=8), STAGES], ids=str)
+@pytest.mark.parametrize("name", ["categorical", "top_k_and_its_index"])
+def test_hard_inputs_draw_the_dense_tokens_by_other_predictors(name, spec):
+    compared(SPELLINGS[name], near_and_equal(), *hard(24), candidates=16, predictor=spec)
+    assert compared(SPELLINGS[name], W, *draws(16), candidates=16, predictor=spec) >= 8
+
+
+@pytest.mark.any_jax("cases are dtypes of one proof", every=2)
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=["bf16", "f16"])
+@pytest.mark.parametrize("name", ["categorical", "top_k_and_its_index"])
+def test_hard_inputs_draw_the_dense_tokens_in_16_bits(name, dtype):
+    xs, keys = hard(24)
+    xs = xs.at[6].set(1e30)  # of what overflows or does not by the order of a sum two dense programs differ
+    fun = lambda u, key: SPELLINGS[name](u.astype(jnp.float32), key)  # noqa: E731
+    compared(fun, near_and_equal(dtype), xs.astype(dtype), keys)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1e-30, 1e-6, 1e6, 1e30, np.inf])
+def test_temperatures_of_nothing_and_of_everything(temperature):
+    """Of zero every logit is infinite or none: nothing is known of what is divided by it, nor by infinity."""
+
+    def draw(u, key):
+        return drawn(u / jnp.float32(temperature), key)
+
+    proved = compared(draw, W, *draws(16))
+    assert proved == 0 if temperature in (0.0, np.inf) else proved >= 14
 
 
 @pytest.mark.any_jax("cases are dtypes of one proof", every=2)
