@@ -381,6 +381,9 @@ STATIC_RATES, STATIC_SHARE, STATIC_WORTH = (0.99, 0.95, 0.9, 0.8), 1 / 32, 0.02
 
 def proved_criterion(settings: Settings) -> str:
     """What is counted of a certified site."""
+    within = getattr(settings, "logprobs", None)
+    if within is not None:
+        return f"proved, logprobs={within:g}"
     return "proved" if settings.certify is True else f"proved {settings.certify!r}"
 
 

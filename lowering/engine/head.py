@@ -12,6 +12,7 @@ order in which the dense product sums; see ``lowering/prove/bounds.py``. Section
 the goal is proved.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -316,12 +317,13 @@ class _Head:
         at, own = entries(best, scores), lax.stop_gradient(exact(best))
         # Their own upper bounds stay: those that are not candidates later have no others.
         low, high = known.lower.at[at].set(own, unique_indices=True, mode="promise_in_bounds"), known.upper
-        if self.rank is not None:
-            opened = lax.stop_gradient(self.rank(Interval(low, high), sides))
-        else:
+        numbers = [math.log(vocab / reading.within) for reading in self.readings if reading.within is not None]
+        opened = None if self.rank is None else lax.stop_gradient(self.rank(Interval(low, high), sides))
+        if opened is None or numbers:
             low = jnp.where(jnp.isnan(low), -jnp.inf, low)
             floor = jnp.max(low, axis=1, keepdims=True) if most == 1 else da_top_k(low, most)[0][:, -1:]
-            opened = high - floor + max(mass_margin(goal, vocab) for goal in goals)
+            above = high - floor + max(*(mass_margin(goal, vocab) for goal in goals), *numbers, 0.0)
+            opened = above if opened is None else jnp.maximum(opened, above)
         return jnp.max(jnp.where(jnp.isnan(opened), jnp.inf, opened), axis=0)
 
     def proved(

@@ -14,7 +14,7 @@ from jax import lax
 
 from hire_xform.lowering.primitives.arg_max import arg_max
 from hire_xform.lowering.primitives.da_top_k import da_top_k
-from hire_xform.lowering.prove.goals import Goal, candidates_needed, fewest_candidates, mass_margin
+from hire_xform.lowering.prove.goals import Goal, candidates_needed, candidates_within, fewest_candidates, mass_margin
 
 __all__ = [
     "KL_SIZES",
@@ -152,6 +152,7 @@ def proved_ranks(
     goal: Goal = True,
     fill: str = "predicted",
     sample: Sample | None = None,
+    within: float | None = None,
 ) -> dict[str, jax.Array]:
     """Totals of a certified vocabulary projection.
 
@@ -160,6 +161,7 @@ def proved_ranks(
       scores, upper, exact_error: as ``scores_with_bounds`` gives them.
       goal: what is to be proved.
       fill, sample: as for ``vocab_ranks``.
+      within: how far log-probabilities may be from the dense ones, where that is to be proved, too.
 
     Returns:
       ``wanted``: int32 ``[V]``, by position in the order of upper bounds, the tokens that candidates up to there
@@ -167,6 +169,8 @@ def proved_ranks(
     """
     ranked = _ranked(upper)
     needed = candidates_needed(goal, logits, ranked, exact_error)
+    if within is not None:
+        needed = jnp.maximum(needed, candidates_within(within, logits, scores, ranked, exact_error))
     wanted = jnp.zeros(logits.shape[1], jnp.int32).at[needed - 1].add(1)
     return {"wanted": wanted, "kl": _divergences(logits, scores, ranked, fill, sample)}
 

@@ -29,6 +29,7 @@ __all__ = [
     "Nucleus",
     "TopSet",
     "candidates_needed",
+    "candidates_within",
     "fewest_candidates",
     "mass_margin",
     "proved",
@@ -263,6 +264,36 @@ def candidates_needed(goal: Goal, logits: jax.Array, upper: jax.Array, exact_err
     values, best = jax.lax.top_k(logits.astype(jnp.float32), k)
     floor = jnp.min(values - jnp.take_along_axis(exact_error, best, axis=1), axis=1, keepdims=True)
     return jnp.clip(jnp.sum(jnp.logical_not(upper < floor), axis=1), k, vocab)
+
+
+def candidates_within(
+    within: float, logits: jax.Array, scores: jax.Array, upper: jax.Array, exact_error: jax.Array
+) -> jax.Array:
+    """About how many candidates, in the order of upper bounds, prove log-probabilities: int ``[T]``, 1 to V.
+
+    With their sum of exponentials S and that of the others between L and H, and P as predicted, what is computed and
+    what is dense are apart by the larger of ``log (S + H) / (S + P)`` and ``log (S + P) / (S + L)``.
+
+    Args:
+      within: how far they may be apart, in nats.
+      logits: ``[T, V]``, the dense ones.
+      scores, upper, exact_error: as ``scores_with_bounds`` gives them, no NaN.
+    """
+    order = jnp.argsort(-upper, axis=1)
+    found = (logits + exact_error, upper, scores, 2.0 * scores - upper)
+    inside, high, predicted, low = (jnp.take_along_axis(a.astype(jnp.float32), order, axis=1) for a in found)
+    peak = jnp.max(inside, axis=1, keepdims=True)
+    known = jnp.cumsum(jnp.exp(inside - peak), axis=1)
+
+    def others(values: jax.Array) -> jax.Array:
+        weights = jnp.exp(values - peak)
+        return known + jnp.cumsum(weights[:, ::-1], axis=1)[:, ::-1] - weights
+
+    most, here, least = (others(values) for values in (high, predicted, low))
+    rounding = sum_rounding(logits.shape[1])
+    apart = jnp.log(jnp.maximum(most / here, here / least)) + 2.0 * rounding
+    enough = apart + 2.0 * jnp.max(exact_error, axis=1, keepdims=True) <= within
+    return jnp.where(jnp.any(enough, axis=1), 1 + jnp.argmax(enough, axis=1), logits.shape[1])
 
 
 def _arg_max(

@@ -256,7 +256,8 @@ class VocabKind(SiteKind):
             if settings.certify:
                 bound = scores_with_bounds(x, packed, settings.spec, input_bits=way.input_bits)
                 bounds = bound.scores, bound.upper, bound.exact_error
-                ranked = proved_ranks(logits, *bounds, settings.certify, settings.fill, sample)
+                goal = settings.certify, settings.fill
+                ranked = proved_ranks(logits, *bounds, *goal, sample, settings.logprobs)
                 ranked |= _opened(way, x, packed, logits)
             else:
                 scores = predict_scores_of_many(x, packed, settings.spec, product.width)

@@ -123,6 +123,14 @@ def test_a_closer_bound_runs_more_dense_and_more_candidates_prove_more():
     assert wide > close > few >= closest == 0
 
 
+@pytest.mark.parametrize("fun", [beside_a_draw, largest])
+def test_stages_read_the_rows_that_have_mass(fun):
+    """Few rows can be what is chosen; many more have a share of the sum, and are read in eight bits for it."""
+    spec = hx.Staged((hx.LowRank(4, bits=4), hx.Quantized(8)))
+    proved = [compared(fun, W, *draws(24), within=0.3, candidates=4, predictor=p) for p in (spec, hx.Quantized(8))]
+    assert proved[0] >= proved[1] - 2 >= 10
+
+
 @pytest.mark.any_jax("cases are spellings of one number", every=2)
 @pytest.mark.parametrize("name", ["beside_a_draw", "by_one_hot"])
 def test_hard_inputs(name):
