@@ -29,8 +29,10 @@ _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}|(?:true|false)_computat
 # Take no time, and move nothing.
 _FREE = frozenset(
     {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id"}
-    | {"opt-barrier", "copy-done", "async-done", "async-update", "iota", "domain", "add-dependency"}
+    | {"opt-barrier", "copy-done", "slice-done", "async-done", "async-update", "iota", "domain", "add-dependency"}
 )
+# Calls that are no work: memory that is set aside, and parts that lie beside one another already.
+_NOTHING = ("AllocateBuffer", "ConcatBitcast")
 # The value of operand 0 under another shape.
 _SAME = frozenset(("bitcast", "reshape", "copy", "convert", "transpose"))
 _SCORES = re.compile(r"scores|products")
@@ -171,13 +173,14 @@ class _Program:
         elif one.opcode in ("call", "async-start"):
             for called in one.called:
                 total.add(self.of(called))
-        elif one.opcode not in _FREE:
+        elif one.opcode not in _FREE and not any(f'custom_call_target="{name}"' in one.rest for name in _NOTHING):
             read, written = self._moved(where, one)
             cycles = _CYCLES.search(one.rest)
-            own = Counts(read, written, 1, int(cycles[1]) if cycles else 0, 0)
+            # A number in a TPU's scalar memory is made beside whatever else runs.
+            own = Counts(read, written, int("S(6)" not in one.type), int(cycles[1]) if cycles else 0, 0)
             if written:
                 own.largest = {re.sub(r"\{[^}]*\}", "", f"{one.type} {one.name}"): written}
-            if one.opcode == "custom-call" and "AllocateBuffer" not in one.rest:
+            if one.opcode == "custom-call":
                 own.kernels = {one.kernel: 1}
             total.add(own)
 
@@ -202,6 +205,10 @@ class _Program:
         out = bytes_of(one.type, in_memory=True)
         if one.opcode == "copy-start":
             return sum(sizes), bytes_of(re.sub(r"^\((.*?[\]}]), .*", r"\1", one.type), in_memory=True)
+        if one.opcode == "slice-start":
+            # Its type is that of what is sliced, of what is taken, and of what waits for it.
+            part = [found[0] for found in _ARRAY.finditer(one.type)][len(one.operands)]
+            return bytes_of(part), bytes_of(part, in_memory=True)
         if one.opcode in ("dynamic-slice", "gather", "slice"):
             return min(sizes[0], one.nbytes) + sum(sizes[1:]), out
         if one.opcode in ("dynamic-update-slice", "scatter"):
@@ -240,20 +247,25 @@ class _Program:
                 total += one.nbytes
             elif first and one.opcode == "dynamic-update-slice":
                 total += 0
+            elif first and (one.opcode in _SAME or self._is_a_copy(one)):
+                deeper = self._taken_of(one.name, users, whole)
+                if deeper is None:
+                    return None
+                total += deeper
             elif one.opcode == "fusion" and one.called:
                 taken = self._taken(one.called[0])
                 sizes = [taken.get(i) for i, operand in enumerate(one.operands) if operand == name]
                 if any(size is None for size in sizes):
                     return None
                 total += sum(size for size in sizes if size is not None)
-            elif first and one.opcode in _SAME:
-                deeper = self._taken_of(one.name, users, whole)
-                if deeper is None:
-                    return None
-                total += deeper
             else:
                 return None
         return min(total, whole)
+
+    def _is_a_copy(self, one: Instruction) -> bool:
+        """Whether a fusion gives its operand another layout, and nothing else: then it is never written."""
+        inside = self.computations.get(one.called[0], {}) if one.opcode == "fusion" and one.called else {}
+        return bool(inside) and all(each.opcode == "parameter" or each.opcode in _SAME for each in inside.values())
 
     def _updated(self, name: str, out: float) -> float:
         """Bytes that a fusion writes whose root updates a part of an operand in place."""
@@ -270,7 +282,9 @@ class _Program:
         """What a kernel reads: its own estimate, the rows that an index chooses, or all of its operands."""
         estimate = _ESTIMATE.search(one.rest)
         if estimate:
-            return max(0, int(estimate[1]) - bytes_of(one.type, in_memory=True))
+            # An estimate has all operands and results in memory.
+            here = sum(bytes_of(t) for t in types) - sum(sizes)
+            return max(0, int(estimate[1]) - bytes_of(one.type) - here)
         indices = [i for i, t in enumerate(types) if t.startswith("s32[")]
         wide, made = _dims(types[0]), _dims(one.type)
         if _SCORES.search(one.kernel) and made:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from hire_xform.lowering.engine.engine import Steps, selected
 from hire_xform.lowering.engine.selection import leaves_out, selection_of
@@ -224,4 +225,7 @@ def gather_chosen(index: jax.Array, tokens: int, units: int, group_size: int) ->
 
 
 def _groups_from(index: jax.Array, row: jax.Array | int, group_size: int) -> jax.Array:
-    return index if isinstance(row, int) and row == 0 else index + row // group_size
+    if isinstance(row, int):
+        return index + row // group_size if row else index
+    # Not `//`, which is fifteen operations: no row is below zero.
+    return index + lax.div(row, lax.full_like(row, group_size))

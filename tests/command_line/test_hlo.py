@@ -114,6 +114,46 @@ def test_a_kernel_says_itself_what_it_moves():
     assert counts(MADE.replace('name = "select_rows_dot"', line)).read == counts(MADE).read - 468 + 1000 - 80
 
 
+# As TPU compilers write what kernels take from a stack: a layer's part of it, in another layout and in VMEM.
+SLICED = """HloModule jit_run, is_scheduled=true
+
+%relaid (p: s8[3,32,128]) -> s8[3,32,128] {
+  %p = s8[3,32,128]{2,1,0:T(32,128)(4,1)} parameter(0)
+  ROOT %c = s8[3,32,128]{2,1,0:T(8,128)(4,1)} copy(%p)
+}
+
+%own (p.1: s8[3,32,128], i: s32[]) -> s8[32,128] {
+  %p.1 = s8[3,32,128]{2,1,0:T(32,128)(4,1)} parameter(0)
+  %i = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  %f = s8[3,32,128]{2,1,0:T(8,128)(4,1)} fusion(%p.1), kind=kLoop, calls=%relaid
+  %d = s8[1,32,128]{2,1,0:T(8,128)(4,1)} dynamic-slice(%f, %i, %zero, %zero), dynamic_slice_sizes={1,32,128}
+  ROOT %b = s8[32,128]{1,0:T(8,128)(4,1)S(1)} bitcast(%d)
+}
+
+ENTRY %main (stack: s8[3,32,128], at: s32[]) -> f32[32] {
+  %stack = s8[3,32,128]{2,1,0:T(32,128)(4,1)} parameter(0)
+  %at = s32[] parameter(1)
+  %next = s32[]{:T(128)S(6)} add(%at, %at)
+  %kept = f32[32]{0:T(128)} custom-call(), custom_call_target="AllocateBuffer"
+  %begun = ((s8[3,32,128]{2,1,0:T(32,128)(4,1)}), s8[1,32,128]{2,1,0:T(32,128)(4,1)S(1)}, s32[]{:S(2)}) \
+slice-start(%stack), slice={[1:2], [0:32], [0:128]}
+  %done = s8[1,32,128]{2,1,0:T(32,128)(4,1)S(1)} slice-done(%begun)
+  %q = s8[32,128]{1,0:T(8,128)(4,1)S(1)} fusion(%stack, %next), kind=kLoop, calls=%own
+  ROOT %k = f32[32]{0:T(128)} custom-call(%q), custom_call_target="tpu_custom_call", \
+backend_config={"custom_call_config":{"cost_estimate":{"bytes_accessed":"4224"}}}
+}
+"""
+
+
+def test_what_is_in_vmem_is_not_read_again():
+    found = counts(SLICED)
+    numbers = 2 * 4  # of the addition
+    assert found.read == numbers + 2 * 32 * 128  # one layer's, and another one's ahead of time
+    assert found.written == 4 * 32
+    assert found.steps == 3  # numbers of the scalar core are not, nor is memory that is set aside
+
+
 @pytest.mark.parametrize(
     ("text", "size"),
     [

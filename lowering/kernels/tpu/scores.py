@@ -7,6 +7,7 @@ before it the low ones: sixteen times each entry, as a signed byte. So are their
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,7 +18,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from hire_xform.lowering.kernels.folding import folded
 from hire_xform.lowering.kernels.tpu.shapes import MOST_TOKENS, scored_together
-from hire_xform.lowering.predict.few_bits import of_limbs, quantize, two_limbs
+from hire_xform.lowering.predict.few_bits import of_limbs
 
 __all__ = ["fine_scores", "quantized_scores"]
 
@@ -26,73 +27,106 @@ def quantized_scores(x: jax.Array, q: jax.Array, scale: jax.Array, bits: int) ->
     """As ``quantized_scores`` of ``lowering/predict/few_bits.py``."""
 
     def step(x: jax.Array, q: jax.Array, scale: jax.Array) -> jax.Array:
-        tokens, token_scale = quantize(x, 127)
-        return _in_parts(functools.partial(_scores, bits=bits, limbs=1), (tokens, token_scale[:, None]), q, scale)
+        return _in_parts(functools.partial(_scores, q=q, scale=scale, bits=bits, limbs=1), x)[0]
 
     return folded(step, x, q, scale)
 
 
 def fine_scores(x: jax.Array, q: jax.Array, scale: jax.Array, bits: int) -> tuple[jax.Array, jax.Array]:
-    """As ``fine_scores`` there: both limbs of a token are multiplied with a row while it is at hand."""
+    """As ``fine_scores`` there: both limbs of a token are multiplied with a row while it is at hand.
+
+    The tokens that are kept are made of the integers that were multiplied.
+    """
 
     def step(x: jax.Array, q: jax.Array, scale: jax.Array) -> tuple[jax.Array, jax.Array]:
-        # Those that are kept are those that are multiplied, however XLA would fuse and round either.
-        first, second, token_scale = lax.optimization_barrier(two_limbs(x))
-        both = jnp.concatenate([first, second], axis=1)
-        made = _in_parts(functools.partial(_scores, bits=bits, limbs=2), (both, token_scale), q, scale)
-        return made, of_limbs(first, second, token_scale)
+        made, limbs, steps = _in_parts(functools.partial(_scores, q=q, scale=scale, bits=bits, limbs=2), x)
+        return made, of_limbs(limbs[:, : x.shape[1]], limbs[:, x.shape[1] :], steps)
 
     return folded(step, x, q, scale)
 
 
-def _in_parts(fun: Any, tokens: tuple[jax.Array, jax.Array], q: jax.Array, scale: jax.Array) -> jax.Array:
+def _in_parts(fun: Callable[[jax.Array], list[jax.Array]], x: jax.Array) -> list[jax.Array]:
     """``fun`` of as many tokens at a time as a kernel takes."""
-    count = tokens[0].shape[0]
+    count = x.shape[0]
     if count <= MOST_TOKENS:
-        return fun(*tokens, q, scale)
+        return fun(x)
     missing = -count % MOST_TOKENS
-    parts = [jnp.pad(a, ((0, missing), (0, 0))).reshape(-1, MOST_TOKENS, a.shape[1]) for a in tokens]
-    made = lax.map(lambda part: fun(*part, q, scale), tuple(parts))
-    return made.reshape(count + missing, -1)[:count]
+    made = lax.map(fun, jnp.pad(x, ((0, missing), (0, 0))).reshape(-1, MOST_TOKENS, x.shape[1]))
+    return [part.reshape(count + missing, -1)[:count] for part in made]
 
 
-def _scores(
-    tokens: jax.Array, token_scale: jax.Array, q: jax.Array, scale: jax.Array, *, bits: int, limbs: int
-) -> jax.Array:
-    """Scores of tokens ``[T, limbs * d]`` in int8, f32 ``[T, n]``."""
-    (n, width), count = q.shape, tokens.shape[0]
-    d = tokens.shape[1] // limbs
-    # One limb of all tokens after the other.
-    tokens = jnp.concatenate([tokens[:, i * d : (i + 1) * d] for i in range(limbs)])
+def _scores(x: jax.Array, *, q: jax.Array, scale: jax.Array, bits: int, limbs: int) -> list[jax.Array]:
+    """Scores of tokens ``[T, d]``, f32 ``[T, n]``, their limbs, int8 ``[T, limbs * d]``, and steps, f32 ``[T, 1]``."""
+    (n, width), (count, d) = q.shape, x.shape
     together = scored_together(n, width)
 
-    def kernel(tokens_ref: Any, token_scale_ref: Any, q_ref: Any, scale_ref: Any, out_ref: Any) -> None:
-        raw = _products(tokens_ref, q_ref[...], bits).astype(jnp.float32)
+    def kernel(x_ref: Any, q_ref: Any, scale_ref: Any, out_ref: Any, limbs_ref: Any, step_ref: Any, held: Any) -> None:
+        @pl.when(pl.program_id(0) == 0)
+        def _() -> None:
+            parts, step_ref[...] = _limbs(x_ref[...], limbs)
+            for i, part in enumerate(parts):
+                # Sums of integers are of all first limbs, and then of all second ones.
+                held[i * count : (i + 1) * count] = part
+                limbs_ref[:, i * d : (i + 1) * d] = part
+
+        raw = _products(held, q_ref[...], bits).astype(jnp.float32)
         if limbs == 2:
             raw = raw[:count] + raw[count:] / 254.0
-        out_ref[...] = raw * token_scale_ref[...] * scale_ref[...]
+        out_ref[...] = raw * step_ref[...] * scale_ref[...]
 
-    def whole(operand: jax.Array) -> Any:
-        return pl.BlockSpec(operand.shape, lambda i: (0, 0))
+    shapes = [(count, n), (count, limbs * d), (count, 1)]
+    made = [jax.ShapeDtypeStruct(*of) for of in zip(shapes, (jnp.float32, jnp.int8, jnp.float32), strict=True)]
+    return list(
+        pl.pallas_call(
+            kernel,
+            name="hire_quantized_scores" if limbs == 1 else "hire_fine_scores",
+            grid=(pl.cdiv(n, together),),
+            in_specs=[
+                pl.BlockSpec((count, d), _at_once),
+                pl.BlockSpec((together, width), lambda i: (i, 0)),
+                # Blocks of one axis would ask Pallas for the TPU that is here, and there need not be one.
+                pl.BlockSpec((1, together), lambda i: (0, i)),
+            ],
+            out_specs=[
+                pl.BlockSpec((count, together), lambda i: (0, i)),
+                *(pl.BlockSpec(shape, _at_once) for shape in shapes[1:]),
+            ],
+            out_shape=made,
+            scratch_shapes=[pltpu.VMEM((limbs * count, d), jnp.int8)],
+            cost_estimate=pl.CostEstimate(
+                flops=2 * limbs * count * n * d,
+                bytes_accessed=sum(a.nbytes for a in (x, q, scale)) + sum(a.size * a.dtype.itemsize for a in made),
+                transcendentals=0,
+            ),
+        )(x, q, scale[None])
+    )
 
-    return pl.pallas_call(
-        kernel,
-        name="hire_quantized_scores" if limbs == 1 else "hire_fine_scores",
-        grid=(pl.cdiv(n, together),),
-        in_specs=[
-            whole(tokens),
-            whole(token_scale),
-            pl.BlockSpec((together, width), lambda i: (i, 0)),
-            pl.BlockSpec((1, together), lambda i: (0, i)),
-        ],
-        out_specs=pl.BlockSpec((count, together), lambda i: (0, i)),
-        out_shape=jax.ShapeDtypeStruct((count, n), jnp.float32),
-        cost_estimate=pl.CostEstimate(
-            flops=2 * tokens.shape[0] * n * d,
-            bytes_accessed=q.nbytes + scale.nbytes + tokens.nbytes + token_scale.nbytes + 4 * count * n,
-            transcendentals=0,
-        ),
-    )(tokens, token_scale, q, scale[None])
+
+def _at_once(step: Any) -> tuple[int, int]:
+    """Of an operand that is one block, which block a step has."""
+    return 0, 0
+
+
+def _limbs(x: jax.Array, limbs: int) -> tuple[list[jax.Array], jax.Array]:
+    """Tokens as ``quantize``, or ``two_limbs``, has them: int8 ``[T, d]`` each, and steps ``[T, 1]``."""
+    size = jnp.abs(x)
+    # A NaN is not below infinity; a maximum may pass over it.
+    finite = jnp.min((size < jnp.inf).astype(jnp.float32), axis=1, keepdims=True) > 0.0
+    step = jnp.where(finite, jnp.max(size, axis=1, keepdims=True) / 127.0, jnp.nan)
+    divisor = jnp.where(step > 0.0, step, 1.0)
+    first = _whole(x / divisor, step)
+    if limbs == 1:
+        return [_as_int8(first)], step
+    return [_as_int8(first), _as_int8(_whole((x - first * divisor) / divisor * 254.0, step))], step
+
+
+def _whole(values: jax.Array, step: jax.Array) -> jax.Array:
+    """The closest integers in 8 bits, as floats; zeros where there is no step."""
+    return jnp.where(step > 0.0, jnp.clip(jnp.round(values), -127.0, 127.0), 0.0)
+
+
+def _as_int8(values: jax.Array) -> jax.Array:
+    return values.astype(jnp.int32).astype(jnp.int8)
 
 
 def _products(tokens: Any, rows: jax.Array, bits: int) -> jax.Array:

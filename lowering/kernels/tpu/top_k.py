@@ -41,14 +41,14 @@ def _blocks(scores: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
     count, n = scores.shape
     rows = -(-n // LANES)
     rows += -rows % (_TILE if rows <= LANES else LANES)
-    padded = jnp.pad(scores, ((0, 0), (0, rows * LANES - n))).reshape(count, rows, LANES)
     size = -(-k // LANES) * LANES
     found = pl.BlockSpec((1, 1, size), lambda i: (i, 0, 0))
     values, index = pl.pallas_call(
         functools.partial(_kernel, n=n, k=k),
         name="hire_top_k",
         grid=(count,),
-        in_specs=[pl.BlockSpec((1, rows, LANES), lambda i: (i, 0, 0))],
+        # Of a last row that is not whole the rest may hold anything.
+        in_specs=[pl.BlockSpec((1, 1, rows * LANES), lambda i: (i, 0, 0))],
         out_specs=[found, found],
         out_shape=[jax.ShapeDtypeStruct((count, 1, size), dtype) for dtype in (jnp.float32, jnp.int32)],
         scratch_shapes=[
@@ -59,9 +59,9 @@ def _blocks(scores: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
             pltpu.VMEM((1, size), jnp.int32),
         ],
         cost_estimate=pl.CostEstimate(
-            flops=40 * count * rows * LANES, bytes_accessed=padded.nbytes + 8 * count * size, transcendentals=0
+            flops=40 * count * rows * LANES, bytes_accessed=4 * count * n + 8 * count * size, transcendentals=0
         ),
-    )(padded)
+    )(scores[:, None])
     return values[:, 0, :k], index[:, 0, :k]
 
 
@@ -82,7 +82,7 @@ def _kernel(
     """See the head of this file.
 
     Args:
-      scores: f32 ``[1, rows, 128]``, of which the first ``n`` count.
+      scores: f32 ``[1, 1, rows * 128]``, of which the first ``n`` count.
       values, index: what is found, ``[1, 1, size]``, the first ``k`` of it.
       keys: scores as integers of the same order.
       numbers: for each score how many up to it are chosen in its row.
@@ -91,7 +91,7 @@ def _kernel(
       across: these keys, along lanes.
       n, k: how many scores, and how many are to be found.
     """
-    keys[...] = _ordered(scores[0], n)
+    keys[...] = _ordered(scores[0].reshape(keys.shape), n)
     kth = _kth(keys, k)
     _number(keys, kth, k, numbers, ends)
     size = key.shape[0]
