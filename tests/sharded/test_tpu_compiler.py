@@ -165,9 +165,7 @@ def check_a_loop_over_layers_reads_rows_where_they_lie():
     layers, d, m = 4, 512, 4096
     w, x = on_one_chip(up=(layers, d, m), down=(layers, m, d)), on_one_chip(x=(1, d))["x"]
     step = sparse(lambda w, x: lax.scan(lambda x, w: (layer(w, x), None), x, w)[0], w, x, config=a_sixteenth())
-    # The predictor of a layer, which is read whole, may be brought from the stack into VMEM first.
-    assert max(arrays_written(step)) <= m * d
-    assert max(arrays_written(step, in_vmem=False)) < m * d
+    assert max(arrays_written(step)) < m * d
     assert step.memory_analysis().temp_size_in_bytes < m * d
 
 
@@ -195,7 +193,7 @@ def check_a_certified_head_is_bounded_for_products_of_one_bf16_pass():
     w, x = on_one_chip(dtype=jnp.float32, w=(D, 128), x=(1, D)).values()
     config = hx.Config(rules=named(hx.Vocab(candidates=16, certify=True)))
     step = hx.sparsify(lambda w, x: x @ w, config=config).trace(w, x)
-    assert [d.input_bits for d in step.plan.decisions] == [8]
+    assert [d.input_bits for d in step.plan.decisions] == [7]
     compiled(step.lower())
 
 

@@ -17,6 +17,7 @@ import jax
 from hire_xform.lowering.kernels.switch import switched_off
 from hire_xform.lowering.kernels.tpu import shapes
 from hire_xform.lowering.primitives.kernels import no_built_in, register_built_in
+from hire_xform.lowering.primitives.stack_entry import StackEntry
 
 __all__ = ["install"]
 
@@ -36,7 +37,9 @@ def install() -> str | None:
         ("hire_combine_rows", _combine_rows, shapes.rows_served),
     ):
         # What Pallas makes for a TPU needs nothing of the process that made it.
-        register_built_in(name, "tpu", rule, serves, "Pallas", exported=True)
+        register_built_in(
+            name, "tpu", rule, serves, "Pallas", exported=True, takes_entries=serves is shapes.scores_served
+        )
     return None
 
 
@@ -50,11 +53,13 @@ def _module(name: str) -> Any:
     return importlib.import_module(f"{__name__}.{name}")
 
 
-def _quantized_scores(x: jax.Array, q: jax.Array, scale: jax.Array, *, bits: int) -> jax.Array:
+def _quantized_scores(x: jax.Array, q: jax.Array | StackEntry, scale: jax.Array, *, bits: int) -> jax.Array:
     return _module("scores").quantized_scores(x, q, scale, bits)
 
 
-def _fine_scores(x: jax.Array, q: jax.Array, scale: jax.Array, *, bits: int) -> tuple[jax.Array, jax.Array]:
+def _fine_scores(
+    x: jax.Array, q: jax.Array | StackEntry, scale: jax.Array, *, bits: int
+) -> tuple[jax.Array, jax.Array]:
     return _module("scores").fine_scores(x, q, scale, bits)
 
 

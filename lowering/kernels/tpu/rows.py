@@ -20,6 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from hire_xform.lowering.kernels.folding import folded
+from hire_xform.lowering.kernels.tpu.placing import in_hbm
 from hire_xform.lowering.kernels.tpu.shapes import AHEAD, MOST_TOKENS, bytes_of_slabs, rows_a_step
 
 __all__ = ["combine_rows", "select_rows_dot"]
@@ -180,11 +181,6 @@ def _call(
             transcendentals=0,
         ),
     )(index, odd, left, in_hbm(rows))
-
-
-def in_hbm(rows: jax.Array) -> jax.Array:
-    """The same rows, which XLA is not to bring into VMEM as it does of what seems to be read whole, and fits."""
-    return pltpu.with_memory_space_constraint(rows, pltpu.HBM)
 
 
 def _halves(words: jax.Array, odd: jax.Array) -> jax.Array:

@@ -7,7 +7,7 @@ before it the low ones: sixteen times each entry, as a signed byte. So are their
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -17,32 +17,43 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from hire_xform.lowering.kernels.folding import folded
+from hire_xform.lowering.kernels.tpu.placing import in_hbm
 from hire_xform.lowering.kernels.tpu.shapes import MOST_TOKENS, scored_together
 from hire_xform.lowering.predict.few_bits import of_limbs
+from hire_xform.lowering.primitives.stack_entry import StackEntry
 
 __all__ = ["fine_scores", "quantized_scores"]
 
 
-def quantized_scores(x: jax.Array, q: jax.Array, scale: jax.Array, bits: int) -> jax.Array:
+def quantized_scores(x: jax.Array, q: jax.Array | StackEntry, scale: jax.Array, bits: int) -> jax.Array:
     """As ``quantized_scores`` of ``lowering/predict/few_bits.py``."""
 
-    def step(x: jax.Array, q: jax.Array, scale: jax.Array) -> jax.Array:
-        return _in_parts(functools.partial(_scores, q=q, scale=scale, bits=bits, limbs=1), x)[0]
+    def step(x: jax.Array, *rows: jax.Array) -> jax.Array:
+        return _in_parts(functools.partial(_scores, rows=rows, bits=bits, limbs=1), x)[0]
 
-    return folded(step, x, q, scale)
+    return folded(step, x, scale, *_stacked(q))
 
 
-def fine_scores(x: jax.Array, q: jax.Array, scale: jax.Array, bits: int) -> tuple[jax.Array, jax.Array]:
+def fine_scores(x: jax.Array, q: jax.Array | StackEntry, scale: jax.Array, bits: int) -> tuple[jax.Array, jax.Array]:
     """As ``fine_scores`` there: both limbs of a token are multiplied with a row while it is at hand.
 
     The tokens that are kept are made of the integers that were multiplied.
     """
 
-    def step(x: jax.Array, q: jax.Array, scale: jax.Array) -> tuple[jax.Array, jax.Array]:
-        made, limbs, steps = _in_parts(functools.partial(_scores, q=q, scale=scale, bits=bits, limbs=2), x)
+    def step(x: jax.Array, *rows: jax.Array) -> tuple[jax.Array, jax.Array]:
+        made, limbs, steps = _in_parts(functools.partial(_scores, rows=rows, bits=bits, limbs=2), x)
         return made, of_limbs(limbs[:, : x.shape[1]], limbs[:, x.shape[1] :], steps)
 
-    return folded(step, x, q, scale)
+    return folded(step, x, scale, *_stacked(q))
+
+
+def _stacked(q: jax.Array | StackEntry) -> tuple[jax.Array, jax.Array]:
+    """A stack of matrices ``[L, n, width]``, and which one is meant, int32 ``[1]``."""
+    if not isinstance(q, StackEntry):
+        return q[None], jnp.zeros(1, jnp.int32)
+    rows, first = q.laid_out()
+    # Each matrix is a part of what is read of the stack in all: XLA is not to bring all of it to VMEM for one.
+    return in_hbm(rows.reshape(-1, *q.shape)), lax.div(first, jnp.int32(q.shape[0])).reshape(1)
 
 
 def _in_parts(fun: Callable[[jax.Array], list[jax.Array]], x: jax.Array) -> list[jax.Array]:
@@ -55,14 +66,23 @@ def _in_parts(fun: Callable[[jax.Array], list[jax.Array]], x: jax.Array) -> list
     return [part.reshape(count + missing, -1)[:count] for part in made]
 
 
-def _scores(x: jax.Array, *, q: jax.Array, scale: jax.Array, bits: int, limbs: int) -> list[jax.Array]:
-    """Scores of tokens ``[T, d]``, f32 ``[T, n]``, their limbs, int8 ``[T, limbs * d]``, and steps, f32 ``[T, 1]``."""
-    (n, width), (count, d) = q.shape, x.shape
+def _scores(x: jax.Array, *, rows: Sequence[jax.Array], bits: int, limbs: int) -> list[jax.Array]:
+    """Scores of tokens ``[T, d]``, f32 ``[T, n]``, their limbs, int8 ``[T, limbs * d]``, and steps, f32 ``[T, 1]``.
+
+    Args:
+      x: the tokens, f32.
+      rows: scales ``[n]``, rows ``[L, n, width]``, and which of these matrices it is.
+      bits, limbs: of an entry, and of a token.
+    """
+    scale, q, number = rows
+    (_, n, width), (count, d) = q.shape, x.shape
     together = scored_together(n, width)
 
-    def kernel(x_ref: Any, q_ref: Any, scale_ref: Any, out_ref: Any, limbs_ref: Any, step_ref: Any, held: Any) -> None:
+    def kernel(
+        _: Any, x_ref: Any, q_ref: Any, scale_ref: Any, out_ref: Any, limbs_ref: Any, step_ref: Any, held: Any
+    ) -> None:
         @pl.when(pl.program_id(0) == 0)
-        def _() -> None:
+        def quantise() -> None:
             parts, step_ref[...] = _limbs(x_ref[...], limbs)
             for i, part in enumerate(parts):
                 # Sums of integers are of all first limbs, and then of all second ones.
@@ -80,29 +100,32 @@ def _scores(x: jax.Array, *, q: jax.Array, scale: jax.Array, bits: int, limbs: i
         pl.pallas_call(
             kernel,
             name="hire_quantized_scores" if limbs == 1 else "hire_fine_scores",
-            grid=(pl.cdiv(n, together),),
-            in_specs=[
-                pl.BlockSpec((count, d), _at_once),
-                pl.BlockSpec((together, width), lambda i: (i, 0)),
-                # Blocks of one axis would ask Pallas for the TPU that is here, and there need not be one.
-                pl.BlockSpec((1, together), lambda i: (0, i)),
-            ],
-            out_specs=[
-                pl.BlockSpec((count, together), lambda i: (0, i)),
-                *(pl.BlockSpec(shape, _at_once) for shape in shapes[1:]),
-            ],
+            grid_spec=pltpu.PrefetchScalarGridSpec(
+                num_scalar_prefetch=1,
+                grid=(pl.cdiv(n, together),),
+                in_specs=[
+                    pl.BlockSpec((count, d), _at_once),
+                    pl.BlockSpec((None, together, width), lambda i, number: (number[0], i, 0)),
+                    # Blocks of one axis would ask Pallas for the TPU that is here, and there need not be one.
+                    pl.BlockSpec((1, together), lambda i, number: (0, i)),
+                ],
+                out_specs=[
+                    pl.BlockSpec((count, together), lambda i, number: (0, i)),
+                    *(pl.BlockSpec(shape, _at_once) for shape in shapes[1:]),
+                ],
+                scratch_shapes=[pltpu.VMEM((limbs * count, d), jnp.int8)],
+            ),
             out_shape=made,
-            scratch_shapes=[pltpu.VMEM((limbs * count, d), jnp.int8)],
             cost_estimate=pl.CostEstimate(
                 flops=2 * limbs * count * n * d,
-                bytes_accessed=sum(a.nbytes for a in (x, q, scale)) + sum(a.size * a.dtype.itemsize for a in made),
+                bytes_accessed=x.nbytes + n * width + scale.nbytes + sum(a.size * a.dtype.itemsize for a in made),
                 transcendentals=0,
             ),
-        )(x, q, scale[None])
+        )(number, x, q, scale[None])
     )
 
 
-def _at_once(step: Any) -> tuple[int, int]:
+def _at_once(step: Any, number: Any) -> tuple[int, int]:
     """Of an operand that is one block, which block a step has."""
     return 0, 0
 

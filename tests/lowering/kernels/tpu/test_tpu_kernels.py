@@ -10,12 +10,13 @@ from jax.experimental.pallas import tpu as pltpu
 
 import hire_xform as hx
 from hire_xform.lowering.kernels import tpu
-from hire_xform.lowering.kernels.tpu import rows, scores, shapes, top_k
+from hire_xform.lowering.kernels.tpu import placing, rows, scores, shapes, top_k
 from hire_xform.lowering.predict.few_bits import entries, fine_scores, pack_nibbles, quantize, quantized_scores
 from hire_xform.lowering.primitives.combine_rows import combine_rows
 from hire_xform.lowering.primitives.da_top_k import da_top_k
 from hire_xform.lowering.primitives.kernels import backends, register_kernel
 from hire_xform.lowering.primitives.select_rows import select_rows_dot
+from hire_xform.lowering.primitives.stack_entry import StackEntry
 
 F32, BF16, INT32 = jnp.float32, jnp.bfloat16, jnp.int32
 # As a TPU has it: memory of its own, copies that take their time, and an error for an index out of range.
@@ -27,7 +28,9 @@ PLAIN = True
 @pytest.fixture(autouse=True)
 def _alone(portable_forms, monkeypatch):
     # Nor where an operand is to lie.
-    monkeypatch.setattr(rows, "in_hbm", lambda matrix: matrix)
+    for module in (rows, scores):
+        assert module.in_hbm is placing.in_hbm
+        monkeypatch.setattr(module, "in_hbm", lambda matrix: matrix)
     yield
     jax.clear_caches()
 
@@ -127,6 +130,14 @@ def test_rows_of_several_blocks_and_a_last_one_that_is_not_whole(monkeypatch):
     assert shapes.scored_together(300, 128) == 128
     got = interpreted(TPU, functools.partial(scores.quantized_scores, bits=8), x, q, scale)
     np.testing.assert_allclose(got, quantized_scores(x, q, scale, 8), rtol=1e-6)
+
+
+def test_rows_of_a_stack_are_read_where_they_lie():
+    x, matrices = normal(0, 1, 128), normal(1, 2, 3, 160, 128)
+    q, scale = quantize(matrices, 127)
+    entry = StackEntry(q, (jnp.int32(1), jnp.int32(2)))
+    got = interpreted(TPU, functools.partial(scores.quantized_scores, bits=8), x, entry, scale[1, 2])
+    np.testing.assert_allclose(got, quantized_scores(x, q[1, 2], scale[1, 2], 8), rtol=1e-6)
 
 
 @pytest.mark.parametrize(("n", "k", "shards"), [(3000, 37, 1), (1024, 200, 4), (20_000, 130, 1), (128, 128, 1)])
