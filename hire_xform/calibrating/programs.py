@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -59,7 +60,9 @@ def program(traced: Traced, marks: Marks, results: bool = True) -> Callable:
         given = dict(zip(roots, plain, strict=True))
         return traced.evaluate(leaves, traced.supply({}, given, dict(zip(keys, forms, strict=True))))
 
-    @jax.jit
+    options = compat.few_temporaries() if jax.default_backend() == "cpu" else {}
+
+    @functools.partial(jax.jit, compiler_options=options)
     def folded(*operands: Any) -> tuple[list[Any], Totals]:
         found, totals = fold(jax.make_jaxpr(whole)(*operands), jax.tree.leaves(operands), marks)
         return found if results else [], totals

@@ -8,6 +8,7 @@ needs a private module either.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -381,6 +382,20 @@ def outside_of_traces() -> Any:
     of theirs, however large, is made at once and kept.
     """
     return jax.core.eval_context()
+
+
+@functools.cache
+def few_temporaries() -> dict[str, bool]:
+    """Compiler options with which a CPU holds fewer temporaries at once; none where XLA does not know of them.
+
+    Known in 0.10 to 0.12: equations are not put in an order in which as many as can be run at once.
+    """
+    options = {"xla_cpu_enable_concurrency_optimized_scheduler": False}
+    try:
+        jax.jit(lambda: 0, compiler_options=options).lower().compile()
+    except jax.errors.JaxRuntimeError:
+        return {}
+    return options
 
 
 def is_tracer(value: Any) -> bool:

@@ -1,5 +1,6 @@
 """Every entry of the one version-dependent module holds on the installed JAX."""
 
+import functools
 import os
 import re
 import subprocess
@@ -170,6 +171,19 @@ def test_an_equation_bound_again():
 def test_a_program_without_its_last_results():
     fewer = compat.without_last_outputs(jax.make_jaxpr(lambda x: (x + 1, x, x))(WEIGHT), 2)
     assert (len(fewer.jaxpr.outvars), len(fewer.out_avals)) == (1, 1)
+
+
+def test_the_compiler_knows_how_to_hold_less():
+    options = compat.few_temporaries()
+    assert options
+
+    @functools.partial(jax.jit, compiler_options=options)
+    def wide(x):  # four products, of which the sum takes one after the other
+        return sum(jnp.sin(jnp.outer(x, x + i)).sum(1) for i in range(4))
+
+    x = jnp.ones(512)
+    as_it_is = jax.jit(wide.__wrapped__).lower(x).compile().memory_analysis().temp_size_in_bytes
+    assert wide.lower(x).compile().memory_analysis().temp_size_in_bytes <= as_it_is
 
 
 def test_settings_that_a_trace_hangs_on():
