@@ -17,7 +17,7 @@ from hire_xform.call.signature import Signature, unwrap_statics
 from hire_xform.passes.ir import compat
 from hire_xform.passes.ir.debugging import debugging
 from hire_xform.passes.ir.each_device import is_explicit
-from hire_xform.passes.ir.graph import Graph, Operand, walk
+from hire_xform.passes.ir.graph import Graph, Node, Operand, walk
 from hire_xform.passes.ir.verify import verify_graph
 from hire_xform.passes.match.detect import detect
 from hire_xform.passes.match.experts import Experts, find_experts
@@ -69,13 +69,17 @@ class Program:
                 warn_if_lost(signature, self.jaxpr, call.roots, list(changed))
                 self.jaxpr = compat.without_last_outputs(self.jaxpr, len(changed))
             self._experts: Sequence[Experts] = ()
+            # By source line why products that nearly end a block of experts do not.
+            self._no_experts: dict[str, str] = {}
             self._find_all()
 
     def _find_all(self, dense: Container[str] = ()) -> None:
         """Finds what there is, with a loop in the place of each block of experts but those that end at these paths."""
         self._find(self.jaxpr)
         with self.timed("matches"):
-            self._experts = [one for one in self._of_experts() if one.match.node.path not in dense]
+            found, reasons = self._of_experts()
+            self._experts = [one for one in found if one.match.node.path not in dense]
+            self._no_experts = {node.source: f"no block of experts ends in it: {why}" for node, why in reasons.items()}
             looped = looped_over(self._graph, self._experts) if self._experts else None
         if looped is not None:
             self._find(looped)
@@ -96,13 +100,13 @@ class Program:
         with self.timed("matches"):
             self._detection: Detection = detect(self._graph, self._provenance)
 
-    def _of_experts(self) -> Sequence[Experts]:
+    def _of_experts(self) -> tuple[Sequence[Experts], dict[Node, str]]:
         """The blocks of experts that are looped over: none over several devices, each of which may have its own."""
         placed = any(
             struct(a, at).sharding is not None for a, at in zip(self.call.avals, self.call.placed, strict=True)
         )
         if not self.loops_over_experts or placed:
-            return []
+            return [], {}
         return find_experts(self._graph, self._provenance, self._detection.products)
 
     @contextlib.contextmanager

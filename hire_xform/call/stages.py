@@ -71,13 +71,14 @@ class Traced(Program):
         self._rewriters: dict[Any, Rewriter] = {}
         self._told = False
         with collector_paused():
-            plan = self._timed_plan(config, platform, calibration)
+            plan, reasons = self._timed_plan(config, platform, calibration), {}
             if dense := dense_experts(self._experts, plan, self.runs_dense):
                 nodes = [experts.match.node for experts in dense]
                 self._find_all({node.path for node in nodes})
                 self._rewriters.clear()
                 reasons = dict(zip((node.source for node in nodes), dense.values(), strict=True))
-                plan = with_reasons(self._timed_plan(config, platform, calibration), reasons)
+                plan = self._timed_plan(config, platform, calibration)
+            plan = with_reasons(plan, {**self._no_experts, **reasons})
             unmatched = config.unmatched(self.rule_texts(config.compresses))
             self.plan: Plan = replace(plan, unmatched_rules=tuple(rule.path_glob for rule in unmatched))
         if os.environ.get("HIRE_DUMP"):

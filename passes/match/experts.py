@@ -119,8 +119,10 @@ class Experts:
         return self.match.nodes.union(*(w.routed.nodes for w in self.weights if w.routed is not None))
 
 
-def find_experts(graph: Graph, provenance: Provenance, products: Sequence[Product]) -> list[Experts]:
-    """The blocks of experts of a program, in its order.
+def find_experts(
+    graph: Graph, provenance: Provenance, products: Sequence[Product]
+) -> tuple[list[Experts], dict[Node, str]]:
+    """The blocks of experts of a program, in its order, and why products that nearly end one do not.
 
     Args:
       graph: the program.
@@ -132,6 +134,7 @@ def find_experts(graph: Graph, provenance: Provenance, products: Sequence[Produc
     by_node.update((node, product) for node, (product, _) in routed.items())
     gathers = {node: how for node, (_, how) in routed.items()}
     found: list[Experts] = []
+    reasons: dict[Node, str] = {}
     taken: set[Product] = set()
     probe = Probe()
     for node in graph.program_order():
@@ -139,10 +142,12 @@ def find_experts(graph: Graph, provenance: Provenance, products: Sequence[Produc
         if down is None or not (down.batched or node in gathers) or down in taken:
             continue
         experts = _ending_in(down, by_node, gathers, probe)
-        if experts is not None and taken.isdisjoint(experts.match.products):
+        if isinstance(experts, str):
+            reasons[node] = experts
+        elif experts is not None and taken.isdisjoint(experts.match.products):
             found.append(experts)
             taken.update(experts.match.products)
-    return found
+    return found, reasons
 
 
 def _routed_products(graph: Graph, provenance: Provenance) -> Iterator[tuple[Product, Routed]]:
@@ -227,8 +232,8 @@ def _gathered(weight: Value) -> Routed | None:
 
 def _ending_in(
     down: Product, by_node: dict[Node, Product], gathers: dict[Node, Routed], probe: Probe
-) -> Experts | None:
-    """The block of experts that ends in a product; None where there is none."""
+) -> Experts | str | None:
+    """The block of experts that ends in a product; why what is nearly one is none; None where nothing points to one."""
     if not down.width or not down.contracted or not down.tokens:
         return None
     routed = gathers[down.node].routed if down.node in gathers else set()
@@ -250,24 +255,29 @@ def _ending_in(
     if not units or not tokens:
         return None
     region = trace_region(down, layout, by_node, probe, tokens // count)
-    if isinstance(region, Unfollowed) or is_linear(region) or region.own is not None:
+    if isinstance(region, Unfollowed):
         return None
-    plain = all(isinstance(e, (Up, Side, Number, Apply)) for e in region.exprs)
-    if not plain or leak(region, down.x, [down]) or lost_derivative(region, down):
-        return None
+    if is_linear(region):
+        return "nothing nonlinear lies between its products"
+    if region.own is not None or not all(isinstance(e, (Up, Side, Number, Apply)) for e in region.exprs):
+        return "its units are mixed, or chosen by the model itself"
+    if (why := leak(region, down.x, [down]) or lost_derivative(region, down)) is not None:
+        return why
     match = FfnMatch(down, down.x, layout, region, tokens, region.units)
     if any(node.scope is not down.node.scope for node in match.nodes):
-        return None
+        return "its products stand in the bodies of different loops"
     if any(scope.kind == "shard_map" for scope in down.node.scope.chain()):
-        return None  # whose devices have experts of their own
+        return "it stands in a shard_map, whose devices have experts of their own"
     each = tokens // count
     made = [_up_weight(up, each, count, gathers.get(up.product.node)) for up in region.ups]
     made.append(_down_weight(down, layout, each, count, gathers.get(down.node)))
     if len({weight.routed.by for weight in made if weight is not None and weight.routed and weight.routed.ragged}) > 1:
-        return None
+        return "its ragged products have groups of their own"
     weights = tuple(weight for weight in made if weight is not None)
     summed = tuple((size, added) for size, (_, added) in zip(sizes, own, strict=True))
-    return Experts(match, count, weights, summed) if len(weights) == len(made) else None
+    if len(weights) < len(made):
+        return "not all of its weights have each of its experts once"
+    return Experts(match, count, weights, summed)
 
 
 def _up_weight(up: Up, each: int, count: int, routed: Routed | None) -> ExpertWeight | None:

@@ -10,6 +10,7 @@ from hire_xform.passes.plan.decisions import Plan, Refusal
 
 # Tokens times the experts of each that a loop goes over one by one: of as many tokens as a block has by default, eight.
 MOST_ROUTED = 64
+_NO_SITE = "nor is the block of one expert a site: "
 
 
 def dense_experts(experts: Sequence[Experts], plan: Plan, measures: bool) -> dict[Experts, str]:
@@ -25,17 +26,16 @@ def dense_experts(experts: Sequence[Experts], plan: Plan, measures: bool) -> dic
     for one in experts:
         down = one.match.down
         if one.routed and one.count > MOST_ROUTED and not measures:
-            found[one] = (
-                f"a call has {one.count:,} experts of tokens; expected {MOST_ROUTED} at most, one after the other"
-            )
+            many = f"a call has {one.count:,} experts of tokens; expected {MOST_ROUTED} at most, one after the other"
+            found[one] = _NO_SITE + many
         elif (down.origin.recipe.root, down.node.source) not in rewritten:
             refused = (r for r in plan.refusals if r.source == down.node.source)
-            found[one] = next((r.reason for r in refused), "it is not rewritten")
+            found[one] = _NO_SITE + next((r.reason for r in refused), "it is not rewritten")
     return found
 
 
 def with_reasons(plan: Plan, reasons: Mapping[str, str]) -> Plan:
-    """The plan of the program without these loops, whose refusals say what was said of the blocks in them.
+    """The plan with what else is known of blocks of experts in its refusals.
 
     Args:
       plan: the plan.
@@ -44,7 +44,6 @@ def with_reasons(plan: Plan, reasons: Mapping[str, str]) -> Plan:
 
     def told(refusal: Refusal) -> Refusal:
         reason = reasons.get(refusal.source)
-        said = f"{refusal.reason}; nor is the block of one expert a site: {reason}"
-        return refusal if reason is None else replace(refusal, reason=said)
+        return refusal if reason is None else replace(refusal, reason=f"{refusal.reason}; {reason}")
 
     return replace(plan, refusals=tuple(map(told, plan.refusals)))
