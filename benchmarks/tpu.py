@@ -26,7 +26,10 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import hire_xform as hx
 from hire_xform.dump.hlo import Counts, counts
@@ -243,9 +246,30 @@ def operands(stacked: bool) -> tuple[Any, ...]:
     return weights(stacked), (kept, kept), jax.ShapeDtypeStruct((1,), INT32), jax.ShapeDtypeStruct((), INT32)
 
 
-def compiled(chip: str, active: float | None, rank: float, stacked: bool) -> tuple[Counts, Any]:
+# Of each matrix, stacked, the axis that is split over chips: as Megatron has it, and the vocabulary.
+SPLIT = {"q": 2, "k": 2, "v": 2, "o": 1, "gate": 2, "up": 2, "down": 1, "embedding": 0}
+FOUR = {"v5e": "v5e:2x2", "v6e": "v6e:2x2", "v5p": "v5p:2x2x1"}
+
+
+def on_four(chip: str, shapes: Any) -> Any:
+    """Shapes of a step's operands over four chips: heads, units and rows of the vocabulary are split."""
+    # It starts libtpu, which is told here that there is no TPU.
+    Target("tpu", chip).device()
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=FOUR[chip]).devices[:4]
+    mesh = Mesh(np.array(devices), ("model",), axis_types=(AxisType.Auto,))
+
+    def place(path: Any, shape: Any) -> Any:
+        axis = SPLIT.get(getattr(path[-1], "key", ""), 2 if shape.ndim == 4 else None)
+        spec = PartitionSpec(*("model" if i == axis else None for i in range(shape.ndim)))
+        return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=NamedSharding(mesh, spec))
+
+    return jax.tree_util.tree_map_with_path(place, shapes)
+
+
+def compiled(chip: str, active: float | None, rank: float, stacked: bool, four: bool = False) -> tuple[Counts, Any]:
     """What a step does, dense or with so many units and predictors of such a rank."""
-    placed, step = Target("tpu", chip).placed(operands(stacked)), jax.jit(decode_step, donate_argnums=1)
+    shapes, step = operands(stacked), jax.jit(decode_step, donate_argnums=1)
+    placed = on_four(chip, shapes) if four else Target("tpu", chip).placed(shapes)
     if active is None:
         program = step.trace(*placed).lower().compile()
     else:
@@ -275,18 +299,24 @@ def modelled(own: Counts, rate: float) -> tuple[float, float]:
 def print_steps(chip: str) -> None:
     """A table of the whole step, dense and sparse, with layers one after the other and in a loop."""
     rate, _ = CHIPS[chip]
-    for stacked in (False, True):
-        print("\nLayers in a loop over stacked weights:\n" if stacked else "Layers one after the other:\n")
+    for what, stacked, four in (
+        ("Layers one after the other", False, False),
+        ("Layers in a loop over stacked weights", True, False),
+        ("The same on four chips, figures of each of them", True, True),
+    ):
+        print(f"\n{what}:\n")
         print(
             "| step | MB moved | kernels | other steps | bytes, dense/this | us of bytes | us with steps | dense/this |"
         )
         print("| --- | --- | --- | --- | --- | --- | --- | --- |")
-        dense, _ = compiled(chip, None, 0.0, stacked)
-        forms = [("dense, bf16", dense)]
+        dense, program = compiled(chip, None, 0.0, stacked, four)
+        forms, sent = [("dense, bf16", dense)], [collectives(program)]
         for rank in (0.25, 0.125):
             for active in (0.125, 0.0625):
                 name = f"d/{round(1 / rank)} in 8 bits, {100 * active:.4g} % of units"
-                forms.append((name, compiled(chip, active, rank, stacked)[0]))
+                own, program = compiled(chip, active, rank, stacked, four)
+                forms.append((name, own))
+                sent.append(collectives(program))
         for name, own in forms:
             (_, before), (alone, whole) = modelled(dense, rate), modelled(own, rate)
             kernels = sum(own.kernels.values())
@@ -294,6 +324,17 @@ def print_steps(chip: str) -> None:
                 f"| {name} | {own.moved / 1e6:.0f} | {kernels} | {own.steps - kernels} | {dense.moved / own.moved:.2f} "
                 f"| {alone:.0f} | {whole:.0f} | {before / whole:.2f} |"
             )
+        if four:
+            assert all(each == sent[0] for each in sent)
+            print(f"\nAll of them have the same collectives, which are not in these times: {', '.join(sent[0])}.")
+
+
+def collectives(program: Any) -> list[str]:
+    """Those that stand in a program, each with the type of what it makes."""
+    found = re.findall(
+        r"= \(?(\w+\[[\d,]*\])\S* (all-\w+|reduce-scatter|collective-permute)(?:-start)?\(", program.as_text()
+    )
+    return sorted(f"{kind} of {of}" for of, kind in found)
 
 
 def written(chip: str) -> str:

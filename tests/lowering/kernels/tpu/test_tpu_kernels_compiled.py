@@ -6,11 +6,13 @@ from functools import partial
 import devices
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from collectives import arrays_written
-from described_tpus import ENVIRONMENT, ONE, compiled, on_one_chip, one_chip
+from described_tpus import ENVIRONMENT, ONE, chips, compiled, on_one_chip, one_chip
 from extras import why_missing
 from jax import export
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import hire_xform as hx
 from hire_xform.lowering.kernels.tpu import shapes
@@ -114,6 +116,22 @@ def check_a_block_and_a_head_are_run_by_kernels():
     }
     # No scores in HBM, nor anything else but what comes out.
     assert max(arrays_written(program, in_vmem=False)) < 4 * M // 8
+
+
+def check_each_of_four_chips_runs_them_on_its_part():
+    mesh = Mesh(np.array(chips()), ("model",), axis_types=(AxisType.Auto,))
+
+    def on(*shape, spec):
+        return jax.ShapeDtypeStruct(shape, BF16, sharding=NamedSharding(mesh, spec))
+
+    columns = PartitionSpec(None, "model")
+    w = {
+        "up": on(D, M, spec=columns),
+        "down": on(M, D, spec=PartitionSpec("model", None)),
+        "head": on(D, VOCAB, spec=columns),
+    }
+    program = compiled(hx.sparsify(model, config=CONFIG).trace(w, on(1, D, spec=PartitionSpec())).lower())
+    assert sum(called(program).values()) == 8
 
 
 def check_a_program_for_several_platforms_has_them_for_one():
