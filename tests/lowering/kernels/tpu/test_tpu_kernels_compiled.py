@@ -56,7 +56,8 @@ def kernels():
 
 def check_every_kernel_on_every_chip():
     for kind in ONE:
-        for fun, *operands in kernels():
+        # All of them for one chip, and of the others each at some of the sizes.
+        for fun, *operands in list(kernels())[:: 1 if kind == "v5e" else 3]:
             placed = [jax.ShapeDtypeStruct(*operand, sharding=one_chip(kind)) for operand in operands]
             program = compiled(jax.jit(fun).trace(*placed).lower(), kind)
             assert program.as_text().count('custom_call_target="tpu_custom_call"') == 1, fun
