@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import ShapedArray
 from jax.extend.core import ClosedJaxpr, Primitive, jaxpr_as_fun
 from jax.interpreters import ad, batching, mlir
 
@@ -264,7 +265,9 @@ def lower_kernel(
             raise ValueError(f"{name}: the kernel {kernel} makes {got}; expected {want}")
         return made
 
-    return mlir.lower_fun(run, multiple_results=True)(ctx, *operands)
+    # Inside a shard_map types say along which axes values vary; a kernel is not asked to.
+    plain = [ShapedArray(a.shape, a.dtype, weak_type=getattr(a, "weak_type", False)) for a in ctx.avals_in]
+    return mlir.lower_fun(run, multiple_results=True)(ctx.replace(avals_in=plain), *operands)
 
 
 def _is_whole(ctx: Any) -> bool:

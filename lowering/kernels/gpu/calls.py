@@ -11,6 +11,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
+from hire_xform.lowering.kernels.results import result
+
 __all__ = ["as_float", "call", "padded", "row_of"]
 
 # Newer JAX asks which GPU a kernel is lowered for, and that one be here or described. What is lowered is the same for
@@ -41,7 +43,7 @@ def call(
     with use_abstract_mesh(_ANY):
         return pl.pallas_call(
             kernel,
-            out_shape=out,
+            out_shape=result(out.shape, out.dtype),
             grid=grid,
             compiler_params=None if interpret else triton.CompilerParams(num_warps=warps, num_stages=2),
             interpret=interpret,

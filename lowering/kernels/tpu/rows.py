@@ -20,6 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from hire_xform.lowering.kernels.folding import folded
+from hire_xform.lowering.kernels.results import result
 from hire_xform.lowering.kernels.tpu.placing import in_hbm
 from hire_xform.lowering.kernels.tpu.shapes import AHEAD, MOST_TOKENS, bytes_of_slabs, rows_a_step
 
@@ -174,7 +175,7 @@ def _call(
                 pltpu.SemaphoreType.DMA((AHEAD,)),
             ],
         ),
-        out_shape=jax.ShapeDtypeStruct(out_shape, jnp.float32),
+        out_shape=result(out_shape, jnp.float32),
         cost_estimate=pl.CostEstimate(
             flops=2 * tokens * count * group * d,
             bytes_accessed=moved + left.nbytes + odd.nbytes + index.nbytes + 4 * math.prod(out_shape),

@@ -17,6 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from hire_xform.lowering.kernels.folding import folded
+from hire_xform.lowering.kernels.results import result
 from hire_xform.lowering.kernels.tpu.placing import in_hbm
 from hire_xform.lowering.kernels.tpu.shapes import MOST_TOKENS, scored_together
 from hire_xform.lowering.predict.few_bits import of_limbs
@@ -95,7 +96,7 @@ def _scores(x: jax.Array, *, rows: Sequence[jax.Array], bits: int, limbs: int) -
         out_ref[...] = raw * step_ref[...] * scale_ref[...]
 
     shapes = [(count, n), (count, limbs * d), (count, 1)]
-    made = [jax.ShapeDtypeStruct(*of) for of in zip(shapes, (jnp.float32, jnp.int8, jnp.float32), strict=True)]
+    made = [result(*of) for of in zip(shapes, (jnp.float32, jnp.int8, jnp.float32), strict=True)]
     return list(
         pl.pallas_call(
             kernel,

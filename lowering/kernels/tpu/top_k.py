@@ -18,6 +18,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from hire_xform.lowering.kernels.results import result
 from hire_xform.lowering.kernels.tpu.shapes import LANES
 
 __all__ = ["top_k"]
@@ -50,7 +51,7 @@ def _blocks(scores: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
         # Of a last row that is not whole the rest may hold anything.
         in_specs=[pl.BlockSpec((1, 1, rows * LANES), lambda i: (i, 0, 0))],
         out_specs=[found, found],
-        out_shape=[jax.ShapeDtypeStruct((count, 1, size), dtype) for dtype in (jnp.float32, jnp.int32)],
+        out_shape=[result((count, 1, size), dtype) for dtype in (jnp.float32, jnp.int32)],
         scratch_shapes=[
             pltpu.VMEM((rows, LANES), jnp.int32),
             pltpu.VMEM((rows, LANES), jnp.bfloat16),

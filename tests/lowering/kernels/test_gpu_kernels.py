@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import export
+from jax.sharding import AxisType, PartitionSpec
 
 import hire_xform as hx
 from hire_xform.dump import targets
@@ -15,6 +16,7 @@ from hire_xform.dump.targets import Target
 from hire_xform.lowering.kernels.gpu import calls, shapes
 from hire_xform.lowering.kernels.gpu import rows as gpu_rows
 from hire_xform.lowering.kernels.gpu import scores as gpu_scores
+from hire_xform.lowering.kernels.results import result
 from hire_xform.lowering.predict import few_bits
 from hire_xform.lowering.primitives.combine_rows import combine_rows
 from hire_xform.lowering.primitives.select_rows import select_rows_dot
@@ -179,13 +181,21 @@ def test_programs_for_cuda_have_them_and_no_others(name):
     assert TRITON not in exported.mlir_module()
 
 
-def test_inside_a_shard_map_each_part_has_them():
-    step, shapes_of = step_of("combine_rows")
-    mesh = jax.make_mesh((1,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
-    all_, none = jax.sharding.PartitionSpec("model"), jax.sharding.PartitionSpec()
-    inside = jax.shard_map(step, mesh=mesh, in_specs=(none, all_, none), out_specs=none, check_vma=False)
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("types", [AxisType.Auto, AxisType.Explicit])
+def test_inside_a_shard_map_each_part_has_them(name, types):
+    """As it is by default, with types that say along which axes values vary."""
+    step, shapes_of = step_of(name)
+    mesh = jax.make_mesh((1,), ("model",), axis_types=(types,))
+    inside = jax.shard_map(step, mesh=mesh, in_specs=PartitionSpec(), out_specs=PartitionSpec())
     traced = jax.jit(inside).trace(*shapes_of(2))
     assert TRITON in traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+def test_results_of_kernels_vary_along_no_axis():
+    struct = result((2, 3), jnp.float32)
+    assert (struct.shape, struct.dtype) == ((2, 3), jnp.float32)
+    assert not struct.manual_axis_type.varying
 
 
 @pytest.mark.parametrize(
