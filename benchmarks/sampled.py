@@ -258,14 +258,17 @@ def settings_of(model, options):
     """What the head is certified with: settings, and a calibration if one is asked for."""
     vocab = hx.Vocab(certify=True) if options.calibrate else hx.Vocab(certify=True, candidates=options.candidates)
     # The head alone: blocks have their own benchmark.
-    config = hx.Config(ffn=None, rules=(hx.Rule("*", force=True, vocab=vocab),))
+    config = hx.Config(vocab=vocab, ffn=None, rules=(hx.Rule("*", force=True),))
     if not options.calibrate:
         return config, None
     # On inputs of text that the model draws at temperature 1, with seeds of their own.
     bench = Bench(model, "temperature", 1.0, options, config, None)
     found = [bench.inputs(10_000_000 + n) for n in range(-(-options.calibrate // bench.each))]
     xs = jnp.concatenate([x for x, _, _ in found])[: options.calibrate]
-    fun = functools.partial(lambda rows, x: jnp.argmax(x @ rows.T, axis=-1))
+
+    def fun(rows, x):
+        return jnp.argmax(x @ rows.T, axis=-1)
+
     batches = [(bench.rows, part) for part in jnp.split(xs, max(1, len(xs) // 256))]
     only = [hx.Staged((hx.LowRank(0.75, bits=4), hx.Quantized(8)))] if options.staged else None
     return config, hx.calibrate(fun, batches, config=config, predictors=only, progress=False)

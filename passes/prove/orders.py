@@ -172,7 +172,8 @@ def places_of(node: Node) -> Operand | None:
     operand, index = node.inputs[:2]
     last = len(shape_of(operand)) - 1
     if node.primitive is prims.dynamic_slice_p:
-        return index if last == 0 and tuple(node.params["slice_sizes"]) == (1,) else None
+        one_row = shape_of(operand)[:-1] == (1,) * last and tuple(node.params["slice_sizes"]) == (1,) * (last + 1)
+        return node.inputs[1 + last] if one_row else None
     numbers = node.params["dimension_numbers"]
     if tuple(node.params["slice_sizes"]) != (1,) * (last + 1):
         return None

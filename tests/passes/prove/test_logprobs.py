@@ -35,6 +35,12 @@ def of_each(u, key):
     return jax.vmap(one)(u, jax.random.split(key, T))
 
 
+def of_one_row(u, key):
+    """Of one token alone, by its number: a slice of one entry."""
+    token = jax.random.categorical(key, u[:1])
+    return token[0], jax.nn.log_softmax(u[:1])[0, token[0]]
+
+
 def by_one_hot(u, key):
     token = jnp.argmax(u, -1)
     return token, jnp.sum(jax.nn.log_softmax(u) * jax.nn.one_hot(token, V), axis=-1)
@@ -73,7 +79,7 @@ SPELLINGS = {
     f.__name__: f
     for f in (
         *(beside_a_draw, by_two_columns, of_each, by_one_hot, less_the_sum, largest, probability, added_up),
-        *(of_those_that_are_kept, of_given_tokens),
+        *(of_those_that_are_kept, of_given_tokens, of_one_row),
     )
 }
 
