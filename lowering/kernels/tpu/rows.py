@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -118,6 +119,59 @@ def _dot(a: jax.Array, b: jax.Array, contracted: tuple[tuple[int], tuple[int]]) 
     return lax.dot_general(a, b, (contracted, ((), ())), precision=precision, preferred_element_type=jnp.float32)
 
 
+@dataclass(frozen=True)
+class _Slabs:
+    """How chosen rows are read: ``count`` slabs of ``group`` rows of ``d`` columns, some at a step."""
+
+    count: int
+    group: int
+    d: int
+    dtype: Any
+
+    @property
+    def narrow(self) -> bool:
+        """Whether words of 32 bits hold several rows."""
+        return jnp.dtype(self.dtype).itemsize < 4
+
+    @property
+    def single(self) -> bool:
+        """Whether half of each word that is read is of another row."""
+        return self.narrow and self.group == 1
+
+    @property
+    def words(self) -> int:
+        """Words, one above the other, that a slab has."""
+        return max(1, self.group * jnp.dtype(self.dtype).itemsize // 4)
+
+    @property
+    def a_step(self) -> int:
+        """Slabs of a step."""
+        return rows_a_step(self.group) // self.group
+
+    def held(self) -> Any:
+        """Where the words of some steps are kept."""
+        return pltpu.VMEM((AHEAD, self.a_step * self.words, self.d), jnp.uint32 if self.narrow else self.dtype)
+
+    def copy(self, index: Any, rows: Any, held: Any, sent: Any, step: Any, slab: Any) -> Any:
+        """The copy of one slab of a step."""
+        slot, at = lax.rem(step, AHEAD), index[step * self.a_step + slab]
+        at = at >> 1 if self.single else pl.multiple_of(at * self.words, self.words)
+        to = held.at[slot, pl.ds(pl.multiple_of(slab * self.words, self.words), self.words)]
+        source = rows.bitcast(jnp.uint32) if self.narrow else rows
+        return pltpu.make_async_copy(source.at[pl.ds(at, self.words)], to, sent.at[slot])
+
+    def block(self, step: Any, held: Any, odd: Any) -> jax.Array:
+        """The rows of a step, of which all have come."""
+        taken = held[lax.rem(step, AHEAD)]
+        if self.count % self.a_step:
+            # What no copy has written may hold anything, a NaN most of all.
+            came = lax.broadcasted_iota(jnp.int32, taken.shape, 0) < (self.count - step * self.a_step) * self.words
+            taken = jnp.where(came, taken, jnp.zeros_like(taken))
+        if self.single:
+            return _halves(taken, odd[:, pl.ds(pl.multiple_of(step * self.a_step, self.a_step), self.a_step)])
+        return pltpu.bitcast(taken, self.dtype) if self.narrow else taken
+
+
 def _call(
     use: Callable[..., None],
     left: jax.Array,
@@ -128,40 +182,17 @@ def _call(
     name: str,
 ) -> jax.Array:
     """A kernel that has ``use(step, block, left, out)`` called with the chosen rows, ``rows_a_step`` at a time."""
-    d = rows.shape[1]
-    count, step_rows = index.shape[0], rows_a_step(group)
-    narrow = rows.dtype.itemsize < 4
-    # Words of 32 bits, one above the other, that a slab has.
-    words = max(1, group * rows.dtype.itemsize // 4)
-    slabs = step_rows // group
-    single = narrow and group == 1
+    slabs = _Slabs(index.shape[0], group, rows.shape[1], rows.dtype)
 
     def kernel(index_ref: Any, odd_ref: Any, left_ref: Any, rows_ref: Any, out_ref: Any, held: Any, sent: Any) -> None:
         out_ref[...] = jnp.zeros_like(out_ref)
-        source = rows_ref.bitcast(jnp.uint32) if narrow else rows_ref
-
-        def copy(step: jax.Array, slab: jax.Array, slot: jax.Array) -> Any:
-            at = index_ref[step * slabs + slab]
-            at = at >> 1 if single else pl.multiple_of(at * words, words)
-            to = held.at[slot, pl.ds(pl.multiple_of(slab * words, words), words)]
-            return pltpu.make_async_copy(source.at[pl.ds(at, words)], to, sent.at[slot])
-
-        def block(step: jax.Array, slot: jax.Array) -> jax.Array:
-            taken = held[slot]
-            if count % slabs:
-                # What no copy has written may hold anything, a NaN most of all.
-                came = lax.broadcasted_iota(jnp.int32, taken.shape, 0) < (count - step * slabs) * words
-                taken = jnp.where(came, taken, jnp.zeros_like(taken))
-            if single:
-                return _halves(taken, odd_ref[:, pl.ds(pl.multiple_of(step * step_rows, step_rows), step_rows)])
-            return pltpu.bitcast(taken, rows.dtype) if narrow else taken
-
-        _stream(copy, lambda step, slot: use(step, block(step, slot), left_ref, out_ref), count, slabs)
+        copy = functools.partial(slabs.copy, index_ref, rows_ref, held, sent)
+        _stream(copy, lambda step: use(step, slabs.block(step, held, odd_ref), left_ref, out_ref), slabs)
 
     # Of two rows that share their words, whether the second one is meant; nothing where slabs are read as they are.
-    odd = jnp.pad(index & 1, (0, -count % step_rows))[None] if single else jnp.zeros((1, 1), jnp.int32)
+    odd = jnp.pad(index & 1, (0, -slabs.count % slabs.a_step))[None] if slabs.single else jnp.zeros((1, 1), jnp.int32)
     whole = pl.BlockSpec(memory_space=pltpu.VMEM)
-    tokens, moved = left.shape[0], bytes_of_slabs(count, group, d, rows.dtype)
+    moved = bytes_of_slabs(slabs.count, group, slabs.d, rows.dtype)
     return pl.pallas_call(
         kernel,
         name=name,
@@ -170,14 +201,11 @@ def _call(
             grid=(),
             in_specs=[whole, whole, pl.BlockSpec(memory_space=pltpu.HBM)],
             out_specs=whole,
-            scratch_shapes=[
-                pltpu.VMEM((AHEAD, slabs * words, d), jnp.uint32 if narrow else rows.dtype),
-                pltpu.SemaphoreType.DMA((AHEAD,)),
-            ],
+            scratch_shapes=[slabs.held(), pltpu.SemaphoreType.DMA((AHEAD,))],
         ),
         out_shape=result(out_shape, jnp.float32),
         cost_estimate=pl.CostEstimate(
-            flops=2 * tokens * count * group * d,
+            flops=2 * left.shape[0] * slabs.count * group * slabs.d,
             bytes_accessed=moved + left.nbytes + odd.nbytes + index.nbytes + 4 * math.prod(out_shape),
             transcendentals=0,
         ),
@@ -192,21 +220,22 @@ def _halves(words: jax.Array, odd: jax.Array) -> jax.Array:
     return pltpu.bitcast(raised, jnp.float32).astype(jnp.bfloat16)
 
 
-def _stream(copy: Callable[..., Any], use: Callable[..., None], count: int, slabs: int) -> None:
-    """Copies ``count`` slabs, ``slabs`` to a step, some steps ahead of ``use(step, slot)``."""
-    steps = -(-count // slabs)
+def _stream(copy: Callable[..., Any], use: Callable[[Any], None], slabs: _Slabs) -> None:
+    """Copies slabs some steps ahead of ``use(step)``."""
+    count, a_step = slabs.count, slabs.a_step
+    steps = -(-count // a_step)
 
     def each(step: Any, act: Callable[[Any], None]) -> None:
         def one(slab: jax.Array, _: None) -> None:
             def go() -> None:
-                act(copy(step, slab, lax.rem(step, AHEAD)))
+                act(copy(step, slab))
 
-            if count % slabs:
-                pl.when(step * slabs + slab < count)(go)
+            if count % a_step:
+                pl.when(step * a_step + slab < count)(go)
             else:
                 go()
 
-        lax.fori_loop(0, slabs, one, None)
+        lax.fori_loop(0, a_step, one, None)
 
     def start(step: Any) -> None:
         each(step, lambda sent: sent.start())
@@ -217,6 +246,6 @@ def _stream(copy: Callable[..., Any], use: Callable[..., None], count: int, slab
     def body(step: jax.Array, _: None) -> None:
         pl.when(step + AHEAD - 1 < steps)(lambda: start(step + AHEAD - 1))
         each(step, lambda sent: sent.wait())
-        use(step, lax.rem(step, AHEAD))
+        use(step)
 
     lax.fori_loop(0, steps, body, None)
