@@ -111,7 +111,7 @@ $(GPU_AOT)/.installed: $(VENV)/.test
 	touch $@
 
 gpu: $(GPU_AOT)/.installed
-	PYTHONPATH=$(GPU_AOT) $(BIN)/python -m pytest -q -m gpu_aot $(PYTEST_ARGS)
+	PYTHONPATH=$(GPU_AOT) $(BIN)/python -m pytest -q -m gpu_aot tests/lowering tests/command_line $(PYTEST_ARGS)
 
 # Many random programs, spread over processes; every EVALUATE-th is evaluated, the others are rewritten and looked at.
 N ?= 20000
