@@ -16,7 +16,12 @@ import jax
 
 from hire_xform.lowering.kernels.switch import switched_off
 from hire_xform.lowering.kernels.tpu import shapes
+from hire_xform.lowering.predict.few_bits import fine_scores_p, quantized_scores_p
+from hire_xform.lowering.primitives.combine_rows import combine_rows_p
+from hire_xform.lowering.primitives.da_top_k import da_top_k_p
 from hire_xform.lowering.primitives.kernels import no_built_in, register_built_in
+from hire_xform.lowering.primitives.open_rows import open_rows_p
+from hire_xform.lowering.primitives.select_rows import select_rows_dot_p
 from hire_xform.lowering.primitives.stack_entry import StackEntry
 
 __all__ = ["install"]
@@ -29,16 +34,17 @@ def install() -> str | None:
     if missing:
         no_built_in("tpu", f"no kernels, since {missing}")
         return missing
-    for name, rule, serves in (
-        ("hire_quantized_scores", _quantized_scores, shapes.scores_served),
-        ("hire_fine_scores", _fine_scores, shapes.scores_served),
-        ("da_top_k", _da_top_k, shapes.top_k_served),
-        ("hire_select_rows_dot", _select_rows_dot, shapes.rows_served),
-        ("hire_combine_rows", _combine_rows, shapes.rows_served),
+    for step, rule, serves in (
+        (quantized_scores_p, _quantized_scores, shapes.scores_served),
+        (fine_scores_p, _fine_scores, shapes.scores_served),
+        (da_top_k_p, _da_top_k, shapes.top_k_served),
+        (select_rows_dot_p, _select_rows_dot, shapes.rows_served),
+        (combine_rows_p, _combine_rows, shapes.rows_served),
+        (open_rows_p, _open_rows, shapes.open_rows_served),
     ):
         # What Pallas makes for a TPU needs nothing of the process that made it.
         register_built_in(
-            name, "tpu", rule, serves, "Pallas", exported=True, takes_entries=serves is shapes.scores_served
+            step.name, "tpu", rule, serves, "Pallas", exported=True, takes_entries=serves is shapes.scores_served
         )
     return None
 
@@ -75,3 +81,7 @@ def _select_rows_dot(
 
 def _combine_rows(h: jax.Array, rows: jax.Array, index: jax.Array, *, group_size: int, out_dtype: Any) -> jax.Array:
     return _module("rows").combine_rows(h, rows, index, group_size).astype(out_dtype)
+
+
+def _open_rows(values: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return _module("open_rows").open_rows(values)

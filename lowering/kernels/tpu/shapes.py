@@ -12,7 +12,9 @@ __all__ = [
     "LANES",
     "MOST_TOKENS",
     "bytes_of_slabs",
+    "open_rows_served",
     "rows_a_step",
+    "rows_of_lanes",
     "rows_served",
     "scores_served",
     "top_k_served",
@@ -77,6 +79,17 @@ def scores_served(x: Any, q: Any, scale: Any, *, bits: int) -> bool:
     held = 4 * scored_together(n, width) * (width + 2 * max(8, x.shape[0]))
     lanes = width % LANES == 0 and x.shape[1] == width * (8 // bits)
     return 0 not in x.shape and x.shape[0] <= MOST_TOKENS and n >= LANES and lanes and held <= VMEM
+
+
+def rows_of_lanes(n: int) -> int:
+    """Rows of 128 that so many numbers are seen as: whole tiles of them."""
+    rows = -(-n // LANES)
+    return rows + -rows % (8 if rows <= LANES else LANES)
+
+
+def open_rows_served(values: Any) -> bool:
+    """Whether open rows are found by a kernel: all are kept in VMEM."""
+    return jnp.dtype(values.dtype) == jnp.float32 and LANES <= values.shape[0] <= _MOST_SCORES
 
 
 # What is chosen from at once, and how many: all is kept in VMEM.

@@ -19,13 +19,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from hire_xform.lowering.kernels.results import result
-from hire_xform.lowering.kernels.tpu.shapes import LANES
+from hire_xform.lowering.kernels.tpu.numbering import as_row, dot, iota, numbered, places_of
+from hire_xform.lowering.kernels.tpu.shapes import LANES, rows_of_lanes
 
 __all__ = ["top_k"]
 
 _LOWEST = -(2**31)
-# Rows of 128 that are numbered together, and that scores are made whole to.
-_TILE = 8
 
 
 def top_k(scores: jax.Array, k: int, shards: int) -> tuple[jax.Array, jax.Array]:
@@ -40,8 +39,7 @@ def top_k(scores: jax.Array, k: int, shards: int) -> tuple[jax.Array, jax.Array]
 def _blocks(scores: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
     """The best ``k`` of each row of ``[B, n]``."""
     count, n = scores.shape
-    rows = -(-n // LANES)
-    rows += -rows % (_TILE if rows <= LANES else LANES)
+    rows = rows_of_lanes(n)
     size = -(-k // LANES) * LANES
     found = pl.BlockSpec((1, 1, size), lambda i: (i, 0, 0))
     values, index = pl.pallas_call(
@@ -99,11 +97,11 @@ def _kernel(
 
     def collect(part: jax.Array, _: None) -> None:
         at = pl.ds(pl.multiple_of(part * LANES, LANES), LANES)
-        wanted = part * LANES + _iota((LANES, 1), 0)
+        wanted = part * LANES + iota((LANES, 1), 0)
         found, where = _collected(wanted, keys, numbers, ends)
         key[at] = jnp.where(wanted < k, found, _LOWEST)
         place[at] = where
-        across[:, at] = _as_row(key[at])
+        across[:, at] = as_row(key[at])
 
     lax.fori_loop(0, size // LANES, collect, None)
     _by_rank(key, place, across, values, index)
@@ -115,7 +113,7 @@ def _ordered(scores: jax.Array, n: int) -> jax.Array:
     raw = _turned(raw)
     if n == scores.size:
         return raw
-    place = LANES * _iota(raw.shape, 0) + _iota(raw.shape, 1)
+    place = LANES * iota(raw.shape, 0) + iota(raw.shape, 1)
     return jnp.where(place < n, raw, _LOWEST)
 
 
@@ -153,12 +151,12 @@ def _number(keys: Any, kth: jax.Array, k: int, numbers: Any, ends: Any) -> None:
     def some(part: Any, before: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         at = pl.ds(part * tile, tile)
         here, (equal_before, chosen_before) = keys[at], before
-        within, until = _numbered(here == kth)
+        within, until = numbered(here == kth)
         chosen = (here > kth) | ((here == kth) & (equal_before + until - within[:, LANES - 1 :] + within <= missing))
         equal_before += until[tile - 1 :]
-        within, until = _numbered(chosen)
+        within, until = numbered(chosen)
         numbers[at] = within.astype(jnp.bfloat16)
-        row = _as_row(chosen_before + until)
+        row = as_row(chosen_before + until)
         if tile == rows:
             ends[...] = row[:, :rows]
         else:
@@ -169,31 +167,15 @@ def _number(keys: Any, kth: jax.Array, k: int, numbers: Any, ends: Any) -> None:
     lax.fori_loop(0, rows // tile, some, (none, none))
 
 
-def _numbered(mask: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """For each entry of ``[r, 128]`` how many up to it are set in its row, and for each row how many up to its end."""
-    rows = mask.shape[0]
-    within = _dot(_ones(mask), _ones(_iota((LANES, LANES), 0) <= _iota((LANES, LANES), 1)))
-    until = _dot(_ones(_iota((rows, rows), 1) <= _iota((rows, rows), 0)), within.astype(jnp.bfloat16))
-    return within, until[:, LANES - 1 :]
-
-
 def _collected(wanted: jax.Array, keys: Any, numbers: Any, ends: Any) -> tuple[jax.Array, jax.Array]:
     """The keys with these numbers, ``[128, 1]``, and where they stand."""
-    rows = keys.shape[0]
-    wanted = wanted.astype(jnp.float32)
-    over = ends[...] <= wanted
-    row = jnp.sum(over.astype(jnp.int32), axis=1, keepdims=True)
-    number = wanted - jnp.max(jnp.where(over, ends[...], 0.0), axis=1, keepdims=True)
-    # Rows are taken by a product with ones; its inputs, of 8 bits at most, are exact in bfloat16.
-    taken = _ones(_iota((LANES, rows), 1) == row)
-    lane = jnp.sum((_dot(taken, numbers[...]) <= number).astype(jnp.int32), axis=1, keepdims=True)
-    here = _iota((LANES, LANES), 1) == lane
-    key = jnp.zeros((LANES, 1), jnp.int32)
+    rows, lane, place = places_of(wanted, numbers, ends)
+    here, key = iota((LANES, LANES), 1) == lane, jnp.zeros((LANES, 1), jnp.int32)
     for shift in range(0, 32, 8):
         byte = (lax.shift_right_logical(keys[...], shift) & 255).astype(jnp.float32).astype(jnp.bfloat16)
-        one = jnp.sum(jnp.where(here, _dot(taken, byte), 0.0), axis=1, keepdims=True)
+        one = jnp.sum(jnp.where(here, dot(rows, byte), 0.0), axis=1, keepdims=True)
         key = key | lax.shift_left(one.astype(jnp.int32), shift)
-    return key, row * LANES + lane
+    return key, place
 
 
 def _by_rank(key: Any, place: Any, across: Any, values: Any, index: Any) -> None:
@@ -202,9 +184,9 @@ def _by_rank(key: Any, place: Any, across: Any, values: Any, index: Any) -> None
 
     def some(part: jax.Array, made: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         at = pl.ds(pl.multiple_of(part * LANES, LANES), LANES)
-        own, mine = key[at], part * LANES + _iota((LANES, 1), 0)
-        before = (across[...] > own) | ((across[...] == own) & (_iota((1, size), 1) < mine))
-        here = _iota((1, size), 1) == jnp.sum(before.astype(jnp.int32), axis=1, keepdims=True)
+        own, mine = key[at], part * LANES + iota((LANES, 1), 0)
+        before = (across[...] > own) | ((across[...] == own) & (iota((1, size), 1) < mine))
+        here = iota((1, size), 1) == jnp.sum(before.astype(jnp.int32), axis=1, keepdims=True)
         found, where = (jnp.sum(jnp.where(here, a, 0), axis=0, keepdims=True) for a in (own, place[at]))
         return made[0] + found, made[1] + where
 
@@ -212,21 +194,3 @@ def _by_rank(key: Any, place: Any, across: Any, values: Any, index: Any) -> None
     found, where = lax.fori_loop(0, size // LANES, some, (none, none))
     values[0] = pltpu.bitcast(_turned(found), jnp.float32)
     index[0] = where
-
-
-def _as_row(column: jax.Array) -> jax.Array:
-    """``[r, 1]``, r up to 128, as ``[1, 128]``: zeros behind it."""
-    rows = column.shape[0]
-    return jnp.sum(jnp.where(_iota((rows, LANES), 0) == _iota((rows, LANES), 1), column, 0), axis=0, keepdims=True)
-
-
-def _iota(shape: tuple[int, ...], axis: int) -> jax.Array:
-    return lax.broadcasted_iota(jnp.int32, shape, axis)
-
-
-def _ones(mask: jax.Array) -> jax.Array:
-    return mask.astype(jnp.float32).astype(jnp.bfloat16)
-
-
-def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
-    return lax.dot_general(a, b, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)

@@ -10,11 +10,13 @@ from jax.experimental.pallas import tpu as pltpu
 
 import hire_xform as hx
 from hire_xform.lowering.kernels import tpu
-from hire_xform.lowering.kernels.tpu import placing, rows, scores, shapes, top_k
+from hire_xform.lowering.kernels.tpu import numbering, placing, rows, scores, shapes, top_k
+from hire_xform.lowering.kernels.tpu.open_rows import open_rows
 from hire_xform.lowering.predict.few_bits import entries, fine_scores, pack_nibbles, quantize, quantized_scores
 from hire_xform.lowering.primitives.combine_rows import combine_rows
 from hire_xform.lowering.primitives.da_top_k import da_top_k
 from hire_xform.lowering.primitives.kernels import backends, register_kernel
+from hire_xform.lowering.primitives.open_rows import open_rows as portable_open_rows
 from hire_xform.lowering.primitives.select_rows import select_rows_dot
 from hire_xform.lowering.primitives.stack_entry import StackEntry
 
@@ -153,6 +155,25 @@ def test_the_largest(n, k, shards):
     np.testing.assert_array_equal(got, want)
 
 
+@pytest.mark.parametrize(("n", "share"), [(300, 0.5), (20_000, 0.02), (129, 1.0), (1024, 0.0)])
+def test_open_rows(n, share):
+    rng = np.random.default_rng(0)
+    values = np.where(rng.random(n) < share, np.abs(rng.normal(size=n)), -1.0).astype(np.float32)
+    values[[7, 50]] = (np.nan, -0.0) if share else -np.inf
+    assert shapes.open_rows_served(values)
+    got, count = interpreted(TPU, open_rows, jnp.asarray(values))
+    want, many = portable_open_rows(jnp.asarray(values))
+    np.testing.assert_array_equal(got, want)
+    assert count == many
+
+
+def test_numbers_of_what_is_set():
+    mask = jnp.asarray(np.random.default_rng(0).random((8, 128)) < 0.3)
+    within, until = numbering.numbered(mask)
+    np.testing.assert_array_equal(within, np.cumsum(mask, axis=1))
+    np.testing.assert_array_equal(until[:, 0], np.cumsum(mask.sum(axis=1)))
+
+
 def struct(*shape, dtype=F32):
     return jax.ShapeDtypeStruct(shape, dtype)
 
@@ -186,6 +207,7 @@ def test_they_are_registered_for_tpus_alone_and_pallas_is_not_asked_for_at_once(
         "da_top_k",
         "hire_select_rows_dot",
         "hire_combine_rows",
+        "hire_open_rows",
     }
     assert {p["cuda"].split(":")[0] for p in named.values()} == {"portable"}
 

@@ -33,7 +33,7 @@ def found():
 
 def kernels():
     """Each kernel at sizes of a model of a billion parameters, or of many tokens: a function, and what it takes."""
-    from hire_xform.lowering.kernels.tpu import rows, scores, top_k
+    from hire_xform.lowering.kernels.tpu import open_rows, rows, scores, top_k
 
     for tokens, dtype, given, group, n, count in (
         (1, BF16, BF16, 8, 8192, 65),
@@ -52,6 +52,8 @@ def kernels():
         yield partial(scores.fine_scores, bits=bits), ((tokens, d), F32), q, ((n,), F32)
     for n, k, shards in ((1024, 64, 1), (128256, 256, 1), (2**19, 1024, 1), (262144, 512, 4)):
         yield partial(top_k.top_k, k=k, shards=shards), ((1, n), F32)
+    for n in (1000, 2**19):
+        yield open_rows.open_rows, ((n,), F32)
 
 
 def check_every_kernel_on_every_chip():
