@@ -86,7 +86,7 @@ STACKS_VENV ?= .venv-stacks
 # import comes after the extra, and they themselves without what they require.
 STACKS := google-tunix==0.1.7 maxtext==0.2.5 tokamax==0.0.17
 IMPORTED := google-metrax qwix perfetto omegaconf datasets numba sympy pylatexenc importlib_resources kagglehub \
-	python-dotenv transformers pathwaysutils aqtp drjax
+	python-dotenv transformers pathwaysutils aqtp drjax xprof einshape tiktoken
 $(STACKS_VENV)/.stacks: $(BUILT)
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 12) else "make stacks: gemma needs Python 3.12 or newer; this is " + sys.version.split()[0] + ": make stacks PYTHON=python3.12")'
 	$(MAKE) VENV=$(STACKS_VENV) $(STACKS_VENV)/.created

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from functools import partial
-
-os.environ["KERAS_BACKEND"] = "jax"
 
 import jax
 import jax.numpy as jnp

@@ -14,6 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+# Read once, when Keras is first imported, which others than KerasHub may do.
+os.environ["KERAS_BACKEND"] = "jax"
+
 # Stack -> (the file here that lists its decode functions, how it is installed).
 STACKS = {
     "tunix": ("tunix_stack", "make stacks"),
