@@ -258,7 +258,7 @@ def settings_of(model, options):
     """What the head is certified with: settings, and a calibration if one is asked for."""
     vocab = hx.Vocab(certify=True) if options.calibrate else hx.Vocab(certify=True, candidates=options.candidates)
     # The head alone: blocks have their own benchmark.
-    config = hx.Config(vocab=vocab, ffn=None, rules=(hx.Rule("*", force=True),))
+    config = hx.Config(ffn=None, rules=(hx.Rule("*", force=True, vocab=vocab),))
     if not options.calibrate:
         return config, None
     # On inputs of text that the model draws at temperature 1, with seeds of their own.
