@@ -66,10 +66,11 @@ def stated_sharding(leaf: Any) -> Any:
 
 def kind_elsewhere(shardings: Iterable[Any]) -> str | None:
     """The kind of the accelerator that some shardings name, if it is none that is here."""
-    found = next(((p, kind_of_device(s)) for s in shardings if (p := platform_of(s)) not in (None, "cpu")), None)
+    named = (s for s in shardings if s is not None)
+    found = next(((p, kind_of_device(s)) for s in named if (p := platform_of(s)) not in (None, "cpu")), None)
     return None if found is None or found[1] == device_kind(str(found[0])) else found[1]
 
 
 def platform_in(shardings: Iterable[Any]) -> str | None:
     """The platform that some shardings name; None where none does."""
-    return next((name for name in map(platform_of, shardings) if name is not None), None)
+    return next((p for s in shardings if s is not None and (p := platform_of(s)) is not None), None)

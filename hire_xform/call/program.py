@@ -102,12 +102,14 @@ class Program:
 
     def _of_experts(self) -> tuple[Sequence[Experts], dict[Node, str]]:
         """The blocks of experts that are looped over: none over several devices, each of which may have its own."""
-        placed = any(
-            struct(a, at).sharding is not None for a, at in zip(self.call.avals, self.call.placed, strict=True)
-        )
-        if not self.loops_over_experts or placed:
+        if not self.loops_over_experts:
             return [], {}
-        return find_experts(self._graph, self._provenance, self._detection.products)
+        found, reasons = find_experts(self._graph, self._provenance, self._detection.products)
+        if not found and not reasons:
+            return found, reasons
+        given = zip(self.call.avals, self.call.placed, strict=True)
+        placed = any(struct(aval, at).sharding is not None for aval, at in given)
+        return ([], {}) if placed else (found, reasons)
 
     @contextlib.contextmanager
     def timed(self, stage: str) -> Iterator[None]:

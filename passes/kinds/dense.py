@@ -89,7 +89,7 @@ class DenseKind(SiteKind):
 
     def instead(self, product: Product) -> Match | str | None:
         """Any product of one matrix."""
-        if product.batched:
+        if product.w_batch:
             return BATCHED
         return DenseMatch(product) if product.width and product.contracted and product.tokens else None
 

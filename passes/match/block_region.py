@@ -230,7 +230,7 @@ class _Builder:
         w_dims = [layout[d] for d in product.out_w_dims]
         if any(a.space != "t" for d in x_dims for a in d.atoms) or any(a.space != "h" for d in w_dims for a in d.atoms):
             return self.side(product.out, layout)
-        followed = not product.batched and product.contracted and units_of(layout) == self.region.units
+        followed = not product.w_batch and product.contracted and units_of(layout) == self.region.units
         if product in self.region.updates:
             return self.side(product.out, layout)
         if not followed or not all(d.full for d in x_dims):

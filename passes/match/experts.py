@@ -10,7 +10,7 @@ a block like any other, but for its weights.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -129,8 +129,8 @@ def find_experts(
       provenance: its weights.
       products: those of data with one of its weights, as detection has them.
     """
-    routed = {product.node: (product, how) for product, how in _routed_products(graph, provenance)}
     by_node = {product.node: product for product in products}
+    routed = {product.node: (product, how) for product, how in _routed_products(graph, provenance, by_node)}
     by_node.update((node, product) for node, (product, _) in routed.items())
     gathers = {node: how for node, (_, how) in routed.items()}
     found: list[Experts] = []
@@ -139,7 +139,7 @@ def find_experts(
     probe = Probe()
     for node in graph.program_order():
         down = by_node.get(node)
-        if down is None or not (down.batched or node in gathers) or down in taken:
+        if down is None or not (down.w_batch or node in gathers) or down in taken:
             continue
         experts = _ending_in(down, by_node, gathers, probe)
         if isinstance(experts, str):
@@ -150,12 +150,12 @@ def find_experts(
     return found, reasons
 
 
-def _routed_products(graph: Graph, provenance: Provenance) -> Iterator[tuple[Product, Routed]]:
+def _routed_products(graph: Graph, provenance: Provenance, known: Container[Node]) -> Iterator[tuple[Product, Routed]]:
     """Products with gathered matrices of a weight, which are derived of it, and how they are gathered."""
     for node in graph.program_order():
         if node.primitive is compat.RAGGED_DOT and (ragged := _ragged(node, provenance)) is not None:
             yield ragged
-        if node.primitive is not prims.dot_general_p:
+        if node.primitive is not prims.dot_general_p or node in known:
             continue
         for number, operand in enumerate(node.inputs):
             other = node.inputs[1 - number]
@@ -200,28 +200,27 @@ def _ragged(node: Node, provenance: Provenance) -> tuple[Product, Routed] | None
 
 def _gathered(weight: Value) -> Routed | None:
     """How a value is gathered, whole matrices each; None when it is not."""
-    layout: Layout = tuple(whole([Atom(str(d), 1, size)], size) for d, size in enumerate(weight.shape))
-    value, dtypes, nodes = weight, [], []
-    while True:
-        node = value.node
-        if node is None:
-            return None
+    nodes: list[Node] = []
+    value: Operand = weight
+    while isinstance(value, Value) and (node := value.node) is not None:
         nodes.append(node)
         if node.primitive is prims.gather_p:
             break
-        if node.primitive is prims.convert_element_type_p:
-            dtypes.append(node.params["new_dtype"])
-        elif moves_only(node):
-            try:
-                layout = operand_layouts(node, 0, layout)[0]
-            except UnsupportedLayoutError:
-                return None
-        else:
+        if node.primitive is not prims.convert_element_type_p and not moves_only(node):
             return None
-        operand = node.inputs[0]
-        if not isinstance(operand, Value):
+        value = node.inputs[0]
+    else:
+        return None
+    layout: Layout = tuple(whole([Atom(str(d), 1, size)], size) for d, size in enumerate(weight.shape))
+    dtypes = []
+    for between in nodes[:-1]:
+        if between.primitive is prims.convert_element_type_p:
+            dtypes.append(between.params["new_dtype"])
+            continue
+        try:
+            layout = operand_layouts(between, 0, layout)[0]
+        except UnsupportedLayoutError:
             return None
-        value = operand
     numbers = node.params["dimension_numbers"]
     if numbers.operand_batching_dims or not picks_matrix(node) or not all(dim.full for dim in layout):
         return None

@@ -36,7 +36,7 @@ def ffn_ending_in(
     if not down.width or not down.contracted or not down.tokens:
         return Unfollowed("it is empty")
     hidden = down.x
-    if down.batched:
+    if down.w_batch:
         return Nearly(down, BATCHED)
     if (end := ends_before_products(down, by_node)) is not None:
         return end
@@ -75,7 +75,7 @@ def _contracting_alike(down: Product, by_node: dict[Node, Product], taken: set[P
     def alike(other: Product) -> bool:
         same = other.x is down.x and sorted(other.x_contract) == sorted(down.x_contract) and other.x_free == down.x_free
         placed = other.node.scope is down.node.scope and other.out.aval.dtype == down.out.aval.dtype
-        return same and placed and not other.batched and bool(other.width) and other not in taken
+        return same and placed and not other.w_batch and bool(other.width) and other not in taken
 
     readers = (by_node[node] for node in dict.fromkeys(down.x.consumers) if node in by_node)
     return [other for other in readers if other is down or alike(other)]

@@ -105,7 +105,7 @@ def not_vocabulary(
       nearly: of one that nearly ends a block, why it does not.
       unfollowed: of products that end no block, why nothing points to one.
     """
-    if product.batched:
+    if product.w_batch:
         return BATCHED
     if not product.width or not product.contracted or not product.tokens:
         return "it is empty"
@@ -121,7 +121,7 @@ def not_vocabulary(
         if fate.first("returned") is not None:
             return "its output is returned as well as contracted, so every unit of it is needed"
         where = event[1].source
-        if event[1] in by_node and by_node[event[1]].batched:
+        if event[1] in by_node and by_node[event[1]].w_batch:
             return (
                 f"its output is {how} {event[1].path} at {where}, whose weight has a batch dimension (experts or "
                 "stacked layers): one product for each, which is not followed"

@@ -185,7 +185,7 @@ def actions_of(
     absent = [one for one in detection.lookups if not has_leaf(one.origin.recipe.root)]
     found.update((one.node, one) for one in cyclic_lookups(absent, decisions))
     for product in detection.products:
-        if product in taken or all(map(has_leaf, product.origin.recipe.roots)) or product.batched:
+        if product in taken or all(map(has_leaf, product.origin.recipe.roots)) or product.w_batch:
             continue
         for contracted_first, recipe in ((False, product.rows_free()), (True, product.rows_contracted())):
             shape = product.width, product.contracted

@@ -32,7 +32,8 @@ class Product:
       origin: where the weight comes from.
       weight_left: True when the weight is the left operand, so that its free dimensions lead the result's.
       x_contract, w_contract: contracted dimensions of the two operands, paired in order.
-      x_batch, w_batch: batch dimensions of the two operands, paired in order; they lead the result's.
+      x_batch, w_batch: batch dimensions of the two operands, paired in order; they lead the result's. The weight is one
+        matrix for each of their entries.
       x_free, w_free: the other dimensions, in order.
     """
 
@@ -47,11 +48,6 @@ class Product:
     w_free: tuple[int, ...]
     x_batch: tuple[int, ...] = ()
     w_batch: tuple[int, ...] = ()
-
-    @property
-    def batched(self) -> bool:
-        """Whether its weight has batch dimensions: one matrix for each of the entries of those."""
-        return bool(self.w_batch)
 
     @property
     def path(self) -> str:

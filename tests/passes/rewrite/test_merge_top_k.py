@@ -31,7 +31,8 @@ def head(read):
 
 def sharded(match, cyclic=""):
     placement = Placement(SimpleNamespace(shape={"model": 4}, axis_types=()), ("model",), ())
-    return SimpleNamespace(match=match, placement=placement, cyclic=cyclic, settings=None)
+    reads = SimpleNamespace(chains=())
+    return SimpleNamespace(match=match, placement=placement, cyclic=cyclic, settings=None, reads=reads)
 
 
 # What reads logits: what minds no order of theirs, or why something does; and how many top-ks are merged in any case.

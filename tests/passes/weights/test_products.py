@@ -40,7 +40,7 @@ def test_rows_of_any_spelling_give_the_product(spelling):
     product = laid_out(lambda w, x: jnp.einsum(spelling, x, w), w, x).product
     assert (product.tokens, product.contracted, product.width) == sizes
     assert product.nbytes == w.nbytes
-    assert not product.batched
+    assert not product.w_batch
     flat = jnp.transpose(x, (*product.x_free, *product.x_contract)).reshape(product.tokens, product.contracted)
     node = product.node
     want = lax.dot_general(*((w, x) if product.weight_left else (x, w)), node.params["dimension_numbers"])
@@ -50,7 +50,9 @@ def test_rows_of_any_spelling_give_the_product(spelling):
 
 
 def test_a_weight_with_a_batch_dimension_is_said_to_have_one():
-    assert laid_out(lambda w, x: jnp.einsum("etd,edm->etm", x, w), array(2, 4, 5), array(2, 3, 4)).product.batched
+    assert laid_out(lambda w, x: jnp.einsum("etd,edm->etm", x, w), array(2, 4, 5), array(2, 3, 4)).product.w_batch == (
+        0,
+    )
 
 
 # What is no product with a weight, and the words that say why; None where it is not about weights at all.
