@@ -23,6 +23,8 @@ from hire_xform.lowering.primitives.select_rows import select_rows_dot
 from hire_xform.lowering.primitives.stack_entry import StackEntry
 from hire_xform.lowering.primitives.stored_rows import Operation, StoredRows
 
+pytestmark = pytest.mark.any_jax("cases vary shapes and dtypes of a few kernels", every=3)
+
 # Sides that no block divides.
 N, D, K = 136, 200, 21
 SCALED = (Operation("convert", jnp.dtype("float32")), Operation("mul", jnp.dtype("float32")))

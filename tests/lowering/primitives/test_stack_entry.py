@@ -15,6 +15,8 @@ from hire_xform.lowering.primitives.products import all_products
 from hire_xform.lowering.primitives.scores import predicted_scores
 from hire_xform.lowering.primitives.stack_entry import StackEntry, of_one, whole
 
+pytestmark = pytest.mark.any_jax("cases vary the predictor that reads a stack", every=3)
+
 native = pytest.mark.skipif(isinstance(library.load(), str), reason="no native kernels here")
 
 

@@ -19,6 +19,8 @@ from hire_xform.lowering.prove.readings import (
 )
 from hire_xform.lowering.xla.devices import Devices
 
+pytestmark = pytest.mark.any_jax("cases vary numbers of arithmetic that is our own", every=3)
+
 
 def as_they_are(logits, sides):
     return logits

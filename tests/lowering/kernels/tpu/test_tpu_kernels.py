@@ -20,6 +20,8 @@ from hire_xform.lowering.primitives.open_rows import open_rows as portable_open_
 from hire_xform.lowering.primitives.select_rows import select_rows_dot
 from hire_xform.lowering.primitives.stack_entry import StackEntry
 
+pytestmark = pytest.mark.any_jax("cases vary shapes and dtypes of a few kernels", every=3)
+
 F32, BF16, INT32 = jnp.float32, jnp.bfloat16, jnp.int32
 # As a TPU has it: memory of its own, copies that take their time, and an error for an index out of range.
 TPU = pltpu.InterpretParams()
