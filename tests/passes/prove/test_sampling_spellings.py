@@ -18,7 +18,8 @@ D, V, T, K, P, MIN_P = 8, 97, 2, 7, 0.8, 0.1
 RNG = np.random.default_rng(0)
 W = jnp.asarray(RNG.normal(size=(V, D)) * 0.9, jnp.float32)
 ROWS = jnp.arange(T)[:, None]
-BIAS = jnp.asarray(RNG.normal(size=V), jnp.float32)
+# For as many logits as a test has.
+BIAS = jnp.asarray(np.resize(RNG.normal(size=V), 512), jnp.float32)
 
 
 def drawn(logits, key):
@@ -58,7 +59,7 @@ FROM_ALL = {
     "of a log-softmax": lambda u, key: drawn(jax.nn.log_softmax(u / 0.7), key),
     "of the log of a softmax": lambda u, key: drawn(jnp.log(jax.nn.softmax(u / 0.7)), key),
     "greedy where it is cold": greedy_where_it_is_cold,
-    "a soft cap and a bias": lambda u, key: drawn(3.0 * jnp.tanh((u + BIAS) / 3.0) / 0.7, key),
+    "a soft cap and a bias": lambda u, key: drawn(3.0 * jnp.tanh((u + BIAS[: u.shape[-1]]) / 3.0) / 0.7, key),
     "several of each": lambda u, key: jax.random.categorical(key, u / 0.7, shape=(3, T)),
     "ids left out": lambda u, key: drawn(u.at[:, np.array([3, 7])].set(-jnp.inf), key),
     "ids made rarer": lambda u, key: drawn(u.at[:, np.array([3, 7, 7])].add(-1.5), key),
