@@ -38,6 +38,7 @@ def extensions() -> list[Extension]:
                 "-ffp-contract=off",
                 "-g0",
                 f"-isystem{include}",
+                *os.environ.get("HIRE_BUILD_FLAGS", "").split(),
             ],
             language="c++",
             # A build that fails is told, and leaves the portable form.
