@@ -8,16 +8,9 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
-# libtpu asks the machine which TPU it is part of, unless it is told.
-ENVIRONMENT = {
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_WORKER_ID": "0",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-1",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    "TPU_LOG_DIR": "disabled",
-    "XLA_FLAGS": "",
-}
+from hire_xform.dump.targets import ALONE
+
+ENVIRONMENT = {**ALONE, "XLA_FLAGS": ""}
 # Of one chip its topology, how many chips a host then has, and what it calls itself.
 ONE = {
     "v5e": ("v5e:1x1", (1, 1, 1), "TPU v5 lite"),

@@ -33,7 +33,7 @@ INSTALL = {
     "tpu": "pip install 'hire-xform[tpu-aot]', or jax[tpu]",
 }
 # libtpu asks the machine which TPU it is part of, unless it is told.
-_ALONE = {
+ALONE = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_WORKER_ID": "0",
@@ -143,8 +143,8 @@ def _described(platform: str, chip: str) -> Any:
 
 @contextlib.contextmanager
 def _told_of_no_tpu() -> Iterator[None]:
-    added = [name for name in _ALONE if name not in os.environ]
-    os.environ.update({name: _ALONE[name] for name in added})
+    added = [name for name in ALONE if name not in os.environ]
+    os.environ.update({name: ALONE[name] for name in added})
     try:
         yield
     finally:

@@ -33,7 +33,7 @@ def folded(step: Callable[..., Any], *operands: jax.Array) -> Any:
         if own:
             index = others[1] if others[1].ndim == 3 else jnp.repeat(others[1][:, None], tokens, axis=1)
             others[1] = index.reshape(size * tokens, -1)
-        elif len(others) > 1 and others[1].ndim == 2 and _is_index(others[1]):
+        elif len(others) > 1 and _is_index(others[1]):
             others[1] = jnp.tile(others[1], (size, 1))
         made = fold(x.reshape(size * tokens, -1), *others)
         return jax.tree.map(lambda out: out.reshape(size, tokens, -1), made), jax.tree.map(lambda _: True, made)
@@ -42,8 +42,8 @@ def folded(step: Callable[..., Any], *operands: jax.Array) -> Any:
 
 
 def _is_index(operand: jax.Array) -> bool:
-    """Of examples: numbers of rows, ``[K]`` or ``[T, K]`` of each."""
-    return operand.ndim > 1 and jnp.issubdtype(operand.dtype, jnp.integer)
+    """Whether these are numbers of rows, ``[K]`` or ``[T, K]`` of each example, and no rows of integers in few bits."""
+    return operand.ndim > 1 and operand.dtype == jnp.int32
 
 
 def _given(operands: Sequence[jax.Array], batched: Sequence[bool]) -> list[jax.Array]:
