@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from hire_xform.lowering.kernels.cpu import library, steps
+from hire_xform.lowering.kernels.rules import Rules
 from hire_xform.lowering.primitives.kernels import no_built_in, register_built_in
 from hire_xform.lowering.primitives.stack_entry import StackEntry
 
@@ -36,14 +37,15 @@ def install() -> str | None:
     if isinstance(loaded, str):
         no_built_in("cpu", f"no native kernels, since {loaded}")
         return loaded
+    rules = Rules(lambda module: steps)
     for name, rule, serves in (
-        ("hire_quantized_scores", _quantized_scores, _scores_served),
-        ("hire_fine_scores", _fine_scores, _scores_served),
+        ("hire_quantized_scores", rules.quantized_scores, _scores_served),
+        ("hire_fine_scores", rules.fine_scores, _scores_served),
         ("hire_products", _products, _products_served),
-        ("hire_select_rows_dot", _select_rows_dot, _rows_served),
-        ("hire_combine_rows", _combine_rows, _rows_served),
-        ("hire_select_stored_rows_dot", _select_stored_rows_dot, _stored_rows_served),
-        ("hire_combine_stored_rows", _combine_stored_rows, _stored_rows_served),
+        ("hire_select_rows_dot", rules.select_rows_dot, _rows_served),
+        ("hire_combine_rows", rules.combine_rows, _rows_served),
+        ("hire_select_stored_rows_dot", rules.select_stored_rows_dot, _stored_rows_served),
+        ("hire_combine_stored_rows", rules.combine_stored_rows, _stored_rows_served),
         ("da_top_k", _da_top_k, _largest_served),
         ("hire_arg_max", _arg_max, _floats_served),
         ("hire_open_rows", _open_rows, _open_rows_served),
@@ -100,43 +102,8 @@ def _floats_served(values: Any) -> bool:
     return jnp.dtype(values.dtype) in _FLOATS and 0 not in values.shape
 
 
-def _quantized_scores(x: jax.Array, q: jax.Array | StackEntry, scale: jax.Array, *, bits: int) -> jax.Array:
-    return steps.scores(x, q, scale, bits)
-
-
-def _fine_scores(
-    x: jax.Array, q: jax.Array | StackEntry, scale: jax.Array, *, bits: int
-) -> tuple[jax.Array, jax.Array]:
-    return steps.fine_scores(x, q, scale, bits)
-
-
 def _products(x: jax.Array, rows: jax.Array | StackEntry) -> jax.Array:
     return steps.products(x.astype(jnp.float32), rows)
-
-
-def _select_rows_dot(
-    x: jax.Array, rows: jax.Array, index: jax.Array, *, group_size: int, out_dtype: Any, magnitudes: bool
-) -> jax.Array:
-    return steps.select_rows_dot(x.astype(jnp.float32), rows, index, group_size, magnitudes).astype(out_dtype)
-
-
-def _combine_rows(h: jax.Array, rows: jax.Array, index: jax.Array, *, group_size: int, out_dtype: Any) -> jax.Array:
-    return steps.combine_rows(h.astype(jnp.float32), rows, index, group_size).astype(out_dtype)
-
-
-def _select_stored_rows_dot(
-    x: jax.Array, index: jax.Array, values: jax.Array, scale: jax.Array, **settings: Any
-) -> jax.Array:
-    group, magnitudes = settings["group_size"], settings["magnitudes"]
-    made = steps.select_rows_dot(x.astype(jnp.float32), values, index, group, magnitudes, scale)
-    return made.astype(settings["out_dtype"])
-
-
-def _combine_stored_rows(
-    h: jax.Array, index: jax.Array, values: jax.Array, scale: jax.Array, **settings: Any
-) -> jax.Array:
-    made = steps.combine_rows(h.astype(jnp.float32), values, index, settings["group_size"], scale)
-    return made.astype(settings["out_dtype"])
 
 
 def _da_top_k(scores: jax.Array, *, k: int, shards: int) -> tuple[jax.Array, jax.Array]:

@@ -11,7 +11,16 @@ import numpy as np
 from hire_xform.lowering.kernels.folding import folded
 from hire_xform.lowering.primitives.stack_entry import StackEntry
 
-__all__ = ["arg_max", "combine_rows", "fine_scores", "largest", "open_rows", "products", "scores", "select_rows_dot"]
+__all__ = [
+    "arg_max",
+    "combine_rows",
+    "fine_scores",
+    "largest",
+    "open_rows",
+    "products",
+    "quantized_scores",
+    "select_rows_dot",
+]
 
 
 def _f32(*shape: int) -> jax.ShapeDtypeStruct:
@@ -23,7 +32,7 @@ def _laid_out(rows: jax.Array | StackEntry) -> tuple[jax.Array, jax.Array]:
     return rows.laid_out() if isinstance(rows, StackEntry) else (rows, jnp.int32(0))
 
 
-def scores(x: jax.Array, q: jax.Array | StackEntry, scale: jax.Array, bits: int) -> jax.Array:
+def quantized_scores(x: jax.Array, q: jax.Array | StackEntry, scale: jax.Array, bits: int) -> jax.Array:
     """As ``quantized_scores`` of ``lowering/predict/few_bits.py``; integer products are exact, so scores are its."""
 
     def step(x: jax.Array, q: jax.Array, scale: jax.Array, first: jax.Array) -> Any:
@@ -68,7 +77,7 @@ def select_rows_dot(
     magnitudes: bool = False,
     scale: jax.Array | None = None,
 ) -> jax.Array:
-    """As ``select_rows_dot`` of ``lowering/primitives``, for ``x`` in f32: f32 ``[T, K * group]``.
+    """As ``select_rows_dot`` of ``lowering/primitives``, for ``x`` in f32 or less: f32 ``[T, K * group]``.
 
     Rows of int8 and int4 may have a scale, f32 ``[n / r, d / c]``, each entry of which is for ``r`` rows and ``c``
     columns: one, all, or a multiple of 64. Weights are then the products, rounded to f32, as programs make them in f32.
@@ -80,13 +89,13 @@ def select_rows_dot(
         call = jax.ffi.ffi_call("hire_select_rows_dot", _f32(x.shape[0], index.shape[-1] * group))
         return call(x, rows, scale, index, group=np.int64(group), magnitudes=magnitudes)
 
-    return folded(step, x, rows, index, _scale(scale))
+    return folded(step, x.astype(jnp.float32), rows, index, _scale(scale))
 
 
 def combine_rows(
     h: jax.Array, rows: jax.Array, index: jax.Array, group: int, scale: jax.Array | None = None
 ) -> jax.Array:
-    """As ``combine_rows`` there, for ``h`` in f32: f32 ``[T, d]``. The order of sums hangs on shapes alone.
+    """As ``combine_rows`` there, for ``h`` in f32 or less: f32 ``[T, d]``. The order of sums hangs on shapes alone.
 
     Rows of int8 and int4 may have a scale, as in :func:`select_rows_dot`.
     """
@@ -95,7 +104,7 @@ def combine_rows(
         call = jax.ffi.ffi_call("hire_combine_rows", _f32(h.shape[0], rows.shape[1]))
         return call(h, rows, scale, index, group=np.int64(group))
 
-    return folded(step, h, rows, index, _scale(scale))
+    return folded(step, h.astype(jnp.float32), rows, index, _scale(scale))
 
 
 def _scale(scale: jax.Array | None) -> jax.Array:

@@ -17,9 +17,9 @@ from typing import Any
 import jax
 
 from hire_xform.lowering.kernels.gpu import shapes
+from hire_xform.lowering.kernels.rules import Rules
 from hire_xform.lowering.kernels.switch import switched_off
 from hire_xform.lowering.primitives.kernels import no_built_in, register_built_in
-from hire_xform.lowering.primitives.stack_entry import StackEntry
 
 __all__ = ["install"]
 
@@ -41,15 +41,16 @@ def install() -> str | None:
     if missing:
         no_built_in("cuda", f"no kernels, since {missing}")
         return missing
+    rules = Rules(_module)
     several, few = f"2 to {shapes.MOST_TOKENS} tokens", f"up to {shapes.MOST_TOKENS} tokens"
     scores = "rows in 4 bits, and in 8 in stacks"
     for name, rule, serves, what in (
-        ("hire_quantized_scores", _quantized_scores, shapes.scores_served, scores),
-        ("hire_fine_scores", _fine_scores, shapes.fine_scores_served, scores),
-        ("hire_select_rows_dot", _select_rows_dot, shapes.products_served, several),
-        ("hire_combine_rows", _combine_rows, shapes.sums_served, few),
-        ("hire_select_stored_rows_dot", _select_stored_rows_dot, shapes.stored_products_served, several),
-        ("hire_combine_stored_rows", _combine_stored_rows, shapes.stored_sums_served, few),
+        ("hire_quantized_scores", rules.quantized_scores, shapes.scores_served, scores),
+        ("hire_fine_scores", rules.fine_scores, shapes.fine_scores_served, scores),
+        ("hire_select_rows_dot", rules.select_rows_dot, shapes.products_served, several),
+        ("hire_combine_rows", rules.combine_rows, shapes.sums_served, few),
+        ("hire_select_stored_rows_dot", rules.select_stored_rows_dot, shapes.stored_products_served, several),
+        ("hire_combine_stored_rows", rules.combine_stored_rows, shapes.stored_sums_served, few),
     ):
         named = f"Pallas, through Triton, of {what}"
         register_built_in(name, "cuda", rule, serves, named, takes_entries=what == scores)
@@ -69,38 +70,3 @@ def _why_missing() -> str | None:
 
 def _module(name: str) -> Any:
     return importlib.import_module(f"{__name__}.{name}")
-
-
-def _quantized_scores(x: jax.Array, q: jax.Array | StackEntry, scale: jax.Array, *, bits: int) -> jax.Array:
-    return _module("scores").quantized_scores(x, q, scale, bits)
-
-
-def _fine_scores(
-    x: jax.Array, q: jax.Array | StackEntry, scale: jax.Array, *, bits: int
-) -> tuple[jax.Array, jax.Array]:
-    return _module("scores").fine_scores(x, q, scale, bits)
-
-
-def _select_rows_dot(
-    x: jax.Array, rows: jax.Array, index: jax.Array, *, group_size: int, out_dtype: Any, magnitudes: bool
-) -> jax.Array:
-    return _module("rows").select_rows_dot(x, rows, index, group_size, magnitudes).astype(out_dtype)
-
-
-def _combine_rows(h: jax.Array, rows: jax.Array, index: jax.Array, *, group_size: int, out_dtype: Any) -> jax.Array:
-    return _module("rows").combine_rows(h, rows, index, group_size).astype(out_dtype)
-
-
-def _select_stored_rows_dot(
-    x: jax.Array, index: jax.Array, values: jax.Array, scale: jax.Array, **settings: Any
-) -> jax.Array:
-    group, magnitudes = settings["group_size"], settings["magnitudes"]
-    made = _module("rows").select_rows_dot(x, values, index, group, magnitudes, scale)
-    return made.astype(settings["out_dtype"])
-
-
-def _combine_stored_rows(
-    h: jax.Array, index: jax.Array, values: jax.Array, scale: jax.Array, **settings: Any
-) -> jax.Array:
-    made = _module("rows").combine_rows(h, values, index, settings["group_size"], scale)
-    return made.astype(settings["out_dtype"])

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 
+from hire_xform.lowering.kernels.rules import Rules
 from hire_xform.lowering.kernels.switch import switched_off
 from hire_xform.lowering.kernels.tpu import shapes
 from hire_xform.lowering.predict.few_bits import fine_scores_p, quantized_scores_p
@@ -22,7 +23,6 @@ from hire_xform.lowering.primitives.da_top_k import da_top_k_p
 from hire_xform.lowering.primitives.kernels import no_built_in, register_built_in
 from hire_xform.lowering.primitives.open_rows import open_rows_p
 from hire_xform.lowering.primitives.select_rows import select_rows_dot_p
-from hire_xform.lowering.primitives.stack_entry import StackEntry
 
 __all__ = ["install"]
 
@@ -34,12 +34,13 @@ def install() -> str | None:
     if missing:
         no_built_in("tpu", f"no kernels, since {missing}")
         return missing
+    rules = Rules(_module)
     for step, rule, serves in (
-        (quantized_scores_p, _quantized_scores, shapes.scores_served),
-        (fine_scores_p, _fine_scores, shapes.scores_served),
+        (quantized_scores_p, rules.quantized_scores, shapes.scores_served),
+        (fine_scores_p, rules.fine_scores, shapes.scores_served),
         (da_top_k_p, _da_top_k, shapes.top_k_served),
-        (select_rows_dot_p, _select_rows_dot, shapes.rows_served),
-        (combine_rows_p, _combine_rows, shapes.rows_served),
+        (select_rows_dot_p, rules.select_rows_dot, shapes.rows_served),
+        (combine_rows_p, rules.combine_rows, shapes.rows_served),
         (open_rows_p, _open_rows, shapes.open_rows_served),
     ):
         # What Pallas makes for a TPU needs nothing of the process that made it.
@@ -59,28 +60,8 @@ def _module(name: str) -> Any:
     return importlib.import_module(f"{__name__}.{name}")
 
 
-def _quantized_scores(x: jax.Array, q: jax.Array | StackEntry, scale: jax.Array, *, bits: int) -> jax.Array:
-    return _module("scores").quantized_scores(x, q, scale, bits)
-
-
-def _fine_scores(
-    x: jax.Array, q: jax.Array | StackEntry, scale: jax.Array, *, bits: int
-) -> tuple[jax.Array, jax.Array]:
-    return _module("scores").fine_scores(x, q, scale, bits)
-
-
 def _da_top_k(scores: jax.Array, *, k: int, shards: int) -> tuple[jax.Array, jax.Array]:
     return _module("top_k").top_k(scores, k, shards)
-
-
-def _select_rows_dot(
-    x: jax.Array, rows: jax.Array, index: jax.Array, *, group_size: int, out_dtype: Any, magnitudes: bool
-) -> jax.Array:
-    return _module("rows").select_rows_dot(x, rows, index, group_size, magnitudes).astype(out_dtype)
-
-
-def _combine_rows(h: jax.Array, rows: jax.Array, index: jax.Array, *, group_size: int, out_dtype: Any) -> jax.Array:
-    return _module("rows").combine_rows(h, rows, index, group_size).astype(out_dtype)
 
 
 def _open_rows(values: jax.Array) -> tuple[jax.Array, jax.Array]:

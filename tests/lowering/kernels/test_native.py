@@ -48,7 +48,9 @@ def test_scores(tokens, n, d, bits):
     q, scale = quantize(rows, 127 if bits == 8 else 7)
     q = q if bits == 8 else pack_nibbles(q)
     # XLA is free to round the two scales' product first, which is the last place of it.
-    np.testing.assert_allclose(steps.scores(x, q, scale, bits), quantized_scores(x, q, scale, bits), rtol=1e-6)
+    np.testing.assert_allclose(
+        steps.quantized_scores(x, q, scale, bits), quantized_scores(x, q, scale, bits), rtol=1e-6
+    )
     (got, kept), (want, kept_there) = steps.fine_scores(x, q, scale, bits), fine_scores(x, q, scale, bits)
     np.testing.assert_array_equal(np.isnan(got), np.isnan(want))
     step = np.nanmax(np.where(np.isfinite(x), np.abs(x), np.nan), axis=1, keepdims=True, initial=0.0) / 127.0 / 254.0

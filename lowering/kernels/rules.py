@@ -1,0 +1,65 @@
+"""Kernels as steps call them, made of functions on arrays that each platform has of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from hire_xform.lowering.primitives.stack_entry import StackEntry
+
+__all__ = ["Rules"]
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What ``register_built_in`` is given, by the names of the steps.
+
+    Attributes:
+      load: the module that has a platform's ``scores`` or ``rows``; it may import it, when a program is lowered.
+    """
+
+    load: Callable[[str], Any]
+
+    def quantized_scores(self, x: jax.Array, q: jax.Array | StackEntry, scale: jax.Array, *, bits: int) -> jax.Array:
+        """Of ``hire_quantized_scores``."""
+        made: jax.Array = self.load("scores").quantized_scores(x, q, scale, bits)
+        return made
+
+    def fine_scores(
+        self, x: jax.Array, q: jax.Array | StackEntry, scale: jax.Array, *, bits: int
+    ) -> tuple[jax.Array, jax.Array]:
+        """Of ``hire_fine_scores``."""
+        scores, kept = self.load("scores").fine_scores(x, q, scale, bits)
+        return scores, kept
+
+    def select_rows_dot(
+        self, x: jax.Array, rows: jax.Array, index: jax.Array, *, group_size: int, out_dtype: Any, magnitudes: bool
+    ) -> jax.Array:
+        """Of ``hire_select_rows_dot``."""
+        made: jax.Array = self.load("rows").select_rows_dot(x, rows, index, group_size, magnitudes)
+        return made.astype(out_dtype)
+
+    def combine_rows(
+        self, h: jax.Array, rows: jax.Array, index: jax.Array, *, group_size: int, out_dtype: Any
+    ) -> jax.Array:
+        """Of ``hire_combine_rows``."""
+        made: jax.Array = self.load("rows").combine_rows(h, rows, index, group_size)
+        return made.astype(out_dtype)
+
+    def select_stored_rows_dot(
+        self, x: jax.Array, index: jax.Array, values: jax.Array, scale: jax.Array, **settings: Any
+    ) -> jax.Array:
+        """Of ``hire_select_stored_rows_dot``, where rows are integers times one scale."""
+        group, magnitudes = settings["group_size"], settings["magnitudes"]
+        made: jax.Array = self.load("rows").select_rows_dot(x, values, index, group, magnitudes, scale)
+        return made.astype(settings["out_dtype"])
+
+    def combine_stored_rows(
+        self, h: jax.Array, index: jax.Array, values: jax.Array, scale: jax.Array, **settings: Any
+    ) -> jax.Array:
+        """Of ``hire_combine_stored_rows``, where rows are integers times one scale."""
+        made: jax.Array = self.load("rows").combine_rows(h, values, index, settings["group_size"], scale)
+        return made.astype(settings["out_dtype"])
