@@ -18,7 +18,8 @@ class Rules:
     """What ``register_built_in`` is given, by the names of the steps.
 
     Attributes:
-      load: the module that has a platform's ``scores`` or ``rows``; it may import it, when a program is lowered.
+      load: the module that has a platform's ``scores``, ``rows``, ``top_k`` or ``open_rows``; it may import it, when a
+        program is lowered.
     """
 
     load: Callable[[str], Any]
@@ -63,3 +64,13 @@ class Rules:
         """Of ``hire_combine_stored_rows``, where rows are integers times one scale."""
         made: jax.Array = self.load("rows").combine_rows(h, values, index, settings["group_size"], scale)
         return made.astype(settings["out_dtype"])
+
+    def da_top_k(self, scores: jax.Array, *, k: int, shards: int) -> tuple[jax.Array, jax.Array]:
+        """Of ``da_top_k``."""
+        values, index = self.load("top_k").top_k(scores, k, shards)
+        return values, index
+
+    def open_rows(self, values: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Of ``hire_open_rows``."""
+        index, count = self.load("open_rows").open_rows(values)
+        return index, count

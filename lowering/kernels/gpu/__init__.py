@@ -25,9 +25,7 @@ __all__ = ["install"]
 
 # Why the others are left to XLA.
 _PORTABLE = {
-    "da_top_k": "Pallas has no sort there, and XLA has a top-k of its own",
     "hire_arg_max": "XLA's own is one pass",
-    "hire_open_rows": "XLA's own is a few passes over the scores",
     "hire_products": "XLA's own product of all rows reads them once",
     "hire_scores": "made of the steps of its predictor",
     "hire_bounds": "made of the steps of its predictor",
@@ -45,6 +43,8 @@ def install() -> str | None:
     several, few = f"2 to {shapes.MOST_TOKENS} tokens", f"up to {shapes.MOST_TOKENS} tokens"
     scores = "rows in 4 bits, and in 8 in stacks"
     for name, rule, serves, what in (
+        ("da_top_k", rules.da_top_k, shapes.top_k_served, f"up to {shapes.MOST_SCORES} scores, or groups of them"),
+        ("hire_open_rows", rules.open_rows, shapes.open_rows_served, "f32"),
         ("hire_quantized_scores", rules.quantized_scores, shapes.scores_served, scores),
         ("hire_fine_scores", rules.fine_scores, shapes.fine_scores_served, scores),
         ("hire_select_rows_dot", rules.select_rows_dot, shapes.products_served, several),

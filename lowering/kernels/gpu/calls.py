@@ -23,18 +23,18 @@ _ANY = AbstractMesh((), (), abstract_device=AbstractDevice(device_kind="NVIDIA H
 def call(
     kernel: Callable[..., None],
     name: str,
-    out: jax.ShapeDtypeStruct,
+    out: Any,
     grid: tuple[int, ...],
     *operands: jax.Array,
     warps: int,
     interpret: bool,
-) -> jax.Array:
+) -> Any:
     """A kernel on operands that it reads from memory itself.
 
     Args:
-      kernel: a function of references to the operands and to the result.
+      kernel: a function of references to the operands and to the results.
       name: for profiles, and for reports of what was compiled.
-      out: what it makes.
+      out: what it makes, a shape with its dtype or a sequence of them.
       grid: how many programs run.
       *operands: arrays.
       warps: of each program.
@@ -43,7 +43,7 @@ def call(
     with use_abstract_mesh(_ANY):
         return pl.pallas_call(
             kernel,
-            out_shape=result(out.shape, out.dtype),
+            out_shape=jax.tree.map(lambda each: result(each.shape, each.dtype), out),
             grid=grid,
             compiler_params=None if interpret else triton.CompilerParams(num_warps=warps, num_stages=2),
             interpret=interpret,

@@ -22,9 +22,9 @@ __all__ = ["combine_rows", "select_rows_dot"]
 
 # Of products: chosen rows that a program takes, and columns at a time. Few rows, so that few chosen ones keep all
 # multiprocessors busy; long pieces, so that enough is on its way.
-_ROWS, _COLUMNS = 4, 1024
+_ROWS, _COLUMNS = 2, 2048
 # Of sums: columns of a program, and rows that it has on their way at a time.
-_WIDTH, _DEEP = 512, 16
+_WIDTH, _DEEP = 256, 32
 # How many programs keep all multiprocessors busy: four on each of the 132 of an H100.
 _PROGRAMS = 528
 

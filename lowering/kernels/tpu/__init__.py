@@ -38,10 +38,10 @@ def install() -> str | None:
     for step, rule, serves in (
         (quantized_scores_p, rules.quantized_scores, shapes.scores_served),
         (fine_scores_p, rules.fine_scores, shapes.scores_served),
-        (da_top_k_p, _da_top_k, shapes.top_k_served),
+        (da_top_k_p, rules.da_top_k, shapes.top_k_served),
         (select_rows_dot_p, rules.select_rows_dot, shapes.rows_served),
         (combine_rows_p, rules.combine_rows, shapes.rows_served),
-        (open_rows_p, _open_rows, shapes.open_rows_served),
+        (open_rows_p, rules.open_rows, shapes.open_rows_served),
     ):
         # What Pallas makes for a TPU needs nothing of the process that made it.
         register_built_in(
@@ -58,11 +58,3 @@ def _why_missing() -> str | None:
 
 def _module(name: str) -> Any:
     return importlib.import_module(f"{__name__}.{name}")
-
-
-def _da_top_k(scores: jax.Array, *, k: int, shards: int) -> tuple[jax.Array, jax.Array]:
-    return _module("top_k").top_k(scores, k, shards)
-
-
-def _open_rows(values: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return _module("open_rows").open_rows(values)

@@ -18,13 +18,12 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from hire_xform.lowering.kernels.keys import LOWEST, turned
 from hire_xform.lowering.kernels.results import result
 from hire_xform.lowering.kernels.tpu.numbering import as_row, dot, iota, numbered, places_of
 from hire_xform.lowering.kernels.tpu.shapes import LANES, rows_of_lanes
 
 __all__ = ["top_k"]
-
-_LOWEST = -(2**31)
 
 
 def top_k(scores: jax.Array, k: int, shards: int) -> tuple[jax.Array, jax.Array]:
@@ -99,7 +98,7 @@ def _kernel(
         at = pl.ds(pl.multiple_of(part * LANES, LANES), LANES)
         wanted = part * LANES + iota((LANES, 1), 0)
         found, where = _collected(wanted, keys, numbers, ends)
-        key[at] = jnp.where(wanted < k, found, _LOWEST)
+        key[at] = jnp.where(wanted < k, found, LOWEST)
         place[at] = where
         across[:, at] = as_row(key[at])
 
@@ -110,16 +109,11 @@ def _kernel(
 def _ordered(scores: jax.Array, n: int) -> jax.Array:
     """Integers in the order of scores, NaNs the largest; those that do not count are below all."""
     raw = pltpu.bitcast(jnp.where(scores != scores, jnp.float32(jnp.nan), scores), jnp.int32)
-    raw = _turned(raw)
+    raw = turned(raw)
     if n == scores.size:
         return raw
     place = LANES * iota(raw.shape, 0) + iota(raw.shape, 1)
-    return jnp.where(place < n, raw, _LOWEST)
-
-
-def _turned(raw: jax.Array) -> jax.Array:
-    """Bits of f32 as integers of the same order, or back."""
-    return raw ^ (lax.shift_right_arithmetic(raw, 31) & 0x7FFFFFFF)
+    return jnp.where(place < n, raw, LOWEST)
 
 
 def _count(mask: jax.Array) -> jax.Array:
@@ -139,7 +133,7 @@ def _kth(keys: Any, k: int) -> jax.Array:
             reached = jnp.where(_count(keys[...] >= tried) >= k, tried, reached)
         return reached
 
-    return lax.fori_loop(0, 32 // bits, digit, jnp.full((1, 1), _LOWEST, jnp.int32))
+    return lax.fori_loop(0, 32 // bits, digit, jnp.full((1, 1), LOWEST, jnp.int32))
 
 
 def _number(keys: Any, kth: jax.Array, k: int, numbers: Any, ends: Any) -> None:
@@ -192,5 +186,5 @@ def _by_rank(key: Any, place: Any, across: Any, values: Any, index: Any) -> None
 
     none = jnp.zeros((1, size), jnp.int32)
     found, where = lax.fori_loop(0, size // LANES, some, (none, none))
-    values[0] = pltpu.bitcast(_turned(found), jnp.float32)
+    values[0] = pltpu.bitcast(turned(found), jnp.float32)
     index[0] = where
