@@ -11,7 +11,8 @@ dense head again, one token a call as well: two dense sums of other orders may d
 apart. Bytes are those of the head, dense runs included. A row is open where it could be what is drawn, by the bounds of
 all stages: how many are is counted where all are drawn from.
 
-``--state FILE`` keeps what was counted after each round, and goes on from it.
+``--state FILE`` keeps what was counted after each round, and goes on from it. Prompts and keys of a round are those of
+its number: ``--seed N`` begins with round N, so that two runs need not draw the same text.
 """
 
 import argparse
@@ -218,7 +219,7 @@ class Bench:
             for part in parts:
                 for n in np.asarray(self.opened(self.proof, self.rows, xs[part], keys[part])):
                     state["open"][str(n)] = state["open"].get(str(n), 0) + 1
-        state["rounds"] = number + 1
+        state["rounds"] += 1
 
 
 def fresh():
@@ -287,6 +288,7 @@ def main() -> None:
     parser.add_argument("--calibrate", type=int, default=0, help="tokens to calibrate on; 0: no calibration")
     parser.add_argument("--staged", action="store_true", help="calibrate a head in two stages, and no other predictor")
     parser.add_argument("--every", type=int, default=16, help="of how many tokens one has its open rows counted")
+    parser.add_argument("--seed", type=int, default=0, help="number of the first round")
     parser.add_argument("--state", type=Path, help="a file that what was counted is kept in, and gone on from")
     options = parser.parse_args()
     weights = {"tiny": "weights.safetensors", "topk": "topk_weights.safetensors"}
@@ -301,7 +303,7 @@ def main() -> None:
             told = str(bench.spec)
             state = known.setdefault(f"{model.name}, {bench.way}, {temperature}", fresh())
             while state["tokens"] < options.tokens:
-                bench.round(state["rounds"], state)
+                bench.round(options.seed + state["rounds"], state)
                 if options.state:
                     options.state.write_text(json.dumps(known))
                 print(*row_of(bench, state), sep=" | ", file=sys.stderr, flush=True)
