@@ -73,12 +73,18 @@ def of_min_p(logits, key):
     return jax.random.categorical(key, jnp.where(kept, logits, -jnp.inf))
 
 
+def by_inverse(logits, key):
+    """Of all, by the place of a uniform number among the running sums of shares."""
+    return jax.random.choice(key, logits.shape[-1], p=jax.nn.softmax(logits, axis=-1)[0])[None]
+
+
 WAYS = {
     "temperature": of_all,
     "top-k": of_top_k,
     "top-p": of_nucleus,
     "top-k and top-p": of_top_k_and_nucleus,
     "min-p": of_min_p,
+    "choice": by_inverse,
 }
 
 

@@ -37,6 +37,7 @@ __all__ = [
     "logarithm",
     "positions",
     "running",
+    "share_of_a_sum",
     "sorted_entries",
     "summed",
     "taken",
@@ -88,14 +89,14 @@ def _size(end: Any) -> Any:
     return jnp.where(jnp.isinf(end), 0.0, jnp.abs(end))
 
 
-def _share(n: int, dtype: Any) -> float:
+def share_of_a_sum(n: int, dtype: Any) -> float:
     """How far a sum of n terms may be from one computed here, as a share of their magnitudes."""
     u = float(jnp.finfo(dtype).eps) / 2.0
     return 1.2 * (n + 2.0) * (u + U) if n * u <= _MOST else float("nan")
 
 
 def _spread(low: Any, high: Any, sizes: Any, n: int, dtype: Any, signed: Any) -> Interval:
-    off = _share(n, dtype) * sizes + n * _LEAST
+    off = share_of_a_sum(n, dtype) * sizes + n * _LEAST
     low, high = low - off, high + off
     low = jnp.where(signed, low, jnp.maximum(low, 0.0))
     known = jnp.isfinite(sizes) & (sizes < float(jnp.finfo(dtype).max) / 4.0)

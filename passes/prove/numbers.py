@@ -17,6 +17,7 @@ from hire_xform.passes.ir.graph import Node, Value
 from hire_xform.passes.match.output_axis import Fate
 from hire_xform.passes.match.readers import Reader
 from hire_xform.passes.prove.orders import LOCATE, ORDERS
+from hire_xform.passes.prove.searches import is_search
 from hire_xform.passes.weights.origins import shape_of
 from hire_xform.passes.weights.products import Product
 
@@ -43,11 +44,14 @@ def numbers_of(product: Product, fate: Fate, decided: Collection[Node | None]) -
         for node in value.consumers:
             if not _is_plain(node, product):
                 seen = True
+                if node.children and node.scope is product.node.scope:
+                    found += [r for r in _decided_in(node) if r.value not in bare]
+                    bare |= dict.fromkeys(node.outputs, True)
                 continue
             if node in decided or node.primitive in LOCATE:
                 continue
             for made in node.outputs:
-                if made in bare:
+                if made in bare or not (made.consumers or made.is_output):
                     continue
                 bare[made] = _is_bare(made, product, fate, bare)
                 if made.aval.dtype.kind in "fV" or not bare[made]:
@@ -69,7 +73,13 @@ def _is_bare(value: Value, product: Product, fate: Fate, known: dict[Value, bool
     return all(before) or _FEW * held <= product.width or (picks and held <= math.prod(shape_of(node.inputs[0])[:-1]))
 
 
+def _decided_in(node: Node) -> list[Reader]:
+    """The truth values and whole numbers that leave a loop or a branch, as far as something takes them."""
+    made = (o for o in node.outputs if o.aval.dtype.kind in "iub" and (o.consumers or o.is_output))
+    return [Reader("decision", node, o, frozenset()) for o in made]
+
+
 def _is_plain(node: Node, product: Product) -> bool:
     """Whether an equation is one of the logits' own scope, whose results may be followed."""
-    here = node.scope is product.node.scope and not node.children and not node.eqn.effects
+    here = node.scope is product.node.scope and not node.eqn.effects and (not node.children or is_search(node))
     return here and node.primitive is not prims.dot_general_p

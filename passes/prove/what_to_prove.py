@@ -12,6 +12,7 @@ from hire_xform.passes.match.readers import Reader, others_of
 from hire_xform.passes.prove.chain_tracing import Filtered, chain_of
 from hire_xform.passes.prove.chains import Chain
 from hire_xform.passes.prove.numbers import numbers_of
+from hire_xform.passes.prove.searches import is_search
 from hire_xform.passes.prove.whole_tracing import draws_of, ends_in, whole_chain_of
 
 
@@ -109,6 +110,7 @@ def reads_of(match: Any, settings: Any, split: bool, placed: bool = False) -> Re
 
 # Readers, with the way to each, or why it is not followed.
 Followed = list[tuple[Reader, Chain | str]]
+_LOOPS = "loops and branches are not followed; draw with jax.random.categorical, which is proved"
 _DECIDED = ("arg max", "arg min", "picked", "number", "decision")
 
 
@@ -161,7 +163,8 @@ def _with_numbers(match: Any, found: Followed, within: float | None) -> tuple[Fo
                 "logprobs= to have it of predicted logits, which are close"
             )
         else:
-            missed.append(f"what {reader.where} decides: {chain}")
+            why = _LOOPS if reader.node.children else chain
+            missed.append(f"what {reader.where} decides: {why}")
     return followed, missed
 
 
@@ -191,6 +194,8 @@ def _told(reader: Reader) -> str:
         return f"what is drawn ({reader.where})"
     if reader.kind == "number":
         return f"the number that is seen, within its bound ({reader.where})"
+    if reader.kind == "decision" and reader.node is not None and is_search(reader.node):
+        return f"the place that is found (the search at {reader.node.source})"
     if reader.kind == "decision":
         return f"what is decided ({reader.where})"
     if reader.kind == "returned":

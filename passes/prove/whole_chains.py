@@ -24,6 +24,8 @@ from hire_xform.passes.match.region import hashable
 from hire_xform.passes.prove.chains import Chain, Step, moved_by
 from hire_xform.passes.prove.edges import Edge
 from hire_xform.passes.prove.pick_rules import beside_its_edge, picked, placed
+from hire_xform.passes.prove.searches import Search
+from hire_xform.passes.prove.searches import replayed as searched
 from hire_xform.passes.prove.whole_rules import exactly, replayed
 from hire_xform.passes.weights.origins import shape_of
 
@@ -37,12 +39,14 @@ class WholeStep(Step):
       takes: of one that picks how an order in which it does is related to what it picks of; see ``picked``.
       located: of one that picks, whether at places of largest or smallest entries.
       edge: of one that compares entries with one of them, which that is; the last of ``inputs`` are its places.
+      search: of one that searches for a number among others, what is sought.
     """
 
     inputs: tuple[Operand, ...] = ()
     takes: int | None = None
     located: bool = False
     edge: Edge | None = None
+    search: Search | None = None
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -147,12 +151,16 @@ def _along_spine(step: Step, held: Sequence[bool]) -> int | None:
 
 def _signed(step: WholeStep) -> Any:
     node, edge = step.node, step.edge
+    if step.search is not None:
+        return "search", step.operands, step.search.signature
     beside = None if edge is None else (edge.entries, edge.at, edge.step)
     shape = node.outputs[step.result].shape
     return node.primitive, hashable(node.params), step.result, step.operands, step.takes, step.located, beside, shape
 
 
 def _step(step: WholeStep, operands: list[Any]) -> Held:
+    if step.search is not None:
+        return searched(step.search, operands)
     if step.takes is not None and len(operands) == 3:
         return placed(step.node, *operands)
     if step.takes is not None:

@@ -23,6 +23,7 @@ from hire_xform.passes.prove.orders import (
     set_in_order,
     without_wrapping,
 )
+from hire_xform.passes.prove.searches import is_search, search_of
 from hire_xform.passes.prove.whole_chains import WholeChain, WholeStep, has_spine
 from hire_xform.passes.prove.whole_rules import can_be_replayed
 from hire_xform.passes.weights.origins import shape_of
@@ -77,9 +78,12 @@ class _WholeTracer(Tracer):
         if plain is not None:
             return self._number(plain)
         inputs, takes = self._taken(node)
-        reached = [isinstance(o, Value) and self.logits.reach(o) for o in inputs]
         result = node.outputs.index(value)
-        if takes is None and not self._has_rule(node, result, reached):
+        search = search_of(node, result, self.logits)
+        if search is not None:
+            inputs = list(search.inputs)
+        reached = [isinstance(o, Value) and self.logits.reach(o) for o in inputs]
+        if takes is None and search is None and not self._has_rule(node, result, reached):
             raise NotFollowedError(
                 f"{node.primitive} at {node.source}, on the way to {self.reader.where}, has no bounds"
             )
@@ -94,7 +98,16 @@ class _WholeTracer(Tracer):
                 self._beside(operand)
         located = takes is not None and len(inputs) == 2 and is_located(inputs[1])
         self.steps.append(
-            WholeStep(node, result, operands, inputs=tuple(inputs), takes=takes, located=located, edge=edge)
+            WholeStep(
+                node,
+                result,
+                operands,
+                inputs=tuple(inputs),
+                takes=takes,
+                located=located,
+                edge=edge,
+                search=search,
+            )
         )
         return len(self.steps) - 1
 
@@ -181,7 +194,8 @@ def ends_in(node: Node, proved: set[Node | None]) -> bool:
         for reader in value.consumers:
             if reader in seen or reader in proved:
                 continue
-            if reader.children or reader.eqn.effects or reader.scope is not node.scope:
+            looped = reader.children and not is_search(reader)
+            if looped or reader.eqn.effects or reader.scope is not node.scope:
                 return False
             seen.add(reader)
             queue += reader.outputs

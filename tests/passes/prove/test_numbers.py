@@ -12,11 +12,18 @@ from hire_xform.passes.prove.numbers import numbers_of
 W, X = jnp.ones((4, 16)), jnp.ones((3, 4))
 TOKENS = jnp.array([1, 2, 3])
 ROWS = jnp.arange(3)
+# What `jnp.searchsorted` is up to 0.11, and from 0.12.
+SEARCH = "scan" if jax.__version_info__ < (0, 12) else "call_hi_primitive"
 
 
 def beside_a_loop(u):
     lp = jax.nn.log_softmax(u)[ROWS, TOKENS]
     return lax.fori_loop(0, 2, lambda i, s: s + i, lp)
+
+
+def counted_in_a_loop(u):
+    lp = jax.nn.log_softmax(u)[ROWS, TOKENS]
+    return lax.fori_loop(0, 2, lambda i, at: jnp.where(lp > 0.5, at + 1, at), TOKENS)
 
 
 FOUND = {
@@ -26,6 +33,8 @@ FOUND = {
     "what is made of a token": (lambda u: W[0][jnp.argmax(u, -1)] * 2.0, []),
     "a softmax": (jax.nn.softmax, []),
     "what a loop takes": (beside_a_loop, ["number gather"]),
+    "what a loop decides": (counted_in_a_loop, ["decision scan", "number gather"]),
+    "a search": (lambda u: jnp.searchsorted(jnp.cumsum(jax.nn.softmax(u[0])), 0.5), [f"decision {SEARCH}"]),
     "what is decided": (lambda u: jnp.sum(jax.nn.softmax(u)[ROWS, TOKENS] > 0.5), ["decision gt"]),
     "how many are above": (lambda u: jnp.sum(u > 1.0, axis=1), ["decision reduce_sum"]),
     "what is made of what is decided": (
