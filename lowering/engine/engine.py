@@ -37,7 +37,7 @@ class Steps:
     Attributes:
       scores: what rows, or groups of them, are chosen by, f32 ``[T, n]``; ``[1, n]`` where all tokens share them.
       compute: what is computed of chosen rows, from their index.
-      in_order: whether an index ascends, as ties of a top-k are broken; else the best comes first.
+      in_order: whether an index ascends, as ties of a top-k are broken; else it has any order.
       result: what stands where the dense result stood, from the index and what was computed.
       proved: whether that is proved to do, a bool scalar, of the same two.
       rung: int32 scalar, where bounds alone prove it: the number of the selection to take, or how many there are.

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from hire_xform.lowering.primitives.da_top_k import da_top_k
+from hire_xform.lowering.primitives.da_top_k import best_rows, da_top_k
 
 __all__ = ["Selection", "entries", "leaves_out", "rungs", "select", "selection_of"]
 
@@ -104,11 +104,11 @@ def select(scores: jax.Array, selection: Selection) -> jax.Array:
       selection: from :func:`selection_of` for these sizes.
 
     Returns:
-      int32 ``[size]`` for a shared selection, else ``[T, size]``. No entry appears twice.
+      int32 ``[size]`` for a shared selection, else ``[T, size]``, in any order. No entry appears twice.
     """
     if selection.mode == "per_token":
-        return da_top_k(scores, selection.size)[1]
-    return da_top_k(scores[0] if scores.shape[0] == 1 else _merge(scores, selection.k), selection.size)[1]
+        return best_rows(scores, selection.size)
+    return best_rows(scores[0] if scores.shape[0] == 1 else _merge(scores, selection.k), selection.size)
 
 
 def entries(index: jax.Array, values: jax.Array) -> tuple[Any, ...]:

@@ -65,9 +65,9 @@ class Rules:
         made: jax.Array = self.load("rows").combine_rows(h, values, index, settings["group_size"], scale)
         return made.astype(settings["out_dtype"])
 
-    def da_top_k(self, scores: jax.Array, *, k: int, shards: int) -> tuple[jax.Array, jax.Array]:
-        """Of ``da_top_k``."""
-        values, index = self.load("top_k").top_k(scores, k, shards)
+    def da_top_k(self, scores: jax.Array, *, k: int, shards: int, **order: bool) -> tuple[jax.Array, jax.Array]:
+        """Of ``da_top_k``; ``ordered`` where a kernel takes that."""
+        values, index = self.load("top_k").top_k(scores, k, shards, **order)
         return values, index
 
     def open_rows(self, values: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -32,7 +32,7 @@ from hire_xform.lowering.primitives.kernels import has_kernels, lower_kernel
 from hire_xform.lowering.xla.eager import compiled_alone
 from hire_xform.lowering.xla.promotion import usual_promotion
 
-__all__ = ["da_top_k", "da_top_k_p"]
+__all__ = ["best_rows", "da_top_k", "da_top_k_p"]
 
 
 def da_top_k(scores: jax.Array, k: int, shards: int = 1) -> tuple[jax.Array, jax.Array]:
@@ -75,6 +75,11 @@ def da_top_k(scores: jax.Array, k: int, shards: int = 1) -> tuple[jax.Array, jax
     return values, indices
 
 
+def best_rows(scores: jax.Array, k: int) -> jax.Array:
+    """The indices that ``da_top_k`` gives of ``[..., n]``, int32 ``[..., k]``, in whatever order is least work."""
+    return _bind(scores, k, 1, ordered=False)[1]
+
+
 def _filled_up(scores: jax.Array, missing: int) -> jax.Array:
     """Scores with so many more behind them, that equal scores stand before."""
     if not missing:
@@ -89,9 +94,9 @@ def _filled_up(scores: jax.Array, missing: int) -> jax.Array:
     return jnp.pad(scores, [(0, 0)] * (scores.ndim - 1) + [(0, missing)], constant_values=lowest)
 
 
-def _bind(scores: Any, k: int, shards: int) -> list[Any]:
+def _bind(scores: Any, k: int, shards: int, ordered: bool = True) -> list[Any]:
     own_form = _partitioned(scores.shape, jnp.dtype(scores.dtype), k, shards)
-    return da_top_k_p.bind(scores, k=k, shards=shards, split_form=own_form)
+    return da_top_k_p.bind(scores, k=k, shards=shards, ordered=ordered, split_form=own_form)
 
 
 def _check(shape: tuple[int, ...], dtype: jax.typing.DTypeLike, k: int, shards: int) -> None:
@@ -106,7 +111,9 @@ def _check(shape: tuple[int, ...], dtype: jax.typing.DTypeLike, k: int, shards: 
         raise ValueError(f"da_top_k: shards={shards}; expected at least 1")
 
 
-def _abstract(scores: ShapedArray, *, k: int, shards: int, split_form: ClosedJaxpr) -> tuple[ShapedArray, ShapedArray]:
+def _abstract(
+    scores: ShapedArray, *, k: int, shards: int, ordered: bool, split_form: ClosedJaxpr
+) -> tuple[ShapedArray, ShapedArray]:
     _check(scores.shape, scores.dtype, k, shards)
     devices = _devices_along(scores.sharding, len(scores.shape) - 1)
     if shards % devices:
@@ -222,36 +229,47 @@ def _is_split(ctx: Any) -> bool:
     return not (getattr(around, "manual_axes", ()) or nowhere or explicit)
 
 
-def _lower(ctx: Any, scores: Any, *, k: int, shards: int, split_form: ClosedJaxpr) -> Any:
+def _lower(ctx: Any, scores: Any, *, k: int, shards: int, ordered: bool, split_form: ClosedJaxpr) -> Any:
     if not _is_split(ctx):
-        return _lower_plain(ctx, scores, k=k, shards=shards, split_form=split_form)
+        return _lower_plain(ctx, scores, k=k, shards=shards, ordered=ordered, split_form=split_form)
     return mlir.lower_fun(jaxpr_as_fun(split_form), multiple_results=True)(ctx, scores)
 
 
-def _lower_kernel(platform: str, ctx: Any, scores: Any, *, k: int, shards: int, split_form: ClosedJaxpr) -> Any:
+def _lower_kernel(
+    platform: str, ctx: Any, scores: Any, *, k: int, shards: int, ordered: bool, split_form: ClosedJaxpr
+) -> Any:
     """The kernel of a platform, where the plain form would be lowered."""
+    settings: dict[str, Any] = {"k": k, "shards": shards, "ordered": ordered}
     alone = platform == "tpu" or not _is_split(ctx)
-    made = lower_kernel("da_top_k", platform, ctx, [scores], k=k, shards=shards) if alone else None
+    made = lower_kernel("da_top_k", platform, ctx, [scores], **settings) if alone else None
     plain = _lower_plain if platform == "tpu" else _lower
-    return plain(ctx, scores, k=k, shards=shards, split_form=split_form) if made is None else made
+    return plain(ctx, scores, **settings, split_form=split_form) if made is None else made
 
 
-def _lower_plain(ctx: Any, scores: Any, *, k: int, shards: int, split_form: ClosedJaxpr) -> Any:
+def _lower_plain(ctx: Any, scores: Any, *, k: int, shards: int, ordered: bool, split_form: ClosedJaxpr) -> Any:
     return mlir.lower_fun(functools.partial(_portable, k=k, shards=shards), multiple_results=True)(ctx, scores)
 
 
 @usual_promotion()
-def _batch(args: Sequence[jax.Array], dims: Sequence[Any], *, k: int, shards: int, split_form: Any) -> tuple[Any, Any]:
+def _batch(
+    args: Sequence[jax.Array], dims: Sequence[Any], *, k: int, shards: int, ordered: bool, split_form: Any
+) -> tuple[Any, Any]:
     (scores,), (dim,) = args, dims
-    return _bind(jnp.moveaxis(scores, dim, 0), k, shards), (0, 0)
+    return _bind(jnp.moveaxis(scores, dim, 0), k, shards, ordered), (0, 0)
 
 
 @usual_promotion()
 def _jvp(
-    primals: Sequence[jax.Array], tangents: Sequence[Any], *, k: int, shards: int, split_form: ClosedJaxpr
+    primals: Sequence[jax.Array],
+    tangents: Sequence[Any],
+    *,
+    k: int,
+    shards: int,
+    ordered: bool,
+    split_form: ClosedJaxpr,
 ) -> tuple[Any, Any]:
     """As for a gather of the chosen scores; the choice itself is constant almost everywhere."""
-    values, indices = _bind(primals[0], k, shards)
+    values, indices = _bind(primals[0], k, shards, ordered)
     zero_indices = ad.Zero(ShapedArray(indices.shape, jax.dtypes.float0))
     if isinstance(tangents[0], ad.Zero):
         return (values, indices), (ad.Zero(tangents[0].aval.update(shape=values.shape)), zero_indices)
@@ -262,12 +280,13 @@ def _jvp(
 # Unused, it is dropped: it has no effects, which is the rule that JAX applies by itself.
 da_top_k_p = Primitive("da_top_k")
 da_top_k_p.multiple_results = True
-da_top_k_p.def_impl(compiled_alone(da_top_k_p, "k", "shards", "split_form"))
+da_top_k_p.def_impl(compiled_alone(da_top_k_p, "k", "shards", "ordered", "split_form"))
 da_top_k_p.def_abstract_eval(_abstract)
 batching.primitive_batchers[da_top_k_p] = _batch
 ad.primitive_jvps[da_top_k_p] = _jvp
 mlir.register_lowering(da_top_k_p, _lower)
 # Programs compiled ahead of time for a described TPU could not call back to be partitioned, either.
 mlir.register_lowering(da_top_k_p, _lower_plain, platform="tpu")
-# A kernel: rule(scores, *, k, shards) -> what da_top_k returns, where `shards` divide the last axis.
+# A kernel: rule(scores, *, k, shards) -> what da_top_k returns, where `shards` divide the last axis. One that is told
+# whether it is to be `ordered` may return it in another order where it is not.
 has_kernels(da_top_k_p, _lower_kernel)

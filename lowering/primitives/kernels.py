@@ -51,8 +51,12 @@ class Kernel:
     exported: bool
     # Whether it takes operands that are entries of stacks as they are (`stack_entry.py`); others get them taken out.
     takes_entries: bool = False
+    # Of the settings that a kernel may do without those that this one takes.
+    takes: frozenset[str] = frozenset()
 
 
+# Settings that kernels are not told of unless they ask: what they allow, no kernel has to make use of.
+_OPTIONAL = frozenset({"ordered"})
 # By the name of a primitive and a platform.
 _kernels: dict[tuple[str, str], Kernel] = {}
 # The library's own, which those of users stand before; and why a platform has none, where it might.
@@ -128,9 +132,10 @@ def register_built_in(
     *,
     exported: bool = False,
     takes_entries: bool = False,
+    takes: frozenset[str] = frozenset(),
 ) -> None:
     """A kernel of this library, by the name that reports have; users' kernels stand before it."""
-    _built_in[primitive, platform] = Kernel(rule, serves, name, exported, takes_entries)
+    _built_in[primitive, platform] = Kernel(rule, serves, name, exported, takes_entries, takes)
     _ask((primitive, platform))
 
 
@@ -191,7 +196,7 @@ def _serving(
         structs = of_one(layout.unflatten(structs))
     found = [kernel for kernels in (_kernels, _built_in) if (kernel := kernels.get(key)) is not None]
     found = [kernel for kernel in found if kernel.exported or not for_export]
-    chosen = next((kernel for kernel in found if kernel.serves(*structs, **settings)), None)
+    chosen = next((kernel for kernel in found if kernel.serves(*structs, **_told(kernel, settings))), None)
     if chosen is None:
         return None
 
@@ -199,7 +204,7 @@ def _serving(
         operands = arrays if layout is None else layout.unflatten(arrays)
         if not chosen.takes_entries:
             operands = [whole(operand) for operand in operands]
-        made = chosen.rule(*operands, **settings)
+        made = chosen.rule(*operands, **_told(chosen, settings))
         return list(made) if isinstance(made, (tuple, list)) else [made]
 
     @usual_promotion()
@@ -210,6 +215,11 @@ def _serving(
         return fun(*operands)
 
     return chosen.name, run
+
+
+def _told(kernel: Kernel, settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings that a kernel takes."""
+    return {name: value for name, value in settings.items() if name not in _OPTIONAL - kernel.takes}
 
 
 def backends() -> dict[str, dict[str, str]]:

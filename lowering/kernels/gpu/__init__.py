@@ -53,7 +53,8 @@ def install() -> str | None:
         ("hire_combine_stored_rows", rules.combine_stored_rows, shapes.stored_sums_served, few),
     ):
         named = f"Pallas, through Triton, of {what}"
-        register_built_in(name, "cuda", rule, serves, named, takes_entries=what == scores)
+        takes = frozenset({"ordered"}) if name == "da_top_k" else frozenset[str]()
+        register_built_in(name, "cuda", rule, serves, named, takes_entries=what == scores, takes=takes)
     for name, reason in _PORTABLE.items():
         no_built_in("cuda", reason, name)
     return None

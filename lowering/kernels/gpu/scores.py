@@ -32,6 +32,8 @@ _WARPS = 4
 _TAKEN, _WORDS = 8, 128
 # In tensor cores: rows and bytes of a row at a time. A row of their operands is 32 bytes at least, and has 16 tokens.
 _ROWS, _BYTES, _LEAST_BYTES, _LEAST_TOKENS = 64, 256, 32, 16
+# Of one token and so few rows in 8 bits each program quantises the token by itself, of so many words: a kernel less.
+_ALONE_ROWS, _ALONE_WORDS = 16384, 1024
 # Programs that keep all multiprocessors busy: four on each of the 132 of an H100.
 _PROGRAMS = 528
 # Halves of bytes are read with 8 more than they stand for: four times 8 less.
@@ -87,25 +89,31 @@ def _scores(
 ) -> tuple[jax.Array, jax.Array]:
     """Scores ``[T, n]``, and the tokens as they were kept."""
     (tokens, d), n, halves, width = x.shape, scale.shape[0], 8 // bits, q.shape[1] // 4
-    struct = jax.ShapeDtypeStruct
+    struct, begin = jax.ShapeDtypeStruct, jnp.asarray(first, jnp.int32).reshape(1)
+    if tokens == 1 and bits == 8 and n <= _ALONE_ROWS and width <= _ALONE_WORDS:
+        high = _high(n, padded(width))
+        kernel = functools.partial(
+            _quantize_and_multiply, n=n, d=d, width=width, high=high, limbs=limbs, exact=interpret
+        )
+        out, grid = (struct((1, n), jnp.float32), struct((1, d), jnp.float32)), (-(-n // high),)
+        operands = begin, _as_words(q), x, scale
+        scores, kept = call(kernel, "scores_of_one", out, grid, *operands, warps=_WARPS, interpret=interpret)
+        return scores, kept
     kernel = functools.partial(_quantize, d=d, size=padded(halves * width), width=halves * width, limbs=limbs)
-    out = (
+    quantized = (
         struct((tokens, limbs, halves * width), jnp.int32),
         struct((tokens,), jnp.float32),
         struct((tokens, d), jnp.float32),
     )
-    words, unit, kept = call(kernel, "quantize_tokens", out, (tokens,), x, warps=_WARPS, interpret=interpret)
-    begin = jnp.asarray(first, jnp.int32).reshape(1)
+    words, unit, kept = call(kernel, "quantize_tokens", quantized, (tokens,), x, warps=_WARPS, interpret=interpret)
     if tokens * limbs <= _FEW:
         wide = min(_WORDS, padded(width))
-        high = max(1, _TAKEN * 32 * _WARPS // wide)
-        while high > 1 and n < high * _PROGRAMS:
-            high //= 2
+        high = _high(n, wide)
         sizes = {"n": n, "width": width, "wide": wide, "high": high}
         kernel = functools.partial(_multiply, **sizes, tokens=tokens, limbs=limbs, halves=halves, exact=interpret)
-        operands = begin, _as_words(q), words, unit, scale
+        given = begin, _as_words(q), words, unit, scale
         made, grid = struct((tokens, n), jnp.float32), (-(-n // high),)
-        return call(kernel, "integer_scores", made, grid, *operands, warps=_WARPS, interpret=interpret), kept
+        return call(kernel, "integer_scores", made, grid, *given, warps=_WARPS, interpret=interpret), kept
     entries = lax.bitcast_convert_type(words, jnp.int8).reshape(tokens * limbs, halves * 4 * width)
     if bits == 8 and not stacked and not interpret:
         raw = skinny_dot(entries, q)
@@ -114,6 +122,14 @@ def _scores(
     sums = raw.astype(jnp.float32).reshape(tokens, limbs, n)
     score = sums[:, 0] if limbs == 1 else sums[:, 0] + sums[:, 1] / 254.0
     return score * unit[:, None] * scale[None, :], kept
+
+
+def _high(n: int, wide: int) -> int:
+    """Rows of a program that takes so many words of each: fewer where there would not be enough programs."""
+    high = max(1, _TAKEN * 32 * _WARPS // wide)
+    while high > 1 and n < high * _PROGRAMS:
+        high //= 2
+    return high
 
 
 def _in_tensor_cores(
@@ -142,15 +158,58 @@ def _as_words(entries: jax.Array) -> jax.Array:
 def _quantize(
     x_ref: Any, words_ref: Any, unit_ref: Any, kept_ref: Any, *, d: int, size: int, width: int, limbs: int
 ) -> None:
-    """Tokens in one or two limbs of 8 bits, four entries to a word; see ``quantize`` and ``two_limbs``."""
     token, word = pl.program_id(0), jnp.arange(size)
+    packed, unit = _in_limbs(x_ref, kept_ref, jnp.bool_(True), token, word, d, limbs)
+    for limb, values in enumerate(packed):
+        triton.store(words_ref.at[token, jnp.int32(limb), word], values, mask=word < width)
+    unit_ref[token] = unit
+
+
+def _quantize_and_multiply(
+    first_ref: Any,
+    q_ref: Any,
+    x_ref: Any,
+    scale_ref: Any,
+    out_ref: Any,
+    kept_ref: Any,
+    *,
+    n: int,
+    d: int,
+    width: int,
+    high: int,
+    limbs: int,
+    exact: bool,
+) -> None:
+    word, token = jnp.arange(padded(width)), jnp.int32(0)
+    packed, unit = _in_limbs(x_ref, kept_ref, pl.program_id(0) == 0, token, word, d, limbs)
+    row = pl.program_id(0) * high + jnp.arange(high)
+    inside, at = row < n, first_ref[0] + row
+    there = inside[:, None] & (word < width)[None, :]
+    entries = triton.load(q_ref.at[at[:, None], word[None, :]], mask=there, other=0)
+    raw = [jnp.sum(_dot4(entries, values[None, :], jnp.zeros_like(entries), exact), axis=1) for values in packed]
+    scale = triton.load(scale_ref.at[row], mask=inside, other=0)
+    triton.store(out_ref.at[token, row], _scaled(raw, unit, scale), mask=inside)
+
+
+def _scaled(raw: list[jax.Array], unit: jax.Array, scale: jax.Array) -> jax.Array:
+    """Scores of a token's products, one for each limb."""
+    first, *second = [each.astype(jnp.float32) for each in raw]
+    return (first + second[0] / 254.0 if second else first) * unit * scale
+
+
+def _in_limbs(
+    x_ref: Any, kept_ref: Any, keeps: Any, token: Any, word: jax.Array, d: int, limbs: int
+) -> tuple[list[jax.Array], jax.Array]:
+    """A token in one or two limbs of 8 bits, four entries to a word, and its scale; see ``quantize`` and ``two_limbs``.
+
+    What is kept of it is stored by the program that ``keeps`` it.
+    """
     columns = [4 * word + byte for byte in range(4)]
     entries = [triton.load(x_ref.at[token, column], mask=column < d, other=0) for column in columns]
     # What is no number counts as infinite.
     sizes = [jnp.where(jnp.abs(x) < jnp.inf, jnp.abs(x), jnp.inf) for x in entries]
     peak = jnp.max(functools.reduce(jnp.maximum, sizes))
-    finite = peak < jnp.inf
-    unit = jnp.where(finite, peak / 127, jnp.nan)
+    unit = jnp.where(peak < jnp.inf, peak / 127, jnp.nan)
     usable = unit > 0.0
     divisor = jnp.where(usable, unit, 1.0)
     packed = [jnp.zeros_like(word) for _ in range(limbs)]
@@ -160,12 +219,10 @@ def _quantize(
             rest = _nearest((x - made[0] * unit) / divisor * 254.0)
             made.append(jnp.where(usable, jnp.clip(rest, -127.0, 127.0), 0.0))
         kept = made[0] if limbs == 1 else made[0] + made[1] / 254.0
-        triton.store(kept_ref.at[token, column], kept * unit, mask=column < d)
+        triton.store(kept_ref.at[token, column], kept * unit, mask=(column < d) & keeps)
         for limb, values in enumerate(made):
             packed[limb] |= (values.astype(jnp.int32) & 0xFF) << (8 * byte)
-    for limb, values in enumerate(packed):
-        triton.store(words_ref.at[token, jnp.int32(limb), word], values, mask=word < width)
-    unit_ref[token] = unit
+    return packed, unit
 
 
 def _nearest(values: jax.Array) -> jax.Array:
@@ -231,9 +288,8 @@ def _multiply(
     raw = [total + jnp.sum(made[len(own) + i]) if halves > 1 else total for i, total in enumerate(raw)]
     scale = triton.load(scale_ref.at[row], mask=inside, other=0)
     for token in range(tokens):
-        first, *second = [raw[token * limbs + limb].astype(jnp.float32) for limb in range(limbs)]
-        score = first + second[0] / 254.0 if second else first
-        triton.store(out_ref.at[jnp.int32(token), row], score * unit_ref[token] * scale, mask=inside)
+        score = _scaled(raw[token * limbs : (token + 1) * limbs], unit_ref[token], scale)
+        triton.store(out_ref.at[jnp.int32(token), row], score, mask=inside)
 
 
 def _nibbles(packed: jax.Array) -> list[jax.Array]:

@@ -73,7 +73,7 @@ def neighbours(n: int, k: int) -> int:
     return group if group * k <= MOST_SCORES else 0
 
 
-def top_k_served(scores: Any, *, k: int, shards: int) -> bool:
+def top_k_served(scores: Any, *, k: int, shards: int, ordered: bool = True) -> bool:
     """Floats of 32 bits at most, of which one program holds all, or all groups and all of the best groups."""
     dtype = jnp.dtype(scores.dtype)
     block = scores.shape[-1] // shards

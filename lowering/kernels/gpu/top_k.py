@@ -29,16 +29,18 @@ _HIGHEST = 2**31 - 1
 _READ, _RANKED, _COMPARED = 2048, 32, 128
 
 
-def top_k(scores: jax.Array, k: int, shards: int, interpret: bool = False) -> tuple[jax.Array, jax.Array]:
-    """As ``da_top_k`` of floating scores whose last axis the shards divide."""
+def top_k(
+    scores: jax.Array, k: int, shards: int, ordered: bool = True, interpret: bool = False
+) -> tuple[jax.Array, jax.Array]:
+    """As ``da_top_k`` of floating scores whose last axis the shards divide; not ``ordered``, as they stand."""
     *lead, n = scores.shape
     block, own = n // shards, -(-k // shards)
-    values, index = _largest(scores.reshape(-1, block).astype(jnp.float32), own, interpret)
+    values, index = _largest(scores.reshape(-1, block).astype(jnp.float32), own, ordered, interpret)
     index = index.reshape(*lead, shards, own) + (jnp.arange(shards, dtype=jnp.int32) * block)[:, None]
     return values.astype(scores.dtype).reshape(*lead, shards * own), index.reshape(*lead, shards * own)
 
 
-def _largest(scores: jax.Array, k: int, interpret: bool) -> tuple[jax.Array, jax.Array]:
+def _largest(scores: jax.Array, k: int, ordered: bool, interpret: bool) -> tuple[jax.Array, jax.Array]:
     """The best ``k`` of each row of f32 ``[B, n]``."""
     (count, n), group = scores.shape, neighbours(scores.shape[1], k)
     if group == 1:
@@ -52,6 +54,8 @@ def _largest(scores: jax.Array, k: int, interpret: bool) -> tuple[jax.Array, jax
         maxima = call(kernel, "largest_of_groups", made, grid, scores, warps=4, interpret=interpret)
         _, best = _chosen(maxima, (), k, groups, 1, interpret)
         found = _chosen(scores, (best,), k, k * group, group, interpret)
+    if not ordered:
+        return lax.bitcast_convert_type(turned(found[0][:, :k]), jnp.float32), found[1][:, :k]
     kernel, grid = functools.partial(_ranked, k=k), (count, -(-k // _RANKED))
     wide = grid[1] * _RANKED
     out = jax.ShapeDtypeStruct((count, wide), jnp.float32), jax.ShapeDtypeStruct((count, wide), jnp.int32)

@@ -50,7 +50,9 @@ def stored(normal, high=N, wide=1):
     return values, scale, StoredRows(values, (scale,), SCALED, (False,))
 
 
-@pytest.mark.parametrize(("tokens", "bits", "d"), [(1, 8, D), (8, 4, D), (16, 8, 36), (3, 4, 39), (2, 8, 1300)])
+@pytest.mark.parametrize(
+    ("tokens", "bits", "d"), [(1, 8, D), (8, 4, D), (16, 8, 36), (3, 4, 39), (2, 8, 1300), (1, 8, 4100)]
+)
 def test_scores_are_those_of_the_portable_form(portable_forms, normal, tokens, bits, d):
     """Of tokens with a zero, an infinity and a NaN as well; rounding apart, since XLA joins products and sums."""
     x, (q, scale) = normal((tokens, d)), packed(normal, bits, d=d)
