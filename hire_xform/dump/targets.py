@@ -6,6 +6,8 @@ The compilers come with packages of their own, libtpu and JAX's plugin for CUDA,
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import functools
 import importlib.util
 import os
 from collections.abc import Iterator
@@ -41,6 +43,9 @@ ALONE = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TPU_LOG_DIR": "disabled",
 }
+# JAX's plugin for CUDA looks for CUDA's libraries when it starts, and from 0.11 on does not start without them, unless
+# this is set. Its compiler needs none.
+UNCHECKED = "JAX_SKIP_CUDA_CONSTRAINTS_CHECK"
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,11 @@ class Target:
 
     platform: str
     chip: str | None = None
+
+    def __post_init__(self) -> None:
+        """Tells the plugin for CUDA that no GPU is meant, before JAX looks for plugins: it looks once."""
+        if self.platform == "cuda" and not _has_driver():
+            os.environ.setdefault(UNCHECKED, "1")
 
     @classmethod
     def parse(cls, text: str) -> Target:
@@ -125,6 +135,15 @@ def _here(platform: str) -> Any:
         return None
 
 
+def _has_driver() -> bool:
+    """Whether this machine can run programs on a GPU of NVIDIA's, so that JAX has to look whether it fits."""
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    return True
+
+
 def _is_installed(name: str) -> bool:
     try:
         return importlib.util.find_spec(name) is not None
@@ -132,7 +151,9 @@ def _is_installed(name: str) -> bool:
         return False
 
 
+@functools.cache
 def _described(platform: str, chip: str) -> Any:
+    """The same device each time: what is placed on two of one description can't be in one program."""
     if platform == "cuda":
         options: dict[str, Any] = {"target_config": GPUS[chip], "topology": "1x1x1"}
         return topologies.get_topology_desc(platform="cuda", topology_name=chip, **options).devices[0]

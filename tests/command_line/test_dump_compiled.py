@@ -102,6 +102,33 @@ def test_a_compiler_that_does_not_start_says_why(model, capsys, monkeypatch):
     assert "the compiler for tpu:v5p can't be started: of another JAX; expected" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("platform", "driver", "told"),
+    [
+        ("cuda", False, "1"),
+        ("cuda:h200", False, "1"),
+        ("cuda", True, None),
+        ("tpu:v5e", False, None),
+        ("cpu", False, None),
+    ],
+)
+def test_a_gpu_that_is_only_described_needs_no_libraries_of_cuda(platform, driver, told, monkeypatch):
+    """From JAX 0.11 on its plugin does not start without them, unless it is told, before JAX looks for plugins."""
+    monkeypatch.setattr(targets, "_has_driver", lambda: driver)
+    # Set first, so that it is gone again after the test.
+    monkeypatch.setenv("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "0")
+    monkeypatch.delenv("JAX_SKIP_CUDA_CONSTRAINTS_CHECK")
+    Target.parse(platform)
+    assert os.environ.get("JAX_SKIP_CUDA_CONSTRAINTS_CHECK") == told
+
+
+def test_what_the_user_says_of_cudas_libraries_stays(monkeypatch):
+    monkeypatch.setattr(targets, "_has_driver", lambda: False)
+    monkeypatch.setenv("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "")
+    Target("cuda")
+    assert os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] == ""
+
+
 @pytest.mark.parametrize("platform", ["metal", "tpu:h100", "cpu:", "cuda:v5e"])
 def test_platforms_that_are_none_are_refused(platform):
     with pytest.raises(ValueError, match=f"platform='{platform}'; expected one of cpu, cuda, cuda:h100, "):
