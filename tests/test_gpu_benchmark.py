@@ -161,6 +161,15 @@ def test_kernels_are_those_of_a_gpus_streams(gpu):
     assert gpu.timing.kernels_in(planes[1:2], 2) is None
 
 
+def test_the_profiler_sees_no_kernels_of_a_cpu(gpu):
+    """It is asked, its file is found, and there is nothing of a GPU in it."""
+    import jax
+
+    add = jax.jit(lambda x: x + 1)
+    assert gpu.timing.traced(lambda: add(1.0), 1) is None
+    assert not gpu.timing.profiles()
+
+
 def test_the_largest_of_the_first_are_compiled_first(gpu):
     done, gate = [], threading.Event()
     pool = gpu.pool.Pool(1, time.monotonic() + 60)

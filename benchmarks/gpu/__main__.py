@@ -105,7 +105,9 @@ def compiled(run: Run, name: str, program: Any) -> Any:
     return made
 
 
-def lower_all(run: Run, todo: Iterable[Any], pool: Pool, until: float) -> list[tuple[Any, dict[str, Future]]]:
+def lower_all(
+    run: Run, todo: Iterable[Any], pool: Pool, maker: Pool, until: float
+) -> list[tuple[Any, dict[str, Future]]]:
     """Lowers the programs of lines, and has them compiled, and their weights made: the first numbers of tokens first.
 
     Returns:
@@ -124,7 +126,7 @@ def lower_all(run: Run, todo: Iterable[Any], pool: Pool, until: float) -> list[t
             continue
         rank = run.tokens.index(line.tokens)
         if not run.compiling:
-            pool.add(rank - 0.5, 0, line.prepare)
+            maker.add(rank, 0, line.prepare)
         for program in programs.values():
             # A program that several lines have is compiled once; they keep it, so that no other gets its identity.
             if id(program) not in begun:
@@ -153,20 +155,21 @@ def work(run: Run, options: argparse.Namespace) -> None:
     """Compiles, and then times."""
     start = time.monotonic()
     until = start + COMPILING * (run.deadline - start)
-    pool = Pool(options.threads, until)
+    # Weights are made one after the other, and would keep threads waiting that can compile.
+    pool, maker = Pool(options.threads, until), Pool(1, until)
     copy = None if run.compiling else pool.add(-1, 0, copying(run).compile)
-    ready = lower_all(run, lines(run, options.parts), pool, until)
+    ready = lower_all(run, lines(run, options.parts), pool, maker, until)
     lowered = time.monotonic() - start
-    quiet = pool.close(run.deadline)
+    ended = [one.close(run.deadline) for one in (pool, maker)]
     print(
         f"{len(ready)} lines were lowered in {lowered:.1f} s, and compiled within {time.monotonic() - start:.1f} s, by "
         f"{len(pool.threads)} threads",
         flush=True,
     )
-    if quiet and copy and not copy.cancelled():
+    if all(ended) and copy and not copy.cancelled():
         measure_copy(run, copy.result())
     for line, futures in ready:
-        if quiet:
+        if all(ended):
             measure(run, line, futures)
         else:
             run.left_out.append(f"{line.name}: something else was compiled until the time was up")
