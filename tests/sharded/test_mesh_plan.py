@@ -143,9 +143,9 @@ def test_sums_of_rows_cost_what_the_kernels_move():
     pairs = hx.Ffn(active=0.25, group_size=2, predictor=hx.Quantized(8))
     rows = [hx.plan_mesh(model, device, 1, ffn=pairs).rows[0] for device in (gpu, tpu)]
     exact = 0.25 * 8192 * 2 * 2048 * 2
-    # 20 us a site on a GPU and 10 on a TPU, which reads the head's single rows twice.
+    # 30 us a site on a GPU and 10 on a TPU, which reads the head's single rows twice.
     head = hx.Vocab().candidates_of(model.vocab) * model.inputs * 2
-    difference = rows[0].seconds[1] - rows[1].seconds[1] - 2 * (20e-6 - 10e-6)
+    difference = rows[0].seconds[1] - rows[1].seconds[1] - 2 * (30e-6 - 10e-6)
     assert difference == pytest.approx((0.25 * exact - head) / 1e12, rel=0.05)
 
 

@@ -1,10 +1,10 @@
-"""Kernels for NVIDIA's GPUs, in Pallas by way of Triton: rows in few bits, and chosen rows, read once as stored.
+"""Kernels for NVIDIA's GPUs, in Pallas by way of Triton: rows in few bits, choosing, and chosen rows.
 
 :func:`install` puts them in the place of the portable forms for programs that are lowered for CUDA. They are compiled
-ahead of time and run in Pallas's interpreter in the tests; how fast they are was not measured, so they serve only where
-XLA's own code, by what its compiler makes of it, writes down what it reads, or reads more than it has to. Pallas is
-imported when a program is lowered that has one of them. JAX 0.12 says that Pallas will do without Triton one day: then
-there is the portable form, and ``hx.backends()`` says so.
+ahead of time and run in Pallas's interpreter in the tests, and were measured on an H200 (docs/gpu.md). They serve where
+XLA's own code writes down what it reads, reads more than it has to, or takes many kernels of a microsecond, which on so
+fast a memory cost as much as reading. Pallas is imported when a program is lowered that has one of them. JAX 0.12 says
+that Pallas will do without Triton one day: then there is the portable form, and ``hx.backends()`` says so.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def install() -> str | None:
         return missing
     rules = Rules(_module)
     several, few = f"2 to {shapes.MOST_TOKENS} tokens", f"up to {shapes.MOST_TOKENS} tokens"
-    scores = "rows in 4 bits, and in 8 in stacks"
+    scores = "rows in 8 and 4 bits"
     for name, rule, serves, what in (
         ("da_top_k", rules.da_top_k, shapes.top_k_served, f"up to {shapes.MOST_SCORES} scores, or groups of them"),
         ("hire_open_rows", rules.open_rows, shapes.open_rows_served, "f32"),

@@ -1,7 +1,7 @@
 """Which operands the kernels for GPUs serve, by shapes, dtypes and settings.
 
-Where XLA's own code, by the program that its compiler makes for an H100, reads what has to be read once and writes down
-none of it, it is left to do so.
+Where XLA's own code, by the program that its compiler makes for an H100, reads what has to be read once, writes down
+none of it and is one kernel, it is left to do so.
 """
 
 from __future__ import annotations
