@@ -14,6 +14,7 @@ from jax.extend.core import primitives as prims
 from jax.sharding import PartitionSpec
 
 from hire_xform.passes.ir import compat
+from hire_xform.passes.ir.equation_contexts import EquationContexts
 
 # Running totals by name.
 Totals = dict[Any, jax.Array]
@@ -85,7 +86,7 @@ class _Fold:
         def read(atom: Any) -> Any:
             return atom.val if isinstance(atom, compat.Literal) else env[atom]
 
-        with compat.EquationContexts() as contexts:
+        with EquationContexts() as contexts:
             for eqn in inner.eqns:
                 contexts.enter(eqn)
                 given = [read(a) for a in eqn.invars]

@@ -18,13 +18,12 @@ from hire_xform.call.bound import Bound
 from hire_xform.call.calls import ABSENT, Abstract, call_leaves
 from hire_xform.call.collector import collector_paused
 from hire_xform.call.packing import make_packed
+from hire_xform.call.platforms import checked_platforms, platforms_of
 from hire_xform.call.program import Program, struct
 from hire_xform.call.signature import Signature, keyed
 from hire_xform.call.supply import Supply
 from hire_xform.config import Config
-from hire_xform.errors import HireWarning, PackedMismatchError
-from hire_xform.lowering.primitives.kernels import PLATFORMS
-from hire_xform.lowering.primitives.proved_for import lowered_for
+from hire_xform.errors import HireWarning
 from hire_xform.passes.ir.graph import Node
 from hire_xform.passes.pack.make import pack_shapes
 from hire_xform.passes.pack.packed import Packed, PackLayout
@@ -35,7 +34,6 @@ from hire_xform.passes.plan.make import make_plan
 from hire_xform.passes.plan.measurement import MeasurementOf
 from hire_xform.passes.plan.placement import place
 from hire_xform.passes.plan.row_order import distribute_rows
-from hire_xform.passes.prove.certifiable import platforms_proved
 from hire_xform.passes.rewrite.action import Action
 from hire_xform.passes.rewrite.actions import actions_of, rewritten
 from hire_xform.passes.rewrite.holding import Holding, Reader, decide_holding
@@ -170,9 +168,7 @@ class Traced(Program):
 
         Fewer where a site is certified for the platform that it was traced for, and others round differently.
         """
-        certified = [d for d in self.plan.decisions if d.marks and d.settings.certify]
-        proved = [lowered_for(platforms_proved(d.match, d.input_bits)) for d in certified]
-        return tuple(platform for platform in PLATFORMS if all(platform in one for one in proved))
+        return platforms_of(self.plan)
 
     def lower(self, lowering_platforms: Sequence[str] | None = None, **others: Any) -> jax.stages.Lowered:
         """Lowers the rewritten program, with ``Packed`` in the place of the weights; as ``jax.stages.Traced.lower``.
@@ -195,7 +191,7 @@ class Traced(Program):
                 f"lower: {', '.join(others)} given, as jax.export does; expected jax.export.export(jitted)(*operands) "
                 "with jitted, operands = step.program(...), since Packed weights are not written down"
             )
-        asked = _checked(lowering_platforms)
+        asked = checked_platforms(lowering_platforms)
         with collector_paused():
             bound = self._bound()
             traced = jax.jit(bound.run, **self._options, **bound.donated).trace(*bound.args, **bound.kwargs)
@@ -304,15 +300,7 @@ class Traced(Program):
         operands = []
         for leaf, root, needed in zip(leaves, self.call.roots, rewriter.needed_inputs(), strict=True):
             if root is not None:
-                leaf = supply.leaf(root)
-                if leaf is None and needed:
-                    leaf = supply.restore(root)
-                    if leaf is None:
-                        raise PackedMismatchError(
-                            f"the Packed weights do not hold {self.name(root)}, which this call reads whole; pack with "
-                            "a trace of each program that they are for, this one too, "
-                            "hx.pack(weights, [traced, ...]), or pass the plain weights"
-                        )
+                leaf = supply.whole(root, self.name) if needed else supply.leaf(root)
             operands.append(leaf)
         if supply.packed:
             self._tell_dense([d.site.path for d in self.plan.decisions if d.node not in todo])
@@ -395,19 +383,6 @@ class Traced(Program):
     @cached_property
     def _const_keys(self) -> list[PackKey]:
         return [k for k in self.needed_keys() if k.recipe.root.kind == "const"]
-
-
-def _checked(platforms: Sequence[str] | None) -> tuple[str, ...] | None:
-    """Platforms to lower for, which JAX knows; what it says of others depends on which devices are here."""
-    if not platforms:
-        return None
-    unknown = [name for name in platforms if name not in PLATFORMS]
-    if isinstance(platforms, str) or unknown:
-        raise ValueError(
-            f"lower: lowering_platforms={platforms!r}; expected a sequence of {', '.join(PLATFORMS)}"
-            + ("; NVIDIA's GPUs are cuda" if "gpu" in (*unknown, platforms) else "")
-        )
-    return tuple(platforms)
 
 
 def _no_measurement(match: Any, names: Any) -> None:

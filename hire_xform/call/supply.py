@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hire_xform.call.packing import pack_keys
+from hire_xform.errors import PackedMismatchError
 from hire_xform.passes.pack.make import unpack_rows
 from hire_xform.passes.pack.packed import Packed
 from hire_xform.passes.plan.decisions import Need, PackKey
@@ -61,6 +62,22 @@ class Supply:
             return None
         key, layout = held.layout.keys[number], held.layout
         return unpack_rows(key, layout.avals[root.index].shape, held.form(key), layout.placed[root.index])
+
+    def whole(self, root: Root, name: Callable[[Root], str]) -> Any:
+        """The leaf of a root, which the program reads: as it is, or made from its packed rows.
+
+        Raises:
+          PackedMismatchError: the ``Packed`` argument holds neither; ``name`` gives what the weight is called.
+        """
+        found = self.leaf(root)
+        if found is None:
+            found = self.restore(root)
+        if found is None:
+            raise PackedMismatchError(
+                f"the Packed weights do not hold {name(root)}, which this call reads whole; pack with a trace of each "
+                "program that they are for, this one too, hx.pack(weights, [traced, ...]), or pass the plain weights"
+            )
+        return found
 
     def read(self, need: Need) -> Any:
         """What is read for a need: its packed form, or the weight itself where the form is that."""

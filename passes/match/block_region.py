@@ -277,7 +277,8 @@ class _Builder:
             dim = layout[top.axis]
             if any(a.space == "k" for a in dim.atoms):
                 taken = self.expand(top.operand, self.spread(layout, top.axis, top.operand))
-                return self.taken(node, value, taken)
+                self.include(node, value)
+                return taken
             return self.kth(node, value, layout, top.operand, top.axis, dim.start + 1) if not dim.atoms else None
         if node.primitive is prims.sort_p:
             axis = node.params["dimension"]
@@ -374,10 +375,6 @@ class _Builder:
             ) from error
         self.include(node, value)
         return self.add(Total(inside, value.aval.dtype), True, varies=False)
-
-    def taken(self, node: Node, value: Value, found: int) -> int:
-        self.include(node, value)
-        return found
 
     def include(self, node: Node, *values: Value) -> None:
         self.region.nodes.add(node)

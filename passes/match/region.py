@@ -20,6 +20,7 @@ from hire_xform.lowering.primitives.ranks import over_groups
 from hire_xform.passes.ir import compat
 from hire_xform.passes.ir.axes import Layout
 from hire_xform.passes.ir.debugging import type_text
+from hire_xform.passes.ir.equation_contexts import equation_context
 from hire_xform.passes.ir.graph import Node, Value
 from hire_xform.passes.ir.pointwise import known_number, literal_number
 from hire_xform.passes.weights.origins import shape_of
@@ -348,7 +349,7 @@ def _apply(region: Region, expr: Apply, values: Sequence[Any], shape: Any, relu:
         jnp.broadcast_to(values[o], shape) if shape_of(read) and not jnp.ndim(values[o]) else values[o]
         for o, read in zip(expr.operands, expr.node.inputs, strict=True)
     ]
-    with compat.equation_context(expr.node.eqn):
+    with equation_context(expr.node.eqn):
         if _is_relu(expr, region):
             return relu(operands[0])
         return compat.bind(expr.node.eqn, operands)[0]

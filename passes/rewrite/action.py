@@ -10,6 +10,7 @@ import jax
 
 from hire_xform.lowering.primitives.rungs import mark_rung
 from hire_xform.passes.ir import compat
+from hire_xform.passes.ir.equation_contexts import equation_context
 from hire_xform.passes.ir.graph import Node, Operand
 from hire_xform.passes.plan.decisions import Need
 from hire_xform.passes.rewrite.environment import TOLD, Env, PackedView, read
@@ -77,7 +78,7 @@ class Context:
         for node in nodes:
             if node.outputs[0] not in local:
                 operands = [read(local, operand(o)) for o in node.inputs]
-                with compat.equation_context(node.eqn):
+                with equation_context(node.eqn):
                     local.update(zip(node.outputs, compat.bind(node.eqn, operands), strict=True))
         return replace(self, env=local)
 

@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from hire_xform.passes.ir import compat
 from hire_xform.passes.ir.axes import Atom
+from hire_xform.passes.ir.equation_contexts import equation_context
 from hire_xform.passes.ir.graph import Graph, Node, Operand
 from hire_xform.passes.match.experts import Experts, ExpertWeight, Routed
 from hire_xform.passes.match.own_choice import OfAll
@@ -148,7 +148,7 @@ class LoopedExperts(Action):
 def _product(product: Product, x: Any, matrix: Any, dtype: Any) -> Any:
     params = product.node.params
     asked = params["preferred_element_type"]
-    with compat.equation_context(product.node.eqn):
+    with equation_context(product.node.eqn):
         found = lax.dot_general(
             x,
             matrix,
@@ -203,7 +203,7 @@ def _matrix(weight: ExpertWeight, stack: Any, index: Any) -> Any:
     routed = weight.routed
     assert routed is not None
     params = routed.taken_by.params
-    with compat.equation_context(routed.taken_by.eqn):
+    with equation_context(routed.taken_by.eqn):
         if routed.ragged:
             value = lax.dynamic_index_in_dim(stack, jnp.minimum(index[0], stack.shape[0] - 1), 0, keepdims=False)
         else:

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from hire_xform.passes.ir import compat
+from hire_xform.passes.ir.equation_contexts import equation_context
 from hire_xform.passes.match.equations import equations_between
 from hire_xform.passes.match.matches import FfnMatch
 from hire_xform.passes.rewrite.canonical import flat_result, restored_activation, restored_side, shaped_activation
@@ -64,7 +65,7 @@ def own_block(match: FfnMatch, xs: Sequence[Any], sides: Sequence[Any], leaves: 
                 own = restored_activation(up.product, x, up.layout, tokens)
                 env[up.product.out] = _bound(up.product, own, leaf_of[up.product])
         for node in nodes:
-            with compat.equation_context(node.eqn):
+            with equation_context(node.eqn):
                 results = compat.bind(node.eqn, [read(env, o) for o in node.inputs])
             env.update(zip(node.outputs, results, strict=True))
         made = [flat_result(end, _bound(end, env[match.hidden], leaf_of[end])) for end in match.ends]
@@ -75,7 +76,7 @@ def own_block(match: FfnMatch, xs: Sequence[Any], sides: Sequence[Any], leaves: 
 
 def _bound(product: Product, x: Any, leaf: PackedView) -> Any:
     weight = leaf.matrix()
-    with compat.equation_context(product.node.eqn):
+    with equation_context(product.node.eqn):
         return compat.bind(product.node.eqn, [weight, x] if product.weight_left else [x, weight])[0]
 
 

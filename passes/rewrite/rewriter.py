@@ -17,6 +17,7 @@ import numpy as np
 
 from hire_xform.lowering.xla.promotion import usual_promotion
 from hire_xform.passes.ir import compat
+from hire_xform.passes.ir.equation_contexts import EquationContexts
 from hire_xform.passes.ir.graph import Frame, Graph, Node, Operand, Scope, Value, levels
 from hire_xform.passes.ir.recursion import room_for
 from hire_xform.passes.plan.decisions import Need
@@ -88,7 +89,7 @@ class Rewriter:
         return {need: self._resolve(need, node.frame, env, views) for need in self._scope_needs(scope)}
 
     def _frame(self, frame: Frame, env: Env, views: Views) -> None:
-        with compat.EquationContexts() as contexts:
+        with EquationContexts() as contexts:
             for item in frame.items:
                 if isinstance(item, Frame):
                     if self._is_alive(item):

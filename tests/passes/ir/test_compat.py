@@ -195,12 +195,9 @@ def test_a_shard_map_taken_apart():
 
 def test_an_equation_bound_again():
     added = first(lambda x: x + 1, 1.0)
-    with compat.equation_context(added):
-        assert float(compat.bind(added, [1.0, 2.0])[0]) == 3.0
+    assert float(compat.bind(added, [1.0, 2.0])[0]) == 3.0
     parts = first(lambda x: jax.lax.split(x, (1, 2)), WEIGHT)
-    with compat.EquationContexts() as contexts:
-        contexts.enter(parts)
-        assert [p.shape for p in compat.bind(parts, [WEIGHT])] == [(1, 3), (2, 3)]
+    assert [p.shape for p in compat.bind(parts, [WEIGHT])] == [(1, 3), (2, 3)]
 
 
 def test_a_program_without_its_last_results():
