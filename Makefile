@@ -83,7 +83,7 @@ other: $(VENV)/.test
 # made of the graph, computed inside a subgraph, stored in files or told has been tested on both of its neighbours.
 BETWEEN := tests/passes/ir tests/passes/weights tests/passes/match tests/passes/rewrite tests/passes/kinds tests/frameworks
 BETWEEN += tests/call/test_stages.py tests/end_to_end/test_full_width.py tests/end_to_end/test_decode_steps.py
-BETWEEN += tests/end_to_end/test_certified.py tests/end_to_end/test_jax_settings.py tests/end_to_end/test_random_programs.py
+BETWEEN += tests/end_to_end/test_certified.py tests/end_to_end/test_jax_settings.py
 between: $(VENV)/.test
 	$(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal -m "not slow" --other-jax $(PYTEST_ARGS) $(BETWEEN)
 

@@ -20,14 +20,15 @@ def mesh_of(model, data=1, types=AxisType.Auto):
     )
 
 
-def outcomes(module, environment=None):
-    """Runs every ``check_*`` function of a test module; what each raised, or "".
+def outcomes(module, environment=None, names=None):
+    """Runs ``check_*`` functions of a test module, those of some names or all; what each raised, or "".
 
     ``environment`` has further variables for the process, set before it imports JAX.
     """
+    names = checks(module) if names is None else names
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={DEVICES}"
     done = subprocess.run(
-        [sys.executable, "-c", f"import devices; devices.run_checks({module!r})"],
+        [sys.executable, "-c", f"import devices; devices.run_checks({module!r}, {names!r})"],
         env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
         | {"PYTHONPATH": os.pathsep.join(sys.path)}
         | (environment or {}),
@@ -44,11 +45,17 @@ def checks(module):
     return [name for name in vars(sys.modules[module]) if name.startswith("check_")]
 
 
-def run_checks(module):
+def asked_for(request):
+    """Names of the checks whose tests are to be run, in the module of a fixture's request."""
+    mine = [item for item in request.session.items if item.module is request.module and hasattr(item, "callspec")]
+    return [item.callspec.params["name"] for item in mine if "name" in item.callspec.params]
+
+
+def run_checks(module, names):
     """In the process of its own: prints what each check raised."""
     loaded = importlib.import_module(module)
     found = {}
-    for name in checks(module):
+    for name in names:
         try:
             getattr(loaded, name)()
             found[name] = ""

@@ -75,6 +75,7 @@ def elsewhere(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.any_jax("pages call what other tests call on every JAX", every=2)
 @pytest.mark.parametrize("path", WITH_PYTHON, ids=named)
 def test_a_page_runs(path, elsewhere, untaught):
     if path.name in OWN_PROCESS:

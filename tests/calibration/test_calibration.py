@@ -1,5 +1,7 @@
 """``hx.calibrate``: what is measured of sites, in every nesting, and what is an error."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import models
@@ -46,21 +48,27 @@ def test_recall_is_counted_by_the_predictors_order():
     assert site.recall_at(int(site.sizes)) >= 0.99 > site.recall_at(int(site.sizes) - 1)
 
 
+@functools.cache
+def measured_without_a_loop():
+    """What fires in each layer, where no loop goes over them."""
+    found = plainly(models.unrolled, [(models.list_params(), *arguments(s)) for s in range(2)])
+    return [s.fired for s in found.sites.values() if s.kind == "ffn"]
+
+
+@pytest.mark.any_jax("cases vary nestings, which test_full_width.py runs on every JAX", every=3)
 @pytest.mark.parametrize("model", models.MODELS, ids=str)
 def test_every_nesting_is_measured_per_layer(model):
     params = model.make_params()
     calibration = plainly(model.step, [(params, *arguments(s)) for s in range(2)])
     kinds = [s.kind for s in calibration.sites.values()]
     assert (kinds.count("ffn"), kinds.count("vocab")) == (model.ffn, model.vocab)
-    plain = plainly(models.unrolled, [(models.list_params(), *arguments(s)) for s in range(2)])
     ffns = [s for s in calibration.sites.values() if s.kind == "ffn"]
     stacked = [s.stack for s in ffns]
     assert all(stack in ((), (models.L,)) for stack in stacked)
     once = not model.name.startswith("generate") and not model.name.endswith("tied") and model.name != "tied"
     if once and model.name not in ("conditional",):
-        want = [s.fired for s in plain.sites.values() if s.kind == "ffn"]
         got = [layer for s in ffns for layer in (s.fired if s.stack else [s.fired])]
-        np.testing.assert_array_equal(np.stack(got), np.stack(want))
+        np.testing.assert_array_equal(np.stack(got), np.stack(measured_without_a_loop()))
     if model.name == "conditional":
         assert sorted(int(s.tokens) for s in ffns) == [0, 0, 6, 6]  # the branch that is not taken has none
         used = hx.sparsify(model.step, config=FORCED, calibration=calibration).trace(params, *arguments())
@@ -83,6 +91,7 @@ def test_a_scan_over_tokens_takes_the_memory_of_one():
     np.testing.assert_array_equal(site.tokens, [10, 10])
 
 
+@pytest.mark.any_jax("cases are dtypes of one measurement", every=2)
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=["bf16", "f16"])
 def test_half_precision(dtype):
     params = models.stacked_params(dtype)

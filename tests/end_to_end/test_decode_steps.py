@@ -101,6 +101,7 @@ def batch_of_sequences(count):
     return params, cache, some_tokens(count, 9)[:, None]
 
 
+@pytest.mark.any_jax("cases vary how many sequences there are", every=2)
 @pytest.mark.parametrize("count", [1, 3, 8])
 def test_vmap_over_sequences_inside(count):
     params, caches, tokens = batch_of_sequences(count)
@@ -114,6 +115,7 @@ def test_vmap_over_sequences_inside(count):
     assert_same(step(traced.pack(params), caches, tokens), want)
 
 
+@pytest.mark.any_jax("cases vary how many sequences there are", every=2)
 @pytest.mark.parametrize("count", [1, 3, 8])
 def test_vmap_over_sequences_outside(count):
     params, caches, tokens = batch_of_sequences(count)

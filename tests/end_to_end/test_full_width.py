@@ -42,7 +42,7 @@ def call(how, fun, model, cache, tokens, shift):
     return jax.jit(jax.value_and_grad(scalar, has_aux=True))(shift)
 
 
-def check(model, where, how, batch, dtype, predictor):
+def check(model, where, how, batch, dtype, predictor, evaluated=True):
     params, (cache, tokens, shift) = model.make_params(dtype), arguments(batch, dtype)
     dense = partial(model.step, params)
     if where == "closed over":
@@ -55,6 +55,11 @@ def check(model, where, how, batch, dtype, predictor):
         sparse = partial(step, weights)
     assert sorted(kinds(traced.plan)) == ["ffn"] * model.ffn + ["vocab"] * model.vocab
     assert len(traced.plan.refusals) == model.refusals, traced.explain()
+    if not evaluated:
+        # Rewritten, differentiated and batched like the others, and neither compiled nor run.
+        got, want = (jax.eval_shape(partial(call, how, fun, model), cache, tokens, shift) for fun in (sparse, dense))
+        assert got == want
+        return
     assert_same(
         call(how, sparse, model, cache, tokens, shift),
         call(how, jax.jit(dense), model, cache, tokens, shift),
@@ -64,7 +69,9 @@ def check(model, where, how, batch, dtype, predictor):
 
 def matrix():
     """Every model x place x call once, with token counts, dtypes and predictors taken in turn."""
-    turn = itertools.cycle(itertools.product(TOKENS, (0, 1), PREDICTORS))
+    turns = list(itertools.product(TOKENS, (0, 1), PREDICTORS))
+    # One more than there are, so that each of them comes to be evaluated where every third case is.
+    turn = itertools.cycle([*turns, turns[0]])
     cases = [(model, where, how) for model in models.MODELS for where in CALLS for how in CALLS[where]]
     for model, where, how in cases:
         batch, dtype, predictor = next(turn)
@@ -74,10 +81,11 @@ def matrix():
 
 
 @pytest.mark.parametrize(("model", "where", "how", "batch", "dtype", "predictor"), list(matrix()))
-def test_full_width_is_dense(model, where, how, batch, dtype, predictor):
-    check(model, where, how, batch, dtype, predictor)
+def test_full_width_is_dense(model, where, how, batch, dtype, predictor, evaluated):
+    check(model, where, how, batch, dtype, predictor, evaluated)
 
 
+@pytest.mark.any_jax("cases vary sizes, dtypes and predictors of one model", every=5)
 @pytest.mark.parametrize("predictor", PREDICTORS, ids=str)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["f32", "bf16"])
 @pytest.mark.parametrize("batch", TOKENS)
@@ -85,6 +93,7 @@ def test_full_width_is_dense_at_every_size(batch, dtype, predictor):
     check(models.MODELS[3], "arguments", "eager", batch, dtype, predictor)
 
 
+@pytest.mark.any_jax("the sites of each model are found and rewritten at full width on every JAX", every=3)
 @pytest.mark.parametrize("model", models.MODELS, ids=str)
 def test_few_units_take_another_path_and_stay_near(model):
     params, (cache, tokens, shift) = model.make_params(), arguments(1, jnp.float32)

@@ -1,5 +1,7 @@
 """Settings of JAX that users debug with change neither what is rewritten nor what comes out."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import models
@@ -45,14 +47,28 @@ def given():
     return {**params, "head": models.random_array(rng, models.D, 300)}, x
 
 
+# Made before anything is set.
+kept = functools.cache(given)
+
+
+@functools.cache
+def as_usual(run, *arguments):
+    """What a function gives where nothing is set: the same for every setting."""
+    return run(*arguments)
+
+
+def found_in_one_call(config):
+    params, x = given()
+    plain = hx.sparsify(net, config=CONFIGS[config])
+    return plain(params, x), plain.trace(params, x).plan
+
+
 @pytest.mark.any_jax("settings of JAX against settings of ours", every=2)
 @pytest.mark.parametrize("config", CONFIGS)
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_what_is_found_and_what_comes_out_is_the_same(setting, config):
     params, x = given()
-    plain = hx.sparsify(net, config=CONFIGS[config])
-    want = plain(params, x)
-    told = plain.trace(params, x).plan
+    want, told = as_usual(found_in_one_call, config)
     with SETTINGS[setting]():
         step = hx.sparsify(net, config=CONFIGS[config])
         traced = step.trace(params, x)
@@ -65,24 +81,28 @@ def test_what_is_found_and_what_comes_out_is_the_same(setting, config):
         assert_same(one, want)
 
 
+@functools.cache
+def packed_for(config):
+    params, x = kept()
+    return hx.sparsify(net, config=CONFIGS[config]).trace(params, x).pack(params)
+
+
+def derivative_and_batch(config):
+    (_, x), packed = kept(), packed_for(config)
+    called = jax.jit(hx.sparsify(net, config=CONFIGS[config]))
+    slope = jax.grad(lambda x: called(packed, x).max())(x)
+    many = jax.vmap(called, in_axes=(None, 0))(packed, jnp.stack([x, 2 * x]))
+    return slope, many
+
+
 @pytest.mark.any_jax("settings of JAX against settings of ours", every=2)
 @pytest.mark.parametrize("setting", ["strict promotion", "no rank promotion", "debug_nans", "disable_jit"])
 @pytest.mark.parametrize("config", CONFIGS)
 def test_derivatives_and_batches_are_the_same(setting, config):
     """Rules of derivatives and batching run when the rewritten program is transformed, out of the rewriter's sight."""
-    params, x = given()
-    packed = hx.sparsify(net, config=CONFIGS[config]).trace(params, x).pack(params)
-
-    def found():
-        step = hx.sparsify(net, config=CONFIGS[config])
-        called = jax.jit(step)
-        slope = jax.grad(lambda x: called(packed, x).max())(x)
-        many = jax.vmap(called, in_axes=(None, 0))(packed, jnp.stack([x, 2 * x]))
-        return slope, many
-
-    want = found()
+    want = as_usual(derivative_and_batch, config)
     with SETTINGS[setting]():
-        got = found()
+        got = derivative_and_batch(config)
     for one, other in zip(got, want, strict=True):
         assert_same(one, other)
 
@@ -94,30 +114,34 @@ def test_nans_are_found_where_they_are_made():
         step(params, x.at[0, 0].set(jnp.inf) - jnp.inf)
 
 
+@functools.cache
+def batches():
+    params, x = given()
+    return [(params, x), (params, 2 * x)]
+
+
+def chosen():
+    options = {"config": hx.Config(rules=named(hx.Vocab())), "predictors": [hx.LowRank(0.5, bits=4)], "head_kl": None}
+    found = hx.calibrate(net, batches(), **options)
+    return [(s.path, s.predictor, int(s.sizes)) for s in found.sites.values()]
+
+
+@pytest.mark.any_jax("settings of JAX against settings of ours", every=2)
 @pytest.mark.parametrize("setting", ["debug_nans", "strict promotion", "no rank promotion", "transfer guard"])
 def test_what_is_calibrated_is_the_same(setting):
-    params, x = given()
-    batches = [(params, x), (params, 2 * x)]
-    options = {"config": hx.Config(rules=named(hx.Vocab())), "predictors": [hx.LowRank(0.5, bits=4)], "head_kl": None}
-
-    def chosen():
-        found = hx.calibrate(net, batches, **options)
-        return [(s.path, s.predictor, int(s.sizes)) for s in found.sites.values()]
-
-    want = chosen()
+    want = as_usual(chosen)
     with SETTINGS[setting]():
         assert chosen() == want
+
+
+def trained():
+    loss = hx.topk_ffn(lambda params, x: jnp.square(net(params, x)).sum(), active=0.25, group_size=8)
+    return jax.value_and_grad(loss)(*kept())
 
 
 @pytest.mark.filterwarnings("ignore:topk_ffn:hire_xform.HireWarning")
 @pytest.mark.parametrize("setting", ["debug_nans", "disable_jit", "strict promotion", "no rank promotion"])
 def test_training_with_a_top_k_is_the_same(setting):
-    params, x = given()
-
-    def trained():
-        loss = hx.topk_ffn(lambda params, x: jnp.square(net(params, x)).sum(), active=0.25, group_size=8)
-        return jax.value_and_grad(loss)(params, x)
-
-    want = trained()
+    want = as_usual(trained)
     with SETTINGS[setting]():
         assert_same(trained(), want)

@@ -200,35 +200,44 @@ FORMS = tuple(forms(two_axes(1)))
 WITHOUT_DERIVATIVE = ("most likely", "nested")
 
 
-def check_inside(name, devices):
-    """Sites are found, whole they equal dense, and they are differentiated as the dense form is."""
+def check_inside(name, devices, evaluated=True):
+    """Sites are found, whole they equal dense, and they are differentiated as the dense form is.
+
+    Unless ``evaluated`` they are rewritten and differentiated, and neither compiled nor run.
+    """
     w, x = cut_weights(), state()
     fun = forms(two_axes(devices))[name]
     step = hx.sparsify(fun, config=full_width())
     traced = step.trace(w, x)
     assert kinds(traced.plan) == (["ffn", "ffn", "vocab"] if name == "whole weights" else ["ffn", "vocab"])
     assert not traced.plan.refusals
-    dense = jax.jit(fun)(w, x)
     packed = traced.pack(w)
+
+    def total(fun, x):
+        return sum(jnp.sum(jnp.sin(r)) for r in jax.tree.leaves(fun(x)))
+
+    def slope(step, w):
+        return jax.jit(jax.grad(partial(total, partial(step, w))))
+
+    if not evaluated:
+        assert jax.eval_shape(step, packed, x) == jax.eval_shape(fun, w, x)
+        if name not in WITHOUT_DERIVATIVE:
+            assert jax.eval_shape(slope(step, packed), x) == jax.eval_shape(slope(fun, w), x)
+        return
+    dense = jax.jit(fun)(w, x)
     assert_same(step(w, x), dense)
     assert_same(step(packed, x), dense)
     few = hx.sparsify(fun, config=narrow(0.4, 8))
     few_packed = few.trace(w, x).pack(w)
     shapes = jax.tree.map(lambda r: (r.shape, r.dtype), dense)
     assert jax.tree.map(lambda r: (r.shape, r.dtype), few(few_packed, x)) == shapes
-    if name in WITHOUT_DERIVATIVE:
-        return
-
-    def total(fun, x):
-        return sum(jnp.sum(jnp.sin(r)) for r in jax.tree.leaves(fun(x)))
-
-    gradient = jax.jit(jax.grad(partial(total, partial(step, packed))))(x)
-    assert_same(gradient, jax.jit(jax.grad(partial(total, partial(fun, w))))(x), 1e-4)
+    if name not in WITHOUT_DERIVATIVE:
+        assert_same(slope(step, packed)(x), slope(fun, w)(x), 1e-4)
 
 
 @pytest.mark.parametrize("name", FORMS)
-def test_a_shard_map_inside_the_function_on_one_device(name):
-    check_inside(name, 1)
+def test_a_shard_map_inside_the_function_on_one_device(name, evaluated):
+    check_inside(name, 1, evaluated)
 
 
 def test_counts_are_had_in_nested_shard_maps():

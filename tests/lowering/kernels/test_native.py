@@ -105,6 +105,7 @@ def test_every_number_of_a_narrow_float(dtype):
         np.testing.assert_array_equal(got, wide * np.float32(2.0**20))
 
 
+@pytest.mark.any_jax("loops in C++; a few cases say that they are called alike", every=7)
 @pytest.mark.parametrize("dtype", [jnp.int8, jnp.int4], ids=lambda t: t.__name__)
 @pytest.mark.parametrize(("tall", "wide"), [(1, 1), (4, 1), (1, 128), (16, 128), (2, 64)])
 def test_rows_of_integers_times_a_scale_are_the_weights_that_a_program_makes(tall, wide, dtype):
@@ -256,6 +257,7 @@ def test_an_index_out_of_range_is_an_error_and_no_read():
         jax.block_until_ready(steps.select_rows_dot(normal(0, 1, 4), normal(1, 8, 4), jnp.asarray([8], jnp.int32), 1))
 
 
+@pytest.mark.any_jax("loops in C++; a few cases say that they are called alike", every=3)
 def test_results_repeat_whatever_the_threads_do():
     rows, h, index = normal(0, 4_096, 512), normal(1, 2, 1_000), jnp.arange(1_000, dtype=jnp.int32) * 4
     first = steps.combine_rows(h, rows, index, 1)

@@ -337,12 +337,14 @@ BLOCKS = {
 
 
 @pytest.mark.parametrize("name", BLOCKS)
-def test_what_only_looks_like_a_near_miss_is_one_site(name):
+def test_what_only_looks_like_a_near_miss_is_one_site(name, evaluated):
     fun, units = BLOCKS[name]
     p, x = weights(), tokens()
     step = hx.sparsify(fun, config=full_width())
     traced = step.trace(p, x)
     assert [(s.kind, s.units, s.tokens) for s in traced.plan.sites] == [("ffn", units, T)], traced.explain()
+    if not evaluated:
+        return
     assert_same(step(p, x), jax.jit(fun)(p, x))
     assert_same(step(traced.pack(p), x), jax.jit(fun)(p, x))
 

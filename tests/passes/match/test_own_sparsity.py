@@ -334,7 +334,7 @@ def test_a_multiplier_that_can_be_read_is_read(how, dtype):
 @pytest.mark.parametrize(
     ("how", "dtype"), [("argument", jnp.bfloat16), ("leaf", jnp.float32), ("of_one", jnp.float32)], ids=str
 )
-def test_a_multiplier_that_is_data_is_never_taken_for_a_number(how, dtype):
+def test_a_multiplier_that_is_data_is_never_taken_for_a_number(how, dtype, evaluated):
     asked = hx.Config(ffn=hx.Ffn(active=1.0, certify=False), rules=FORCE)
     proved = hx.Config(ffn=hx.Ffn(active=0.5, certify=True), rules=FORCE)
     fun, arguments = multiplied(how, 1.0, dtype)
@@ -344,6 +344,11 @@ def test_a_multiplier_that_is_data_is_never_taken_for_a_number(how, dtype):
     assert "mean + a multiplier known only at run time" in plan.refusals[0].reason
     assert "hx.Ffn(active=...)" in plan.refusals[0].reason
     steps, dense = [hx.sparsify(fun, config=config) for config in (asked, proved)], jax.jit(fun)
+    for step in steps:
+        (site,) = step.trace(*arguments).plan.sites
+        assert site.own == "units above mean + a multiplier known only at run time"
+    if not evaluated:
+        return
     fallen = []
     for z in Z_TRIED:
         _, arguments = multiplied(how, z, dtype)

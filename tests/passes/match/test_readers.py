@@ -174,7 +174,7 @@ TAKEN = {
 
 
 @pytest.mark.parametrize("name", TAKEN)
-def test_what_is_taken_is_the_dense_one_and_is_proved(name):
+def test_what_is_taken_is_the_dense_one_and_is_proved(name, evaluated):
     """With few candidates, of which those that what is added makes large must be among them."""
     fun, p = TAKEN[name], weights()
     config = hx.Config(vocab=hx.Vocab(candidates=24, certify=True), rules=FORCE)
@@ -182,6 +182,8 @@ def test_what_is_taken_is_the_dense_one_and_is_proved(name):
     site = next(s for s in step.trace(p, inputs(0), KEY).plan.sites if s.kind == "vocab")
     assert site.proved
     assert site.units == V
+    if not evaluated:
+        return
     failed = 0
     for seed in range(24):
         given = p, inputs(seed), jax.random.key(seed)
@@ -295,14 +297,16 @@ AS_A_WHOLE = {
 
 
 @pytest.mark.parametrize("name", AS_A_WHOLE)
-def test_what_is_followed_as_a_whole(name):
+def test_what_is_followed_as_a_whole(name, evaluated):
     fun, p = AS_A_WHOLE[name], weights()
-    step = hx.sparsify(fun, config=forced())
+    step, dense = hx.sparsify(fun, config=forced()), jax.jit(fun)
     assert "the arg max" in step.trace(p, inputs(0)).plan.sites[0].proved[0]
+    if not evaluated:
+        return
     failed = 0
     for seed in range(6):
         got, counts = step.with_fallbacks(p, inputs(seed))
-        np.testing.assert_array_equal(got, jax.jit(fun)(p, inputs(seed)))
+        np.testing.assert_array_equal(got, dense(p, inputs(seed)))
         failed += sum(int(n) for n in counts.values())
     assert failed <= (6 if name in ("less_what_is_far_larger", "ties_of_16_bit_shares") else 2)
 
@@ -456,6 +460,7 @@ HALF_ROUNDED = {
 }
 
 
+@pytest.mark.any_jax("cases vary what is done with the logits of one head", every=3)
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=["bf16", "f16"])
 @pytest.mark.parametrize("name", HALF)
 def test_tokens_of_a_16_bit_head_are_those_that_jit_takes(name, dtype):

@@ -234,6 +234,7 @@ def test_blocks_in_a_scan_and_what_they_read():
     assert [int(n) for n in counts.values()] == [0]
 
 
+@pytest.mark.any_jax("predictors and groups of a proof that other tests run on every JAX")
 def test_other_predictors_and_groups():
     for name, options in (
         ("gemma", {"predictor": hx.LowRank(0.9, bits=8)}),
@@ -246,6 +247,7 @@ def test_other_predictors_and_groups():
         assert not fallbacks
 
 
+@pytest.mark.any_jax("what is chosen of what was measured; test_calibration.py measures on every JAX")
 def test_a_calibration_finds_the_sizes():
     p, x = weights(), tokens(64)
     fun = BLOCKS["gated_gemma"]

@@ -75,6 +75,7 @@ def apart(got, want):
     return float(jnp.abs(got - want).max() / jnp.abs(want).max())
 
 
+@pytest.mark.any_jax("cases vary the choice of units, and whether there is a gate", every=3)
 @pytest.mark.parametrize("block", [widened, widened_gated], ids=["plain", "gated"])
 @pytest.mark.parametrize("choice", CHOICES)
 def test_at_full_width_a_widened_product_is_not_rounded(choice, block):
@@ -101,6 +102,7 @@ NESTED = {
 }
 
 
+@pytest.mark.any_jax("cases vary the choice of units in three nestings", every=2)
 @pytest.mark.parametrize("nesting", NESTED)
 @pytest.mark.parametrize("choice", CONTINUOUS)
 def test_certified_is_dense_whether_or_not_it_is_rounded(choice, nesting):
@@ -120,6 +122,7 @@ GATES = {
 }
 
 
+@pytest.mark.any_jax("cases vary numbers of arithmetic that is our own", every=3)
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=["bf16", "f16"])
 @pytest.mark.parametrize("gate", GATES)
 def test_a_gates_bound_holds_rounded_and_not(gate, dtype):
@@ -147,6 +150,7 @@ SCALED = {
 }
 
 
+@pytest.mark.any_jax("cases vary numbers of arithmetic that is our own", every=3)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["f32", "bf16"])
 @pytest.mark.parametrize("gate", SCALED)
 def test_a_scaled_gates_bound_holds_rounded_fused_and_not(gate, dtype):
@@ -184,6 +188,7 @@ def test_blocks_of_a_scaled_gate_are_certified(gate):
     assert max(apart(step(p, x), dense(p, x)) for x in inputs(5)) < 2e-5
 
 
+@pytest.mark.any_jax("cases vary nestings, which test_full_width.py runs on every JAX", every=2)
 @pytest.mark.parametrize("name", ["unrolled", "scanned", "jit_scan_jit", "remat_scan", "indexed"])
 def test_blocks_of_a_bfloat16_model(name):
     """Certified, some of them by their fallbacks: within a rounding or two to bfloat16 of the dense step."""
