@@ -51,7 +51,8 @@ def test_recall_is_counted_by_the_predictors_order():
 @functools.cache
 def measured_without_a_loop():
     """What fires in each layer, where no loop goes over them."""
-    found = plainly(models.unrolled, [(models.list_params(), *arguments(s)) for s in range(2)])
+    params = models.list_params()
+    found = plainly(models.unrolled, [(params, *arguments(s)) for s in range(2)])
     return [s.fired for s in found.sites.values() if s.kind == "ffn"]
 
 
