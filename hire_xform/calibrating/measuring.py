@@ -10,6 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from hire_xform.api import Sparsified
+from hire_xform.calibrating.candidates import Candidates
 from hire_xform.calibrating.checkpoint import Kept
 from hire_xform.calibrating.collecting import RECORDED, Collected
 from hire_xform.calibrating.programs import program, taken_apart
@@ -19,7 +20,6 @@ from hire_xform.call.memory import PackMemory
 from hire_xform.call.signature import Weights
 from hire_xform.call.stages import Traced
 from hire_xform.config import Config
-from hire_xform.lowering.predict.predictors import Predictor
 from hire_xform.passes.measure.capture import FirstRanked, Measured, MeasuredSite
 from hire_xform.passes.plan.decisions import Decision, PackKey, Plan
 from hire_xform.passes.plan.measurement import MeasurementOf
@@ -58,7 +58,8 @@ class Calibrator:
           That of all batches; that with the covariances of every second batch from the second on, and of the others.
           The last two are the first where there is one batch.
         """
-        kind = functools.partial(_CaptureTrace, (PREDICTOR,), inputs=True, ranks=False)
+        usual = Candidates((PREDICTOR,), (PREDICTOR,))
+        kind = functools.partial(_CaptureTrace, usual, inputs=True, ranks=False)
         step = self.step(kind, config, None)
         halves = self._run("inputs", batches, [step, step], 2)
         known = halves[0].joined(halves[1]).calibration(None)
@@ -70,7 +71,7 @@ class Calibrator:
         self,
         batches: Iterable[Any],
         config: Config,
-        predictors: Sequence[Predictor],
+        predictors: Candidates,
         known: Sequence[Calibration | None],
         counted: bool,
     ) -> Calibration:
@@ -85,7 +86,7 @@ class Calibrator:
           counted: whether what is known is of these batches, so that a sample of their tokens can be taken.
         """
         whole, *folds = known
-        kind = functools.partial(_CaptureTrace, tuple(predictors), inputs=whole is None, ranks=True, sampled=counted)
+        kind = functools.partial(_CaptureTrace, predictors, inputs=whole is None, ranks=True, sampled=counted)
         steps = [self.step(kind, config, fold) for fold in folds]
         if folds[0] is folds[1]:
             steps[1] = steps[0]
@@ -152,7 +153,7 @@ class DenseTrace(Traced):
 class _CaptureTrace(DenseTrace):
     """A trace whose program is dense and records statistics; of several predictors where none is stated."""
 
-    def __init__(self, predictors: tuple[Predictor, ...], *args: Any, inputs: bool, ranks: bool, sampled: bool = False):
+    def __init__(self, predictors: Candidates, *args: Any, inputs: bool, ranks: bool, sampled: bool = False):
         self._predictors, self._sampled = predictors, sampled
         self._recorded = {"inputs": inputs, "ranks": ranks}
         super().__init__(*args)
@@ -164,7 +165,7 @@ class _CaptureTrace(DenseTrace):
 
     def _plan(self, config: Config, platform: str, *measured: MeasurementOf) -> Plan:
         plan_of = super()._plan
-        plans = [plan_of(_stating(config, p), platform, *measured) for p in self._predictors]
+        plans = [plan_of(stating, platform, *measured) for stating in self._predictors.stated_in(config)]
         ways = zip(*(plan.decisions for plan in plans), strict=True)
         measure: MeasurementOf = measured[0] if measured else lambda match, names: None
         made = [Measured.of(own, **self._recorded) for own in ways]
@@ -174,22 +175,6 @@ class _CaptureTrace(DenseTrace):
         if self._sampled:
             made = [one.sampled(own) for one, own in zip(made, known, strict=True)]
         return dataclasses.replace(plans[0], decisions=tuple(made))
-
-
-def _stating(config: Config, predictor: Predictor) -> Config:
-    """The settings with a predictor wherever they have none."""
-
-    def stated(settings: Any, own: Predictor) -> Any:
-        without = settings is None or settings.predictor is not None
-        return settings if without else dataclasses.replace(settings, predictor=own)
-
-    def both(owner: Any) -> Any:
-        # Blocks are read at once, so that of a predictor in stages they have the first.
-        return dataclasses.replace(
-            owner, vocab=stated(owner.vocab, predictor), ffn=stated(owner.ffn, predictor.stages[0])
-        )
-
-    return dataclasses.replace(both(config), rules=tuple(both(rule) for rule in config.rules))
 
 
 def _with_covariances(known: Calibration, half: Calibration) -> Calibration:

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from hire_xform.api import check_function
+from hire_xform.calibrating.candidates import Candidates
 from hire_xform.calibrating.checkpoint import Kept
 from hire_xform.calibrating.choose import chosen_for_cost
 from hire_xform.calibrating.measuring import Calibrator
@@ -40,7 +41,7 @@ PREDICTORS: tuple[Predictor, ...] = (
     LowRank(0.5, bits=8),
     LowRank(0.75, bits=4),
 )
-# Of sites that are all to be certified: quantised rows have the tightest bounds, coordinates the fewest bytes. Heads
+# Of sites that are to be certified: quantised rows have the tightest bounds, coordinates the fewest bytes. Heads
 # read the tight ones of what the others leave open; blocks have the first stage alone.
 CERTIFIED_PREDICTORS: tuple[Predictor, ...] = (
     Quantized(8),
@@ -123,8 +124,8 @@ def calibrate(
       loss: for that, the loss, a number, made of ``fun``'s result and the batch: ``loss(result, *batch)``, or
         ``**batch``. None is for
         functions that return it.
-      predictors: what each site may choose from, where ``config`` states no predictor; None is ``PREDICTORS``, or
-        ``CERTIFIED_PREDICTORS`` if all sites are to be certified.
+      predictors: what each site may choose from, where ``config`` states no predictor; None is ``PREDICTORS``, and
+        ``CERTIFIED_PREDICTORS`` for a site that is to be certified.
       config: what is to be calibrated; give ``sparsify`` the same. None is ``Config()``.
       fitted: a calibration of this function: predictors are fitted to the inputs that it saw, and units grouped as it
         has them, instead of by these batches. So what was calibrated on one text is measured on another.
@@ -149,20 +150,16 @@ def calibrate(
         _checked_positive("head_kl", head_kl)
     if progress is not None and not isinstance(progress, bool):
         raise TypeError(f"calibrate: progress={progress!r}; expected True, False or None")
-    certified = [s.certify for s in _all_settings(config)]
-    if name != "recall" and any(certified):
+    if name != "recall" and any(s.certify for s in _all_settings(config)):
         raise ValueError(f"calibrate: {name} with certify=True, which loses nothing; expected recall, or no target")
-    usual = CERTIFIED_PREDICTORS if all(certified) else PREDICTORS
-    predictors = usual if predictors is None else _checked_predictors(predictors)
+    predictors = _checked_predictors(predictors)
     if not isinstance(batches, Iterable) or isinstance(batches, (Mapping, str, np.ndarray, jax.Array)):
         raise TypeError(f"calibrate: batches is a {type(batches).__name__}; expected an iterable of argument tuples")
     if not isinstance(regroup, bool):
         raise TypeError(f"calibrate: regroup={regroup!r}; expected True or False")
-    # Without a predictor in the settings those of `predictors` are measured.
-    stated = [s.predictor for s in _all_settings(config)]
     if fitted is not None and not isinstance(fitted, Calibration):
         raise TypeError(f"calibrate: fitted={fitted!r}; expected what hx.calibrate returns, or None")
-    asked = [p for s in stated for p in (predictors if s is None else (s,)) if p.takes_inputs]
+    asked = [p for s in _all_settings(config) for p in predictors.of(s) if p.takes_inputs]
     fits = fitted is None and bool(asked)
     grouped = regroup and any(s.group_size > 1 for s in _all_settings(config))
     if name != "recall" and iter(batches) is batches:
@@ -215,7 +212,7 @@ def calibrate(
 def _made_of(
     fun: Callable,
     config: Config,
-    predictors: Sequence[Predictor],
+    predictors: Candidates,
     fitted: Calibration | None,
     regroup: bool,
     first: bool,
@@ -226,7 +223,7 @@ def _made_of(
     return {
         "function": getattr(fun, "__qualname__", type(fun).__qualname__),
         "config": repr(config),
-        "predictors": repr(list(predictors)),
+        "predictors": predictors.in_words,
         "fitted": "None" if fitted is None else f"{fitted!r} {[s.inputs for s in fitted.sites.values()]}",
         "regroup": repr(regroup),
         "passes": "inputs and predictors" if first else "predictors",
@@ -279,12 +276,15 @@ def _warn_beyond(found: Calibration) -> None:
             )
 
 
-def _checked_predictors(predictors: Any) -> tuple[Predictor, ...]:
+def _checked_predictors(predictors: Any) -> Candidates:
+    if predictors is None:
+        return Candidates(PREDICTORS, CERTIFIED_PREDICTORS)
     if not isinstance(predictors, (list, tuple)) or not predictors:
         raise TypeError(f"calibrate: predictors={predictors!r}; expected a list of at least one predictor")
     for one in predictors:
         check_predictor("calibrate", one)
-    return tuple(dict.fromkeys(predictors))
+    once = tuple(dict.fromkeys(predictors))
+    return Candidates(once, once)
 
 
 def _all_settings(config: Config) -> list[Settings]:

@@ -91,6 +91,24 @@ def test_a_stated_predictor_is_the_only_one_measured():
         of_kind(calibration, "vocab").recall_at(1, hx.Quantized(8))
 
 
+@pytest.mark.parametrize("certified", ["vocab", "ffn"])
+def test_what_a_rule_certifies_is_measured_with_the_predictors_for_that_and_the_rest_with_the_others(
+    monkeypatch, certified
+):
+    from hire_xform.calibrating import run
+
+    lists = {False: (hx.Quantized(4), hx.LowRank(0.25, bits=8), hx.Quantized(8)), True: (hx.Quantized(8),)}
+    monkeypatch.setattr(run, "PREDICTORS", lists[False])
+    monkeypatch.setattr(run, "CERTIFIED_PREDICTORS", lists[True])
+    certify = {"vocab": hx.Vocab(certify=True), "ffn": hx.Ffn(certify=True)}[certified]
+    config = hx.Config(rules=(*named(hx.Vocab()), hx.Rule("*", **{certified: certify})))
+    params = block_params()
+    found = hx.calibrate(block, [(params, skewed(s, 60)) for s in range(2)], config=config, progress=False)
+    for kind in ("vocab", "ffn"):
+        assert tuple(of_kind(found, kind).curves) == lists[kind == certified]
+        assert of_kind(found, kind).criterion.startswith("proved") == (kind == certified)
+
+
 def test_sizes_are_the_least_that_reach_the_recall_and_layers_share_the_largest():
     params = models.stacked_params()
     batches = [(params, *arguments(s)) for s in range(3)]
