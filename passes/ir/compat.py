@@ -377,12 +377,13 @@ def outside_of_traces() -> Any:
 
 
 @functools.cache
-def few_temporaries() -> dict[str, bool]:
+def few_temporaries() -> dict[str, str]:
     """Compiler options with which a CPU holds fewer temporaries at once; none where XLA does not know of them.
 
-    Known in 0.10 to 0.12: equations are not put in an order in which as many as can be run at once.
+    Known in 0.9 to 0.12: equations are put in an order that holds little at once, instead of one in which as many as
+    can be are run at once.
     """
-    options = {"xla_cpu_enable_concurrency_optimized_scheduler": False}
+    options = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
     try:
         jax.jit(lambda: 0, compiler_options=options).lower().compile()
     except jax.errors.JaxRuntimeError:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -247,22 +248,24 @@ class VocabKind(SiteKind):
         return rows.filled(logits), [found]
 
     def _ranks(self, decision: Measured, x: Any, views: Any) -> dict[str, Any]:
+        """Of each way. In a loop, one after the other: scores of all at once may take more memory than the model."""
         product = _match(decision).product
-        found: dict[str, Any] = {}
         logits = dense_product(product, x, views.ways[0].head.rows.whole())
         sample = None if views.first is None else Sample(decision.every, views.first.whole())
-        for number, (way, own) in enumerate(zip(decision.ways, views.ways, strict=True)):
-            settings, packed = _settings(way), own.head.predictor.whole()
-            if settings.certify:
-                bound = scores_with_bounds(x, packed, settings.spec, input_bits=way.input_bits)
-                bounds = bound.scores, bound.upper, bound.exact_error
-                goal = settings.certify, settings.fill
-                ranked = proved_ranks(logits, *bounds, *goal, sample, settings.logprobs)
-                ranked |= _opened(way, x, packed, logits)
-            else:
-                scores = predict_scores_of_many(x, packed, settings.spec, product.width)
-                ranked = vocab_ranks(logits, scores, settings.fill, sample)
-            found |= numbered(ranked, number)
+        ways = [
+            functools.partial(_ranks_of, way, x, logits, own.head.predictor.whole(), sample)
+            for way, own in zip(decision.ways, views.ways, strict=True)
+        ]
+        if len(ways) == 1:
+            return numbered(ways[0](), 0)
+        shapes = [jax.eval_shape(way) for way in ways]
+        most = {
+            name: max((s[name] for s in shapes if name in s), key=lambda s: s.shape) for own in shapes for name in own
+        }
+        every = jax.lax.map(lambda i: jax.lax.switch(i, [_padded(way, most) for way in ways]), jnp.arange(len(ways)))
+        found: dict[str, Any] = {}
+        for number, own in enumerate(shapes):
+            found |= numbered({name: every[name][number][: s.shape[0]] for name, s in own.items()}, number)
         return found
 
     def rehearsed(
@@ -294,6 +297,29 @@ def _stages(case: Case) -> str:
         )
         told.append(f"{stage} {of} ({read:,} bytes)")
     return "; ".join(told)
+
+
+def _ranks_of(way: Decision, x: Any, logits: Any, packed: Any, sample: Sample | None) -> dict[str, jax.Array]:
+    """What is recorded of a way: ``vocab_ranks``, or ``proved_ranks`` and ``opened``."""
+    settings = _settings(way)
+    if not settings.certify:
+        scores = predict_scores_of_many(x, packed, settings.spec, logits.shape[1])
+        return vocab_ranks(logits, scores, settings.fill, sample)
+    bound = scores_with_bounds(x, packed, settings.spec, input_bits=way.input_bits)
+    bounds = bound.scores, bound.upper, bound.exact_error
+    ranked = proved_ranks(logits, *bounds, settings.certify, settings.fill, sample, settings.logprobs)
+    return ranked | _opened(way, x, packed, logits)
+
+
+def _padded(way: Callable[[], dict[str, jax.Array]], shapes: Mapping[str, Any]) -> Callable[[], dict[str, jax.Array]]:
+    """What gives what a way does, with zeros up to these shapes and where it gives nothing."""
+
+    def run() -> dict[str, jax.Array]:
+        given = way()
+        found = {name: given.get(name, jnp.zeros(0, s.dtype)) for name, s in shapes.items()}
+        return {name: jnp.pad(found[name], (0, s.shape[0] - found[name].shape[0])) for name, s in shapes.items()}
+
+    return run
 
 
 def _opened(way: Decision, x: jax.Array, packed: Any, logits: jax.Array) -> dict[str, jax.Array]:
