@@ -108,8 +108,13 @@ class Program:
         if not found and not reasons:
             return found, reasons
         given = zip(self.call.avals, self.call.placed, strict=True)
-        placed = any(struct(aval, at).sharding is not None for aval, at in given)
-        return ([], {}) if placed else (found, reasons)
+        placed = next((s for aval, at in given if (s := struct(aval, at).sharding) is not None), None)
+        if placed is None:
+            return found, reasons
+        over = getattr(placed, "mesh", None)
+        devices = placed if over is None else dict(over.shape)
+        why = f"arguments are over devices, {devices}, each of which may have its own; expected all on one device"
+        return [], {one.match.node: why for one in found}
 
     @contextlib.contextmanager
     def timed(self, stage: str) -> Iterator[None]:

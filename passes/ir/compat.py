@@ -301,11 +301,10 @@ class ShardMapParts:
 
 
 def shard_map_parts(eqn: Eqn) -> ShardMapParts:
-    """Reads a shard_map's parameters (the same on 0.10 to 0.12)."""
+    """Reads a shard_map's parameters: its own axes are ``manual_axes`` in 0.9, ``newly_manual_axes`` from 0.10."""
     p = eqn.params
-    return ShardMapParts(
-        p["jaxpr"], p["mesh"], tuple(p["in_specs"]), tuple(p["out_specs"]), p["check_vma"], p["newly_manual_axes"]
-    )
+    own = p["newly_manual_axes"] if "newly_manual_axes" in p else p["manual_axes"]
+    return ShardMapParts(p["jaxpr"], p["mesh"], tuple(p["in_specs"]), tuple(p["out_specs"]), p["check_vma"], own)
 
 
 def vary(value: Any, axes: Sequence[str]) -> Any:

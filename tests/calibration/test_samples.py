@@ -108,3 +108,30 @@ def test_each_phase_is_shown_by_its_name(capsys, monkeypatch):
     said = capsys.readouterr().err
     for phase in ("calibrating: inputs", "calibrating: fitting", "calibrating: predictors"):
         assert phase in said
+
+
+def test_predictors_of_a_head_are_measured_one_after_the_other(monkeypatch):
+    """More of them take no more memory: scores of all tokens by each would be as large as the model."""
+    made, program = [], measuring.program
+
+    def watched(*args, **options):
+        def run(*operands):
+            compiled = inner.lower(*operands).compile()
+            made.append(compiled.memory_analysis().temp_size_in_bytes)
+            return compiled(*operands)
+
+        inner = program(*args, **options)
+        return run
+
+    monkeypatch.setattr(measuring, "program", watched)
+    w, x = normal(0, 4096, D), normal(1, 64, D)
+
+    def most(*predictors):
+        made.clear()
+        options = {"config": FORCED, "head_kl": None, "progress": False}
+        hx.calibrate(lambda w, x: x @ w.T, [(w, x)], predictors=predictors, **options)
+        return max(made)
+
+    one = most(hx.LowRank(0.5, bits=8))
+    several = most(*(hx.LowRank(rank, bits=8) for rank in (0.3, 0.4, 0.5)))
+    assert several < one + x.shape[0] * w.shape[0] * 4
