@@ -152,14 +152,14 @@ def calibrate(
         raise TypeError(f"calibrate: progress={progress!r}; expected True, False or None")
     if name != "recall" and any(s.certify for s in _all_settings(config)):
         raise ValueError(f"calibrate: {name} with certify=True, which loses nothing; expected recall, or no target")
-    predictors = _checked_predictors(predictors)
+    tried = _checked_predictors(predictors)
     if not isinstance(batches, Iterable) or isinstance(batches, (Mapping, str, np.ndarray, jax.Array)):
         raise TypeError(f"calibrate: batches is a {type(batches).__name__}; expected an iterable of argument tuples")
     if not isinstance(regroup, bool):
         raise TypeError(f"calibrate: regroup={regroup!r}; expected True or False")
     if fitted is not None and not isinstance(fitted, Calibration):
         raise TypeError(f"calibrate: fitted={fitted!r}; expected what hx.calibrate returns, or None")
-    asked = [p for s in _all_settings(config) for p in predictors.of(s) if p.takes_inputs]
+    asked = [p for s in _all_settings(config) for p in tried.of(s) if p.takes_inputs]
     fits = fitted is None and bool(asked)
     grouped = regroup and any(s.group_size > 1 for s in _all_settings(config))
     if name != "recall" and iter(batches) is batches:
@@ -181,7 +181,7 @@ def calibrate(
     with contextlib.ExitStack() as stack:
         kept = None
         if checkpoint is not None:
-            kept = stack.enter_context(Kept(checkpoint, _made_of(fun, config, predictors, fitted, regroup, first)))
+            kept = stack.enter_context(Kept(checkpoint, _made_of(fun, config, tried, fitted, regroup, first)))
         shown = stack.enter_context(Shown(sys.stderr.isatty() if progress is None else progress))
         measuring = Calibrator(fun, Weights(weights_argnums, weights_argnames), jit_options, shown, kept)
         known: Sequence[Calibration | None] = (fitted,) * 3
@@ -192,7 +192,7 @@ def calibrate(
         if not fits:
             known = (known[0],) * 3
         plain = _everywhere(config, _plainly)
-        measured = measuring.predictors(batches, plain, predictors, known, counted=first)
+        measured = measuring.predictors(batches, plain, tried, known, counted=first)
         _warn_of_few(measured)
         sites = {
             path: site.chosen_for(value, head_kl) if name == "recall" else site.chosen_for(0.99, static=False)
