@@ -111,7 +111,7 @@ def test_each_phase_is_shown_by_its_name(capsys, monkeypatch):
 
 
 def test_predictors_of_a_head_are_measured_one_after_the_other(monkeypatch):
-    """More of them take no more memory: scores of all tokens by each would be as large as the model."""
+    """More of them take little more memory: scores of all tokens by each would be as large as the model."""
     made, program = [], measuring.program
 
     def watched(*args, **options):
@@ -134,4 +134,4 @@ def test_predictors_of_a_head_are_measured_one_after_the_other(monkeypatch):
 
     one = most(hx.LowRank(0.5, bits=8))
     several = most(*(hx.LowRank(rank, bits=8) for rank in (0.3, 0.4, 0.5)))
-    assert several < one + x.shape[0] * w.shape[0] * 4
+    assert several < 1.5 * one
