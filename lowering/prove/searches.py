@@ -8,8 +8,8 @@ A draw by the inverse of the sums looks for ``s (p_0 + .. + p_n)``, with s unifo
 ``p_i = e_i / Z``. As intervals of their own the two know little of each other: Z, the same in all, would count in each,
 and so would the terms that are in both sums. With C the sum of the terms up to an entry and R that of the rest, the
 entry is below where ``C < s (C + R)``, whatever Z is; that is linear in C, so that it holds for all C of an interval
-where it holds at its ends. Each sum, of the program and of these ends, is off by a share of itself, and each term by
-what may be flushed to zero: see ``reductions.py``. Derived here.
+where it holds at its ends. Each sum, of the program and of these ends, is off by what ``reductions.py`` says, and each
+quotient by a share of itself and by what may be flushed to zero. Derived here.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from jax import lax
 
 from hire_xform.lowering.prove.bounds import U
 from hire_xform.lowering.prove.intervals import Interval
-from hire_xform.lowering.prove.reductions import share_of_a_sum
+from hire_xform.lowering.prove.reductions import lost_in_sums
 
 __all__ = ["are_below", "are_below_a_share", "place_found"]
 
@@ -50,8 +50,9 @@ def are_below_a_share(terms: Interval, share: Interval, divisors: Sequence[Inter
     n = terms.low.shape[-1]
     low, high = (lax.cumsum(end, axis=end.ndim - 1) for end in terms)
     rest_low, rest_high = (_behind(end) for end in terms)
-    off = share_of_a_sum(n, jnp.float32) + _ROUNDED * (len(divisors) + 1.0)
-    known = jnp.all(terms.low >= 0.0) & jnp.all(high < _MOST) & bool(off < 0.25)
+    off, total = _ROUNDED * (len(divisors) + 1.0), high[..., -1:]
+    lost = lax.cumsum(lost_in_sums(terms.high, total, n, jnp.float32), axis=terms.high.ndim - 1)
+    known = jnp.all(terms.low >= 0.0) & jnp.all(high < _MOST)
     least, most = jnp.float32(1.0), jnp.float32(1.0)
     for divisor in divisors:
         low_end, high_end = jnp.min(divisor.low), jnp.max(divisor.high)
@@ -59,12 +60,14 @@ def are_below_a_share(terms: Interval, share: Interval, divisors: Sequence[Inter
         least, most = least * jnp.minimum(low_end, 1.0), most * jnp.maximum(high_end, 1.0)
     known &= (least > 1.0 / _MOST) & (most < _MOST)
     known = known & (share.low >= 0.0) & (share.high <= 1.0)
-    lost = (n + 2.0) * _LEAST * most * (len(divisors) + 1.0)
+    flushed = (n + 2.0) * _LEAST * most * (len(divisors) + 1.0)
 
     def surely(at: jnp.ndarray, below: bool) -> jnp.ndarray:
         if below:
-            return at * (1.0 + off) + lost < share.low * (1.0 - off) * (at + rest_low)
-        return at * (1.0 - off) - lost > share.high * (1.0 + off) * (at + rest_high)
+            sums = (at + rest_low) * (1.0 - off) - lost[..., -1:]
+            return at * (1.0 + off) + lost + flushed < share.low * sums
+        sums = (at + rest_high) * (1.0 + off) + lost[..., -1:]
+        return at * (1.0 - off) - lost - flushed > share.high * sums
 
     below, above = (known & surely(low, way) & surely(high, way) for way in (True, False))
     return Interval(below, ~above)

@@ -1,12 +1,14 @@
 """What is made of numbers in intervals lies in the intervals that are made of these."""
 
+import functools
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
 
 from hire_xform.lowering.prove import reductions
-from hire_xform.lowering.prove.intervals import Interval
+from hire_xform.lowering.prove.intervals import Interval, point
 from hire_xform.lowering.prove.reductions import Order
 
 pytestmark = pytest.mark.any_jax("cases vary numbers of arithmetic that is our own", every=3)
@@ -101,3 +103,43 @@ def test_of_too_many_terms_of_16_bits_nothing_is_known():
 def test_whole_numbers_that_f32_does_not_hold_are_not_known():
     big = jnp.float32(2.0**24)
     assert bool(jnp.isnan(reductions.whole(Interval(big, big)).low))
+
+
+# --- how far sums may be off ---
+
+
+def in_some_order(terms, rng):
+    """A sum in f32 along a tree of its own: any two parts that are left are added next."""
+    parts = list(np.float32(terms))
+    while len(parts) > 1:
+        a, b = sorted(rng.choice(len(parts), size=2, replace=False), reverse=True)
+        parts.append(np.float32(parts.pop(a) + parts.pop(b)))
+    return parts[0]
+
+
+@pytest.mark.parametrize("spread", [0.0, 2.0, 8.0, 24.0])
+def test_sums_in_any_order_are_inside_and_small_terms_lose_less(spread):
+    """One after the other in both directions, in pairs, and along trees at random."""
+    rng = np.random.default_rng(int(spread))
+    for _ in range(8):
+        terms = np.float32(np.exp(-spread * rng.exponential(size=400)))
+        found = reductions.summed(point(jnp.asarray(terms)), (0,), jnp.float32)
+        exact = np.sum(np.float64(terms))
+        made = [in_some_order(terms, rng), np.sum(terms)]
+        for order in (np.sort(terms), -np.sort(-terms)):
+            made.append(functools.reduce(lambda a, b: np.float32(a + b), order))
+        assert all(found.low <= value <= found.high for value in made)
+        # Twice, for the program's sum and for this one.
+        width, most = (found.high - found.low) / exact, 4.0 * 400 * 2.0**-24
+        assert width < 1.1 * most
+        assert spread < 8.0 or width < 0.9 * most
+
+
+def test_each_addition_that_rounds_as_far_as_it_may():
+    """A large term first, then terms of half its last place, each of which is lost or counted twice."""
+    for small in (2.0**-24, 2.0**-24 * (1.0 + 2.0**-20), 2.0**-23 * 0.75):
+        terms = np.float32([1.0, *[small] * 1000])
+        found = reductions.running(point(jnp.asarray(terms)), 0, False, jnp.float32)
+        sums = np.add.accumulate(terms, dtype=np.float32)
+        assert np.all((found.low <= sums) & (sums <= found.high))
+        assert np.all(found.low <= np.add.accumulate(np.float64(terms)))
