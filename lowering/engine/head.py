@@ -340,6 +340,14 @@ class _Head:
             sure &= jnp.all(told)
         return sure
 
+    def _of_all(self, part: Interval) -> Interval:
+        """Intervals of the logits of all devices, 8 bytes an entry."""
+        return part.map(lambda end: self.devices.gathered(end, 1))
+
+    def _alike(self, sure: jax.Array) -> jax.Array:
+        """What all devices have computed of the same, so that they branch alike whatever each of them rounds."""
+        return self.devices.total((~sure).astype(jnp.int32)) == 0 if self.devices != ONE else sure
+
     def between_proved(
         self,
         reading: Reading,
@@ -362,13 +370,16 @@ class _Head:
         rounded = [once(end) for end in (low, high)]
         if reading.mixed or self.devices != ONE:
             low, high = jnp.minimum(low, rounded[0]), jnp.maximum(high, rounded[1])
+        if self.devices != ONE and not reading.gathered:
+            return jnp.all(between_proved_across(reading, Interval(low, high), sides, self.devices))
+        logits = self._of_all(Interval(low, high))
         if reading.within is not None:
             made = _filled(lax.stop_gradient(found.scores), index, exact, self.fill).astype(jnp.float32)
-            here = Interval(jnp.minimum(made, once(made)), jnp.maximum(made, once(made)))
-            return jnp.all(within_proved(reading, Interval(low, high), here, sides))
+            here = self._of_all(Interval(jnp.minimum(made, once(made)), jnp.maximum(made, once(made))))
+            return self._alike(jnp.all(within_proved(reading, logits, here, sides)))
+        sure, best = between_proved(reading, logits, sides)
         if self.devices != ONE:
-            return jnp.all(between_proved_across(reading, Interval(low, high), sides, self.devices))
-        sure, best = between_proved(reading, Interval(low, high), sides)
+            return self._alike(jnp.all(sure))
         if narrow and not reading.mixed:
             also, same = between_proved(reading, Interval(*rounded), sides)
             sure &= also & jnp.all(best == same, axis=1)

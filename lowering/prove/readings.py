@@ -34,6 +34,7 @@ class Reading:
       decides: whether what is read are whole numbers, ``[n, 1]``, each of which is to be decided.
       within: of numbers that are read, ``[n, 1]``, how far each may be from what is read of the dense logits; None of
         all else.
+      gathered: of several devices, whether it takes the logits of all of them together.
     """
 
     goal: Goal = True
@@ -44,6 +45,7 @@ class Reading:
     decides: bool = False
     mixed: bool = False
     within: float | None = None
+    gathered: bool = False
 
     def read(self, logits: Interval, sides: Sequence[jax.Array]) -> Interval:
         """What is read of logits in these intervals."""

@@ -44,12 +44,23 @@ def readings_of(
             found.append(Reading(own, ordered))
             continue
         margin = margin_of if chain.softmax else None
-        between = chain.between if split else functools.partial(_between, product, chain)
+        gathered = split and not chain.split
+        between = functools.partial(_between, product, chain) if gathered or not split else chain.between
         mixed = sum(number == -1 for step in chain.steps for number in step.operands) > 1
         number = chain.reader.kind == "number"
         decides = not number and not chain.reader.has_places
         found.append(
-            Reading(own, ordered, between, margin, sides, decides, mixed or number, within if number else None)
+            Reading(
+                own,
+                ordered,
+                between,
+                margin,
+                sides,
+                decides,
+                mixed or number,
+                within if number else None,
+                gathered,
+            )
         )
     return tuple(dict.fromkeys(found)) or (Reading(goal),)
 
@@ -75,7 +86,7 @@ def rank_of(product: Product, reads: Reads, split: bool = False) -> Callable[[In
     def rank(logits: Interval, sides: Sequence[Any]) -> Any:
         shape = logits.low.shape
         proving = [reading for reading in readings if reading.between is not None]
-        own = [(c, r) for c, r in zip(chained, proving, strict=True) if c.ranks]
+        own = [(c, r) for c, r in zip(chained, proving, strict=True) if c.ranks and not r.gathered]
         found = openness([reading for _, reading in own], logits, sides)
         parts = [_back(product, chain, opened, shape) for (chain, _), opened in zip(own, found, strict=True)]
         if len(own) < len(reads.chains):

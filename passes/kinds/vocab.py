@@ -38,6 +38,7 @@ from hire_xform.passes.plan.forms import ROWS, Form, PackedPredictor
 from hire_xform.passes.plan.placement import Placement
 from hire_xform.passes.plan.settings import Vocab
 from hire_xform.passes.plan.slots import ProductForms, SiteForms
+from hire_xform.passes.prove.chains import Chain
 from hire_xform.passes.prove.what_to_prove import Reads, reads_of
 from hire_xform.passes.rewrite.action import Context
 from hire_xform.passes.rewrite.canonical import dense_product, flat_activation, product_key
@@ -104,7 +105,9 @@ class VocabKind(SiteKind):
     def reads(self, case: Case) -> Reads | str:
         """What reads the logits."""
         placed = case.placement is not None
-        return reads_of(case.match, case.settings, placed or is_cut(case.match.product.origin.refs), placed)
+        together = case.placement is not None and not case.placement.tokens
+        split = placed or is_cut(case.match.product.origin.refs)
+        return reads_of(case.match, case.settings, split, placed, together)
 
     def listing(self, match: VocabMatch) -> list[str]:
         """With what says that they are logits, and what reads them."""
@@ -165,13 +168,15 @@ class VocabKind(SiteKind):
         product = _match(decision).product
         tokens, rows = placement.tokens or None, placement.rows or None
 
-        def spec(side: Any) -> PartitionSpec:
-            if not side.ndim:
+        def spec(chain: Chain, side: Any) -> PartitionSpec:
+            # What is read of all devices' logits together takes all of its side inputs.
+            if not side.ndim or not chain.split:
                 return PartitionSpec()
             lengths = zip(side.shape, (product.tokens, product.width), (tokens, rows), strict=True)
             return PartitionSpec(*(names if have == full and full > 1 else None for have, full, names in lengths))
 
-        return [PartitionSpec(tokens, None), *map(spec, map(jnp.asarray, given[1:]))]
+        chains = [chain for chain, _ in _reads(decision).sides]
+        return [PartitionSpec(tokens, None), *map(spec, chains, map(jnp.asarray, given[1:]))]
 
     def splits_result(self, match: VocabMatch) -> bool:
         """Logits stay where they are made."""

@@ -46,7 +46,7 @@ class Reads:
 NOTHING_READ = Reads()
 
 
-def reads_of(match: Any, settings: Any, split: bool, placed: bool = False) -> Reads | str:
+def reads_of(match: Any, settings: Any, split: bool, placed: bool = False, together: bool = False) -> Reads | str:
     """What reads the logits of a match, as far as its settings ask; a reason where that can't be proved.
 
     Args:
@@ -54,6 +54,7 @@ def reads_of(match: Any, settings: Any, split: bool, placed: bool = False) -> Re
       settings: its settings, ``certify`` decided.
       split: whether its rows are over several devices, of which each knows its own logits only.
       placed: whether it is ours to say what these devices are given beside their logits.
+      together: whether each of them has all tokens, so that what is known of all logits can be brought together.
     """
     product, fate = match.product, match.fate
     found = [(reader, chain_of(product, fate, reader)) for reader in match.readers]
@@ -61,10 +62,16 @@ def reads_of(match: Any, settings: Any, split: bool, placed: bool = False) -> Re
         return why
     if not settings.certify:
         return _ranked(found, split)
-    whole = settings.certify is True and settings.fill == "predicted" and not split
-    drawn: list[str] = []
+    whole = settings.certify is True and settings.fill == "predicted"
+    if split and whole:
+        # Only where it takes that: what keeps the order of logits is proved with a few bytes a token.
+        taken = _taken_as_a_whole(match, found)
+        whole = bool(together and (taken or settings.logprobs is not None))
+        if taken and not whole:
+            return f"what {taken} is proved on one device, or on several, each of which has all tokens"
+    drawn = _drawn_across(match) if split and not whole else []
     if settings.logprobs is not None and not whole:
-        return "logprobs= is proved of logits that one device has all of"
+        return "logprobs= is proved of logits that one device has all of, or several, each of which has all tokens"
     if whole:
         found, drawn = _followed(match, found)
         found, missed = _with_numbers(match, found, settings.logprobs)
@@ -95,7 +102,8 @@ def reads_of(match: Any, settings: Any, split: bool, placed: bool = False) -> Re
                 f"it can't be proved what {reader.where} takes of its logits: {chain}; allow what is not proved with "
                 "hx.approximate(), candidates=, or a calibration"
             )
-        if split and not chain.keeps_order and not (placed and chain.split and settings.certify is True):
+        apart = chain.keeps_order or (placed and chain.split and settings.certify is True)
+        if split and not apart and not whole:
             return f"what {reader.where} reads is not its logits alone, which is proved on one device only"
         chains.setdefault((chain.value, reader.k, reader.inverted), chain)
         proved.append(_told(reader))
@@ -106,6 +114,22 @@ def reads_of(match: Any, settings: Any, split: bool, placed: bool = False) -> Re
 
     unproved += [f"what {how} reads of predicted logits" for how in others_of(fate, [r for r, _ in found], hidden)]
     return Reads(tuple(chains.values()), tuple(dict.fromkeys(proved)), tuple(dict.fromkeys(unproved)), filters)
+
+
+def _taken_as_a_whole(match: Any, found: Followed) -> str:
+    """What an arg max takes behind a filter, or something decides by numbers made of all logits; empty for nothing."""
+    for reader, chain in found:
+        if reader.kind == "arg max" and isinstance(chain, str):
+            return f"{reader.where} takes, behind {chain}," if isinstance(chain, Filtered) else f"{reader.where} takes"
+    numbers = numbers_of(match.product, match.fate, _decided(found))
+    decided = (f"{reader.where} decides" for reader in numbers if reader.kind == "decision")
+    return next(decided, "")
+
+
+def _drawn_across(match: Any) -> list[str]:
+    """What is drawn among the largest of several devices: of a proved set, by logits that round in their own way."""
+    drawn = draws_of(match.product, match.fate, match.readers)
+    return [f"what {r.where} takes of the largest, which are proved as a set" for r in drawn if r.kind == "picked"]
 
 
 # Readers, with the way to each, or why it is not followed.

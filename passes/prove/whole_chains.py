@@ -76,6 +76,11 @@ class WholeChain(Chain):
         return False
 
     @property
+    def keeps_order(self) -> bool:
+        """Never, likewise."""
+        return False
+
+    @property
     def uniform(self) -> bool:
         """Whether candidates are chosen by their logits."""
         return not self.spine
