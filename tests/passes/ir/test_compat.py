@@ -1,5 +1,6 @@
 """Every entry of the one version-dependent module holds on the installed JAX."""
 
+import functools
 import os
 import re
 import subprocess
