@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from hire_xform.passes.ir import compat
+from hire_xform.passes.ir.equation_contexts import EquationContexts
 from hire_xform.passes.ir.graph import numbered
 
 # Says whether an equation at a path is to be seen.
@@ -36,7 +37,7 @@ def _evaluate(
     def read(atom: Any) -> Any:
         return atom.val if isinstance(atom, compat.Literal) else env[atom]
 
-    with compat.EquationContexts() as contexts:
+    with EquationContexts() as contexts:
         for own_path, eqn in numbered(inner.eqns):
             contexts.enter(eqn)
             path = f"{prefix}{own_path}"

@@ -67,7 +67,8 @@ def reads_of(match: Any, settings: Any, split: bool, placed: bool = False, toget
         # Only where it takes that: what keeps the order of logits is proved with a few bytes a token.
         taken = _taken_as_a_whole(match, found)
         whole = bool(together and (taken or settings.logprobs is not None))
-        if taken and not whole:
+        # In a shard_map of the user's own, each device's arg max of its own logits is what is asked to be proved.
+        if taken and placed and not whole:
             return f"what {taken} is proved on one device, or on several, each of which has all tokens"
     drawn = _drawn_across(match) if split and not whole else []
     if settings.logprobs is not None and not whole:

@@ -408,12 +408,12 @@ def test_a_copy_of_what_is_stored_predicts_for_nothing(platform, predictor, site
     def head(params, x):
         return jnp.argmax(x @ (params["q"].astype(jnp.float32) * params["s"]), -1)
 
-    params = {"q": jax.ShapeDtypeStruct((1024, 65536), jnp.int8), "s": jax.ShapeDtypeStruct((65536,), jnp.float32)}
+    params = {"q": jax.ShapeDtypeStruct((1024, 131072), jnp.int8), "s": jax.ShapeDtypeStruct((131072,), jnp.float32)}
     step = hx.sparsify(head, backend=platform, config=hx.Config(vocab=hx.Vocab(predictor=predictor, candidates=256)))
     traced = step.trace(params, jax.ShapeDtypeStruct((1, 1024), jnp.float32))
     assert len(traced.plan.sites) == sites
     assert ("which would not be faster" in traced.explain()) != bool(sites)
-    assert [r.dense_bytes for r in (*traced.plan.sites, *traced.plan.refusals)] == [65536 * (1024 + 4)]
+    assert [r.dense_bytes for r in (*traced.plan.sites, *traced.plan.refusals)] == [131072 * (1024 + 4)]
 
 
 # --- measured, and laid out otherwise ---
