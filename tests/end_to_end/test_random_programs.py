@@ -82,7 +82,7 @@ def check(statements, tokens, how, seed, run_it=True) -> None:
     limit = 3e-2 if kinds & SIXTEEN_BITS else 1e-4
     limit *= 5 if how == "derivative" else 1
     gap = difference(got[1], want[1])
-    if gap > limit and gap <= 30 * _sensitivity(dense, x, limit):
+    if gap > limit and (gap <= 30 * _sensitivity(dense, x, limit) or gap <= 4 * _unrounded(dense, x)):
         TALLY["unstable: the original moves as much under rounding"] += 1
         return
     assert gap <= limit, f"differs by {gap:.2g} of the largest entry"
@@ -181,6 +181,12 @@ def difference(got, want) -> float:
         scale = max(1e-3, np.abs(other[finite]).max(initial=0.0))
         worst = max(worst, np.abs(one[finite] - other[finite]).max(initial=0.0) / scale)
     return worst
+
+
+def _unrounded(fun, x) -> float:
+    """How far the original moves when XLA may not leave out its roundings to 16 bits, as it may between fused steps."""
+    strict = jax.jit(fun, compiler_options={"xla_allow_excess_precision": False})
+    return difference(jax.tree.leaves(strict(x)), jax.tree.leaves(jax.jit(fun)(x)))
 
 
 def _sensitivity(fun, x, limit) -> float:
