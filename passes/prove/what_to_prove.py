@@ -63,6 +63,7 @@ def reads_of(match: Any, settings: Any, split: bool, placed: bool = False, toget
     if not settings.certify:
         return _ranked(found, split)
     whole = settings.certify is True and settings.fill == "predicted"
+    taken = ""
     if split and whole:
         # Only where it takes that: what keeps the order of logits is proved with a few bytes a token.
         taken = _taken_as_a_whole(match, found)
@@ -71,6 +72,8 @@ def reads_of(match: Any, settings: Any, split: bool, placed: bool = False, toget
         if taken and placed and not whole:
             return f"what {taken} is proved on one device, or on several, each of which has all tokens"
     drawn = _drawn_across(match) if split and not whole else []
+    if taken and not whole:
+        drawn.append(f"what {taken} by what each device knows of its own logits")
     if settings.logprobs is not None and not whole:
         return "logprobs= is proved of logits that one device has all of, or several, each of which has all tokens"
     if whole:

@@ -268,10 +268,13 @@ def check_certified(devices):
     fun = forms(two_axes(devices))["most likely"]
     step = hx.sparsify(fun, config=config)
     for weights in (w, {**w, "head": jnp.zeros_like(w["head"])}):
-        packed = step.trace(weights, x).pack(weights)
+        traced = step.trace(weights, x)
+        packed = traced.pack(weights)
         tokens, fallbacks = step.with_fallbacks(packed, x)
         np.testing.assert_array_equal(tokens, jax.jit(fun)(weights, x))
     assert list(fallbacks.values()) == [devices]
+    # Which device has the best logit is decided by the program itself.
+    assert "(most_likely) decides by what each device knows of its own logits" in traced.explain()
 
 
 def test_a_certified_head_in_a_shard_map_on_one_device():
