@@ -297,6 +297,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="number of the first round")
     parser.add_argument("--state", type=Path, help="a file that what was counted is kept in, and gone on from")
     options = parser.parse_args()
+    if unknown := {way.strip() for way in options.ways.split(",")} - set(WAYS):
+        parser.error(f"--ways: {', '.join(sorted(unknown))}; expected some of {', '.join(WAYS)}")
     weights = {"tiny": "weights.safetensors", "topk": "topk_weights.safetensors"}
     model = SmolLM2() if options.model == "smollm2" else Tiny(ROOT / "examples" / "tiny_lm" / weights[options.model])
     known = json.loads(options.state.read_text()) if options.state and options.state.exists() else {}

@@ -10,9 +10,9 @@ from typing import Any
 import jax.numpy as jnp
 
 from hire_xform.api import Sparsified
-from hire_xform.calibrating.candidates import Candidates
 from hire_xform.calibrating.checkpoint import Kept
 from hire_xform.calibrating.collecting import RECORDED, Collected
+from hire_xform.calibrating.offered import Offered
 from hire_xform.calibrating.programs import program, taken_apart
 from hire_xform.calibrating.progress import Shown
 from hire_xform.calibration.calibration import Calibration
@@ -58,7 +58,7 @@ class Calibrator:
           That of all batches; that with the covariances of every second batch from the second on, and of the others.
           The last two are the first where there is one batch.
         """
-        usual = Candidates((PREDICTOR,), (PREDICTOR,))
+        usual = Offered((PREDICTOR,), (PREDICTOR,))
         kind = functools.partial(_CaptureTrace, usual, inputs=True, ranks=False)
         step = self.step(kind, config, None)
         halves = self._run("inputs", batches, [step, step], 2)
@@ -71,7 +71,7 @@ class Calibrator:
         self,
         batches: Iterable[Any],
         config: Config,
-        predictors: Candidates,
+        predictors: Offered,
         known: Sequence[Calibration | None],
         counted: bool,
     ) -> Calibration:
@@ -153,7 +153,7 @@ class DenseTrace(Traced):
 class _CaptureTrace(DenseTrace):
     """A trace whose program is dense and records statistics; of several predictors where none is stated."""
 
-    def __init__(self, predictors: Candidates, *args: Any, inputs: bool, ranks: bool, sampled: bool = False):
+    def __init__(self, predictors: Offered, *args: Any, inputs: bool, ranks: bool, sampled: bool = False):
         self._predictors, self._sampled = predictors, sampled
         self._recorded = {"inputs": inputs, "ranks": ranks}
         super().__init__(*args)

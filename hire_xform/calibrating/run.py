@@ -14,10 +14,10 @@ import jax
 import numpy as np
 
 from hire_xform.api import check_function
-from hire_xform.calibrating.candidates import Candidates
 from hire_xform.calibrating.checkpoint import Kept
 from hire_xform.calibrating.choose import chosen_for_cost
 from hire_xform.calibrating.measuring import Calibrator
+from hire_xform.calibrating.offered import Offered
 from hire_xform.calibrating.progress import Shown
 from hire_xform.calibrating.rehearsing import Rehearsal
 from hire_xform.calibration.calibration import Calibration
@@ -212,7 +212,7 @@ def calibrate(
 def _made_of(
     fun: Callable,
     config: Config,
-    predictors: Candidates,
+    predictors: Offered,
     fitted: Calibration | None,
     regroup: bool,
     first: bool,
@@ -276,15 +276,15 @@ def _warn_beyond(found: Calibration) -> None:
             )
 
 
-def _checked_predictors(predictors: Any) -> Candidates:
+def _checked_predictors(predictors: Any) -> Offered:
     if predictors is None:
-        return Candidates(PREDICTORS, CERTIFIED_PREDICTORS)
+        return Offered(PREDICTORS, CERTIFIED_PREDICTORS)
     if not isinstance(predictors, (list, tuple)) or not predictors:
         raise TypeError(f"calibrate: predictors={predictors!r}; expected a list of at least one predictor")
     for one in predictors:
         check_predictor("calibrate", one)
     once = tuple(dict.fromkeys(predictors))
-    return Candidates(once, once)
+    return Offered(once, once)
 
 
 def _all_settings(config: Config) -> list[Settings]:

@@ -287,7 +287,8 @@ class _Program:
             return max(0, int(estimate[1]) - bytes_of(one.type) - here)
         indices = [i for i, t in enumerate(types) if t.startswith("s32[")]
         wide, made = _dims(types[0]), _dims(one.type)
-        if _SCORES.search(one.kernel) and made:
+        scored = bool(_SCORES.search(one.kernel) and made)
+        if scored:
             rows = made[-1]  # of a stack, one matrix
         elif _ROWS.search(one.kernel) and indices:
             # Rows are `group` to an index: of the products that are made, or of the factors that are given.
@@ -298,7 +299,8 @@ class _Program:
         total = 0.0
         for kind, size in zip(types, sizes, strict=True):
             dims = _dims(kind)
-            is_matrix = kind[:3] != "s32" and len(dims) == 2 and dims[0] > rows
+            # An index is int32, and so are words of a matrix in few bits.
+            is_matrix = (scored or kind[:3] != "s32") and len(dims) == 2 and dims[0] > rows
             total += size / dims[0] * rows if is_matrix else size
         return total
 

@@ -25,6 +25,7 @@ from hire_xform.lowering.primitives.stack_entry import StackEntry, of_one, whole
 from hire_xform.lowering.xla.promotion import usual_promotion
 
 __all__ = [
+    "ENTRIES",
     "PLATFORMS",
     "backends",
     "bind_step",
@@ -49,13 +50,13 @@ class Kernel:
     serves: Callable[..., bool]
     name: str
     exported: bool
-    # Whether it takes operands that are entries of stacks as they are (`stack_entry.py`); others get them taken out.
-    takes_entries: bool = False
-    # Of the settings that a kernel may do without those that this one takes.
+    # What it makes use of, of what a kernel may do without: ENTRIES, and settings that are in _OPTIONAL.
     takes: frozenset[str] = frozenset()
 
 
-# Settings that kernels are not told of unless they ask: what they allow, no kernel has to make use of.
+# Operands that are entries of stacks, as they are (`stack_entry.py`): other kernels get them taken out.
+ENTRIES = "entries of stacks"
+# Settings that other kernels are not told of.
 _OPTIONAL = frozenset({"ordered"})
 # By the name of a primitive and a platform.
 _kernels: dict[tuple[str, str], Kernel] = {}
@@ -131,11 +132,10 @@ def register_built_in(
     name: str,
     *,
     exported: bool = False,
-    takes_entries: bool = False,
     takes: frozenset[str] = frozenset(),
 ) -> None:
     """A kernel of this library, by the name that reports have; users' kernels stand before it."""
-    _built_in[primitive, platform] = Kernel(rule, serves, name, exported, takes_entries, takes)
+    _built_in[primitive, platform] = Kernel(rule, serves, name, exported, takes)
     _ask((primitive, platform))
 
 
@@ -202,7 +202,7 @@ def _serving(
 
     def one(*arrays: Any) -> list[Any]:
         operands = arrays if layout is None else layout.unflatten(arrays)
-        if not chosen.takes_entries:
+        if ENTRIES not in chosen.takes:
             operands = [whole(operand) for operand in operands]
         made = chosen.rule(*operands, **_told(chosen, settings))
         return list(made) if isinstance(made, (tuple, list)) else [made]

@@ -56,10 +56,10 @@ def readings_of(
                 between,
                 margin,
                 sides,
-                decides,
-                mixed or number,
-                within if number else None,
-                gathered,
+                decides=decides,
+                mixed=mixed or number,
+                within=within if number else None,
+                gathered=gathered,
             )
         )
     return tuple(dict.fromkeys(found)) or (Reading(goal),)

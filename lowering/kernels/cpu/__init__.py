@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from hire_xform.lowering.kernels.cpu import library, steps
 from hire_xform.lowering.kernels.rules import Rules
-from hire_xform.lowering.primitives.kernels import no_built_in, register_built_in
+from hire_xform.lowering.primitives.kernels import ENTRIES, no_built_in, register_built_in
 from hire_xform.lowering.primitives.stack_entry import StackEntry
 
 __all__ = ["MOST_TOKENS", "install"]
@@ -46,12 +46,13 @@ def install() -> str | None:
         ("hire_combine_rows", rules.combine_rows, _rows_served),
         ("hire_select_stored_rows_dot", rules.select_stored_rows_dot, _stored_rows_served),
         ("hire_combine_stored_rows", rules.combine_stored_rows, _stored_rows_served),
-        ("da_top_k", _da_top_k, _largest_served),
+        ("da_top_k", rules.da_top_k, _largest_served),
         ("hire_arg_max", _arg_max, _floats_served),
-        ("hire_open_rows", _open_rows, _open_rows_served),
+        ("hire_open_rows", rules.open_rows, _open_rows_served),
     ):
         named = f"native, {library.instruction_sets()[0]}"
-        register_built_in(name, "cpu", rule, serves, named, takes_entries=name in _READ_IN_STACKS)
+        takes = frozenset({ENTRIES}) if name in _READ_IN_STACKS else frozenset[str]()
+        register_built_in(name, "cpu", rule, serves, named, takes=takes)
     return None
 
 
@@ -106,13 +107,5 @@ def _products(x: jax.Array, rows: jax.Array | StackEntry) -> jax.Array:
     return steps.products(x.astype(jnp.float32), rows)
 
 
-def _da_top_k(scores: jax.Array, *, k: int, shards: int) -> tuple[jax.Array, jax.Array]:
-    return steps.largest(scores, k, shards)
-
-
 def _arg_max(values: jax.Array) -> jax.Array:
     return steps.arg_max(values.astype(jnp.float32))
-
-
-def _open_rows(values: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return steps.open_rows(values)

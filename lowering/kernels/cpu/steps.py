@@ -15,11 +15,11 @@ __all__ = [
     "arg_max",
     "combine_rows",
     "fine_scores",
-    "largest",
     "open_rows",
     "products",
     "quantized_scores",
     "select_rows_dot",
+    "top_k",
 ]
 
 
@@ -112,7 +112,7 @@ def _scale(scale: jax.Array | None) -> jax.Array:
     return jnp.zeros(0, jnp.float32) if scale is None else scale.astype(jnp.float32)
 
 
-def largest(scores: jax.Array, k: int, shards: int = 1) -> tuple[jax.Array, jax.Array]:
+def top_k(scores: jax.Array, k: int, shards: int = 1) -> tuple[jax.Array, jax.Array]:
     """As ``da_top_k`` for f32 scores whose last axis the shards divide."""
     shape = (*scores.shape[:-1], shards * -(-k // shards))
     out = _f32(*shape), jax.ShapeDtypeStruct(shape, jnp.int32)

@@ -19,7 +19,7 @@ import jax
 from hire_xform.lowering.kernels.gpu import shapes
 from hire_xform.lowering.kernels.rules import Rules
 from hire_xform.lowering.kernels.switch import switched_off
-from hire_xform.lowering.primitives.kernels import no_built_in, register_built_in
+from hire_xform.lowering.primitives.kernels import ENTRIES, no_built_in, register_built_in
 
 __all__ = ["install"]
 
@@ -41,9 +41,10 @@ def install() -> str | None:
         return missing
     rules = Rules(_module)
     several, few = f"2 to {shapes.MOST_TOKENS} tokens", f"up to {shapes.MOST_TOKENS} tokens"
-    scores = "rows in 8 and 4 bits"
+    scores, choices = "rows in 8 and 4 bits", f"up to {shapes.MOST_SCORES} scores, or groups of them"
+    taken = {scores: frozenset({ENTRIES}), choices: frozenset({"ordered"})}
     for name, rule, serves, what in (
-        ("da_top_k", rules.da_top_k, shapes.top_k_served, f"up to {shapes.MOST_SCORES} scores, or groups of them"),
+        ("da_top_k", rules.da_top_k, shapes.top_k_served, choices),
         ("hire_open_rows", rules.open_rows, shapes.open_rows_served, "f32"),
         ("hire_quantized_scores", rules.quantized_scores, shapes.scores_served, scores),
         ("hire_fine_scores", rules.fine_scores, shapes.fine_scores_served, scores),
@@ -53,8 +54,7 @@ def install() -> str | None:
         ("hire_combine_stored_rows", rules.combine_stored_rows, shapes.stored_sums_served, few),
     ):
         named = f"Pallas, through Triton, of {what}"
-        takes = frozenset({"ordered"}) if name == "da_top_k" else frozenset[str]()
-        register_built_in(name, "cuda", rule, serves, named, takes_entries=what == scores, takes=takes)
+        register_built_in(name, "cuda", rule, serves, named, takes=taken.get(what, frozenset()))
     for name, reason in _PORTABLE.items():
         no_built_in("cuda", reason, name)
     return None

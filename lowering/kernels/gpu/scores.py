@@ -44,7 +44,6 @@ def quantized_scores(
     x: jax.Array, q: jax.Array | StackEntry, scale: jax.Array, bits: int, interpret: bool = False
 ) -> jax.Array:
     """As ``quantized_scores`` of ``lowering/predict/few_bits.py``."""
-
     return folded(
         functools.partial(_quantized, stacked=_stacked(q), bits=bits, interpret=interpret), *_operands(x, q, scale)
     )

@@ -20,7 +20,7 @@ from hire_xform.lowering.kernels.tpu import shapes
 from hire_xform.lowering.predict.few_bits import fine_scores_p, quantized_scores_p
 from hire_xform.lowering.primitives.combine_rows import combine_rows_p
 from hire_xform.lowering.primitives.da_top_k import da_top_k_p
-from hire_xform.lowering.primitives.kernels import no_built_in, register_built_in
+from hire_xform.lowering.primitives.kernels import ENTRIES, no_built_in, register_built_in
 from hire_xform.lowering.primitives.open_rows import open_rows_p
 from hire_xform.lowering.primitives.select_rows import select_rows_dot_p
 
@@ -35,18 +35,17 @@ def install() -> str | None:
         no_built_in("tpu", f"no kernels, since {missing}")
         return missing
     rules = Rules(_module)
-    for step, rule, serves in (
-        (quantized_scores_p, rules.quantized_scores, shapes.scores_served),
-        (fine_scores_p, rules.fine_scores, shapes.scores_served),
-        (da_top_k_p, rules.da_top_k, shapes.top_k_served),
-        (select_rows_dot_p, rules.select_rows_dot, shapes.rows_served),
-        (combine_rows_p, rules.combine_rows, shapes.rows_served),
-        (open_rows_p, rules.open_rows, shapes.open_rows_served),
+    entries, nothing = frozenset({ENTRIES}), frozenset[str]()
+    for step, rule, serves, takes in (
+        (quantized_scores_p, rules.quantized_scores, shapes.scores_served, entries),
+        (fine_scores_p, rules.fine_scores, shapes.scores_served, entries),
+        (da_top_k_p, rules.da_top_k, shapes.top_k_served, nothing),
+        (select_rows_dot_p, rules.select_rows_dot, shapes.rows_served, nothing),
+        (combine_rows_p, rules.combine_rows, shapes.rows_served, nothing),
+        (open_rows_p, rules.open_rows, shapes.open_rows_served, nothing),
     ):
         # What Pallas makes for a TPU needs nothing of the process that made it.
-        register_built_in(
-            step.name, "tpu", rule, serves, "Pallas", exported=True, takes_entries=serves is shapes.scores_served
-        )
+        register_built_in(step.name, "tpu", rule, serves, "Pallas", exported=True, takes=takes)
     return None
 
 

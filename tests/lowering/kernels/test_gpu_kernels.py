@@ -345,3 +345,18 @@ def test_the_gpus_compiler_takes_them_and_nothing_is_copied(gpu, name, tokens):
     own, shared = BYTES[name]
     assert found.read < 1.5 * (tokens * own + shared)
     assert found.written < 0.6 * (tokens * own + shared)
+
+
+@pytest.mark.slow
+@pytest.mark.gpu_aot
+@pytest.mark.parametrize(("tokens", "bits"), [(1, 8), (1, 4), (8, 8)])
+def test_of_a_stack_one_matrix_is_read(gpu, tokens, bits):
+    """By words, by one kernel or two, and by bytes in tensor cores."""
+    n, d = LARGE
+
+    def step(x, q, scale, i):
+        return few_bits.quantized_scores(x, StackEntry(q, (i,)), scale, bits)
+
+    given = struct(tokens, 8 * d // bits), struct(4, n, d, dtype=INT8 if bits == 8 else UINT8), struct(n)
+    compiled = jax.jit(step).trace(*gpu.placed((*given, struct(dtype=INT32)))).lower().compile()
+    assert counts(compiled.as_text()).read < 1.2 * n * d

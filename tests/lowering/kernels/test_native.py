@@ -176,7 +176,7 @@ def test_the_largest(shape, k, shards):
     scores = np.round(np.random.default_rng(5).normal(size=shape), 1).astype(np.float32)
     if scores.size > 20:
         scores.flat[[3, 7, 9, 11, 12]] = np.nan, np.copysign(np.nan, -1.0), np.inf, -0.0, 0.0
-    got, want = steps.largest(jnp.asarray(scores), k, shards), da_top_k(jnp.asarray(scores), k, shards)
+    got, want = steps.top_k(jnp.asarray(scores), k, shards), da_top_k(jnp.asarray(scores), k, shards)
     np.testing.assert_array_equal(got[1], want[1])
     np.testing.assert_array_equal(got[0], want[0])
 
@@ -197,7 +197,7 @@ def test_the_largest_where_a_sample_misleads(n, how):
         scores[::step] = np.arange(size)
     elif how == "falling":
         scores = np.linspace(1.0, -1.0, n, dtype=np.float32)
-    got, want = steps.largest(jnp.asarray(scores), 700), da_top_k(jnp.asarray(scores), 700)
+    got, want = steps.top_k(jnp.asarray(scores), 700), da_top_k(jnp.asarray(scores), 700)
     np.testing.assert_array_equal(got[1], want[1])
     np.testing.assert_array_equal(got[0], want[0])
 

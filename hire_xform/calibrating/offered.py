@@ -11,7 +11,7 @@ from hire_xform.lowering.predict.predictors import Predictor
 
 
 @dataclasses.dataclass(frozen=True)
-class Candidates:
+class Offered:
     """What sites are measured with where the settings that hold for them state no predictor.
 
     Attributes:
