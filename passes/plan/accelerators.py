@@ -19,8 +19,8 @@ __all__ = ["ACCELERATORS", "FIXED_SECONDS", "SHEETS", "Sheet", "accelerator", "o
 
 # Of the speed of memory that a data sheet says, what programs are counted on to reach.
 SHEET_SHARE = 0.85
-# Of a site on an accelerator, besides reading: ten kernels, one after the other. On an H200 a block's fifteen took 53 us,
-# 23 of these in choosing, which is faster now; it has eight by now, which were not measured.
+# Of a site on an accelerator, besides reading: ten kernels, one after the other. On an H200 a block's fifteen took 53
+# us, 23 of these in choosing, which is faster now; it has eight by now, which were not measured.
 FIXED_SECONDS = {"gpu": 30e-6, "tpu": 10e-6}
 # Bytes that the times of rows are given for; they grow with them.
 _SIZE = 8 << 20
