@@ -18,11 +18,11 @@ from hire_xform.lowering.kernels.rules import Rules
 from hire_xform.lowering.kernels.switch import switched_off
 from hire_xform.lowering.kernels.tpu import shapes
 from hire_xform.lowering.predict.few_bits import fine_scores_p, quantized_scores_p
-from hire_xform.lowering.primitives.combine_rows import combine_rows_p
+from hire_xform.lowering.primitives.combine_rows import combine_rows_p, combine_stored_rows_p
 from hire_xform.lowering.primitives.da_top_k import da_top_k_p
 from hire_xform.lowering.primitives.kernels import ENTRIES, no_built_in, register_built_in
 from hire_xform.lowering.primitives.open_rows import open_rows_p
-from hire_xform.lowering.primitives.select_rows import select_rows_dot_p
+from hire_xform.lowering.primitives.select_rows import select_rows_dot_p, select_stored_rows_dot_p
 
 __all__ = ["install"]
 
@@ -42,6 +42,8 @@ def install() -> str | None:
         (da_top_k_p, rules.da_top_k, shapes.top_k_served, nothing),
         (select_rows_dot_p, rules.select_rows_dot, shapes.rows_served, nothing),
         (combine_rows_p, rules.combine_rows, shapes.rows_served, nothing),
+        (select_stored_rows_dot_p, rules.select_stored_rows_dot, shapes.stored_rows_served, nothing),
+        (combine_stored_rows_p, rules.combine_stored_rows, shapes.stored_rows_served, nothing),
         (open_rows_p, rules.open_rows, shapes.open_rows_served, nothing),
     ):
         # What Pallas makes for a TPU needs nothing of the process that made it.

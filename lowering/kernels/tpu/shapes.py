@@ -17,6 +17,7 @@ __all__ = [
     "rows_of_lanes",
     "rows_served",
     "scores_served",
+    "stored_rows_served",
     "top_k_served",
 ]
 
@@ -46,14 +47,37 @@ def bytes_of_slabs(count: int, group: int, d: int, dtype: Any) -> int:
 def rows_served(x: Any, rows: Any, index: Any, *, group_size: int, **settings: Any) -> bool:
     """Whether chosen rows are read by a kernel: whole tiles of lanes and sublanes, in words of 32 bits."""
     dtype = jnp.dtype(rows.dtype)
-    if jnp.dtype(x.dtype) not in _FLOATS or dtype not in _FLOATS or jnp.dtype(index.dtype) != jnp.int32:
+    return dtype in _FLOATS and _slabs_served(x, rows, index, group_size)
+
+
+def stored_rows_served(
+    x: Any, index: Any, values: Any, *others: Any, operations: Any, group_size: int, **settings: Any
+) -> bool:
+    """Rows of int8 times one scale of each row or of each column, in slabs of whole words.
+
+    A single row of int8 would come with three others. The scale is multiplied in f32. Where a program multiplies in 16
+    bits, XLA may leave out that rounding as well, and no site is certified.
+    """
+    if jnp.dtype(values.dtype) != jnp.int8 or len(others) != 1 or others[0].ndim != 2 or group_size % 4:
         return False
-    n, d = rows.shape
+    *before, last = operations
+    exact = all(each.name == "convert" and jnp.dtype(each.dtype) in _FLOATS for each in before)
+    exact = exact and last.name == "mul" and jnp.dtype(last.dtype) in _FLOATS
+    (n, d), (high, wide) = values.shape, others[0].shape
+    together = n // high
+    alike = (high, wide) == (1, d) or (wide == 1 and (group_size % together == 0 or together % group_size == 0))
+    return exact and alike and _slabs_served(x, values, index, group_size)
+
+
+def _slabs_served(x: Any, rows: Any, index: Any, group: int) -> bool:
+    dtype, (n, d) = jnp.dtype(rows.dtype), rows.shape
+    if jnp.dtype(x.dtype) not in _FLOATS or jnp.dtype(index.dtype) != jnp.int32:
+        return False
     if 0 in x.shape or x.shape[0] > MOST_TOKENS or not 0 < index.shape[-1] <= _MOST_SLABS:
         return False
     tiles = d % LANES == 0 and n % (32 // dtype.itemsize) == 0
-    slabs = group_size == 1 or (group_size * dtype.itemsize) % 4 == 0
-    return tiles and slabs and rows_bytes_held(x.shape[0], index.shape[-1], group_size, d, dtype) <= VMEM
+    slabs = group == 1 or (group * dtype.itemsize) % 4 == 0
+    return tiles and slabs and rows_bytes_held(x.shape[0], index.shape[-1], group, d, dtype) <= VMEM
 
 
 def rows_bytes_held(tokens: int, count: int, group: int, d: int, dtype: Any) -> int:
@@ -61,7 +85,8 @@ def rows_bytes_held(tokens: int, count: int, group: int, d: int, dtype: Any) -> 
     size, step = jnp.dtype(dtype).itemsize, rows_a_step(group)
     # Registers hold eight rows at least; tokens may be three terms each.
     thin = 4 * (max(8, 3 * tokens) + max(8, tokens)) * max(d, -(-count * group // step) * step)
-    return (AHEAD * size + 4 + size) * step * d + thin
+    # Rows of 8 bits are made of 32, and then of 16.
+    return (AHEAD * size + 4 + max(2, size)) * step * d + thin
 
 
 # Bytes of rows that are scored together: enough that what a step of a grid costs is little beside.

@@ -19,6 +19,7 @@ from hire_xform.lowering.primitives.kernels import backends, register_kernel
 from hire_xform.lowering.primitives.open_rows import open_rows as portable_open_rows
 from hire_xform.lowering.primitives.select_rows import select_rows_dot
 from hire_xform.lowering.primitives.stack_entry import StackEntry
+from hire_xform.lowering.primitives.stored_rows import Operation, StoredRows
 
 pytestmark = pytest.mark.any_jax("cases vary shapes and dtypes of a few kernels", every=3)
 
@@ -76,6 +77,36 @@ def test_chosen_rows(mode, dtype, given, tokens, group, count):
     got = interpreted(mode, functools.partial(rows.combine_rows, group=group), h, matrix, index)
     want = combine_rows(h, matrix, index, group_size=group, preferred_element_type=F32)
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-4)
+
+
+INT8 = (Operation("convert", BF16), Operation("mul", F32))
+
+
+# Scales of each row, of four, of sixteen, and of each column.
+@pytest.mark.parametrize(
+    ("given", "tokens", "group", "scales"),
+    [(BF16, 1, 8, (256, 1)), (F32, 2, 8, (64, 1)), (F32, 1, 4, (16, 1)), (BF16, 2, 8, (1, 128))],
+)
+def test_chosen_rows_of_int8(given, tokens, group, scales):
+    n, d, count = 256, 128, 21
+    values = jnp.asarray(np.random.default_rng(0).integers(-128, 128, (n, d)), jnp.int8)
+    stored = StoredRows(values, (normal(1, *scales) ** 2,), INT8, (False,))
+    x, h, index = (
+        normal(2, tokens, d, dtype=given),
+        normal(3, tokens, count * group, dtype=given),
+        chosen(count, n // group),
+    )
+    settings = {"group_size": group, "operations": INT8}
+    assert shapes.stored_rows_served(x, index, values, *stored.others, **settings)
+    magnitudes = tokens == 2
+    got = interpreted(
+        PLAIN, lambda *a: rows.select_rows_dot(*a[:3], group, magnitudes, a[3]), x, values, index, *stored.others
+    )
+    want = select_rows_dot(x, stored, index, group_size=group, preferred_element_type=F32, magnitudes=magnitudes)
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-3)
+    got = interpreted(PLAIN, lambda *a: rows.combine_rows(*a[:3], group, a[3]), h, values, index, *stored.others)
+    want = combine_rows(h, stored, index, group_size=group, preferred_element_type=F32)
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-3)
 
 
 def test_magnitudes_own_choices_and_many_tokens():
@@ -191,6 +222,13 @@ def test_what_they_do_not_serve():
     assert not shapes.rows_served(struct(1, 2**15), struct(64, 2**15), index, group_size=8)
     assert not shapes.rows_served(x, matrix, struct(0, dtype=INT32), group_size=8)
     q, scale = struct(256, 256, dtype=jnp.int8), struct(256)
+    stored = functools.partial(shapes.stored_rows_served, x, index, q, operations=INT8)
+    assert stored(struct(64, 1), group_size=8)
+    assert not stored(struct(256, 1), group_size=1)
+    assert not stored(struct(16, 1), group_size=12)
+    assert not stored(struct(256, 2), group_size=8)
+    assert not stored(struct(256, 1), struct(256, 1), group_size=8)
+    assert not stored(struct(256, 1), group_size=8, operations=(*INT8, Operation("add", F32)))
     assert shapes.scores_served(x, q, scale, bits=8)
     assert shapes.scores_served(struct(1, 512), q, scale, bits=4)
     assert not shapes.scores_served(struct(1, 511), q, scale, bits=4)
@@ -209,6 +247,8 @@ def test_they_are_registered_for_tpus_alone_and_pallas_is_not_asked_for_at_once(
         "da_top_k",
         "hire_select_rows_dot",
         "hire_combine_rows",
+        "hire_select_stored_rows_dot",
+        "hire_combine_stored_rows",
         "hire_open_rows",
     }
     assert {p["cuda"].split(":")[0] for p in named.values()} == {"portable"}

@@ -46,6 +46,10 @@ def kernels():
         select = partial(rows.select_rows_dot, group=group, magnitudes=tokens == 2)
         yield select, ((tokens, d), given), matrix, index
         yield partial(rows.combine_rows, group=group), ((tokens, count * group), given), matrix, index
+    matrix, index = ((8192, 2048), INT8), ((65,), INT32)
+    scale = ((8192, 1), BF16)
+    yield lambda *a: rows.select_rows_dot(*a[:3], 8, False, a[3]), ((2, 2048), BF16), matrix, index, scale
+    yield lambda *a: rows.combine_rows(*a[:3], 8, a[3]), ((2, 65 * 8), BF16), matrix, index, scale
     for tokens, d, n, bits in ((1, 512, 128256, 8), (16, 2048, 8192, 4), (3, 2048, 512, 8), (1, 256, 200, 4)):
         q = ((n, d * bits // 8), INT8 if bits == 8 else UINT8)
         yield partial(scores.quantized_scores, bits=bits), ((tokens, d), F32), q, ((n,), F32)
