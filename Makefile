@@ -8,7 +8,7 @@ PYTEST_ARGS ?=
 # What is installed here runs on the CPU; the TPU's compiler, beside it for the tests, would otherwise look for a TPU.
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: demo test fast other between stacks tpu gpu random lint typecheck bench models quality docs wheel clean
+.PHONY: demo test fast other between stacks tpu-inference tpu gpu random lint typecheck bench models quality docs wheel clean
 
 # What an installation is made from, besides Python files, which are read where they are.
 BUILT := pyproject.toml setup.py build_backend.py $(wildcard lowering/kernels/cpu/*.cc lowering/kernels/cpu/*.h)
@@ -87,7 +87,7 @@ BETWEEN += tests/end_to_end/test_certified.py tests/end_to_end/test_jax_settings
 between: $(VENV)/.test
 	$(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal -m "not slow" --other-jax $(PYTEST_ARGS) $(BETWEEN)
 
-# The decode functions of tunix, MaxText, gemma, KerasHub and penzai, which want an environment of their own.
+# The decode functions of stacks, which want environments of their own: tunix, MaxText, gemma, KerasHub and penzai one.
 STACKS_VENV ?= .venv-stacks
 # Asked for all at once, pip looks for versions that go together for longer than ten minutes: what tunix and MaxText
 # import comes after the extra, and they themselves without what they require.
@@ -102,8 +102,25 @@ $(STACKS_VENV)/.stacks: $(BUILT)
 	$(STACKS_VENV)/bin/python -m pip install --quiet --no-deps $(STACKS)
 	touch $@
 
-stacks: $(STACKS_VENV)/.stacks
-	HIRE_REQUIRE_STACKS=1 $(STACKS_VENV)/bin/python -m pytest -q tests/stacks $(PYTEST_ARGS)
+stacks: $(STACKS_VENV)/.stacks tpu-inference
+	HIRE_REQUIRE_STACKS='tunix MaxText gemma KerasHub penzai' $(STACKS_VENV)/bin/python -m pytest -q tests/stacks $(PYTEST_ARGS)
+
+# tpu-inference has one JAX, Flax and PyTorch that it runs with, all of which the TPU's vLLM of the same release asks for.
+TPU_INFERENCE_VENV ?= .venv-tpu-inference
+$(TPU_INFERENCE_VENV)/.stacks: $(BUILT)
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info[:2] == (3, 12) else "make tpu-inference: vllm-tpu has wheels for Python 3.12 alone; this is " + sys.version.split()[0] + ": make tpu-inference PYTHON=python3.12")'
+	PIP_CONSTRAINT=$(CURDIR)/.ci/jax-0.11.txt $(MAKE) VENV=$(TPU_INFERENCE_VENV) $(TPU_INFERENCE_VENV)/.created
+	$(TPU_INFERENCE_VENV)/bin/python -m pip install --quiet vllm-tpu==0.32.0
+	$(TPU_INFERENCE_VENV)/bin/python -m pip install --quiet --no-build-isolation --editable .
+	touch $@
+
+# What machine this is, it asks a server of Google's unless it is told; vLLM tells one of its own that it is used.
+tpu-inference: export TPU_ACCELERATOR_TYPE = v5litepod-1
+tpu-inference: export TPU_NAME = none
+tpu-inference: export TPU_WORKER_ID = 0
+tpu-inference: export VLLM_NO_USAGE_STATS = 1
+tpu-inference: $(TPU_INFERENCE_VENV)/.stacks
+	HIRE_REQUIRE_STACKS=tpu-inference $(TPU_INFERENCE_VENV)/bin/python -m pytest -q tests/stacks $(PYTEST_ARGS)
 
 # Only what is compiled for TPUs that are not here.
 tpu: $(VENV)/.tpu

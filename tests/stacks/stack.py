@@ -17,13 +17,14 @@ import numpy as np
 # Read once, when Keras is first imported, which others than KerasHub may do.
 os.environ["KERAS_BACKEND"] = "jax"
 
-# Stack -> (the file here that lists its decode functions, how it is installed).
+# Stack -> the file here that lists its decode functions.
 STACKS = {
-    "tunix": ("tunix_stack", "make stacks"),
-    "MaxText": ("maxtext_stack", "make stacks"),
-    "gemma": ("gemma_stack", "make stacks"),
-    "KerasHub": ("keras_hub_stack", "make stacks"),
-    "penzai": ("penzai_stack", "make stacks"),
+    "tunix": "tunix_stack",
+    "MaxText": "maxtext_stack",
+    "gemma": "gemma_stack",
+    "KerasHub": "keras_hub_stack",
+    "penzai": "penzai_stack",
+    "tpu-inference": "tpu_inference_stack",
 }
 
 
@@ -84,7 +85,7 @@ def stacks_of(name: str) -> list[Stack]:
     Raises:
       ImportError: the stack is not installed.
     """
-    found: list[Stack] = importlib.import_module(STACKS[name][0]).CASES
+    found: list[Stack] = importlib.import_module(STACKS[name]).CASES
     return found
 
 
@@ -92,11 +93,11 @@ def why_missing(name: str, error: ImportError) -> str:
     """The reason to skip a stack that is not installed.
 
     Raises:
-      ImportError: ``HIRE_REQUIRE_STACKS=1``, as ``make stacks`` sets it, says that it has to be there.
+      ImportError: ``HIRE_REQUIRE_STACKS``, as ``make stacks`` sets it, names it among those that have to be there.
     """
-    if os.environ.get("HIRE_REQUIRE_STACKS", "0") == "1":
+    if name in os.environ.get("HIRE_REQUIRE_STACKS", "").split():
         raise error
-    return f"needs {STACKS[name][1]}: {error}"
+    return f"needs make stacks: {error}"
 
 
 def lines_of(sparse: Callable[[Any], Any]) -> str:
