@@ -16,8 +16,10 @@ from hire_xform.lowering.engine.selection import leaves_out, selection_of
 from hire_xform.lowering.engine.static_units import static_units
 from hire_xform.lowering.engine.top_groups import group_energy
 from hire_xform.lowering.predict.predictors import PackedArrays, Predictor, predict_scores
+from hire_xform.lowering.primitives.chosen_block import chosen_block
 from hire_xform.lowering.primitives.combine_rows import combine_rows
 from hire_xform.lowering.primitives.select_rows import select_rows_dot
+from hire_xform.lowering.primitives.stored_rows import StoredRows
 
 __all__ = [
     "Gather",
@@ -119,29 +121,21 @@ def ffn(
         scores = group_scores(ups, predicted, units=others, down_norms=norms, score=score, group_size=group_size)
         scores = jax.lax.stop_gradient(scores)
 
-    def of_all(index: jax.Array) -> jax.Array:
-        return index + static if static else index
+    wide = jnp.promote_types(out_dtype, jnp.float32) if static else out_dtype
+    contracting = ((down, first_row), *beside)
 
-    steps = Steps(
-        scores=scores,
-        compute=lambda index: chosen_products(ups, of_all(index), group_size),
-        in_order=score is not None,
-    )
-    index, hiddens = selected(steps, selection)
+    def compute(index: jax.Array) -> jax.Array:
+        return _of_chosen(ups, region, contracting, index + static if static else index, m, group_size, wide)
+
+    steps = Steps(scores=scores, compute=compute, in_order=score is not None)
+    index, made = selected(steps, selection)
     with jax.named_scope("select"):
         short = leaves_out(scores, index)
     with jax.named_scope("compute"):
-        index = of_all(index)
-        wide = jnp.promote_types(out_dtype, jnp.float32) if static else out_dtype
-        gather = gather_chosen(index, ups[0].x.shape[0], m, group_size)
-        hiddens = [h.astype(up.dtype) for h, up in zip(hiddens, ups, strict=True)]
-        activation = region(hiddens, gather)
-        contracting = ((down, first_row), *beside)
-        result = beside_one_another([combined(activation, *own, index, group_size, wide) for own in contracting])
         if static:
             fixed = static_units(ups, region, down, first_row, static).astype(wide)
-            result = (fixed + result).astype(out_dtype)
-    return result, short
+            made = (fixed + made).astype(out_dtype)
+    return made, short
 
 
 def group_scores(
@@ -193,6 +187,35 @@ def chosen_products(ups: Sequence[UpProduct], index: jax.Array, group_size: int)
     ]
 
 
+def _of_chosen(
+    ups: Sequence[UpProduct],
+    region: Region,
+    contracting: Sequence[tuple[jax.Array, jax.Array | int]],
+    index: jax.Array,
+    units: int,
+    group_size: int,
+    dtype: jax.typing.DTypeLike,
+) -> jax.Array:
+    """What the chosen groups make of all contracting matrices, ``[T, d_out]`` of a dtype."""
+    gather = gather_chosen(index, ups[0].x.shape[0], units, group_size)
+    (down, first), *others = contracting
+    if not others and not any(isinstance(rows, StoredRows) for rows in (down, *(up.rows for up in ups))):
+        return chosen_block(
+            [up.x for up in ups],
+            [up.rows for up in ups],
+            down,
+            index,
+            [_group_of(row, group_size) for row in (*(up.first_row for up in ups), first)],
+            lambda hiddens: region(hiddens, gather),
+            group_size=group_size,
+            dtypes=[up.dtype for up in ups],
+            out_dtype=dtype,
+        )
+    hiddens = chosen_products(ups, index, group_size)
+    activation = region([h.astype(up.dtype) for h, up in zip(hiddens, ups, strict=True)], gather)
+    return beside_one_another([combined(activation, *own, index, group_size, dtype) for own in contracting])
+
+
 def combined(
     activation: jax.Array,
     down: jax.Array,
@@ -225,7 +248,13 @@ def gather_chosen(index: jax.Array, tokens: int, units: int, group_size: int) ->
 
 
 def _groups_from(index: jax.Array, row: jax.Array | int, group_size: int) -> jax.Array:
+    start = _group_of(row, group_size)
+    return index if isinstance(start, int) and not start else index + start
+
+
+def _group_of(row: jax.Array | int, group_size: int) -> jax.Array | int:
+    """The group that begins with a row."""
     if isinstance(row, int):
-        return index + row // group_size if row else index
+        return row // group_size
     # Not `//`, which is fifteen operations: no row is below zero.
-    return index + lax.div(row, lax.full_like(row, group_size))
+    return lax.div(row, lax.full_like(row, group_size))

@@ -65,6 +65,11 @@ class Rules:
         made: jax.Array = self.load("rows").combine_rows(h, values, index, settings["group_size"], scale)
         return made.astype(settings["out_dtype"])
 
+    def chosen_block(self, *operands: jax.Array, form: Any, group_size: int) -> jax.Array:
+        """Of ``hire_chosen_block``."""
+        made: jax.Array = self.load("block").chosen_block(*operands, form=form, group=group_size)
+        return made.astype(form.jaxpr.outvars[0].aval.dtype)
+
     def da_top_k(self, scores: jax.Array, *, k: int, shards: int, **order: bool) -> tuple[jax.Array, jax.Array]:
         """Of ``da_top_k``; ``ordered`` where a kernel takes that."""
         values, index = self.load("top_k").top_k(scores, k, shards, **order)

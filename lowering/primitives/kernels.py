@@ -30,6 +30,7 @@ __all__ = [
     "backends",
     "bind_step",
     "has_kernels",
+    "is_overridden",
     "lower_kernel",
     "no_built_in",
     "portable_only",
@@ -142,6 +143,11 @@ def register_built_in(
 def no_built_in(platform: str, reason: str, primitive: str | None = None) -> None:
     """Notes why there are no built-in kernels for a platform, or none of one step, for :func:`backends`."""
     _missing[platform if primitive is None else (primitive, platform)] = reason
+
+
+def is_overridden(primitive: str, platform: str) -> bool:
+    """Whether a step has a kernel of a user's: one that is built in, and does more than it, is to stand back."""
+    return (primitive, platform) in _kernels
 
 
 @contextlib.contextmanager

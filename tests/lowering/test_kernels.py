@@ -9,6 +9,7 @@ from jax import export
 from hire_xform.lowering.predict.predictors import pack_predictor, predict_scores
 from hire_xform.lowering.predict.quantized import Quantized
 from hire_xform.lowering.primitives import kernels
+from hire_xform.lowering.primitives.chosen_block import chosen_block, chosen_block_p
 from hire_xform.lowering.primitives.combine_rows import combine_rows, combine_rows_p, combine_stored_rows_p
 from hire_xform.lowering.primitives.da_top_k import da_top_k, da_top_k_p
 from hire_xform.lowering.primitives.kernels import backends, register_kernel
@@ -28,6 +29,12 @@ def stored(rows):
     return StoredRows(values, (scale,), (Operation("mul", jnp.dtype("float32")),), (False,))
 
 
+def block_of(x, rows, index):
+    """One product into the units, and the same rows for their sum."""
+    settings = {"group_size": 1, "dtypes": [x.dtype], "out_dtype": x.dtype}
+    return chosen_block([x], [rows], rows, index, [0, 0], lambda hiddens: jax.nn.relu(hiddens[0]), **settings)
+
+
 STEPS = {
     "hire_scores": (scores_p, lambda x, rows, index: predict_scores(x, pack_predictor(rows, SPEC), SPEC, N)),
     "hire_bounds": (bounds_p, lambda x, rows, index: scores_with_bounds(x, pack_proof(rows, SPEC), SPEC).scores),
@@ -41,6 +48,7 @@ STEPS = {
         combine_stored_rows_p,
         lambda x, rows, index: combine_rows(x[:, :K], stored(rows), index),
     ),
+    "hire_chosen_block": (chosen_block_p, lambda x, rows, index: block_of(x, rows, index)),
     "da_top_k": (da_top_k_p, lambda x, rows, index: da_top_k(x @ rows.T, K)[0]),
 }
 

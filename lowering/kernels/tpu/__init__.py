@@ -18,9 +18,10 @@ from hire_xform.lowering.kernels.rules import Rules
 from hire_xform.lowering.kernels.switch import switched_off
 from hire_xform.lowering.kernels.tpu import shapes
 from hire_xform.lowering.predict.few_bits import fine_scores_p, quantized_scores_p
+from hire_xform.lowering.primitives.chosen_block import chosen_block_p
 from hire_xform.lowering.primitives.combine_rows import combine_rows_p, combine_stored_rows_p
 from hire_xform.lowering.primitives.da_top_k import da_top_k_p
-from hire_xform.lowering.primitives.kernels import ENTRIES, no_built_in, register_built_in
+from hire_xform.lowering.primitives.kernels import ENTRIES, is_overridden, no_built_in, register_built_in
 from hire_xform.lowering.primitives.open_rows import open_rows_p
 from hire_xform.lowering.primitives.select_rows import select_rows_dot_p, select_stored_rows_dot_p
 
@@ -39,6 +40,7 @@ def install() -> str | None:
     for step, rule, serves, takes in (
         (quantized_scores_p, rules.quantized_scores, shapes.scores_served, entries),
         (fine_scores_p, rules.fine_scores, shapes.scores_served, entries),
+        (chosen_block_p, rules.chosen_block, _block_served, nothing),
         (da_top_k_p, rules.da_top_k, shapes.top_k_served, nothing),
         (select_rows_dot_p, rules.select_rows_dot, shapes.rows_served, nothing),
         (combine_rows_p, rules.combine_rows, shapes.rows_served, nothing),
@@ -49,6 +51,11 @@ def install() -> str | None:
         # What Pallas makes for a TPU needs nothing of the process that made it.
         register_built_in(step.name, "tpu", rule, serves, "Pallas", exported=True, takes=takes)
     return None
+
+
+def _block_served(*operands: Any, **settings: Any) -> bool:
+    parts = (select_rows_dot_p, combine_rows_p)
+    return not any(is_overridden(p.name, "tpu") for p in parts) and shapes.block_served(*operands, **settings)
 
 
 def _why_missing() -> str | None:

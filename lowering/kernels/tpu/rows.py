@@ -22,7 +22,7 @@ from hire_xform.lowering.kernels.tpu.placing import in_hbm
 from hire_xform.lowering.kernels.tpu.shapes import AHEAD, MOST_TOKENS, bytes_of_slabs, rows_a_step
 from hire_xform.lowering.kernels.tpu.slabs import PARAMS, Slabs, stream
 
-__all__ = ["combine_rows", "select_rows_dot"]
+__all__ = ["combine_rows", "dot", "select_rows_dot", "summed", "terms"]
 
 
 def select_rows_dot(
@@ -76,14 +76,14 @@ def _select(
     of_columns, of_rows = _scales(scale, rows, index, group)
     x = x if of_columns is None else x.astype(jnp.float32) * of_columns
     x = jnp.abs(x) if magnitudes else x
-    left = _terms(x, rows.dtype)
+    left = terms(x, rows.dtype)
     step_rows = rows_a_step(group)
 
     def use(step: jax.Array, block: jax.Array, left: Any, out: Any) -> None:
         block = jnp.abs(block) if magnitudes else block
-        made = _dot(left[...], block, ((1,), (1,)))
+        made = dot(left[...], block, ((1,), (1,)))
         at = pl.ds(pl.multiple_of(step * step_rows, step_rows), step_rows)
-        out[:, at] = _summed(made, tokens)
+        out[:, at] = summed(made, tokens)
 
     size = -(-wanted // step_rows) * step_rows
     made = _call(use, left, rows, index, group, (tokens, size), "hire_select_rows_dot")[:, :wanted]
@@ -98,11 +98,11 @@ def _combine(h: jax.Array, rows: jax.Array, index: jax.Array, *scale: jax.Array,
     h = h if of_rows is None else h.astype(jnp.float32) * of_rows
     step_rows = rows_a_step(group)
     missing = -given % step_rows
-    left = jnp.pad(_terms(h, rows.dtype), ((0, 0), (0, missing)))
+    left = jnp.pad(terms(h, rows.dtype), ((0, 0), (0, missing)))
 
     def use(step: jax.Array, block: jax.Array, left: Any, out: Any) -> None:
         at = pl.ds(pl.multiple_of(step * step_rows, step_rows), step_rows)
-        out[...] += _summed(_dot(left[:, at], block, ((1,), (0,))), tokens)
+        out[...] += summed(dot(left[:, at], block, ((1,), (0,))), tokens)
 
     made = _call(use, left, rows, index, group, (tokens, rows.shape[1]), "hire_combine_rows")
     return made if of_columns is None else made * of_columns
@@ -126,7 +126,7 @@ def _scales(
     return None, taken.reshape(1, -1).astype(jnp.float32)
 
 
-def _terms(x: jax.Array, dtype: Any) -> jax.Array:
+def terms(x: jax.Array, dtype: Any) -> jax.Array:
     """Tokens as the matrix unit multiplies them with rows of a dtype, without a loss.
 
     Rows of 16 and 8 bits take tokens of 16 bits: those of 32 are the sum of three.
@@ -137,20 +137,22 @@ def _terms(x: jax.Array, dtype: Any) -> jax.Array:
         return x
     parts, rest = [], x.astype(jnp.float32)
     for _ in range(3):
-        # Not a cast there and back, which XLA would drop.
-        part = lax.reduce_precision(rest, 8, 7)
+        # The upper half of its bits, and of a NaN all: not a cast there and back, which XLA would drop.
+        upper = lax.bitcast_convert_type(rest, jnp.uint32) & jnp.uint32(0xFFFF0000)
+        part = jnp.where(rest == rest, lax.bitcast_convert_type(upper, jnp.float32), rest)
         parts.append(part.astype(jnp.bfloat16))
-        rest = jnp.where(jnp.isfinite(part), rest - part, 0.0)
+        rest = jnp.where(jnp.abs(part) < jnp.inf, rest - part, 0.0)
     return jnp.concatenate(parts)
 
 
-def _summed(made: jax.Array, tokens: int) -> jax.Array:
+def summed(made: jax.Array, tokens: int) -> jax.Array:
     """The products of tokens, from those of their terms: the small ones first."""
     parts = [made[i : i + tokens] for i in range(0, made.shape[0], tokens)]
     return functools.reduce(lax.add, reversed(parts))
 
 
-def _dot(a: jax.Array, b: jax.Array, contracted: tuple[tuple[int], tuple[int]]) -> jax.Array:
+def dot(a: jax.Array, b: jax.Array, contracted: tuple[tuple[int], tuple[int]]) -> jax.Array:
+    """A product of terms of tokens and rows, f32."""
     precision = lax.Precision.HIGHEST if b.dtype == jnp.float32 else lax.Precision.DEFAULT
     return lax.dot_general(a, b, (contracted, ((), ())), precision=precision, preferred_element_type=jnp.float32)
 

@@ -6,11 +6,13 @@ import math
 from typing import Any
 
 import jax.numpy as jnp
+from jax.extend.core import primitives
 
 __all__ = [
     "AHEAD",
     "LANES",
     "MOST_TOKENS",
+    "block_served",
     "bytes_of_slabs",
     "open_rows_served",
     "rows_a_step",
@@ -31,6 +33,30 @@ VMEM = 12 * 2**20
 # Chosen slabs, whose numbers are kept in scalar memory.
 _MOST_SLABS = 8192
 _FLOATS = frozenset({jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16)})
+# What a kernel may do between products and sums, on which values, and calls of it.
+_POINTWISE = frozenset(
+    getattr(primitives, f"{name}_p")
+    for name in (
+        *(
+            "abs",
+            "add",
+            "broadcast_in_dim",
+            "convert_element_type",
+            "div",
+            "eq",
+            "exp",
+            "ge",
+            "gt",
+            "integer_pow",
+            "le",
+            "logistic",
+            "lt",
+        ),
+        *("max", "min", "mul", "ne", "neg", "select_n", "sqrt", "square", "sub", "tanh"),
+    )
+)
+_CALLS = frozenset(p for name in ("custom_jvp_call", "jit") if (p := getattr(primitives, f"{name}_p", None)))
+_HELD = _FLOATS | {jnp.dtype(bool), jnp.dtype(jnp.int32)}
 
 
 def rows_a_step(group: int) -> int:
@@ -78,6 +104,42 @@ def _slabs_served(x: Any, rows: Any, index: Any, group: int) -> bool:
     tiles = d % LANES == 0 and n % (32 // dtype.itemsize) == 0
     slabs = group == 1 or (group * dtype.itemsize) % 4 == 0
     return tiles and slabs and rows_bytes_held(x.shape[0], index.shape[-1], group, d, dtype) <= VMEM
+
+
+def block_served(index: Any, *arrays: Any, form: Any, group_size: int) -> bool:
+    """Whether the chosen units of a block are one kernel's: matrices of one width, and what may stand between them."""
+    ups = form.ups
+    (x, *others), rows = arrays[:ups], arrays[ups : 2 * ups + 1]
+    if index.ndim != 1 or len({(each.shape[1], jnp.dtype(each.dtype)) for each in rows}) > 1:
+        return False
+    if any(each.shape[0] != x.shape[0] for each in others):
+        return False
+    if not all(rows_served(*own, index, group_size=group_size) for own in zip((x, *others), rows, strict=False)):
+        return False
+    d, dtype, tokens = rows[0].shape[1], jnp.dtype(rows[0].dtype), x.shape[0]
+    if not rows_served(x, rows[-1], index, group_size=group_size):
+        return False
+    wanted = index.shape[0] * group_size
+    held = rows_bytes_held(tokens, index.shape[0], group_size, d, dtype)
+    beside = 4 * max(8, tokens) * wanted * (ups + len(form.beside))
+    return _pointwise(form, (tokens, wanted)) and held + beside <= VMEM
+
+
+def _pointwise(form: Any, shape: tuple[int, int]) -> bool:
+    """Whether what stands between products and sums is made of entries of one shape, in steps that a TPU has."""
+    if len(form.products) != form.ups or len(form.sums) != 1 or form.sums[0].outvars != form.jaxpr.outvars:
+        return False
+    return all(_is_pointwise(eqn, shape) for eqn in form.between)
+
+
+def _is_pointwise(eqn: Any, shape: tuple[int, int]) -> bool:
+    own = [v.aval for v in (*eqn.invars, *eqn.outvars)]
+    if not all(a.shape in ((), (1, shape[1]), shape) and jnp.dtype(a.dtype) in _HELD for a in own):
+        return False
+    if eqn.primitive in _CALLS:
+        inner = next(eqn.params[name] for name in ("call_jaxpr", "jaxpr") if name in eqn.params)
+        return not inner.consts and all(_is_pointwise(each, shape) for each in inner.jaxpr.eqns)
+    return eqn.primitive in _POINTWISE
 
 
 def rows_bytes_held(tokens: int, count: int, group: int, d: int, dtype: Any) -> int:

@@ -89,9 +89,12 @@ class Slabs:
         """Waits for all slabs of a step at once."""
 
         def came(slabs: int) -> None:
-            # What is waited for is so many bytes, whichever copies they are of.
-            here = held.at[slot, pl.ds(0, slabs * self.words)]
-            pltpu.make_async_copy(here, here, sent.at[slot]).wait()
+            words = slabs * self.words
+            # What is waited for is so many bytes, whichever copies they are of: whole tiles, and parts of one.
+            for part in (words - words % 8, words & 4, words & 2, words & 1):
+                if part:
+                    here = held.at[slot, pl.ds(0, part)]
+                    pltpu.make_async_copy(here, here, sent.at[slot]).wait()
 
         full, tail = divmod(self.count, self.a_step)
         if not tail:

@@ -1,6 +1,8 @@
 """The TPU's kernels give what the portable forms do, run by Pallas' interpreters on the CPU."""
 
+import contextlib
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -10,11 +12,13 @@ from jax.experimental.pallas import tpu as pltpu
 
 import hire_xform as hx
 from hire_xform.lowering.kernels import tpu
-from hire_xform.lowering.kernels.tpu import numbering, placing, rows, scores, shapes, top_k
+from hire_xform.lowering.kernels.tpu import block, numbering, placing, rows, scores, shapes, top_k
 from hire_xform.lowering.kernels.tpu.open_rows import open_rows
 from hire_xform.lowering.predict.few_bits import entries, fine_scores, pack_nibbles, quantize, quantized_scores
+from hire_xform.lowering.primitives.chosen_block import chosen_block
 from hire_xform.lowering.primitives.combine_rows import combine_rows
 from hire_xform.lowering.primitives.da_top_k import da_top_k
+from hire_xform.lowering.primitives.kernels import _built_in as built_in
 from hire_xform.lowering.primitives.kernels import backends, register_kernel
 from hire_xform.lowering.primitives.open_rows import open_rows as portable_open_rows
 from hire_xform.lowering.primitives.select_rows import select_rows_dot
@@ -33,11 +37,36 @@ PLAIN = True
 @pytest.fixture(autouse=True)
 def _alone(portable_forms, monkeypatch):
     # Nor where an operand is to lie.
-    for module in (rows, scores):
+    for module in (rows, scores, block):
         assert module.in_hbm is placing.in_hbm
         monkeypatch.setattr(module, "in_hbm", lambda matrix: matrix)
     yield
     jax.clear_caches()
+
+
+@pytest.fixture
+def as_cpu():
+    """Puts the TPU's kernels in place of the CPU's, interpreted: those of some steps, or all."""
+    removed, stack = [], contextlib.ExitStack()
+    tpu.install.__wrapped__()
+    own = {step: kernel for (step, platform), kernel in built_in.items() if platform == "tpu"}
+
+    def put(*steps):
+        asked = types.SimpleNamespace(served=[])
+        for step in steps or own:
+
+            def serves(*structs, kernel=own[step], **settings):
+                asked.served.append(kernel.serves(*structs, **settings))
+                return asked.served[-1]
+
+            removed.append(register_kernel(step, "cpu", own[step].rule, serves))
+        stack.enter_context(pltpu.force_tpu_interpret_mode(PLAIN))
+        return asked
+
+    with stack:
+        yield put
+    for remove in removed:
+        remove()
 
 
 def normal(seed, *shape, dtype=F32):
@@ -107,6 +136,61 @@ def test_chosen_rows_of_int8(given, tokens, group, scales):
     got = interpreted(PLAIN, lambda *a: rows.combine_rows(*a[:3], group, a[3]), h, values, index, *stored.others)
     want = combine_rows(h, stored, index, group_size=group, preferred_element_type=F32)
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-3)
+
+
+# A gate; a tail of a step, single rows of 16 bits, in a stack; slabs of two rows, three terms of a factor; single rows.
+BLOCKS = [
+    (F32, F32, 1, 2, 8, 5, False),
+    (BF16, BF16, 1, 2, 1, 137, True),
+    (BF16, F32, 3, 1, 2, 6, False),
+    (F32, F32, 2, 1, 1, 131, True),
+]
+
+
+@pytest.mark.parametrize(("dtype", "given", "tokens", "ups", "group", "count", "stacked"), BLOCKS)
+def test_a_block_is_one_kernel(as_cpu, dtype, given, tokens, ups, group, count, stacked):
+    n, d = 64 * max(group, 4), 128
+    matrices = [normal(i, 2 * n if stacked else n, d, dtype=dtype) / 8 for i in range(ups + 1)]
+    x, index, bias = normal(5, tokens, d, dtype=given), chosen(count, n // group), normal(6, count * group, dtype=given)
+
+    def run(x, index, first):
+        def activation(hiddens):
+            return functools.reduce(jnp.multiply, [jax.nn.relu(hiddens[0] + bias), *hiddens[1:]])
+
+        starts = [first if stacked else 0] * (ups + 1)
+        settings = {"group_size": group, "dtypes": [given] * ups, "out_dtype": F32}
+        return chosen_block([x] * ups, matrices[:-1], matrices[-1], index, starts, activation, **settings)
+
+    first = jnp.int32(n // group)
+    want = jax.jit(run)(x, index, first)
+    kernels = as_cpu("hire_chosen_block")
+    program = jax.jit(run).lower(x, index, first)
+    assert kernels.served == [True]
+    tolerance = {"rtol": 2e-2, "atol": 2e-2} if given == BF16 else {"rtol": 1e-5, "atol": 1e-4}
+    np.testing.assert_allclose(program.compile()(x, index, first), want, **tolerance)
+    batched = jax.vmap(run, (0, None, None))(jnp.stack([x, x]), index, first)
+    np.testing.assert_allclose(batched[1], want, **tolerance)
+
+
+def test_a_user_s_kernel_for_a_part_of_a_block_is_asked(as_cpu):
+    index, x, matrix = chosen(4, 8), normal(0, 1, 128), normal(1, 64, 128)
+
+    def run(x):
+        return chosen_block(
+            [x], [matrix], matrix, index, [0, 0], lambda h: h[0], group_size=8, dtypes=[F32], out_dtype=F32
+        )
+
+    kernels = as_cpu("hire_chosen_block")
+    remove = register_kernel(
+        "hire_combine_rows", "tpu", lambda h, rows, index, **settings: 0.0 * h @ rows[: h.shape[1]]
+    )
+    try:
+        jax.jit(run).lower(x)
+    finally:
+        remove()
+    jax.clear_caches()
+    jax.jit(run).lower(x)
+    assert kernels.served == [False, True]
 
 
 def test_magnitudes_own_choices_and_many_tokens():
@@ -249,6 +333,7 @@ def test_they_are_registered_for_tpus_alone_and_pallas_is_not_asked_for_at_once(
         "hire_combine_rows",
         "hire_select_stored_rows_dot",
         "hire_combine_stored_rows",
+        "hire_chosen_block",
         "hire_open_rows",
     }
     assert {p["cuda"].split(":")[0] for p in named.values()} == {"portable"}
@@ -265,22 +350,9 @@ def test_without_pallas_there_are_none_and_it_is_said_why(monkeypatch):
     assert tpu.install.__wrapped__() == "HIRE_KERNELS is off"
 
 
-@pytest.fixture
-def on_cpu():
-    """The TPU's kernels in place of the CPU's, interpreted."""
-    tpu.install.__wrapped__()
-    from hire_xform.lowering.primitives import kernels
-
-    own = {step: kernel for (step, platform), kernel in kernels._built_in.items() if platform == "tpu"}
-    removed = [register_kernel(step, "cpu", kernel.rule, kernel.serves) for step, kernel in own.items()]
-    with pltpu.force_tpu_interpret_mode(PLAIN):
-        yield
-    for remove in removed:
-        remove()
-
-
-def test_everything_selected_equals_dense(on_cpu):
+def test_everything_selected_equals_dense(as_cpu):
     """A block and a head of a whole program, at full width: with these kernels, and as many as are served."""
+    as_cpu()
     d, m, vocab = 128, 256, 384
     weights = {
         "up": normal(0, d, m, dtype=BF16) / 8,
