@@ -14,6 +14,7 @@ import hire_xform as hx
 from hire_xform.lowering.kernels import tpu
 from hire_xform.lowering.kernels.tpu import block, numbering, placing, rows, scores, shapes, top_k
 from hire_xform.lowering.kernels.tpu.open_rows import open_rows
+from hire_xform.lowering.kernels.tpu.slabs import Slabs
 from hire_xform.lowering.predict.few_bits import entries, fine_scores, pack_nibbles, quantize, quantized_scores
 from hire_xform.lowering.primitives.chosen_block import chosen_block
 from hire_xform.lowering.primitives.combine_rows import combine_rows
@@ -191,6 +192,21 @@ def test_a_user_s_kernel_for_a_part_of_a_block_is_asked(as_cpu):
     jax.clear_caches()
     jax.jit(run).lower(x)
     assert kernels.served == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("slabs", "words", "steps", "single"),
+    [
+        (Slabs(65, 8, 128, BF16), 4, 5, False),
+        (Slabs(128, 1, 128, BF16), 1, 1, True),
+        (Slabs(3, 8, 128, jnp.int8), 2, 1, False),
+        (Slabs(129, 1, 128, F32), 1, 2, False),
+    ],
+)
+def test_slabs_are_whole_words_and_steps_128_rows(slabs, words, steps, single):
+    assert (slabs.words, slabs.steps, slabs.single) == (words, steps, single)
+    assert slabs.held().shape == (shapes.AHEAD, slabs.a_step * words, 128)
+    assert shapes.bytes_of_slabs(slabs.count, slabs.group, 128, slabs.dtype) == slabs.count * words * 4 * 128
 
 
 def test_magnitudes_own_choices_and_many_tokens():
