@@ -35,6 +35,7 @@ import hire_xform as hx
 from hire_xform.dump.hlo import Counts, counts
 from hire_xform.dump.targets import Target
 from hire_xform.lowering.kernels.tpu import rows, scores, shapes, top_k
+from hire_xform.lowering.primitives.chosen_block import chosen_block
 
 BF16, F32, INT8, UINT8, INT32 = jnp.bfloat16, jnp.float32, jnp.int8, jnp.uint8, jnp.int32
 # Of a chip: bytes a second that its memory is said to read, and what XLA gives a kernel of its VMEM unless asked.
@@ -90,6 +91,7 @@ def kernels() -> Iterator[Kernel]:
         (M, M // 128, 8, BF16),
         (M, M // 64, 8, BF16),
         (M, M // 256, 16, BF16),
+        (M, M // 128, 8, INT8),
         (VOCAB, 256, 1, BF16),
         (VOCAB, 256, 1, F32),
     ):
@@ -98,21 +100,50 @@ def kernels() -> Iterator[Kernel]:
         least = count * group * D * size + 4 * count
         what = f"{count} {'rows' if group == 1 else f'groups of {group} rows'} of {n} x {D}, {jnp.dtype(dtype).name}"
         matrix, index = ((n, D), dtype), ((count,), INT32)
+        given, scale = (BF16, [((1, D), F32)]) if dtype == INT8 else (dtype, [])
         yield Kernel(
             f"products, {what}",
-            partial(rows.select_rows_dot, group=group, magnitudes=False),
-            (((1, D), dtype), matrix, index),
+            partial(products_with, group=group),
+            (((1, D), given), matrix, index, *scale),
             least + size * D + 4 * count * group,
             (count, moved // count),
         )
         if group > 1:
             yield Kernel(
                 f"sums, {what}",
-                partial(rows.combine_rows, group=group),
-                (((1, count * group), dtype), matrix, index),
+                partial(sums_of, group=group),
+                (((1, count * group), given), matrix, index, *scale),
                 least + size * count * group + 4 * D,
                 (count, moved // count),
             )
+            if group == 8 and dtype == BF16:
+                yield Kernel(
+                    f"products, activation, sums, {what}",
+                    partial(gated, group=group),
+                    (((1, D), dtype), *[matrix] * 3, index),
+                    3 * count * group * D * size + 4 * count + (size + 4) * D,
+                    (3 * count, moved // count),
+                )
+
+
+def products_with(x: jax.Array, matrix: jax.Array, index: jax.Array, *scale: jax.Array, group: int) -> jax.Array:
+    """Products with chosen rows, maybe times a scale of each column."""
+    return rows.select_rows_dot(x, matrix, index, group, False, *scale)
+
+
+def sums_of(h: jax.Array, matrix: jax.Array, index: jax.Array, *scale: jax.Array, group: int) -> jax.Array:
+    """Sums of them."""
+    return rows.combine_rows(h, matrix, index, group, *scale)
+
+
+def gated(x: jax.Array, gate: jax.Array, up: jax.Array, down: jax.Array, index: jax.Array, group: int) -> jax.Array:
+    """The chosen units of a block of the model."""
+
+    def activation(hiddens: list[jax.Array]) -> jax.Array:
+        return jax.nn.relu(hiddens[0]) * hiddens[1]
+
+    settings: dict[str, Any] = {"group_size": group, "dtypes": [x.dtype] * 2, "out_dtype": F32}
+    return chosen_block([x, x], [gate, up], down, index, [0, 0, 0], activation, **settings)
 
 
 _COPY = re.compile(r"= dma\.(?:hbm_to_vmem|general) .*?/\*size_in_granules=\*/%?(\w+)")
@@ -170,8 +201,12 @@ def assert_compiled_for_a_tpu(program: Any) -> None:
     assert kinds == {"tpu"}, kinds
 
 
-def weights(stacked: bool) -> dict[str, Any]:
-    """Shapes of the model's, in bf16, layers stacked or a list of them; the head is the embedding."""
+def weights(stacked: bool, int8: bool = False) -> dict[str, Any]:
+    """Shapes of the model's, in bf16, layers stacked or a list of them; the head is the embedding.
+
+    With ``int8`` matrices are int8, with a scale of each unit, and so is a head of its own, with one of each row. Of an
+    int8 embedding XLA copies all to look up one row.
+    """
 
     def layer(*stack: int) -> dict[str, Any]:
         shapes = {
@@ -185,11 +220,23 @@ def weights(stacked: bool) -> dict[str, Any]:
             "attention_norm": (D,),
             "ffn_norm": (D,),
         }
-        return {name: jax.ShapeDtypeStruct((*stack, *shape), BF16) for name, shape in shapes.items()}
+        return {name: kept((*stack, *shape), -2) for name, shape in shapes.items()}
+
+    def kept(shape: tuple[int, ...], axis: int) -> Any:
+        if not int8 or min(shape[-2:]) <= LAYERS or len(shape) == 1:
+            return jax.ShapeDtypeStruct(shape, BF16)
+        scale = tuple(1 if i == len(shape) + axis else n for i, n in enumerate(shape))
+        return jax.ShapeDtypeStruct(shape, INT8), jax.ShapeDtypeStruct(scale, BF16)
 
     layers = layer(LAYERS) if stacked else [layer() for _ in range(LAYERS)]
     of = jax.ShapeDtypeStruct
-    return {"layers": layers, "embedding": of((VOCAB, D), BF16), "norm": of((D,), BF16)}
+    head = {"head": kept((VOCAB, D), -1)} if int8 else {}
+    return {"layers": layers, "embedding": of((VOCAB, D), BF16), "norm": of((D,), BF16), **head}
+
+
+def matrix(kept: Any) -> jax.Array:
+    """A matrix as it is multiplied with."""
+    return kept[0].astype(BF16) * kept[1] if isinstance(kept, tuple) else kept
 
 
 def norm(x: jax.Array, scale: jax.Array) -> jax.Array:
@@ -210,9 +257,9 @@ def decode_step(w: dict[str, Any], cache: tuple[Any, Any], token: jax.Array, pos
     """The next token of one sequence, and the cache with this one in it."""
 
     def attention(x: jax.Array, layer: dict[str, Any], number: jax.Array, keys: jax.Array, values: jax.Array) -> Any:
-        q = rotated((x @ layer["q"]).reshape(KV_HEADS, HEADS // KV_HEADS, WIDTH), position)
-        k = rotated((x @ layer["k"]).reshape(1, KV_HEADS, WIDTH), position)
-        v = (x @ layer["v"]).reshape(1, KV_HEADS, WIDTH)
+        q = rotated((x @ matrix(layer["q"])).reshape(KV_HEADS, HEADS // KV_HEADS, WIDTH), position)
+        k = rotated((x @ matrix(layer["k"])).reshape(1, KV_HEADS, WIDTH), position)
+        v = (x @ matrix(layer["v"])).reshape(1, KV_HEADS, WIDTH)
         # In place: all layers' keys and values are carried.
         keys = lax.dynamic_update_slice(keys, k[None], (number, position, 0, 0))
         values = lax.dynamic_update_slice(values, v[None], (number, position, 0, 0))
@@ -220,14 +267,15 @@ def decode_step(w: dict[str, Any], cache: tuple[Any, Any], token: jax.Array, pos
         logits = jnp.einsum("hgw,thw->hgt", q, own, preferred_element_type=F32) * WIDTH**-0.5
         logits = jnp.where(jnp.arange(CONTEXT) <= position, logits, -jnp.inf)
         mixed = jnp.einsum("hgt,thw->hgw", jax.nn.softmax(logits).astype(BF16), mixed)
-        return mixed.reshape(1, -1) @ layer["o"], keys, values
+        return mixed.reshape(1, -1) @ matrix(layer["o"]), keys, values
 
     def one(carry: Any, inputs: Any) -> Any:
         (x, keys, values), (layer, number) = carry, inputs
         mixed, keys, values = attention(norm(x, layer["attention_norm"]), layer, number, keys, values)
         x = x + mixed
         inner = norm(x, layer["ffn_norm"])
-        x = x + (jax.nn.relu(inner @ layer["gate"]) * (inner @ layer["up"])) @ layer["down"]
+        gate, up, down = (matrix(layer[name]) for name in ("gate", "up", "down"))
+        x = x + (jax.nn.relu(inner @ gate) * (inner @ up)) @ down
         return (x, keys, values), None
 
     carry: Any = w["embedding"][token], *cache
@@ -237,13 +285,13 @@ def decode_step(w: dict[str, Any], cache: tuple[Any, Any], token: jax.Array, pos
     else:
         carry, _ = lax.scan(one, carry, (w["layers"], jnp.arange(LAYERS)))
     x, *kept = carry
-    return jnp.argmax(norm(x, w["norm"]) @ w["embedding"].T, axis=-1), tuple(kept)
+    return jnp.argmax(norm(x, w["norm"]) @ matrix(w.get("head", w["embedding"])).T, axis=-1), tuple(kept)
 
 
-def operands(stacked: bool) -> tuple[Any, ...]:
+def operands(stacked: bool, int8: bool) -> tuple[Any, ...]:
     """Shapes of a step's operands."""
     kept = jax.ShapeDtypeStruct((LAYERS, CONTEXT, KV_HEADS, WIDTH), BF16)
-    return weights(stacked), (kept, kept), jax.ShapeDtypeStruct((1,), INT32), jax.ShapeDtypeStruct((), INT32)
+    return weights(stacked, int8), (kept, kept), jax.ShapeDtypeStruct((1,), INT32), jax.ShapeDtypeStruct((), INT32)
 
 
 # Of each matrix, stacked, the axis that is split over chips: as Megatron has it, and the vocabulary.
@@ -266,9 +314,11 @@ def on_four(chip: str, shapes: Any) -> Any:
     return jax.tree_util.tree_map_with_path(place, shapes)
 
 
-def compiled(chip: str, active: float | None, rank: float, stacked: bool, four: bool = False) -> tuple[Counts, Any]:
+def compiled(
+    chip: str, active: float | None, rank: float, stacked: bool, four: bool = False, int8: bool = False
+) -> tuple[Counts, Any]:
     """What a step does, dense or with so many units and predictors of such a rank."""
-    shapes, step = operands(stacked), jax.jit(decode_step, donate_argnums=1)
+    shapes, step = operands(stacked, int8), jax.jit(decode_step, donate_argnums=1)
     placed = on_four(chip, shapes) if four else Target("tpu", chip).placed(shapes)
     if active is None:
         program = step.trace(*placed).lower().compile()
@@ -299,22 +349,23 @@ def modelled(own: Counts, rate: float) -> tuple[float, float]:
 def print_steps(chip: str) -> None:
     """A table of the whole step, dense and sparse, with layers one after the other and in a loop."""
     rate, _ = CHIPS[chip]
-    for what, stacked, four in (
-        ("Layers one after the other", False, False),
-        ("Layers in a loop over stacked weights", True, False),
-        ("The same on four chips, figures of each of them", True, True),
+    for what, stacked, four, int8 in (
+        ("Layers one after the other", False, False, False),
+        ("Layers in a loop over stacked weights", True, False, False),
+        ("The same of weights in int8", True, False, True),
+        ("In bf16 on four chips, figures of each of them", True, True, False),
     ):
         print(f"\n{what}:\n")
         print(
             "| step | MB moved | kernels | other steps | bytes, dense/this | us of bytes | us with steps | dense/this |"
         )
         print("| --- | --- | --- | --- | --- | --- | --- | --- |")
-        dense, program = compiled(chip, None, 0.0, stacked, four)
-        forms, sent = [("dense, bf16", dense)], [collectives(program)]
+        dense, program = compiled(chip, None, 0.0, stacked, four, int8)
+        forms, sent = [(f"dense, {'int8' if int8 else 'bf16'}", dense)], [collectives(program)]
         for rank in (0.25, 0.125):
             for active in (0.125, 0.0625):
                 name = f"d/{round(1 / rank)} in 8 bits, {100 * active:.4g} % of units"
-                own, program = compiled(chip, active, rank, stacked, four)
+                own, program = compiled(chip, active, rank, stacked, four, int8)
                 forms.append((name, own))
                 sent.append(collectives(program))
         for name, own in forms:

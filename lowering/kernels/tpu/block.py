@@ -131,7 +131,7 @@ def _together(
     beside = [value if value.ndim else jnp.broadcast_to(value, (tokens, wanted)) for value in others]
     # XLA makes one of those that are equal, as where layers are stacked.
     at = [index + start for start in starts] or [index]
-    odds = [slabs.odd(i) for i in at] if slabs.single else []
+    picks = [slabs.which(i) for i in at] if slabs.single else []
     narrow = slabs.narrow and form.sums[0].invars[0].aval.dtype == jnp.bfloat16
     factors = (1 if narrow or not slabs.narrow else 3) * tokens
 
@@ -139,10 +139,10 @@ def _together(
         numbers, refs = refs[: len(at)], refs[len(at) :]
         given, (out, held, sent, hidden, factor) = refs[:-5], refs[-5:]
         left, more, sources = given[: len(lefts)], given[len(lefts) : -ups - 1], given[-ups - 1 :]
-        odd, more = more[: len(odds)], more[len(odds) :]
+        which, more = more[: len(picks)], more[len(picks) :]
 
         def block(number: int, step: Any, slot: Any) -> jax.Array:
-            return slabs.block(held, odd[number if starts else 0] if odds else None, step, slot)
+            return slabs.block(held, which[number if starts else 0] if picks else None, step, slot)
 
         def product(number: int, step: Any, slot: Any) -> None:
             made = dot(left[of_up[number]][...], block(number, step, slot), ((1,), (1,)))
@@ -166,14 +166,14 @@ def _together(
 
     whole = pl.BlockSpec(memory_space=pltpu.VMEM)
     moved = (ups + 1) * bytes_of_slabs(slabs.count, group, slabs.d, slabs.dtype)
-    small = sum(a.nbytes for a in (*lefts, *odds, *beside, *at))
+    small = sum(a.nbytes for a in (*lefts, *picks, *beside, *at))
     return pl.pallas_call(
         kernel,
         name="hire_chosen_block",
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(at),
             grid=(),
-            in_specs=[whole] * len((*lefts, *odds, *beside)) + [pl.BlockSpec(memory_space=pltpu.HBM)] * (ups + 1),
+            in_specs=[whole] * len((*lefts, *picks, *beside)) + [pl.BlockSpec(memory_space=pltpu.HBM)] * (ups + 1),
             out_specs=whole,
             scratch_shapes=[
                 slabs.held(),
@@ -189,4 +189,4 @@ def _together(
             bytes_accessed=moved + small + 4 * tokens * d_out,
             transcendentals=0,
         ),
-    )(*at, *lefts, *odds, *beside, *(in_hbm(matrix) for matrix in rows))
+    )(*at, *lefts, *picks, *beside, *(in_hbm(matrix) for matrix in rows))

@@ -30,7 +30,8 @@ def select_rows_dot(
 ) -> jax.Array:
     """As ``select_rows_dot`` of ``lowering/primitives``, f32 ``[T, K * group]``.
 
-    With a ``scale`` the rows are int8 times that: of each row, ``[n / r, 1]``, or of each column, ``[1, d]``.
+      With a ``scale`` the rows are int8 times that: of each row, ``[n / r, 1]``, or of each column, ``[n / r, d]``, of
+    which all that are chosen then have one row.
     """
     given = () if scale is None else (scale,)
 
@@ -115,9 +116,15 @@ def _scales(
     if not scale:
         return None, None
     (own,) = scale
-    if own.shape == (1, rows.shape[1]):
-        return own.astype(jnp.float32), None
     together = rows.shape[0] // own.shape[0]
+    if own.shape[1] > 1:
+        # All rows that are chosen have the same one.
+        one = (
+            own
+            if own.shape[0] == 1
+            else own.at[lax.div(index[:1] * group, jnp.int32(together))].get(mode="promise_in_bounds")
+        )
+        return one.astype(jnp.float32), None
     if group % together == 0:
         taken = own.reshape(-1, group // together).at[index].get(mode="promise_in_bounds")
     else:
@@ -169,14 +176,16 @@ def _call(
     """A kernel that has ``use(step, block, left, out)`` called with the chosen rows, ``rows_a_step`` at a time."""
     slabs = Slabs(index.shape[0], group, rows.shape[1], rows.dtype)
 
-    def kernel(index_ref: Any, odd_ref: Any, left_ref: Any, rows_ref: Any, out_ref: Any, held: Any, sent: Any) -> None:
+    def kernel(
+        index_ref: Any, which_ref: Any, left_ref: Any, rows_ref: Any, out_ref: Any, held: Any, sent: Any
+    ) -> None:
         def one(step: Any, slot: Any) -> None:
-            use(step, slabs.block(held, odd_ref, step, slot), left_ref, out_ref)
+            use(step, slabs.block(held, which_ref, step, slot), left_ref, out_ref)
 
         out_ref[...] = jnp.zeros_like(out_ref)
         stream(slabs, [rows_ref], [index_ref], held, sent, [one])
 
-    odd = slabs.odd(index)
+    which = slabs.which(index)
     whole = pl.BlockSpec(memory_space=pltpu.VMEM)
     moved = bytes_of_slabs(slabs.count, group, slabs.d, rows.dtype)
     return pl.pallas_call(
@@ -193,7 +202,7 @@ def _call(
         out_shape=result(out_shape, jnp.float32),
         cost_estimate=pl.CostEstimate(
             flops=2 * left.shape[0] * slabs.count * group * slabs.d,
-            bytes_accessed=moved + left.nbytes + odd.nbytes + index.nbytes + 4 * math.prod(out_shape),
+            bytes_accessed=moved + left.nbytes + which.nbytes + index.nbytes + 4 * math.prod(out_shape),
             transcendentals=0,
         ),
-    )(index, odd, left, in_hbm(rows))
+    )(index, which, left, in_hbm(rows))

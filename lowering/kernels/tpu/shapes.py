@@ -77,22 +77,23 @@ def rows_served(x: Any, rows: Any, index: Any, *, group_size: int, **settings: A
 
 
 def stored_rows_served(
-    x: Any, index: Any, values: Any, *others: Any, operations: Any, group_size: int, **settings: Any
+    x: Any, index: Any, values: Any, *others: Any, operations: Any, shared: Any, group_size: int, **settings: Any
 ) -> bool:
-    """Rows of int8 times one scale of each row or of each column, in slabs of whole words.
+    """Rows of int8 times one scale of each row or of each column, in slabs of whole words, or single ones.
 
-    A single row of int8 would come with three others. The scale is multiplied in f32. Where a program multiplies in 16
-    bits, XLA may leave out that rounding as well, and no site is certified.
+    The scale is multiplied in f32. Where a program multiplies in 16 bits, XLA may leave out that rounding as well, and
+    no site is certified.
     """
-    if jnp.dtype(values.dtype) != jnp.int8 or len(others) != 1 or others[0].ndim != 2 or group_size % 4:
+    if jnp.dtype(values.dtype) != jnp.int8 or len(others) != 1 or others[0].ndim != 2:
         return False
     *before, last = operations
     exact = all(each.name == "convert" and jnp.dtype(each.dtype) in _FLOATS for each in before)
     exact = exact and last.name == "mul" and jnp.dtype(last.dtype) in _FLOATS
     (n, d), (high, wide) = values.shape, others[0].shape
     together = n // high
-    alike = (high, wide) == (1, d) or (wide == 1 and (group_size % together == 0 or together % group_size == 0))
-    return exact and alike and _slabs_served(x, values, index, group_size)
+    of_columns = wide == d and (high == 1 or (shared[0] and index.ndim == 1))
+    of_rows = wide == 1 and (group_size % together == 0 or together % group_size == 0)
+    return exact and (of_columns or of_rows) and _slabs_served(x, values, index, group_size)
 
 
 def _slabs_served(x: Any, rows: Any, index: Any, group: int) -> bool:

@@ -1,7 +1,8 @@
 """Chosen slabs of rows, copied from HBM to VMEM some steps before they are used: what all kernels of rows are made of.
 
 The rows stay where they lie. Words of 32 bits hold two neighbouring rows of 16 bits, or four of 8, one below the other,
-which is how a TPU stores them: a slab of whole words is read exactly, a single row of 16 bits with its neighbour.
+which is how a TPU stores them: a slab of whole words is read exactly, a single row of 16 bits with
+its neighbour, and one of 8 bits with three others.
 """
 
 from __future__ import annotations
@@ -44,8 +45,13 @@ class Slabs:
 
     @property
     def single(self) -> bool:
-        """Whether half of each word that is read is of another row."""
+        """Whether each word that is read is of other rows besides."""
         return self.narrow and self.group == 1
+
+    @property
+    def a_word(self) -> int:
+        """Rows that share their words."""
+        return 4 // jnp.dtype(self.dtype).itemsize
 
     @property
     def words(self) -> int:
@@ -72,7 +78,7 @@ class Slabs:
 
         def send(slab: Any) -> None:
             at = index[step * self.a_step + slab]
-            at = at >> 1 if self.single else pl.multiple_of(at * self.words, self.words)
+            at = at >> (self.a_word // 2) if self.single else pl.multiple_of(at * self.words, self.words)
             to = held.at[slot, pl.ds(pl.multiple_of(slab * self.words, self.words), self.words)]
             pltpu.make_async_copy(source.at[pl.ds(at, self.words)], to, sent.at[slot]).start()
 
@@ -105,7 +111,7 @@ class Slabs:
             pl.when(step < full)(functools.partial(came, self.a_step))
             pl.when(step == full)(functools.partial(came, tail))
 
-    def block(self, held: Any, odd: Any, step: Any, slot: Any) -> jax.Array:
+    def block(self, held: Any, which: Any, step: Any, slot: Any) -> jax.Array:
         """The rows of a step, of which all have come: of 8 bits as bfloat16, which holds them."""
         taken = held[slot]
         if self.count % self.a_step:
@@ -113,18 +119,19 @@ class Slabs:
             came = lax.broadcasted_iota(jnp.int32, taken.shape, 0) < (self.count - step * self.a_step) * self.words
             taken = jnp.where(came, taken, jnp.zeros_like(taken))
         if self.single:
-            return _halves(taken, odd[:, pl.ds(pl.multiple_of(step * self.a_step, self.a_step), self.a_step)])
+            at = pl.ds(pl.multiple_of(step * self.a_step, self.a_step), self.a_step)
+            return _picked(taken, which[:, at], self.a_word)
         rows = pltpu.bitcast(taken, self.dtype) if self.narrow else taken
         return rows.astype(jnp.float32).astype(jnp.bfloat16) if rows.dtype == jnp.int8 else rows
 
-    def odd(self, index: jax.Array) -> jax.Array:
-        """Of two rows that share their words, whether the second one is meant, int32 ``[1, steps * a_step]``.
+    def which(self, index: jax.Array) -> jax.Array:
+        """Of rows that share their words, which one is meant, int32 ``[1, steps * a_step]``.
 
         One number where slabs are read as they are.
         """
         if not self.single:
             return jnp.zeros((1, 1), jnp.int32)
-        return jnp.pad(index & 1, (0, -self.count % self.a_step))[None]
+        return jnp.pad(index & (self.a_word - 1), (0, -self.count % self.a_step))[None]
 
 
 def _each(count: int, act: Callable[[Any], None]) -> None:
@@ -141,12 +148,15 @@ def _each(count: int, act: Callable[[Any], None]) -> None:
         act(i)
 
 
-def _halves(words: jax.Array, odd: jax.Array) -> jax.Array:
-    """Of words that hold two rows of bfloat16 each, ``[r, d]``, the first or, where ``odd [1, r]``, the second row."""
-    count = words.shape[0]
-    shift = 16 - 16 * jnp.broadcast_to(odd, (count, count)).T[:, :1]
-    raised = lax.shift_left(words, jnp.broadcast_to(shift, words.shape).astype(jnp.uint32)) & jnp.uint32(0xFFFF0000)
-    return pltpu.bitcast(raised, jnp.float32).astype(jnp.bfloat16)
+def _picked(words: jax.Array, which: jax.Array, rows: int) -> jax.Array:
+    """Of words that hold two rows of bfloat16 each, or four of int8, ``[r, d]``, the row that ``which [1, r]`` says."""
+    count, bits = words.shape[0], 32 // rows
+    shift = (32 - bits) - bits * jnp.broadcast_to(which, (count, count)).T[:, :1]
+    raised = lax.shift_left(words, jnp.broadcast_to(shift, words.shape).astype(jnp.uint32))
+    if bits == 16:
+        return pltpu.bitcast(raised & jnp.uint32(0xFFFF0000), jnp.float32).astype(jnp.bfloat16)
+    signed = lax.shift_right_arithmetic(pltpu.bitcast(raised, jnp.int32), jnp.int32(32 - bits))
+    return signed.astype(jnp.float32).astype(jnp.bfloat16)
 
 
 def stream(

@@ -112,21 +112,19 @@ def test_chosen_rows(mode, dtype, given, tokens, group, count):
 INT8 = (Operation("convert", BF16), Operation("mul", F32))
 
 
-# Scales of each row, of four, of sixteen, and of each column.
+# Scales of each row, of four, of sixteen; of each column, in a stack of two; single rows.
 @pytest.mark.parametrize(
     ("given", "tokens", "group", "scales"),
-    [(BF16, 1, 8, (256, 1)), (F32, 2, 8, (64, 1)), (F32, 1, 4, (16, 1)), (BF16, 2, 8, (1, 128))],
+    [(BF16, 1, 8, (256, 1)), (F32, 2, 8, (64, 1)), (F32, 1, 4, (16, 1)), (BF16, 2, 8, (2, 128)), (F32, 1, 1, (256, 1))],
 )
 def test_chosen_rows_of_int8(given, tokens, group, scales):
-    n, d, count = 256, 128, 21
+    n, d, count = 256, 128, 13
     values = jnp.asarray(np.random.default_rng(0).integers(-128, 128, (n, d)), jnp.int8)
-    stored = StoredRows(values, (normal(1, *scales) ** 2,), INT8, (False,))
-    x, h, index = (
-        normal(2, tokens, d, dtype=given),
-        normal(3, tokens, count * group, dtype=given),
-        chosen(count, n // group),
-    )
-    settings = {"group_size": group, "operations": INT8}
+    stored = StoredRows(values, (normal(1, *scales) ** 2,), INT8, (scales[1] > 1,))
+    x, h = normal(2, tokens, d, dtype=given), normal(3, tokens, count * group, dtype=given)
+    # All in the second half.
+    index = n // group // 2 + chosen(count, n // group // 2)
+    settings = {"group_size": group, "operations": INT8, "shared": stored.shared}
     assert shapes.stored_rows_served(x, index, values, *stored.others, **settings)
     magnitudes = tokens == 2
     got = interpreted(
@@ -322,9 +320,11 @@ def test_what_they_do_not_serve():
     assert not shapes.rows_served(struct(1, 2**15), struct(64, 2**15), index, group_size=8)
     assert not shapes.rows_served(x, matrix, struct(0, dtype=INT32), group_size=8)
     q, scale = struct(256, 256, dtype=jnp.int8), struct(256)
-    stored = functools.partial(shapes.stored_rows_served, x, index, q, operations=INT8)
+    stored = functools.partial(shapes.stored_rows_served, x, index, q, operations=INT8, shared=(False,))
     assert stored(struct(64, 1), group_size=8)
-    assert not stored(struct(256, 1), group_size=1)
+    assert stored(struct(2, 256), group_size=8, shared=(True,))
+    assert not stored(struct(2, 256), group_size=8)
+    assert not stored(struct(256, 1), group_size=2)
     assert not stored(struct(16, 1), group_size=12)
     assert not stored(struct(256, 2), group_size=8)
     assert not stored(struct(256, 1), struct(256, 1), group_size=8)

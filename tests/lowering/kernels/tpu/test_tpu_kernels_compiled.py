@@ -51,9 +51,10 @@ def kernels():
         operands = ((tokens, 2048), given), *[((8192, 2048), dtype)] * 3, ((count,), INT32)
         yield partial(gated, group=group), *operands
     matrix, index = ((8192, 2048), INT8), ((65,), INT32)
-    scale = ((8192, 1), BF16)
-    yield lambda *a: rows.select_rows_dot(*a[:3], 8, False, a[3]), ((2, 2048), BF16), matrix, index, scale
-    yield lambda *a: rows.combine_rows(*a[:3], 8, a[3]), ((2, 65 * 8), BF16), matrix, index, scale
+    of_rows, of_columns = ((8192, 1), BF16), ((2, 2048), BF16)
+    yield lambda *a: rows.select_rows_dot(*a[:3], 8, False, a[3]), ((2, 2048), BF16), matrix, index, of_rows
+    yield lambda *a: rows.combine_rows(*a[:3], 8, a[3]), ((2, 65 * 8), BF16), matrix, index, of_columns
+    yield lambda *a: rows.select_rows_dot(*a[:3], 1, False, a[3]), ((1, 2048), F32), matrix, index, of_rows
     for tokens, d, n, bits in ((1, 512, 128256, 8), (16, 2048, 8192, 4), (3, 2048, 512, 8), (1, 256, 200, 4)):
         q = ((n, d * bits // 8), INT8 if bits == 8 else UINT8)
         yield partial(scores.quantized_scores, bits=bits), ((tokens, d), F32), q, ((n,), F32)
@@ -137,6 +138,28 @@ def check_a_block_and_a_head_are_run_by_kernels():
     }
     # No scores in HBM, nor anything else but what comes out.
     assert max(arrays_written(program, in_vmem=False)) < 4 * M // 8
+
+
+def check_a_loop_over_layers_in_int8_copies_no_matrix():
+    layers = 2
+
+    def matrix(name, *shape):
+        return on_one_chip(dtype=INT8, **{name: (layers, *shape)}) | on_one_chip(
+            **{f"{name} scale": (layers, 1, shape[1])}
+        )
+
+    def step(w, x):
+        def layer(x, own):
+            up, down = (own[name].astype(BF16) * own[f"{name} scale"] for name in ("up", "down"))
+            return x + jax.nn.relu(x @ up) @ down, None
+
+        return jax.lax.scan(layer, x, w)[0]
+
+    w = matrix("up", D, M) | matrix("down", M, D)
+    config = hx.Config(ffn=CONFIG.ffn, rules=CONFIG.rules)
+    program = compiled(hx.sparsify(step, config=config).trace(w, on_one_chip(x=(1, D))["x"]).lower())
+    assert called(program)["hire_combine_rows"] == called(program)["hire_select_rows_dot"] == 1
+    assert max(arrays_written(program, in_vmem=False)) < 2**20
 
 
 def check_each_of_four_chips_runs_them_on_its_part():
