@@ -14,7 +14,7 @@ import pytest
 _QUICK = ["--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true"]
 # One LLVM module a program: at these sizes each further one costs more than it saves.
 _QUICK.append("--xla_cpu_parallel_codegen_split_count=1")
-if metadata.version("jaxlib").startswith("0.10."):
+if metadata.version("jaxlib").startswith(("0.9.", "0.10.")):
     # Unknown to later versions, which end the process at a flag they don't know.
     _QUICK.append("--xla_cpu_use_fusion_emitters=false")
 if os.environ.get("HIRE_TEST_OPTIMISED", "0") != "1":

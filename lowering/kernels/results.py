@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import jax
-from jax.sharding import ManualAxisType
 
 __all__ = ["result"]
+
+# Along no mesh axis; JAX 0.9 has no such type, but sets of axes. (What knows of versions is above this package.)
+_KIND = getattr(jax.sharding, "ManualAxisType", None)
+_ALONG_NONE = {"vma": frozenset()} if _KIND is None else {"manual_axis_type": _KIND()}
 
 
 def result(shape: Sequence[int], dtype: jax.typing.DTypeLike) -> jax.ShapeDtypeStruct:
@@ -16,4 +19,4 @@ def result(shape: Sequence[int], dtype: jax.typing.DTypeLike) -> jax.ShapeDtypeS
     Inside a ``shard_map`` it asks along which axes that varies. A kernel is traced on operands of which nothing is said
     (``lower_kernel``), so along none.
     """
-    return jax.ShapeDtypeStruct(tuple(shape), dtype, manual_axis_type=ManualAxisType())
+    return jax.ShapeDtypeStruct(tuple(shape), dtype, **_ALONG_NONE)

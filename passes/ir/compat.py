@@ -189,7 +189,7 @@ class WhileParts:
 
 
 def while_parts(eqn: Eqn) -> WhileParts:
-    """Reads a while's parameters (the same on 0.10 to 0.12)."""
+    """Reads a while's parameters (the same on 0.9 to 0.12)."""
     p = eqn.params
     return WhileParts(p["cond_jaxpr"], p["body_jaxpr"], p["cond_nconsts"], p["body_nconsts"])
 
@@ -310,11 +310,12 @@ def shard_map_parts(eqn: Eqn) -> ShardMapParts:
 def vary(value: Any, axes: Sequence[str]) -> Any:
     """``value`` marked as varying over those of the mesh axes that are manual here and that it does not vary over.
 
-    ``pcast`` refuses a value that varies already, and outside a shard_map there is nothing to mark.
+    ``pcast`` refuses a value that varies already, and outside a shard_map there is nothing to mark. A type says along
+    which axes it varies in ``vma`` in 0.9, in ``manual_axis_type`` from 0.10.
     """
     manual = getattr(jax.sharding.get_abstract_mesh(), "manual_axes", ())
-    kind = getattr(jax.typeof(value), "manual_axis_type", None)
-    known: frozenset[str] = kind.varying if kind is not None else frozenset()
+    kind: Any = getattr(jax.typeof(value), "manual_axis_type", None)
+    known: frozenset[str] = kind.varying if kind is not None else getattr(jax.typeof(value), "vma", frozenset())
     missing = tuple(a for a in axes if a in manual and a not in known)
     return jax.lax.pcast(value, missing, to="varying") if missing else value
 
@@ -332,7 +333,7 @@ def primitives_named(names: str) -> frozenset[Any]:
 def bind(eqn: Eqn, operands: Sequence[Any], params: dict[str, Any] | None = None) -> list[Any]:
     """Applies an equation's primitive to new operands and returns the list of its results.
 
-    From 0.10 ``get_bind_params`` returns one dict (before, a pair with the sub-functions apart).
+    ``get_bind_params`` returns one dict from 0.9 on (before, a pair with the sub-functions apart).
     """
     if eqn.primitive is PVARY:
         return [vary(operand, eqn.params["axes"]) for operand in operands]

@@ -13,11 +13,16 @@ from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 from hire_xform.lowering.kernels.results import result
 
-__all__ = ["as_float", "call", "padded", "row_of"]
+__all__ = ["as_float", "call", "dot", "padded", "row_of"]
+
+# In Pallas itself before JAX 0.10.2.
+dot = getattr(triton, "dot", None) or pl.dot
 
 # Newer JAX asks which GPU a kernel is lowered for, and that one be here or described. What is lowered is the same for
-# all that are served: XLA compiles it for the one that it runs on.
-_ANY = AbstractMesh((), (), abstract_device=AbstractDevice(device_kind="NVIDIA H100", num_cores=None, platform="gpu"))
+# all that are served: XLA compiles it for the one that it runs on. A description has no platform before JAX 0.10.1.
+_H100: dict[str, Any] = {"device_kind": "NVIDIA H100", "num_cores": None, "platform": "gpu"}
+_STATED = {name: _H100[name] for name in AbstractDevice.__dataclass_fields__}
+_ANY = AbstractMesh((), (), abstract_device=AbstractDevice(**_STATED))
 
 
 def call(

@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 from hire_xform.lowering.kernels.folding import folded
-from hire_xform.lowering.kernels.gpu.calls import call, padded
+from hire_xform.lowering.kernels.gpu.calls import call, dot, padded
 from hire_xform.lowering.kernels.gpu.shapes import MOST_ENTRIES
 from hire_xform.lowering.primitives.stack_entry import StackEntry, whole
 from hire_xform.lowering.xla.skinny_dot import skinny_dot
@@ -313,7 +313,7 @@ def _multiply_many(first_ref: Any, q_ref: Any, *refs: Any, n: int, width: int, w
             words = entries.astype(jnp.int32)
             parts = [lax.shift_right_arithmetic(words << left, 28).astype(jnp.int8) for left in (28, 24)]
         for part, ref in zip(parts, token_refs, strict=True):
-            total += triton.dot(part, triton.load(ref.at[token[:, None], column[None, :]]), trans_b=True)
+            total += dot(part, triton.load(ref.at[token[:, None], column[None, :]]), trans_b=True)
         return total
 
     total = lax.fori_loop(0, -(-width // wide), step, jnp.zeros((_ROWS, high), jnp.int32))

