@@ -11,7 +11,8 @@ from collections.abc import Iterator
 def collector_paused() -> Iterator[None]:
     """Pauses the garbage collector: programs are many small live objects, which full collections walk over and over.
 
-    It is a fifth of the time to trace and lower a deep model.
+    It is a fifth of the time to trace and lower a deep model. What was made meanwhile counts as old afterwards, as it
+    would without the pause; else the next collection, of young objects, would walk over all of it at once.
     """
     if not gc.isenabled():
         yield
@@ -20,4 +21,7 @@ def collector_paused() -> Iterator[None]:
     try:
         yield
     finally:
+        if not gc.get_freeze_count():  # else a user has frozen objects, which are to stay so
+            gc.freeze()
+            gc.unfreeze()
         gc.enable()
