@@ -22,6 +22,7 @@ from jax import lax
 from hire_xform.lowering.engine.selection import Selection, entries, select
 from hire_xform.lowering.primitives.ranks import Moments
 from hire_xform.lowering.prove.proofs import Proof
+from hire_xform.lowering.xla.in_line import loop
 from hire_xform.lowering.xla.promotion import usual_promotion
 
 __all__ = ["Certified", "Operands", "Steps", "proved_or_dense", "selected", "without"]
@@ -190,7 +191,7 @@ def _one_by_one(run: Callable[[Operands], Any], o: Operands, batched: Operands) 
         given = iter(own)
         return run(jax.tree.unflatten(tree, [next(given) if b else a for a, b in zip(arrays, flags, strict=True)]))
 
-    return lax.map(one, [a for a, b in zip(arrays, flags, strict=True) if b])
+    return loop(lax.map, one, [a for a, b in zip(arrays, flags, strict=True) if b])
 
 
 def _together(value: jax.Array, batched: bool, size: int, tokens: int) -> jax.Array:

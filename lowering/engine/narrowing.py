@@ -10,6 +10,7 @@ keeps those it has.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 
 import jax
@@ -20,6 +21,7 @@ from hire_xform.lowering.predict.predictors import Predictor
 from hire_xform.lowering.primitives.open_rows import open_rows
 from hire_xform.lowering.prove.bounds import ScoresWithBounds
 from hire_xform.lowering.prove.proofs import Proof, rows_of, scores_with_bounds
+from hire_xform.lowering.xla.in_line import loop
 
 __all__ = ["narrowed"]
 
@@ -87,5 +89,6 @@ def _read(
         upper = upper.at[:, here].set(jnp.where(closer, own.upper, above), mode="promise_in_bounds")
         return start + together, scores, upper
 
-    _, scores, upper = lax.while_loop(unread, read, (jnp.int32(0), found.scores, found.upper))
+    start = (jnp.int32(0), found.scores, found.upper)
+    _, scores, upper = loop(functools.partial(lax.while_loop, unread), read, start)
     return ScoresWithBounds(scores, upper, found.exact_error)

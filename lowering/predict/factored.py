@@ -19,6 +19,7 @@ from hire_xform.lowering.predict.few_bits import (
 from hire_xform.lowering.predict.predictors import Given, PackedArrays, Predictor
 from hire_xform.lowering.primitives.products import all_products
 from hire_xform.lowering.xla.blocks import fold_row_blocks, map_row_blocks, rows_together
+from hire_xform.lowering.xla.in_line import in_line
 
 __all__ = ["Factored"]
 
@@ -148,6 +149,7 @@ class Factored(Predictor):
         basis_q, basis_scale = quantize((of_inputs * size).T, 127)
         return {**parts, "basis_q": basis_q, "basis_scale": basis_scale}
 
+    @in_line()
     def scores(self, x: jax.Array, packed: PackedArrays, n: int) -> jax.Array:
         """Products of the factors, with that of the tokens between them."""
         if self.bits is None:
@@ -187,6 +189,7 @@ class Factored(Predictor):
         rank = self._proof_rank(rows.shape[1])
         return pack_coordinates(rows, rank, self.bits, lambda gram: self.coordinates(gram, given.inputs))
 
+    @in_line()
     def bounds(self, x: jax.Array, proof: PackedArrays, input_bits: int) -> tuple[jax.Array, jax.Array, jax.Array]:
         """As ``coordinates.py`` proves them."""
         rank = self._proof_rank(x.shape[1])

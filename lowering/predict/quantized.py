@@ -21,6 +21,7 @@ from hire_xform.lowering.predict.few_bits import entries, fine_scores, pack_nibb
 from hire_xform.lowering.predict.predictors import Given, PackedArrays, Predictor
 from hire_xform.lowering.prove.bounds import U, norm, slack, tiny
 from hire_xform.lowering.xla.blocks import map_row_blocks, rows_together
+from hire_xform.lowering.xla.in_line import in_line
 
 __all__ = ["Quantized"]
 
@@ -55,6 +56,7 @@ class Quantized(Predictor):
         q, scale = quantize(rows, 127 if self.bits == 8 else 7)
         return {"q": q if self.bits == 8 else pack_nibbles(q), "scale": scale}
 
+    @in_line()
     def scores(self, x: jax.Array, packed: PackedArrays, n: int) -> jax.Array:
         """Integer products of quantised tokens and quantised rows, then both scales."""
         return quantized_scores(x, packed["q"], packed["scale"], self.bits)
@@ -80,6 +82,7 @@ class Quantized(Predictor):
         error = norm(exact - kept) * (1.0 + 4.0 * U) + 2.0 * U * norm(exact)
         return {**packed, "error": error, "size": norm(kept)}
 
+    @in_line()
     def bounds(self, x: jax.Array, proof: PackedArrays, input_bits: int) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Scores of tokens in two limbs, bounded as at the head of this file."""
         x = x.astype(jnp.float32)

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from hire_xform.lowering.predict.predictors import Given, PackedArrays, Predictor, predictor_named
+from hire_xform.lowering.xla.in_line import in_line
 
 __all__ = ["Staged"]
 
@@ -106,6 +107,7 @@ class Staged(Predictor):
         """That of the first stage."""
         return self.stages[0].pack(rows, given)
 
+    @in_line()
     def scores(self, x: jax.Array, packed: PackedArrays, n: int) -> jax.Array:
         """Those of the first stage."""
         return self.stages[0].scores(x, packed, n)
@@ -126,6 +128,7 @@ class Staged(Predictor):
 
         return _numbered(stage.pack_proof(rows, own(stage)) for stage in self.stages)
 
+    @in_line()
     def bounds(self, x: jax.Array, proof: PackedArrays, input_bits: int) -> tuple[jax.Array, jax.Array, jax.Array]:
         """The closest of all stages, of all rows: what is known at the end, of every row as if it were open."""
         scores, upper, exact_error = self.stages[0].bounds(x, self.part(proof, 0), input_bits)

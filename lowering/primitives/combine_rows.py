@@ -9,6 +9,7 @@ from jax import lax
 from hire_xform.lowering.primitives.kernels import bind_step, step_primitive
 from hire_xform.lowering.primitives.stored_rows import StoredRows, as_operands, rows_at
 from hire_xform.lowering.xla.blocks import fold_row_blocks
+from hire_xform.lowering.xla.in_line import loop
 from hire_xform.lowering.xla.narrow_reads import sliced_on_cpu
 from hire_xform.lowering.xla.skinny_dot import skinny_dot_transposed, wide_dtype
 from hire_xform.lowering.xla.slabs import block_of, check_rows, each_token
@@ -104,7 +105,7 @@ def _walk_rows(h: jax.Array, rows: jax.Array, index: jax.Array, group_size: int)
     # Inside a shard_map, zeros that vary over the manual axes that any operand does.
     dtype = jnp.promote_types(h.dtype, jnp.float32)
     zero = functools.reduce(lax.add, [lax.full_like(a, 0, dtype, (tokens, d)) for a in (h, rows, index)])
-    return lax.scan(step, zero, (starts, jnp.moveaxis(shares, 1, 0)))[0]
+    return loop(lax.scan, step, zero, (starts, jnp.moveaxis(shares, 1, 0)))[0]
 
 
 # A kernel: rule(h, rows, index, *, group_size, out_dtype) -> what combine_rows returns.

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from hire_xform.lowering.primitives.kernels import bind_step, step_primitive
 from hire_xform.lowering.primitives.stack_entry import whole
+from hire_xform.lowering.xla.in_line import as_called
 
 __all__ = ["bounded_scores", "bounds_p", "predicted_scores", "scores_p"]
 
@@ -53,7 +54,8 @@ def predicted_scores(x: jax.Array, packed: Mapping[str, Any], spec: _Scores, n: 
     names, packed = tuple(packed), _taken(packed, spec.in_place)
 
     def portable(x: jax.Array, *arrays: Any) -> list[jax.Array]:
-        scores = spec.scores(x, dict(zip(names, arrays, strict=True)), n)
+        with as_called():
+            scores = spec.scores(x, dict(zip(names, arrays, strict=True)), n)
         if scores.shape != (x.shape[0], n):
             raise ValueError(f"predictor {spec!r}: its scores have shape {scores.shape}; expected {(x.shape[0], n)}")
         return [scores.astype(jnp.float32)]
@@ -78,7 +80,8 @@ def bounded_scores(
     names, proof = tuple(proof), _taken(proof, spec.in_place)
 
     def portable(x: jax.Array, *arrays: Any) -> list[jax.Array]:
-        return list(spec.bounds(x, dict(zip(names, arrays, strict=True)), input_bits))
+        with as_called():
+            return list(spec.bounds(x, dict(zip(names, arrays, strict=True)), input_bits))
 
     made = bind_step(bounds_p, portable, x, *proof.values(), names=names, spec=spec, input_bits=input_bits)
     scores, upper, exact_error = made

@@ -29,6 +29,7 @@ from jax import lax
 from hire_xform.lowering.primitives.ranks import Moments, moments_bytes
 from hire_xform.lowering.prove.bounds import U, norm, slack, tiny
 from hire_xform.lowering.prove.intervals import Interval, rounded
+from hire_xform.lowering.xla.in_line import loop
 
 __all__ = ["UnitMoments", "bounded_moments", "bounded_moments_bytes", "pack_bounded_moments"]
 
@@ -105,7 +106,7 @@ def _gram(rows: jax.Array) -> jax.Array:
     count = math.ceil(n / part)
     parts = lax.pad(rows, jnp.float32(0), ((0, count * part - n, 0), (0, 0, 0))).reshape(count, part, d)
     # The first part starts the sum: zeros would lack the manual axes that the parts vary over inside a shard_map.
-    return lax.scan(lambda total, one: (total + _gram(one), None), _gram(parts[0]), parts[1:])[0]
+    return loop(lax.scan, lambda total, one: (total + _gram(one), None), _gram(parts[0]), parts[1:])[0]
 
 
 def bounded_moments(x: jax.Array, packed: Moments, *, input_bits: int = 24) -> UnitMoments:

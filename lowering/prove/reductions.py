@@ -30,6 +30,7 @@ from jax import lax
 
 from hire_xform.lowering.prove.bounds import U
 from hire_xform.lowering.prove.intervals import Interval, narrowed
+from hire_xform.lowering.xla.in_line import as_called
 
 __all__ = [
     "Held",
@@ -241,7 +242,8 @@ def positions(order: Order) -> Interval:
         maybe = n - jnp.searchsorted(jnp.sort(high), low, side="left") - 1
         return surely, maybe
 
-    first, last = jax.vmap(ranks)(flat_low, flat_high)
+    with as_called():  # searches are loops
+        first, last = jax.vmap(ranks)(flat_low, flat_high)
     bad = jnp.any(jnp.isnan(flat_low) | jnp.isnan(flat_high), axis=-1, keepdims=True)
     first, last = jnp.where(bad, 0, first), jnp.where(bad, n - 1, last)
     first, last = (end.reshape(low.shape).astype(jnp.float32) for end in (first, last))

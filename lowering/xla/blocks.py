@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from hire_xform.lowering.xla.in_line import loop
+
 __all__ = ["fold_row_blocks", "map_row_blocks", "rows_together"]
 
 # Numbers that packing looks at together: enough to use all cores, little beside a matrix that is worth packing.
@@ -41,7 +43,7 @@ def map_row_blocks(fun: Callable[..., Any], block: int, *arrays: jax.Array) -> A
     def body(carry: None, start: jax.Array) -> tuple[None, Any]:
         return carry, fun(*(lax.dynamic_slice_in_dim(a, start, block) for a in arrays))
 
-    _, outs = lax.scan(body, None, jnp.arange(full, dtype=jnp.int32) * block)
+    _, outs = loop(lax.scan, body, None, jnp.arange(full, dtype=jnp.int32) * block)
     outs = jax.tree.map(lambda o: o.reshape((full * block, *o.shape[2:])), outs)
     if tail:
         rest = fun(*(lax.slice_in_dim(a, full * block, n) for a in arrays))
@@ -71,5 +73,5 @@ def fold_row_blocks(fun: Callable[..., Any], block: int, *arrays: jax.Array) -> 
         part = fun(*(lax.dynamic_slice_in_dim(a, start, block) for a in arrays))
         return jax.tree.map(jnp.add, carry, part), None
 
-    total, _ = lax.scan(body, total, jnp.arange(full, dtype=jnp.int32) * block)
+    total, _ = loop(lax.scan, body, total, jnp.arange(full, dtype=jnp.int32) * block)
     return total

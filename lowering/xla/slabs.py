@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from hire_xform.lowering.xla.in_line import loop
 from hire_xform.lowering.xla.narrow_reads import read_part
 
 __all__ = ["block_of", "check_rows", "each_token", "slabs_of"]
@@ -36,7 +37,7 @@ def each_token(fun: Callable[[jax.Array, jax.Array], jax.Array], x: jax.Array, i
     """``fun(x[t : t + 1], index[t])`` for every token, stacked again."""
     if x.shape[0] <= _UNROLLED_TOKENS:
         return jnp.concatenate([fun(x[t : t + 1], index[t]) for t in range(x.shape[0])])
-    return lax.map(lambda pair: fun(pair[0][None], pair[1])[0], (x, index))
+    return loop(lax.map, lambda pair: fun(pair[0][None], pair[1])[0], (x, index))
 
 
 def check_rows(name: str, rows: Any, index: jax.Array, group_size: int, tokens: int) -> None:
@@ -80,7 +81,7 @@ def _gather_where_they_lie(slabs: jax.Array, index: jax.Array) -> jax.Array:
         count = index.shape[0]
         if count % 2:
             index = lax.concatenate([index, lax.slice_in_dim(index, count - 1, count)], 0)
-        _, taken = lax.scan(lambda carry, half: (carry, _gather(slabs, half)), None, index.reshape(2, -1))
+        _, taken = loop(lax.scan, lambda carry, half: (carry, _gather(slabs, half)), None, index.reshape(2, -1))
         return lax.slice_in_dim(lax.collapse(taken, 0, 2), 0, count)
 
     return lax.platform_dependent(slabs, index, tpu=in_two_steps, default=plainly)

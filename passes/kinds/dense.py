@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from hire_xform.lowering.predict.predictors import predict_scores
+from hire_xform.lowering.xla.in_line import in_line
 from hire_xform.passes.ir.graph import Operand
 from hire_xform.passes.match.kinds import SiteKind, register_site_kind
 from hire_xform.passes.match.matches import Match, Matrix
@@ -130,6 +131,7 @@ class DenseKind(SiteKind):
         """Where rows are whole."""
         return match.parts == 1
 
+    @in_line()
     def subgraph(
         self, decision: Decision, given: Sequence[Any], views: SiteForms[PackedView], placement: Placement | None
     ) -> tuple[Any, Any]:

@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec
 
 from hire_xform.lowering.engine.engine import proved_or_dense
 from hire_xform.lowering.xla.devices import ONE
+from hire_xform.lowering.xla.in_line import in_line
 from hire_xform.passes.ir.graph import Operand
 from hire_xform.passes.kinds import ffn_blocks, ffn_measured
 from hire_xform.passes.kinds.ffn_blocks import Views, certified_operands, match_of
@@ -212,6 +213,7 @@ class FfnKind(SiteKind):
         ups = len(match.region.ups)
         return [PartitionSpec(placement.tokens or None, None)] * ups + [side(value) for value in given[ups:]]
 
+    @in_line()
     def subgraph(
         self, decision: Decision, given: Sequence[Any], views: Views, placement: Placement | None
     ) -> tuple[Any, Any]:

@@ -27,6 +27,7 @@ from hire_xform.lowering.prove.intervals import Interval
 from hire_xform.lowering.prove.proofs import proof_bytes, scores_with_bounds
 from hire_xform.lowering.xla.blocks import fold_row_blocks
 from hire_xform.lowering.xla.devices import ONE, Devices
+from hire_xform.lowering.xla.in_line import in_line
 from hire_xform.passes.ir.graph import Node, Operand
 from hire_xform.passes.kinds.readings import on_each_device, rank_of, readings_of
 from hire_xform.passes.match.kinds import SiteKind, register_site_kind
@@ -182,6 +183,7 @@ class VocabKind(SiteKind):
         """Logits stay where they are made."""
         return True
 
+    @in_line()
     def subgraph(
         self, decision: Decision, given: Sequence[Any], views: Views, placement: Placement | None
     ) -> tuple[Any, Any]:
