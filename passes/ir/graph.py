@@ -86,21 +86,17 @@ class Frame:
 class Node:
     """One equation that is not a call, with its operands and results as values.
 
-    ``order`` is its place in its scope, ``primitive`` the equation's own.
+    ``order`` is its place in its scope, ``primitive`` the equation's own, which every pass asks for.
     """
 
     eqn: Any
+    primitive: Any
     frame: Frame
     path: str
     inputs: list[Operand]
     order: int
     outputs: list[Value] = field(default_factory=list)
     children: list[Scope] = field(default_factory=list)
-    primitive: Any = field(init=False)
-
-    def __post_init__(self) -> None:
-        """Looks its primitive up once: every pass asks for it."""
-        self.primitive = self.eqn.primitive
 
     @property
     def scope(self) -> Scope:
@@ -196,9 +192,17 @@ def levels(graph: Graph) -> int:
         frame, level = left.pop()
         deepest = max(deepest, level)
         for item in frame.items:
-            inner = [item] if isinstance(item, Frame) else [child.root for child in item.children]
-            left += [(root, level + 1) for root in inner]
+            if isinstance(item, Frame):
+                left.append((item, level + 1))
+            else:
+                for child in item.children:
+                    left.append((child.root, level + 1))
     return deepest
+
+
+def nodes_in(item: Node | Frame) -> list[Node]:
+    """The equations of a call laid out, in order; of any other equation that itself."""
+    return [item] if isinstance(item, Node) else [node for inner in item.items for node in nodes_in(inner)]
 
 
 def used_nodes(graph: Graph) -> set[Node]:
@@ -294,7 +298,7 @@ def _fill(frame: Frame, consts: Sequence[Any], scopes: list[Scope]) -> None:
             _fill(called, inner_consts, scopes)
             env.update(zip(eqn.outvars, called.outputs, strict=True))
             continue
-        node = Node(eqn, frame, path, operands, len(scope.nodes))
+        node = Node(eqn, eqn.primitive, frame, path, operands, len(scope.nodes))
         frame.items.append(node)
         scope.nodes.append(node)
         node.outputs = [Value(v.aval, scope, node=node) for v in eqn.outvars]
@@ -302,7 +306,8 @@ def _fill(frame: Frame, consts: Sequence[Any], scopes: list[Scope]) -> None:
         for operand in operands:
             if isinstance(operand, Value):
                 operand.consumers.append(node)
-        _enter(node, f"{path}/", scopes)
+        if node.primitive in _WITH_SCOPES:
+            _enter(node, f"{path}/", scopes)
     frame.outputs = [read(a) for a in jaxpr.outvars]
 
 
@@ -328,8 +333,11 @@ def _handed_through(jaxpr: Any) -> list[int | None]:
     return [None if isinstance(v, Literal) else number.get(v) for v in jaxpr.outvars]
 
 
+_WITH_SCOPES = frozenset({prims.scan_p, prims.while_p, prims.cond_p, compat.SHARD_MAP})
+
+
 def _enter(node: Node, prefix: str, scopes: list[Scope]) -> None:
-    """Opens the scopes of a loop, branch or shard_map; any other equation with sub-jaxprs stays closed."""
+    """Opens the scopes of a loop, branch or shard_map; all other equations with sub-jaxprs stay closed."""
     around = node.scope.iterations
     if node.primitive is prims.scan_p:
         scan = compat.scan_parts(node.eqn)

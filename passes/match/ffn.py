@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.extend.core import primitives as prims
 
 from hire_xform.passes.ir.axes import row_major, whole
-from hire_xform.passes.ir.graph import Frame, Node, Value
+from hire_xform.passes.ir.graph import Frame, Node, Value, nodes_in
 from hire_xform.passes.ir.pointwise import STEPS
 from hire_xform.passes.ir.source_lines import source_line
 from hire_xform.passes.match.block_region import trace_region
@@ -134,7 +134,7 @@ def _keeps_derivative(frame: Frame) -> bool:
     """
     if frame.eqn.primitive is prims.custom_vjp_call_p:
         return False
-    inside = _nodes(frame)
+    inside = nodes_in(frame)
     return bool(inside) and not any(n.primitive in STEPS for n in inside)
 
 
@@ -169,7 +169,3 @@ def _factored(region: Region, down: Product) -> bool:
     if all(whole_width(up.product) <= up.product.contracted for up in region.ups):
         return True
     return is_wide(down) and not_vocabulary(down, follow(down, narrow=False), {}) is None
-
-
-def _nodes(item: Node | Frame) -> list[Node]:
-    return [item] if isinstance(item, Node) else [n for inner in item.items for n in _nodes(inner)]

@@ -17,10 +17,21 @@ from hire_xform.passes.weights.few_bits import in_few_bits
 from hire_xform.passes.weights.products import Product
 
 _PROVED = ("float32", "bfloat16", "float16")
+_PLATFORMS = ("cpu", "gpu", "tpu")
 
 
 def not_certifiable(match: Match, platform: str) -> str | None:
     """Why a site can't be certified; None when it can."""
+    why = _not_anywhere(match)
+    if why is not None:
+        return why
+    if input_bits(match, platform) is None:
+        return f"certify=True does not know what precision={_precision(match)} rounds to on {platform}"
+    return kind_of(match).unproved(match, platform)
+
+
+def _not_anywhere(match: Match) -> str | None:
+    """Why no platform proves anything of its products."""
     for product in match.products:
         dtypes = [v.aval.dtype for v in (product.x, product.out)]
         # Integers of eight bits are multiplied as they are, being exact in all of these.
@@ -31,9 +42,7 @@ def not_certifiable(match: Match, platform: str) -> str | None:
         why = _unsure(product.origin.recipe.operations)
         if why is not None:
             return f"certify=True is not proved of weights that are made {why}"
-    if input_bits(match, platform) is None:
-        return f"certify=True does not know what precision={_precision(match)} rounds to on {platform}"
-    return kind_of(match).unproved(match, platform)
+    return None
 
 
 def _is_exact(product: Product) -> bool:
@@ -83,11 +92,10 @@ def input_bits(match: Match, platform: str) -> int | None:
 
 def platforms_proved(match: Match, bits: int) -> tuple[str, ...]:
     """Where a match is certified that was planned for products that keep ``bits`` of their inputs."""
-    return tuple(
-        platform
-        for platform in ("cpu", "gpu", "tpu")
-        if not_certifiable(match, platform) is None and (input_bits(match, platform) or 0) >= bits
-    )
+    if _not_anywhere(match) is not None:
+        return ()
+    unproved = kind_of(match).unproved
+    return tuple(p for p in _PLATFORMS if (input_bits(match, p) or 0) >= bits and unproved(match, p) is None)
 
 
 def _precision(match: Match) -> Any:
