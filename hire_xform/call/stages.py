@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import copy
+import functools
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
 from typing import Any
 
 import jax
@@ -107,7 +107,7 @@ class Traced(Program):
         """What is done in the place of a site, given which leaves are there."""
         return rewritten(decision, has_leaf)
 
-    @cached_property
+    @functools.cached_property
     def _is_placed(self) -> bool:
         """Whether any weight is over several devices."""
         return any(sharding is not None for sharding in self.call.placed)
@@ -157,10 +157,10 @@ class Traced(Program):
         data = {name: value for name, value in kwargs.items() if self.signature.weight_key(name) is None}
         return [name for name, value in data.items() if any(leaf is ABSENT for leaf in jax.tree.leaves(value))]
 
-    @cached_property
+    @functools.cached_property
     def sparse_jaxpr(self) -> Any:
         """The rewritten program, over the leaves of the call with ``Packed`` weights."""
-        return self._bound().jaxpr()
+        return self._bound(in_runs=False).jaxpr()
 
     @property
     def platforms(self) -> tuple[str, ...]:
@@ -222,13 +222,13 @@ class Traced(Program):
 
     # What follows serves `Sparsified`.
 
-    @cached_property
+    @functools.cached_property
     def reader(self) -> Reader:
         """The rewritten program as it reads weights; their arguments are numbered as ``pack`` takes them."""
         slots = {Root.of(key, 0).kind: slot for slot, key in enumerate(self.signature.weights)}
         return Reader(self._actions, self.plan, self.call.roots, slots, self._rewriter)
 
-    @cached_property
+    @functools.cached_property
     def _holdings(self) -> dict[int, Holding]:
         with collector_paused():
             return decide_holding([self.reader])
@@ -253,7 +253,7 @@ class Traced(Program):
         keys = dict.fromkeys(n.key for d in self.plan.decisions for n in d.needs)
         return [k for k in keys if not k.is_leaf]
 
-    @cached_property
+    @functools.cached_property
     def plain_roots(self) -> frozenset[Root]:
         """Weights that a call with plain weights reads as they are, packed forms being there."""
         keys = set(self.needed_keys())
@@ -287,14 +287,14 @@ class Traced(Program):
         """The abstract value of a weight."""
         return self.const(root) if root.kind == "const" else self.call.avals[self.call.roots.index(root)]
 
-    def evaluate(self, leaves: Sequence[Any], supply: Supply) -> Any:
+    def evaluate(self, leaves: Sequence[Any], supply: Supply, in_runs: bool = True) -> Any:
         """Runs the rewritten program on tracers; returns the function's result.
 
         Args:
           leaves: one for each array leaf of the call; None for weights, which ``supply`` gives.
           supply: the weights.
+          in_runs: whether long stretches that are not rewritten are calls of functions, which takes less time.
         """
-
         todo = self._actions(supply.has_leaf, supply.has_form)
         rewriter = self._rewriter(todo)
         operands = []
@@ -306,7 +306,8 @@ class Traced(Program):
             self._tell_dense([d.site.path for d in self.plan.decisions if d.node not in todo])
 
         with collector_paused():
-            results = rewriter.evaluate(operands, supply.read)
+            in_runs = in_runs and not jax.config.jax_disable_jit  # type: ignore[attr-defined]
+            results = rewriter.evaluate(operands, supply.read, in_runs)
         return jax.tree.unflatten(self.out_tree, results)
 
     def _tell_dense(self, paths: Sequence[str]) -> None:
@@ -365,22 +366,26 @@ class Traced(Program):
                 kwargs[str(self.signature.name_at(key))] = packed
         return tuple(args), kwargs
 
-    def _bound(self) -> Bound:
-        return Bound(self.run, self.signature, *self.packed_call())
+    def _bound(self, in_runs: bool = True) -> Bound:
+        run = functools.partial(self._run, in_runs)
+        return Bound(run, self.signature, *self.packed_call())
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """The rewritten program on a call with ``Packed`` weights; inlines into whatever traces it."""
+        return self._run(True, *args, **kwargs)
+
+    def _run(self, in_runs: bool, *args: Any, **kwargs: Any) -> Any:
         args, kwargs = self.signature.wrap_statics(args, kwargs)
         given = keyed(args, kwargs)
         packed = {self.signature.weight_key(key): p for key, p in given if isinstance(p, Packed)}
         leaves = call_leaves(self.signature, args, kwargs)
-        return self.evaluate(leaves, self.supply(packed, {}, {}))
+        return self.evaluate(leaves, self.supply(packed, {}, {}), in_runs)
 
     def supply(self, packed: Mapping[Any, Packed], plain: dict[Root, Any], forms: dict[PackKey, Any]) -> Supply:
         """The weights of one call; arguments as of ``Supply``."""
         return Supply(packed, plain, forms, self._const_keys, self.const)
 
-    @cached_property
+    @functools.cached_property
     def _const_keys(self) -> list[PackKey]:
         return [k for k in self.needed_keys() if k.recipe.root.kind == "const"]
 

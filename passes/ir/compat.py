@@ -342,9 +342,36 @@ def bind(eqn: Eqn, operands: Sequence[Any], params: dict[str, Any] | None = None
     return list(out) if eqn.primitive.multiple_results else [out]
 
 
+def replaced(jaxpr: Any, **fields: Any) -> ClosedJaxpr:
+    """A closed jaxpr with other fields of its open one (one class from 0.11); ``constvars=[]`` drops its constants."""
+    inner, consts = close(jaxpr)
+    return ClosedJaxpr(inner.replace(**fields), () if "constvars" in fields else consts)
+
+
+def plain_call() -> Eqn:
+    """A call, in the context of here, of a jitted function that states nothing: one operand, one result."""
+    return jax.make_jaxpr(jax.jit(lambda x: x + x))(_array()).eqns[0]
+
+
+def bind_call(like: Eqn, jaxpr: ClosedJaxpr, name: str, operands: Sequence[Any]) -> list[Any]:
+    """Calls a closed jaxpr under a trace as a jitted function's, without tracing it again.
+
+    Its other parameters are those of ``plain_call``: of a tuple with an entry for each operand or result one is there
+    (0.10 to 0.12).
+    """
+    params = dict(like.params, jaxpr=jaxpr, name=name)
+    for count, kinds in (
+        (len(operands), ("in_shardings", "in_layouts", "donated_invars")),
+        (len(jaxpr.out_avals), ("out_shardings", "out_layouts")),
+    ):
+        params.update((kind, params[kind] * count) for kind in kinds)
+    return list(prims.jit_p.bind(*operands, **params))
+
+
 def without_last_outputs(jaxpr: ClosedJaxpr, count: int) -> ClosedJaxpr:
     """The program without its last ``count`` results; what computes them stays."""
-    return jaxpr.replace(jaxpr=jaxpr.jaxpr.replace(outvars=jaxpr.jaxpr.outvars[: len(jaxpr.jaxpr.outvars) - count]))
+    outvars = jaxpr.jaxpr.outvars
+    return replaced(jaxpr, outvars=outvars[: len(outvars) - count])
 
 
 _TRACE_SETTINGS = (

@@ -72,6 +72,10 @@ class EquationContexts:
         """Nothing is entered yet."""
         return self
 
+    def leave(self) -> None:
+        """From here on, what is bound belongs to none of the equations."""
+        self.__exit__(None, None, None)
+
     def __exit__(self, *error: Any) -> None:
         """Leaves the last equation's contexts; an error is told where in the user's program it arose."""
         user, self._user = self._user, None

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import jax
@@ -28,6 +29,7 @@ from hire_xform.passes.rewrite.calls import constrained, with_own_derivative
 from hire_xform.passes.rewrite.environment import TOLD, Env, PackedView, Views, read
 from hire_xform.passes.rewrite.inlining import inlined_frames
 from hire_xform.passes.rewrite.liveness import Liveness
+from hire_xform.passes.rewrite.runs import Runs, may_run
 from hire_xform.passes.weights.origins import IndexSlice
 
 
@@ -62,12 +64,13 @@ class Rewriter:
         """Which operands of the program are still read."""
         return [value in self.live.values for value in self.graph.top.inputs]
 
-    def evaluate(self, operands: Sequence[Any], packed: Callable[[Need], Any]) -> list[Any]:
+    def evaluate(self, operands: Sequence[Any], packed: Callable[[Need], Any], in_runs: bool = False) -> list[Any]:
         """Runs the rewritten program.
 
         Args:
           operands: the program's operands; those no longer read may be None.
           packed: the packed arrays a need's key stands for.
+          in_runs: whether stretches of the program's own body that stay as they are become calls (``runs.py``).
         """
         top = self.graph.top
         env = {v: o for v, o in zip(top.inputs, operands, strict=True) if o is not None}
@@ -75,9 +78,34 @@ class Rewriter:
             need: PackedView(packed(need), recipe=need.key.recipe if isinstance(need.key.form, Leaf) else None)
             for need in self._scope_needs(top)
         }
+        if not in_runs:
+            return self._evaluate(env, views)
+        runs = self._runs
+        if not runs.any_alone:
+            return self._evaluate(env, views, runs)
+        arrays, tree = jax.tree.flatten(([*env.values()], [*views.values()]))
+
+        def traced(*arrays: Any) -> list[Any]:
+            values, seen = jax.tree.unflatten(tree, arrays)
+            given = dict(zip(env, values, strict=True)), dict(zip(views, seen, strict=True))
+            return self._evaluate(*given, runs)
+
+        made = runs.inlined(jax.make_jaxpr(traced)(*arrays))
+        inner, consts = compat.close(made)
+        whole = compat.replaced(made, constvars=[], invars=[*inner.constvars, *inner.invars])
+        return compat.bind_call(compat.plain_call(), whole, "rewritten", [*consts, *arrays])
+
+    def _evaluate(self, env: Env, views: Views, runs: Runs | None = None) -> list[Any]:
+        top = self.graph.top
         with usual_promotion(), room_for(levels(self.graph)):
-            self._frame(top.root, env, views)
+            self._frame(top.root, env, views, runs)
         return [read(env, o) for o in top.outputs]
+
+    @cached_property
+    def _runs(self) -> Runs:
+        """Those of the program's own body."""
+        asked = {o for o in self._read_besides() if isinstance(o, Value)}
+        return Runs(self._body(self.graph.top.root), self._stays, self.graph.jaxpr, asked)
 
     def run_scope(self, scope: Scope, env: Env, views: Views) -> list[Any]:
         """Runs a scope's body with its live inputs in ``env``; None for outputs that are not there."""
@@ -88,21 +116,57 @@ class Rewriter:
         """The views that actions inside a loop's body need, with indices known here applied."""
         return {need: self._resolve(need, node.frame, env, views) for need in self._scope_needs(scope)}
 
-    def _frame(self, frame: Frame, env: Env, views: Views) -> None:
+    def _frame(self, frame: Frame, env: Env, views: Views, runs: Runs | None = None) -> None:
+        like = None if runs is None else compat.plain_call()
+        body, at = self._body(frame), 0
         with EquationContexts() as contexts:
-            for item in frame.items:
+            while at < len(body):
+                item = body[at]
+                if runs is not None and (found := runs.at(item)) is not None:
+                    contexts.leave()
+                    run, jaxpr = found
+                    if run.bind(jaxpr, like, env):
+                        at += len(run.items)
+                        continue
+                contexts.enter(item.eqn)
                 if isinstance(item, Frame):
-                    if self._is_alive(item):
-                        contexts.enter(item.eqn)
-                        self._call(item, env, views)
-                elif item in self.live.nodes:
-                    contexts.enter(item.eqn)
-                    if item.children or item in self.actions:
-                        self._node(item, env, views)
-                    else:
-                        results = compat.bind(item.eqn, [read(env, o) for o in item.inputs])
-                        for value, result in zip(item.outputs, results, strict=True):
-                            env[value] = result
+                    self._call(item, env, views)
+                else:
+                    self._node(item, env, views)
+                at += 1
+
+    def _body(self, frame: Frame) -> list[Node | Frame]:
+        """The equations of a body that are live."""
+        nodes = self.live.nodes
+        return [item for item in frame.items if (item in nodes if isinstance(item, Node) else self._is_alive(item))]
+
+    def _stays(self, item: Node | Frame) -> bool:
+        """Whether nothing is rewritten in an equation that is live."""
+        if isinstance(item, Node):
+            if item in self.actions:
+                return False
+            return self.live.changed.isdisjoint(item.children) and may_run(item.eqn)
+        return (
+            not self._actions_in(item)
+            and item not in self._inlined
+            and all(not isinstance(o, Value) or o in self.live.values for o in item.inputs)
+            and may_run(item.eqn)
+        )
+
+    def _read_besides(self) -> list[Operand]:
+        """What is read by others than the equations that read it in the program."""
+        read_so: list[Operand] = []
+        for action in self.actions.values():
+            read_so += action.operands
+            read_so += [ref.index for need in action.needs for ref in need.refs if isinstance(ref, IndexSlice)]
+            read_so += [o for node in action.reached_by for o in (*node.inputs, *node.outputs)]
+        left = [*self.graph.top.root.items]
+        while left:
+            item = left.pop()
+            if isinstance(item, Frame) and not self._stays(item):
+                read_so += item.inputs
+                left += item.items
+        return read_so
 
     def _node(self, node: Node, env: Env, views: Views) -> None:
         action = self.actions.get(node)
@@ -225,9 +289,7 @@ class Rewriter:
 
     def _is_alive(self, frame: Frame) -> bool:
         if frame not in self._alive:
-            self._alive[frame] = any(
-                self._is_alive(i) if isinstance(i, Frame) else i in self.live.nodes for i in frame.items
-            )
+            self._alive[frame] = bool(self._body(frame))
         return self._alive[frame]
 
     def _actions_in(self, frame: Frame) -> list[Action]:

@@ -210,6 +210,26 @@ def test_an_equation_bound_again():
     assert [p.shape for p in compat.bind(parts, [WEIGHT])] == [(1, 3), (2, 3)]
 
 
+def test_a_program_called_without_being_traced_again():
+    added = jax.make_jaxpr(lambda x, y: (x + y, x + WEIGHT))(WEIGHT, WEIGHT)
+    inner, consts = compat.close(added)
+    whole = compat.replaced(added, constvars=[], invars=[*inner.constvars, *inner.invars])
+    assert not compat.close(whole)[1]
+    assert compat.close(compat.replaced(added, outvars=inner.outvars[:1]))[1] is not None
+
+    def caller(*given):
+        return compat.bind_call(compat.plain_call(), whole, "called", given)
+
+    (call,) = jax.make_jaxpr(caller)(*consts, WEIGHT, WEIGHT).eqns
+    assert (call.params["name"], compat.call_jaxpr(call)) == ("called", whole)
+    stated = jax.make_jaxpr(jax.jit(lambda *given: (given[0], given[1])))(*consts, WEIGHT, WEIGHT).eqns[0].params
+    assert {name: value for name, value in call.params.items() if name not in ("jaxpr", "name")} == {
+        name: value for name, value in stated.items() if name not in ("jaxpr", "name")
+    }
+    first, _ = jax.jit(jax.vmap(caller, in_axes=(*[None] * len(consts), 0, 0)))(*consts, WEIGHT[None], WEIGHT[None])
+    assert float(first[0, 0, 0]) == 2.0
+
+
 def test_a_program_without_its_last_results():
     fewer = compat.without_last_outputs(jax.make_jaxpr(lambda x: (x + 1, x, x))(WEIGHT), 2)
     assert (len(fewer.jaxpr.outvars), len(fewer.out_avals)) == (1, 1)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from checks import primitives_of
 from jax import lax
+from jax.extend.core import jaxpr_as_fun
 from jax.extend.core import primitives as prims
 from laid_out import laid_out
 
@@ -16,6 +17,7 @@ from hire_xform.passes.ir import compat
 from hire_xform.passes.pack.make import pack_array
 from hire_xform.passes.plan.decisions import Need, PackKey
 from hire_xform.passes.plan.forms import ROWS
+from hire_xform.passes.rewrite import runs
 from hire_xform.passes.rewrite.action import Action
 from hire_xform.passes.rewrite.canonical import dense_product, flat_activation, result_shape
 from hire_xform.passes.rewrite.control import EMIT
@@ -139,7 +141,7 @@ def rewritten(fun, w=W, x=X, only=None):
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
-def test_what_stands_in_a_products_place_is_what_is_computed(name):
+def test_what_stands_in_a_products_place_is_what_is_computed(name, monkeypatch):
     program = PROGRAMS[name]
     _, rewriter, operands, packed = rewritten(lambda w, x: program(dot, w, x))
     needed = rewriter.needed_inputs()
@@ -148,8 +150,11 @@ def test_what_stands_in_a_products_place_is_what_is_computed(name):
     given = [o if read else None for o, read in zip(operands, needed, strict=True)]
     want = jax.tree.leaves(program(twice, W, X))
     got = jax.jit(lambda *given: rewriter.evaluate(given, packed))(*given)
-    for one, other in zip(got, want, strict=True):
+    always(monkeypatch)
+    in_runs = jax.jit(lambda *given: rewriter.evaluate(given, packed, in_runs=True))(*given)
+    for one, same, other in zip(got, in_runs, want, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(same, other, rtol=1e-5, atol=1e-6)
 
 
 def test_without_an_action_a_program_is_bound_as_it_is():
@@ -159,6 +164,102 @@ def test_without_an_action_a_program_is_bound_as_it_is():
     same = jax.make_jaxpr(lambda *given: rewriter.evaluate(given, packed))(*operands)
     assert primitives_of(same) == primitives_of(jax.make_jaxpr(lambda *leaves: program(dot, W, leaves[-1]))(*operands))
     assert not found.found[1]
+
+
+KEPT = jnp.arange(float(D))
+
+
+def stretch(w, x):
+    """A product with equations on either side of it, some of them in a call, and a result made of both sides."""
+    before = jnp.sin(x) + KEPT
+    after = jax.nn.silu(dot(before, w["one"])) * before
+    return after, before.sum()
+
+
+def in_runs(fun, x=X):
+    """The graph of a function, its rewritten program with what stays in runs, and its results."""
+    found, rewriter, (*leaves, _), packed = rewritten(fun)
+    made = jax.make_jaxpr(lambda *given: rewriter.evaluate(given, packed, in_runs=True))(*leaves, x)
+    return found, made, jaxpr_as_fun(made)(*leaves, x)
+
+
+def always(monkeypatch):
+    """Runs are made of a single equation, too."""
+    monkeypatch.setattr(runs, "FEWEST", 1)
+    monkeypatch.setattr(runs, "FEWEST_ALONE", 1)
+
+
+def called(made, name):
+    """What is called by a name."""
+    return [compat.call_jaxpr(eqn) for eqn in jits(made) if eqn.params["name"] == name]
+
+
+def equations_but_products(jaxpr):
+    return [eqn for eqn in compat.close(jaxpr)[0].eqns if eqn.primitive is not prims.dot_general_p]
+
+
+def test_what_stays_is_there_as_it_was_traced(monkeypatch):
+    always(monkeypatch)
+    found, made, (got, total) = in_runs(stretch)
+    (whole,) = called(made, "rewritten")
+    assert not called(whole, "unchanged")
+    # Lines, scopes and contexts are those of the equations, and so are types.
+    kept = [(eqn.primitive, eqn.source_info, eqn.outvars) for eqn in equations_but_products(found.graph.jaxpr)]
+    now = [(eqn.primitive, eqn.source_info, eqn.outvars) for eqn in equations_but_products(whole)]
+    assert [one for one in now if one in kept] == kept
+    want, summed = stretch({"one": 2 * W["one"]}, X)
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+    np.testing.assert_allclose(total, summed, rtol=1e-5)
+
+
+def test_a_few_equations_are_no_run():
+    _, made, _ = in_runs(stretch)
+    assert not called(made, "rewritten")
+    assert not called(made, "unchanged")
+
+
+def test_what_is_of_another_type_than_was_traced_is_bound_again(monkeypatch):
+    always(monkeypatch)
+    weak = lax.broadcast(0.5, X.shape)
+    assert weak.weak_type
+    _, made, (got, _) = in_runs(stretch, weak)
+    # The sine of a weak type is of a weak type.
+    (whole,) = called(made, "rewritten")
+    sine = compat.close(whole)[0].eqns[0]
+    assert (sine.primitive, sine.outvars[0].aval.weak_type) == (prims.sin_p, True)
+    np.testing.assert_allclose(got, stretch({"one": 2 * W["one"]}, weak)[0], rtol=1e-5)
+
+
+def layers(w, x, between):
+    for i in range(5):
+        x = between(jnp.sin(dot(x, w["one"])), i)
+    return x
+
+
+ALIKE = {
+    "layers of a loop": (lambda x, i: jnp.tanh(x) + 1.0, 1),
+    "of two kinds in turn": (lambda x, i: jnp.tanh(x) + 1.0 if i % 2 else jnp.cos(x) + 1.0, 2),
+    "an effect between": (lambda x, i: jax.debug.callback(lambda _: None, x) or jnp.tanh(x) + 1.0, 1),
+    "other numbers": (lambda x, i: jnp.tanh(x) + float(i), 0),
+    "other parameters": (lambda x, i: jnp.roll(x, i, axis=1), 0),
+    "other functions": (lambda x, i: [jnp.tanh, jnp.sin, jnp.cos, jnp.exp, jnp.abs][i](x), 0),
+    "other operands": (lambda x, i: [x - 1.0, 1.0 - x, x * x, x * 2.0, x / 2.0][i], 0),
+    "other arrays": (lambda x, i: x * np.arange(D) * i, 0),
+    "other scopes": (lambda x, i: jax.named_scope(f"layer{i}")(jnp.tanh)(x), 0),
+}
+
+
+@pytest.mark.parametrize("name", ALIKE)
+def test_stretches_that_are_alike_call_one_function(name, monkeypatch):
+    between, kinds = ALIKE[name]
+    plain = in_runs(lambda w, x: layers(w, x, between))[2][0]
+    always(monkeypatch)
+    monkeypatch.setattr(runs, "FEWEST", 2)
+    _, made, (got,) = in_runs(lambda w, x: layers(w, x, between))
+    (whole,) = called(made, "rewritten") or [made]
+    assert len({id(call) for call in called(whole, "unchanged")}) == kinds
+    np.testing.assert_array_equal(got, plain)
+    np.testing.assert_allclose(got, layers({"one": 2 * W["one"]}, X, between), rtol=1e-4, atol=1e-5)
 
 
 def test_one_product_of_two_is_replaced():
@@ -173,7 +274,7 @@ def test_one_product_of_two_is_replaced():
 
 
 def jits(jaxpr):
-    return [eqn for eqn in jaxpr.jaxpr.eqns if eqn.primitive in compat.CALL_PRIMITIVES]
+    return [eqn for eqn in compat.close(jaxpr)[0].eqns if eqn.primitive in compat.CALL_PRIMITIVES]
 
 
 def test_calls_that_are_rewritten_alike_are_one_function():
