@@ -36,6 +36,11 @@ class Rules:
         scores, kept = self.load("scores").fine_scores(x, q, scale, bits)
         return scores, kept
 
+    def scores_in_two(self, *operands: Any) -> jax.Array:
+        """Of ``hire_scores_in_two``."""
+        made: jax.Array = self.load("scores").scores_in_two(*operands)
+        return made
+
     def select_rows_dot(
         self, x: jax.Array, rows: jax.Array, index: jax.Array, *, group_size: int, out_dtype: Any, magnitudes: bool
     ) -> jax.Array:

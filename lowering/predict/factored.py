@@ -15,6 +15,7 @@ from hire_xform.lowering.predict.few_bits import (
     pack_nibbles,
     quantize,
     quantize_clipped,
+    scores_in_two,
 )
 from hire_xform.lowering.predict.predictors import Given, PackedArrays, Predictor
 from hire_xform.lowering.primitives.products import all_products
@@ -156,7 +157,10 @@ class Factored(Predictor):
             z = jnp.matmul(x.astype(jnp.float32), packed["basis"], preferred_element_type=jnp.float32)
             return all_products(z.astype(packed["a"].dtype), packed["a"])
         # Both maps enlarge some directions a hundredfold, and with them what one limb would lose.
-        z, _ = fine_scores(x.astype(jnp.float32), packed["basis_q"], packed["basis_scale"], 8)
+        basis = packed["basis_q"], packed["basis_scale"]
+        if self.bits == 8:
+            return scores_in_two(x.astype(jnp.float32), *basis, packed["q"], packed["scale"])
+        z, _ = fine_scores(x.astype(jnp.float32), *basis, 8)
         lead = self._leading(z.shape[1])
         scores, _ = fine_scores(z[:, lead:], packed["q"], packed["scale"], self.bits)
         if lead:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +27,7 @@ __all__ = [
     "quantize",
     "quantize_clipped",
     "quantized_scores",
+    "scores_in_two",
     "two_limbs",
     "unpack_nibbles",
 ]
@@ -171,6 +173,28 @@ def fine_scores(x: jax.Array, q: jax.Array | StackEntry, scale: jax.Array, bits:
     return scores, kept
 
 
+def scores_in_two(
+    x: jax.Array,
+    basis_q: jax.Array | StackEntry,
+    basis_scale: jax.Array,
+    q: jax.Array | StackEntry,
+    scale: jax.Array,
+) -> jax.Array:
+    """Scores of what tokens are on some directions: those are scores as well, all in 8 bits; f32 ``[T, n]``.
+
+    Args:
+      x: f32 ``[T, d]``.
+      basis_q, basis_scale: the directions, ``[r, d]``, and their scales.
+      q, scale: rows on them, ``[n, r]``, and theirs.
+    """
+
+    def portable(x: jax.Array, *arrays: Any) -> list[jax.Array]:
+        on_directions, _ = fine_scores(x, *arrays[:2], 8)
+        return [fine_scores(on_directions, *arrays[2:], 8)[0]]
+
+    return bind_step(scores_in_two_p, portable, x, basis_q, basis_scale, q, scale)[0]
+
+
 def two_limbs(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Of ``[T, d]`` the leading 8 bits, the 8 that follow in steps of 1/254, and the scales ``[T, 1]``."""
     first, token_scale = quantize(x, 127)
@@ -205,3 +229,5 @@ def _fine_scores_jvp(bits: int, primals: tuple, tangents: tuple) -> tuple[tuple,
 # A kernel: rule(x, q, scale, *, bits) -> what quantized_scores or fine_scores returns; x is f32.
 quantized_scores_p = step_primitive("hire_quantized_scores")
 fine_scores_p = step_primitive("hire_fine_scores")
+# A kernel: rule(x, basis_q, basis_scale, q, scale) -> what scores_in_two returns; x is f32.
+scores_in_two_p = step_primitive("hire_scores_in_two")

@@ -68,7 +68,14 @@ def kernel(portable_forms):
 
 
 def test_every_step_is_listed(portable_forms):
-    inner = {"hire_quantized_scores", "hire_fine_scores", "hire_products", "hire_arg_max", "hire_open_rows"}
+    inner = {
+        "hire_quantized_scores",
+        "hire_fine_scores",
+        "hire_products",
+        "hire_arg_max",
+        "hire_open_rows",
+        "hire_scores_in_two",
+    }
     found = {name: set(platforms.values()) for name, platforms in backends().items()}
     assert found == {name: {"portable"} for name in inner | set(STEPS)}
 

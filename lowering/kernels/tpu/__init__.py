@@ -17,7 +17,7 @@ import jax
 from hire_xform.lowering.kernels.rules import Rules
 from hire_xform.lowering.kernels.switch import switched_off
 from hire_xform.lowering.kernels.tpu import shapes
-from hire_xform.lowering.predict.few_bits import fine_scores_p, quantized_scores_p
+from hire_xform.lowering.predict.few_bits import fine_scores_p, quantized_scores_p, scores_in_two_p
 from hire_xform.lowering.primitives.chosen_block import chosen_block_p
 from hire_xform.lowering.primitives.combine_rows import combine_rows_p, combine_stored_rows_p
 from hire_xform.lowering.primitives.da_top_k import da_top_k_p
@@ -41,6 +41,7 @@ def install() -> str | None:
         (quantized_scores_p, rules.quantized_scores, shapes.scores_served, entries),
         (fine_scores_p, rules.fine_scores, shapes.scores_served, entries),
         (chosen_block_p, rules.chosen_block, _block_served, nothing),
+        (scores_in_two_p, rules.scores_in_two, _scores_in_two_served, entries),
         (da_top_k_p, rules.da_top_k, shapes.top_k_served, nothing),
         (select_rows_dot_p, rules.select_rows_dot, shapes.rows_served, nothing),
         (combine_rows_p, rules.combine_rows, shapes.rows_served, nothing),
@@ -56,6 +57,10 @@ def install() -> str | None:
 def _block_served(*operands: Any, **settings: Any) -> bool:
     parts = (select_rows_dot_p, combine_rows_p)
     return not any(is_overridden(p.name, "tpu") for p in parts) and shapes.block_served(*operands, **settings)
+
+
+def _scores_in_two_served(*operands: Any) -> bool:
+    return not is_overridden(fine_scores_p.name, "tpu") and shapes.scores_in_two_served(*operands)
 
 
 def _why_missing() -> str | None:

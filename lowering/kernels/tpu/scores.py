@@ -23,7 +23,7 @@ from hire_xform.lowering.kernels.tpu.shapes import MOST_TOKENS, scored_together
 from hire_xform.lowering.predict.few_bits import of_limbs
 from hire_xform.lowering.primitives.stack_entry import StackEntry
 
-__all__ = ["fine_scores", "quantized_scores"]
+__all__ = ["fine_scores", "quantized_scores", "scores_in_two"]
 
 
 def quantized_scores(x: jax.Array, q: jax.Array | StackEntry, scale: jax.Array, bits: int) -> jax.Array:
@@ -46,6 +46,21 @@ def fine_scores(x: jax.Array, q: jax.Array | StackEntry, scale: jax.Array, bits:
         return made, of_limbs(limbs[:, : x.shape[1]], limbs[:, x.shape[1] :], steps)
 
     return folded(step, x, scale, *_stacked(q))
+
+
+def scores_in_two(
+    x: jax.Array,
+    basis_q: jax.Array | StackEntry,
+    basis_scale: jax.Array,
+    q: jax.Array | StackEntry,
+    scale: jax.Array,
+) -> jax.Array:
+    """As ``scores_in_two`` there: what the first rows make stays in VMEM, while the first of the others come."""
+
+    def step(x: jax.Array, *arrays: jax.Array) -> jax.Array:
+        return _in_parts(lambda part: [_in_two(part, arrays[:3], arrays[3:])], x)[0]
+
+    return folded(step, x, basis_scale, *_stacked(basis_q), scale, *_stacked(q))
 
 
 def _stacked(q: jax.Array | StackEntry) -> tuple[jax.Array, jax.Array]:
@@ -124,6 +139,81 @@ def _scores(x: jax.Array, *, rows: Sequence[jax.Array], bits: int, limbs: int) -
             ),
         )(number, x, q, scale[None])
     )
+
+
+def _in_two(x: jax.Array, basis: Sequence[jax.Array], rows: Sequence[jax.Array]) -> jax.Array:
+    """Scores of scores of tokens ``[T, d]``, f32 ``[T, n]``.
+
+    Args:
+      x: the tokens, f32.
+      basis, rows: of each scales ``[n]``, rows ``[L, n, width]``, and which of these matrices it is.
+    """
+    (scale, q, number), (after_scale, after, after_number) = basis, rows
+    (_, r, d), (_, n, _), count = q.shape, after.shape, x.shape[0]
+    together, after_together = scored_together(r, d), scored_together(n, r)
+    steps, after_steps = pl.cdiv(r, together), pl.cdiv(n, after_together)
+
+    def kernel(*refs: Any) -> None:
+        _, _, x_ref, q_ref, scale_ref, after_ref, after_scale_ref, out_ref, held, made, after_held, sizes = refs
+        step = pl.program_id(0)
+
+        def quantise(values: jax.Array, held: Any, size: int) -> None:
+            parts, sizes[:, size : size + 1] = _limbs(values, 2)
+            for i, part in enumerate(parts):
+                held[i * count : (i + 1) * count] = part
+
+        def products(held: Any, rows: Any, scale: Any, size: int) -> jax.Array:
+            raw = _dot(held[...], rows[...]).astype(jnp.float32)
+            return (raw[:count] + raw[count:] / 254.0) * sizes[:, size : size + 1] * scale[...]
+
+        pl.when(step == 0)(lambda: quantise(x_ref[...], held, 0))
+
+        @pl.when(step < steps)
+        def first() -> None:
+            at = pl.ds(pl.multiple_of(step * together, together), together)
+            made[:, at] = products(held, q_ref, scale_ref, 0)
+
+        pl.when(step == steps)(lambda: quantise(made[:, :r], after_held, 1))
+
+        @pl.when(step >= steps)
+        def second() -> None:
+            out_ref[...] = products(after_held, after_ref, after_scale_ref, 1)
+
+    def first(i: Any) -> Any:
+        return jnp.minimum(i, steps - 1)
+
+    def second(i: Any) -> Any:
+        return jnp.maximum(i - steps, 0)
+
+    made: jax.Array = pl.pallas_call(
+        kernel,
+        name="hire_scores_in_two",
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=2,
+            grid=(steps + after_steps,),
+            in_specs=[
+                pl.BlockSpec((count, d), lambda i, *numbers: (0, 0)),
+                pl.BlockSpec((None, together, d), lambda i, *numbers: (numbers[0][0], first(i), 0)),
+                pl.BlockSpec((1, together), lambda i, *numbers: (0, first(i))),
+                pl.BlockSpec((None, after_together, r), lambda i, *numbers: (numbers[1][0], second(i), 0)),
+                pl.BlockSpec((1, after_together), lambda i, *numbers: (0, second(i))),
+            ],
+            out_specs=pl.BlockSpec((count, after_together), lambda i, *numbers: (0, second(i))),
+            scratch_shapes=[
+                pltpu.VMEM((2 * count, d), jnp.int8),
+                pltpu.VMEM((count, steps * together), jnp.float32),
+                pltpu.VMEM((2 * count, r), jnp.int8),
+                pltpu.VMEM((count, 2), jnp.float32),
+            ],
+        ),
+        out_shape=result((count, n), jnp.float32),
+        cost_estimate=pl.CostEstimate(
+            flops=4 * count * r * (d + n),
+            bytes_accessed=x.nbytes + r * d + scale.nbytes + n * r + after_scale.nbytes + 4 * count * n,
+            transcendentals=0,
+        ),
+    )(number, after_number, x, q, scale[None], after, after_scale[None])
+    return made
 
 
 def _at_once(step: Any, number: Any) -> tuple[int, int]:

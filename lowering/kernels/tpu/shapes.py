@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax.extend.core import primitives
 
@@ -18,6 +19,7 @@ __all__ = [
     "rows_a_step",
     "rows_of_lanes",
     "rows_served",
+    "scores_in_two_served",
     "scores_served",
     "stored_rows_served",
     "top_k_served",
@@ -167,6 +169,15 @@ def scores_served(x: Any, q: Any, scale: Any, *, bits: int) -> bool:
     held = 4 * scored_together(n, width) * (width + 2 * max(8, x.shape[0]))
     lanes = width % LANES == 0 and x.shape[1] == width * (8 // bits)
     return 0 not in x.shape and x.shape[0] <= MOST_TOKENS and n >= LANES and lanes and held <= VMEM
+
+
+def scores_in_two_served(x: Any, basis_q: Any, basis_scale: Any, q: Any, scale: Any) -> bool:
+    """Whether scores of scores are one kernel's: each are served, and both are held at once."""
+    (r, d), (n, _) = basis_q.shape, q.shape
+    on_directions = jax.ShapeDtypeStruct((x.shape[0], r), jnp.float32)
+    each = scores_served(x, basis_q, basis_scale, bits=8) and scores_served(on_directions, q, scale, bits=8)
+    held = sum(4 * scored_together(*of) * (of[1] + 2 * max(8, x.shape[0])) for of in ((r, d), (n, r)))
+    return each and held <= VMEM
 
 
 def rows_of_lanes(n: int) -> int:

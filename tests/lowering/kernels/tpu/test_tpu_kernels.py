@@ -15,7 +15,14 @@ from hire_xform.lowering.kernels import tpu
 from hire_xform.lowering.kernels.tpu import block, numbering, placing, rows, scores, shapes, top_k
 from hire_xform.lowering.kernels.tpu.open_rows import open_rows
 from hire_xform.lowering.kernels.tpu.slabs import Slabs
-from hire_xform.lowering.predict.few_bits import entries, fine_scores, pack_nibbles, quantize, quantized_scores
+from hire_xform.lowering.predict.few_bits import (
+    entries,
+    fine_scores,
+    pack_nibbles,
+    quantize,
+    quantized_scores,
+    scores_in_two,
+)
 from hire_xform.lowering.primitives.chosen_block import chosen_block
 from hire_xform.lowering.primitives.combine_rows import combine_rows
 from hire_xform.lowering.primitives.da_top_k import da_top_k
@@ -23,7 +30,7 @@ from hire_xform.lowering.primitives.kernels import _built_in as built_in
 from hire_xform.lowering.primitives.kernels import backends, register_kernel
 from hire_xform.lowering.primitives.open_rows import open_rows as portable_open_rows
 from hire_xform.lowering.primitives.select_rows import select_rows_dot
-from hire_xform.lowering.primitives.stack_entry import StackEntry
+from hire_xform.lowering.primitives.stack_entry import StackEntry, whole
 from hire_xform.lowering.primitives.stored_rows import Operation, StoredRows
 
 pytestmark = pytest.mark.any_jax("cases vary shapes and dtypes of a few kernels", every=3)
@@ -265,6 +272,22 @@ def test_rows_of_several_blocks_and_a_last_one_that_is_not_whole(monkeypatch):
     np.testing.assert_allclose(got, quantized_scores(x, q, scale, 8), rtol=1e-6)
 
 
+@pytest.mark.parametrize(("tokens", "d", "r", "n", "stacked"), [(1, 256, 128, 300, True), (3, 128, 256, 128, False)])
+def test_scores_of_scores_are_one_kernel(monkeypatch, tokens, d, r, n, stacked):
+    """Of several blocks each, the last of which is not whole; tokens of zeros, and with an infinity."""
+    monkeypatch.setattr(shapes, "_SCORED_BYTES", 128 * 128)
+    x = normal(0, tokens, d)
+    x = x.at[1].set(0.0).at[2, 0].set(jnp.inf) if tokens > 2 else x
+    basis, of_rows = (quantize(normal(i, 2, *of), 127) for i, of in enumerate([(r, d), (n, r)], 1))
+    given = [
+        a for q, scale in (basis, of_rows) for a in (StackEntry(q, (jnp.int32(1),)) if stacked else q[1], scale[1])
+    ]
+    plain = [whole(a) for a in given]
+    assert shapes.scores_in_two_served(x, *plain)
+    got = interpreted(TPU, scores.scores_in_two, x, *given)
+    np.testing.assert_allclose(got, scores_in_two(x, *plain), rtol=1e-4, atol=1e-3 * r)
+
+
 def test_rows_of_a_stack_are_read_where_they_lie():
     x, matrices = normal(0, 1, 128), normal(1, 2, 3, 160, 128)
     q, scale = quantize(matrices, 127)
@@ -350,6 +373,7 @@ def test_they_are_registered_for_tpus_alone_and_pallas_is_not_asked_for_at_once(
         "hire_select_stored_rows_dot",
         "hire_combine_stored_rows",
         "hire_chosen_block",
+        "hire_scores_in_two",
         "hire_open_rows",
     }
     assert {p["cuda"].split(":")[0] for p in named.values()} == {"portable"}

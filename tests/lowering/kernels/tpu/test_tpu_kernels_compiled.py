@@ -59,6 +59,9 @@ def kernels():
         q = ((n, d * bits // 8), INT8 if bits == 8 else UINT8)
         yield partial(scores.quantized_scores, bits=bits), ((tokens, d), F32), q, ((n,), F32)
         yield partial(scores.fine_scores, bits=bits), ((tokens, d), F32), q, ((n,), F32)
+    for tokens, d, r, n in ((1, 2048, 512, 128256), (16, 4096, 1024, 8192)):
+        factors = [each for of in ((r, d), (n, r)) for each in ((of, INT8), (of[:1], F32))]
+        yield scores.scores_in_two, ((tokens, d), F32), *factors
     for n, k, shards in ((1024, 64, 1), (128256, 256, 1), (2**19, 1024, 1), (262144, 512, 4)):
         yield partial(top_k.top_k, k=k, shards=shards), ((1, n), F32)
     for n in (1000, 2**19):
@@ -131,8 +134,8 @@ def check_a_block_and_a_head_are_run_by_kernels():
     program = compiled(traced().lower())
     assert called(program) == {
         "hire_chosen_block": 1,
-        "hire_fine_scores": 2,
         "hire_quantized_scores": 1,
+        "hire_scores_in_two": 1,
         "hire_select_rows_dot": 1,
         "hire_top_k": 2,
     }
@@ -175,12 +178,12 @@ def check_each_of_four_chips_runs_them_on_its_part():
         "head": on(D, VOCAB, spec=columns),
     }
     program = compiled(hx.sparsify(model, config=CONFIG).trace(w, on(1, D, spec=PartitionSpec())).lower())
-    assert sum(called(program).values()) == 7
+    assert sum(called(program).values()) == 6
 
 
 def check_a_program_for_several_platforms_has_them_for_one():
     text = traced().lower(lowering_platforms=("cpu", "tpu")).as_text()
-    assert text.count("tpu_custom_call") == 7
+    assert text.count("tpu_custom_call") == 6
     assert "stablehlo.case" in text
 
 
@@ -191,7 +194,7 @@ def check_a_program_that_is_written_down_has_them_too():
     packed = step.trace(w, x).pack(w)
     sent = export.export(jax.jit(step), platforms=("cpu", "tpu"))(packed, x)
     assert sent.platforms == ("cpu", "tpu")
-    assert sent.mlir_module().count("tpu_custom_call") == 7
+    assert sent.mlir_module().count("tpu_custom_call") == 6
 
 
 @pytest.mark.parametrize("name", devices.checks(__name__))
