@@ -83,6 +83,15 @@ def kernels() -> Iterator[Kernel]:
             n * stored + 4 * n + 4 * n + 2 * width,
             (-(-n // together), together * stored),
         )
+    for n, r, what in ((vocab, D // 4, "head, d/4"), (M, D // 4, "block, d/4"), (M, D // 8, "block, d/8")):
+        together, factors = shapes.scored_together(n, r), [((r, D), INT8), ((r,), F32), ((n, r), INT8), ((n,), F32)]
+        yield Kernel(
+            f"scores in two of {n}, {what} in 8 bits",
+            scores.scores_in_two,
+            (((1, D), F32), *factors),
+            r * D + 4 * r + n * r + 4 * n + 4 * D + 4 * n,
+            (-(-n // together), together * r),
+        )
     for n, k in ((VOCAB, 256), (M // 8, 64), (M // 8, 128)):
         yield Kernel(
             f"top {k} of {n}", partial(top_k.top_k, k=k, shards=1), (((1, n), F32),), 4 * n + 8 * k, (1, 4 * n)
