@@ -235,11 +235,12 @@ def _stack(eqn: Eqn) -> list[Link]:
 @_of(prims.concatenate_p)
 def _concatenate(eqn: Eqn) -> list[Link]:
     axis, found, start = eqn.params["dimension"], [], 0
+    across = [(d,) for d in range(len(_shape(eqn.outvars[0]))) if d != axis]
     for i, operand in enumerate(eqn.invars):
-        shape = _shape(operand)
-        found += straight((d for d in range(len(shape)) if d != axis), How.EACH, operand=i)
+        for d in across:
+            found.append(Link(d, d, How.EACH, operand=i))
         found.append(Link((axis,), (axis,), How.PLACED, start, operand=i))
-        start += shape[axis]
+        start += _shape(operand)[axis]
     return found
 
 

@@ -12,6 +12,7 @@ import pytest
 from checks import kinds, narrow
 
 import hire_xform as hx
+from hire_xform.passes.ir import compat
 
 
 def deep(depth, one_layer=models.layer, seed=0):
@@ -154,4 +155,6 @@ def test_python_grows_in_step_with_depth_and_is_little_for_an_equation(monkeypat
         )
     more, most = counts[1] - counts[0], counts[2] - counts[1]
     assert most <= 2.05 * more
-    assert most <= 70 * (sizes[2] - sizes[1]), (counts, sizes)
+    # JAX 0.9 stacks by a concatenate of as many operands, which is looked at from each of them.
+    each = 73 if compat.STACK is None else 70
+    assert most <= each * (sizes[2] - sizes[1]), (counts, sizes)

@@ -205,7 +205,8 @@ def test_in_a_loop_no_layer_is_copied_unless_it_falls_back(way):
         body = lambda x, w: (relu_block({name: inside(leaf) for name, leaf in w.items()}, x), None)  # noqa: E731
         return lax.scan(body, x, stacks)[0]
 
-    params, x = weights(dtype), tokens(1)[0]
+    # Of one token XLA of jaxlib 0.9 copies none in a branch either.
+    params, x = weights(dtype), tokens(2)[0]
     step = hx.sparsify(fun, config=BLOCK)
     jitted, operands = step.program(params, x)
     compiled = jitted.lower(*operands).compile()
