@@ -122,8 +122,7 @@ def _together(
     """One kernel for all."""
     tokens, ups, wanted = xs[0].shape[0], form.ups, index.shape[0] * group
     slabs = Slabs(index.shape[0], group, rows[0].shape[1], rows[0].dtype)
-    step_rows = rows_a_step(group)
-    size, d_out = slabs.steps * step_rows, rows[-1].shape[1]
+    size, d_out = slabs.steps * rows_a_step(group), rows[-1].shape[1]
     # Products of one token are of one operand.
     distinct = list({id(x): x for x in xs}.values())
     lefts = [terms(x, slabs.dtype) for x in distinct]
@@ -144,24 +143,7 @@ def _together(
         def block(number: int, step: Any, slot: Any) -> jax.Array:
             return slabs.block(held, which[number if starts else 0] if picks else None, step, slot)
 
-        def product(number: int, step: Any, slot: Any) -> None:
-            made = dot(left[of_up[number]][...], block(number, step, slot), ((1,), (1,)))
-            at = pl.ds(pl.multiple_of(step * step_rows, step_rows), step_rows)
-            hidden[number, :, at] = summed(made, tokens)
-
-        def total(step: Any, slot: Any) -> None:
-            @pl.when(step == 0)
-            def activate() -> None:
-                own = [hidden[number][:, :wanted] for number in range(ups)]
-                made = _activation(form, own, [each[...] for each in more])
-                factor[...] = jnp.zeros_like(factor)
-                factor[:, :wanted] = terms(made, slabs.dtype).astype(factor.dtype)
-                out[...] = jnp.zeros_like(out)
-
-            at = pl.ds(pl.multiple_of(step * step_rows, step_rows), step_rows)
-            out[...] += summed(dot(factor[:, at], block(ups, step, slot), ((1,), (0,))), tokens)
-
-        use: list[Callable[[Any, Any], None]] = [*(functools.partial(product, number) for number in range(ups)), total]
+        use = _uses(form, slabs, block, [left[i] for i in of_up], more, hidden, factor, out)
         stream(slabs, sources, numbers if starts else numbers * (ups + 1), held, sent, use)
 
     whole = pl.BlockSpec(memory_space=pltpu.VMEM)
@@ -190,3 +172,47 @@ def _together(
             transcendentals=0,
         ),
     )(*at, *lefts, *picks, *beside, *(in_hbm(matrix) for matrix in rows))
+
+
+def _uses(
+    form: BlockForm,
+    slabs: Slabs,
+    block: Callable[[int, Any, Any], jax.Array],
+    left: Sequence[Any],
+    others: Sequence[Any],
+    hidden: Any,
+    factor: Any,
+    out: Any,
+) -> list[Callable[[Any, Any], None]]:
+    """What is done with the rows of a step of each matrix.
+
+    Args:
+      form, slabs: of the block, and how its rows are read.
+      block: the rows of a step, of the matrix of a number.
+      left: for each product the terms of its tokens.
+      others: what the activation takes besides.
+      hidden: where products are kept, f32 ``[ups, T, size]``.
+      factor: where terms of the activation are, ``[terms * T, size]``.
+      out: the sums, f32 ``[T, d_out]``.
+    """
+    tokens, rows, wanted = out.shape[0], rows_a_step(slabs.group), slabs.count * slabs.group
+
+    def of_step(step: Any) -> Any:
+        return pl.ds(pl.multiple_of(step * rows, rows), rows)
+
+    def product(number: int, step: Any, slot: Any) -> None:
+        made = dot(left[number][...], block(number, step, slot), ((1,), (1,)))
+        hidden[number, :, of_step(step)] = summed(made, tokens)
+
+    def total(step: Any, slot: Any) -> None:
+        @pl.when(step == 0)
+        def activate() -> None:
+            own = [hidden[number][:, :wanted] for number in range(form.ups)]
+            made = _activation(form, own, [each[...] for each in others])
+            factor[...] = jnp.zeros_like(factor)
+            factor[:, :wanted] = terms(made, slabs.dtype).astype(factor.dtype)
+            out[...] = jnp.zeros_like(out)
+
+        out[...] += summed(dot(factor[:, of_step(step)], block(form.ups, step, slot), ((1,), (0,))), tokens)
+
+    return [*(functools.partial(product, number) for number in range(form.ups)), total]
