@@ -127,12 +127,12 @@ def leaves_out(scores: jax.Array, index: jax.Array) -> jax.Array:
       A bool scalar.
     """
     wanted = scores != 0.0
-    if index.ndim == 1:
-        wanted = jnp.any(wanted, axis=0)
-        held = wanted.at[index].get(mode="promise_in_bounds", unique_indices=True)
-    else:
-        held = jnp.take_along_axis(wanted, index, axis=1, mode="promise_in_bounds")
-    return jnp.any(jnp.sum(wanted, axis=-1) > jnp.sum(held, axis=-1))
+    if index.ndim == 2 or scores.shape[0] == 1:
+        # Each token's own best: zeros come last.
+        return jnp.any(jnp.sum(wanted, axis=-1) > index.shape[-1])
+    union = jnp.any(wanted, axis=0)
+    held = union.at[index].get(mode="promise_in_bounds", unique_indices=True)
+    return jnp.sum(union) > jnp.sum(held)
 
 
 def _merge(scores: jax.Array, k: int) -> jax.Array:

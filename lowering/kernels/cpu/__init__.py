@@ -24,8 +24,9 @@ MOST_TOKENS = 16
 # Columns that a scale's entry is for are one, all, or a multiple of this: `kScaled` of kernels.h.
 SCALED = 64
 _FLOATS = frozenset({jnp.dtype(t) for t in (jnp.float32, jnp.bfloat16, jnp.float16)})
-# Steps whose kernels read a matrix where it lies in a stack.
-_READ_IN_STACKS = ("hire_quantized_scores", "hire_fine_scores", "hire_products")
+# Steps whose kernels read a matrix where it lies in a stack, or are told whether an order is needed.
+_TAKES = {name: frozenset({ENTRIES}) for name in ("hire_quantized_scores", "hire_fine_scores", "hire_products")}
+_TAKES["da_top_k"] = frozenset({"ordered"})
 _ROWS = _FLOATS | {jnp.dtype(t) for t in (jnp.float8_e4m3fn, jnp.float8_e5m2)}
 _INTEGERS = frozenset({jnp.dtype(t) for t in (jnp.int8, jnp.int4)})
 
@@ -51,8 +52,7 @@ def install() -> str | None:
         ("hire_open_rows", rules.open_rows, _open_rows_served),
     ):
         named = f"native, {library.instruction_sets()[0]}"
-        takes = frozenset({ENTRIES}) if name in _READ_IN_STACKS else frozenset[str]()
-        register_built_in(name, "cpu", rule, serves, named, takes=takes)
+        register_built_in(name, "cpu", rule, serves, named, takes=_TAKES.get(name, frozenset()))
     return None
 
 
@@ -91,7 +91,7 @@ def _stored_rows_served(x: Any, index: Any, values: Any, *others: Any, operation
     return exact and last.name == "mul" and jnp.dtype(last.dtype) in _FLOATS and blocks
 
 
-def _largest_served(scores: Any, *, k: int, shards: int) -> bool:
+def _largest_served(scores: Any, **settings: Any) -> bool:
     return jnp.dtype(scores.dtype) == jnp.float32 and 0 not in scores.shape
 
 

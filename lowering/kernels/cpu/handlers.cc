@@ -108,10 +108,11 @@ ffi::Error CombineRowsImpl(ffi::ThreadPool pool, ffi::AnyBuffer h, ffi::AnyBuffe
   return Told(CombineRows(pool, InUse(), Of(h), Of(rows), Of(scale), Of(index), group, To(out)));
 }
 
-ffi::Error LargestImpl(ffi::ThreadPool pool, ffi::AnyBuffer scores, Floats values, Integers indices, int64_t shards) {
+ffi::Error LargestImpl(ffi::ThreadPool pool, ffi::AnyBuffer scores, Floats values, Integers indices, int64_t shards,
+                       bool ordered) {
   const auto dims = values->dimensions();
   const int64_t picked = dims.size() ? dims[dims.size() - 1] : 0;
-  return Told(LargestOf(pool, InUse(), Of(scores), picked, shards, To(values), To(indices)));
+  return Told(LargestOf(pool, InUse(), Of(scores), picked, shards, ordered, To(values), To(indices)));
 }
 
 ffi::Error ArgMaxImpl(ffi::ThreadPool pool, ffi::AnyBuffer values, Integers out) {
@@ -142,7 +143,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(hire_combine_rows, hire::CombineRowsImpl,
                               hire::Four().Ret<hire::F32>().Attr<int64_t>("group"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(hire_largest, hire::LargestImpl,
-                              hire::One().Ret<hire::F32>().Ret<hire::S32>().Attr<int64_t>("shards"));
+                              hire::One().Ret<hire::F32>().Ret<hire::S32>().Attr<int64_t>("shards").Attr<bool>("ordered"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(hire_arg_max, hire::ArgMaxImpl, hire::One().Ret<hire::S32>());
 
@@ -151,7 +152,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(hire_open_rows, hire::OpenRowsImpl, hire::One().Re
 extern "C" {
 
 // Which handlers there are and what they take, as library.py says it: one more wherever that changes.
-int hire_interface() { return 6; }
+int hire_interface() { return 7; }
 
 // The number of instruction sets that this processor runs, and the name of one, the fastest first.
 int hire_instruction_sets() { return static_cast<int>(hire::Supported().size()); }

@@ -89,8 +89,14 @@ struct Kernels {
   void (*sums)(const Sums&, int64_t first, int64_t last, float* total);
   // Where the first NaN stands, or the first of the largest; n > 0.
   int64_t (*arg_max)(const float* values, int64_t n);
-  // Writes where values stand that are not smaller than `least`, NaNs among them, in order; how many there are.
+  // Writes where values stand that are not smaller than `least`, NaNs among them, in order, and anything behind that; how
+  // many there are. `out` has room for n.
   int64_t (*not_below)(const float* values, int64_t n, float least, int32_t* out);
+  // Writes n numbers in integers of 8 bits and returns their scale; with `second`, what that lost in 8 more, and in `kept`
+  // what both keep.
+  float (*quantize)(const float* x, int64_t n, int8_t* first, int8_t* second, float* kept);
+  // The sum of n integers.
+  int32_t (*sum)(const int8_t* q, int64_t n);
 };
 
 // Bytes read at once: token rows are zero up to a multiple of it.

@@ -18,6 +18,7 @@ namespace hire {
 namespace avx2 {
 
 constexpr int64_t kLanes = 8;
+constexpr int kRegisters = 16;
 using F = __m256;
 
 inline F Zero() { return _mm256_setzero_ps(); }
@@ -59,6 +60,12 @@ inline F Abs(F a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a); }
 inline F Max(F a, F b) { return _mm256_max_ps(a, b); }
 inline F NaNs(F a, F b) { return _mm256_blendv_ps(a, b, _mm256_cmp_ps(b, b, _CMP_UNORD_Q)); }
 inline bool NotBelow(F a, F b) { return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_NLT_UQ)) != 0; }
+inline int64_t Places(F a, F b, int32_t first, int32_t* out) {
+  int64_t count = 0;
+  for (int mask = _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_NLT_UQ)); mask; mask &= mask - 1)
+    out[count++] = first + __builtin_ctz(static_cast<unsigned>(mask));
+  return count;
+}
 inline float Sum(F a) {
   __m128 half = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
   half = _mm_add_ps(half, _mm_movehl_ps(half, half));
@@ -102,7 +109,7 @@ inline Bytes High(Bytes row) { return Low(_mm256_srli_epi16(row, 4)); }
 
 }  // namespace avx2
 
-const Kernels kAvx2 = {"AVX2", avx2::ScoresAll, avx2::DotsAll, avx2::SumsAll, avx2::ArgMaxAll, avx2::NotBelowAll};
+const Kernels kAvx2 = {"AVX2", avx2::ScoresAll, avx2::DotsAll, avx2::SumsAll, avx2::ArgMaxAll, avx2::NotBelowAll, avx2::QuantizeAll, avx2::SumOf};
 
 }  // namespace hire
 

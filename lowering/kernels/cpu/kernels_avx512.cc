@@ -20,6 +20,7 @@ namespace hire {
 namespace avx512 {
 
 constexpr int64_t kLanes = 16;
+constexpr int kRegisters = 32;
 using F = __m512;
 
 inline F Zero() { return _mm512_setzero_ps(); }
@@ -62,6 +63,13 @@ inline F Abs(F a) { return _mm512_andnot_ps(_mm512_set1_ps(-0.0f), a); }
 inline F Max(F a, F b) { return _mm512_max_ps(a, b); }
 inline F NaNs(F a, F b) { return _mm512_mask_mov_ps(a, _mm512_cmp_ps_mask(b, b, _CMP_UNORD_Q), b); }
 inline bool NotBelow(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_NLT_UQ) != 0; }
+inline int64_t Places(F a, F b, int32_t first, int32_t* out) {
+  const __mmask16 mask = _mm512_cmp_ps_mask(a, b, _CMP_NLT_UQ);
+  const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  // Packed in a register: some processors take a hundred cycles to pack into memory.
+  _mm512_storeu_si512(out, _mm512_maskz_compress_epi32(mask, _mm512_add_epi32(_mm512_set1_epi32(first), lanes)));
+  return __builtin_popcount(mask);
+}
 inline float Sum(F a) { return _mm512_reduce_add_ps(a); }
 
 constexpr int64_t kBytes = 64;
@@ -94,7 +102,7 @@ inline Bytes High(Bytes row) { return Low(_mm512_srli_epi16(row, 4)); }
 
 }  // namespace avx512
 
-const Kernels kAvx512 = {"AVX-512 VNNI", avx512::ScoresAll, avx512::DotsAll, avx512::SumsAll, avx512::ArgMaxAll, avx512::NotBelowAll};
+const Kernels kAvx512 = {"AVX-512 VNNI", avx512::ScoresAll, avx512::DotsAll, avx512::SumsAll, avx512::ArgMaxAll, avx512::NotBelowAll, avx512::QuantizeAll, avx512::SumOf};
 
 }  // namespace hire
 

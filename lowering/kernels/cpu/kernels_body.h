@@ -1,10 +1,12 @@
 // The inner loops in terms of a few vector operations. Included by one file for each instruction set, inside a namespace
 // of its own, behind the operations:
 //
-//   F, kLanes                   a vector of f32
+//   F, kLanes, kRegisters       a vector of f32, how many entries it has, and how many there may be at a time
 //   Zero, Load, LoadBF16, LoadF16, LoadE4M3, LoadE5M2, LoadS8, LoadS4, Store, Fma(a, b, c) = a b + c, Abs, Broadcast, Sum
 //   Max, NaNs(a, b)             where neither is NaN, the larger; a, with those entries of b that are NaN
 //   NotBelow(a, b)              whether an entry of a is not smaller than that of b, as a NaN is not
+//   Places(a, b, first, out)    writes which entries these are, counted from `first`, and anything behind them, kLanes
+//                               numbers in all at most; how many they are
 //   I, kBytes                   a vector of int32 that products of kBytes pairs of bytes are added to
 //   Bytes, LoadBytes, ZeroI, SumI
 //   SumFour(sums, out)          adds the sums of four to four numbers
@@ -15,8 +17,10 @@
 // No function of the standard library is called: the compiler would make it for this instruction set, and the linker
 // might take that one for all.
 
-// Rows of one block that are read together, so that their sums are folded together and the token is read once.
+// Rows of one block that are read together, so that their sums are folded together and the tokens are read once. Long
+// rows of one token, or one and what it lost, are read one after the other, in the order in which memory has them.
 constexpr int kRowsTogether = 4;
+constexpr int64_t kLongRow = 256;
 // How far ahead of itself a row is fetched, at least: what comes from memory while this much is multiplied.
 constexpr int64_t kAhead = 4096;
 // Integer sums of up to this many entries fit into 32 bits with every offset.
@@ -80,6 +84,60 @@ inline void IntegerBlock(const Scores& s, const uint8_t* rows, const int8_t* con
   }
 }
 
+// The largest magnitude of n numbers, or NaN where one is not finite.
+inline float PeakOf(const float* x, int64_t n) {
+  F most = Zero(), odd = Zero();
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    const F v = Load(x + i);
+    most = Max(most, Abs(v));
+    // Zero times what is not finite is NaN.
+    odd = Fma(v, Zero(), odd);
+  }
+  float lanes[kLanes], peak = 0.0f, sum = Sum(odd);
+  Store(lanes, most);
+  for (int k = 0; k < kLanes; ++k) peak = lanes[k] > peak ? lanes[k] : peak;
+  for (; i < n; ++i) {
+    const float size = __builtin_fabsf(x[i]);
+    sum += 0.0f * x[i];
+    peak = size > peak ? size : peak;
+  }
+  return peak + sum;
+}
+
+// Adding and subtracting this rounds a number of up to 2^22 to the nearest integer, ties to even.
+constexpr float kRound = 12582912.0f;
+
+inline int8_t InByte(float value) {
+  const float rounded = (value + kRound) - kRound;
+  const float least = rounded < -127.0f ? -127.0f : rounded;
+  return static_cast<int8_t>(static_cast<int32_t>(least > 127.0f ? 127.0f : least));
+}
+
+// One token in integers of 8 bits and a scale, as `quantize` in lowering/predict has it: all zero and of scale NaN where
+// an entry is not finite, and of scale zero where all are. With `second`, what the first 8 bits lost in steps of 1/254 of
+// the scale, and in `kept` what both keep.
+inline float QuantizeAll(const float* x, int64_t n, int8_t* first, int8_t* second, float* kept) {
+  const float scale = PeakOf(x, n) / 127.0f;
+  const bool usable = scale > 0.0f;
+  for (int64_t i = 0; i < n; ++i) first[i] = usable ? InByte(x[i] / scale) : int8_t{0};
+  if (second) {
+    for (int64_t i = 0; i < n; ++i) {
+      const float one = static_cast<float>(first[i]);
+      const int8_t rest = usable ? InByte((x[i] - one * scale) / scale * 254.0f) : int8_t{0};
+      second[i] = rest;
+      kept[i] = (one + static_cast<float>(rest) / 254.0f) * scale;
+    }
+  }
+  return scale;
+}
+
+inline int32_t SumOf(const int8_t* q, int64_t n) {
+  int32_t sum = 0;
+  for (int64_t i = 0; i < n; ++i) sum += q[i];
+  return sum;
+}
+
 // Integer products of R rows with all tokens, a few tokens at a time.
 template <int R, int Bits>
 inline void IntegerRows(const Scores& s, const uint8_t* rows, int32_t* raw, int64_t raw_stride) {
@@ -108,8 +166,9 @@ inline void ScoresOf(const Scores& s, int64_t first, int64_t last) {
   const int64_t tokens = s.count / s.limbs;
   for (int64_t begin = first; begin < last; begin += kRowsABlock) {
     const int64_t rows = last - begin < kRowsABlock ? last - begin : kRowsABlock;
+    const bool alone = s.count <= (Bits == 8 ? 2 : 1) && s.row_bytes >= kLongRow;
     int64_t r = 0;
-    for (; r + kRowsTogether <= rows; r += kRowsTogether)
+    for (; !alone && r + kRowsTogether <= rows; r += kRowsTogether)
       IntegerRows<kRowsTogether, Bits>(s, s.rows + (begin + r) * s.row_bytes, raw + r, kRowsABlock);
     for (; r < rows; ++r) IntegerRows<1, Bits>(s, s.rows + (begin + r) * s.row_bytes, raw + r, kRowsABlock);
     for (int64_t t = 0; t < tokens; ++t) {
@@ -198,10 +257,10 @@ struct SomeRows {
   // Rows i .. i + R - 1 of the `end` rows that are chosen; `number` says which they are.
   template <typename Step, typename Number>
   SomeRows(const Step& s, const Number& number, int64_t i, int64_t end) {
-    const int64_t row_bytes = BytesOf(s.type, s.d);
+    const int64_t row_bytes = BytesOf(s.type, s.d), least = kAhead / (row_bytes + 1) + 1, on = least < R ? R : least;
     for (int r = 0; r < R; ++r) {
       rows[r] = s.rows + number(i + r) * row_bytes;
-      ahead[r] = i + r + R < end ? s.rows + number(i + r + R) * row_bytes : rows[r];
+      ahead[r] = i + r + on < end ? s.rows + number(i + r + on) * row_bytes : rows[r];
       scales[r] = ScaleOf(s.scale, s.d, number(i + r));
     }
   }
@@ -334,20 +393,84 @@ inline void AddRows(const Sums& s, const SomeRows<R>& here, int64_t i, float* to
   }
 }
 
+// Columns of one token's sums that stay in registers while the rows go by, in vectors, and the bytes of a row that are at
+// least to be read at once: of fewer memory is slow.
+constexpr int kSumsTogether = kRegisters / 2;
+constexpr int64_t kLeastPiece = 1024;
+
+// Some rows of a sum: where they and their scales begin.
+struct RowBlock {
+  const uint8_t* rows[kRowsABlock];
+  const float* scales[kRowsABlock];
+  int64_t count;
+};
+
+// Adds rows, each times its number in `h`, to V vectors of columns of `total` from number j on.
+template <RowType Type, int V, Scaling Scaled>
+inline void AddColumns(const Sums& s, const RowBlock& block, const float* h, int64_t j, float* total) {
+  const int64_t row_bytes = BytesOf(Type, s.d), bytes = BytesOf(Type, V * kLanes), left = s.d - j;
+  const bool whole = V > 1 || left >= kLanes;
+  F sum[V];
+  for (int v = 0; v < V; ++v) sum[v] = whole ? Load(total + j + v * kLanes) : LoadPart(total + j, left);
+  // What is fetched lies so many rows on; behind the last row come the first ones' next columns.
+  const int64_t rows_on = kAhead / bytes;
+  int64_t next = rows_on % block.count, at = BytesOf(Type, j) + rows_on / block.count * bytes;
+  for (int64_t r = 0; r < block.count; ++r) {
+    if (at < row_bytes)
+      for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(block.rows[next] + at + b);
+    if (++next == block.count) {
+      next = 0;
+      at += bytes;
+    }
+    const F number = Broadcast(h[r]);
+    for (int v = 0; v < V; ++v)
+      sum[v] = Fma(number,
+                   whole ? LoadScaled<Type, Scaled>(block.rows[r], block.scales[r], s.scale.columns, j + v * kLanes)
+                         : LoadScaledPart<Type, Scaled>(block.rows[r], block.scales[r], s.scale.columns, j, left),
+                   sum[v]);
+  }
+  for (int v = 0; whole && v < V; ++v) Store(total + j + v * kLanes, sum[v]);
+  if (!whole) {
+    alignas(64) float part[kLanes];
+    Store(part, sum[0]);
+    for (int64_t i = 0; i < left; ++i) total[j + i] = part[i];
+  }
+}
+
+// Sums of one token: some rows at a time, and of these some columns.
+template <RowType Type, Scaling Scaled, typename Number>
+inline void SumsOfOne(const Sums& s, const Number& number, int64_t begin, int64_t end, float* total) {
+  RowBlock block;
+  for (int64_t i = begin; i < end; i += block.count) {
+    block.count = end - i < kRowsABlock ? end - i : kRowsABlock;
+    for (int64_t r = 0; r < block.count; ++r) {
+      block.rows[r] = s.rows + number(i + r) * BytesOf(Type, s.d);
+      block.scales[r] = ScaleOf(s.scale, s.d, number(i + r));
+    }
+    int64_t j = 0;
+    for (; j + kSumsTogether * kLanes <= s.d; j += kSumsTogether * kLanes)
+      AddColumns<Type, kSumsTogether, Scaled>(s, block, s.h + i, j, total);
+    for (; j < s.d; j += kLanes) AddColumns<Type, 1, Scaled>(s, block, s.h + i, j, total);
+  }
+}
+
 template <RowType Type, Scaling Scaled>
 inline void SumsOf(const Sums& s, int64_t first, int64_t last, float* total) {
   auto number = [&](int64_t i) { return s.index[i / s.group] * s.group + i % s.group; };
   for (int64_t j = 0; j < s.tokens * s.d; ++j) total[j] = 0.0f;
   const int64_t end = last * s.group;
   int64_t i = first * s.group;
+  if constexpr (BytesOf(Type, kSumsTogether * kLanes) >= kLeastPiece)
+    if (s.tokens == 1) return SumsOfOne<Type, Scaled>(s, number, i, end, total);
   auto some = [&](auto width) {
     constexpr int R = decltype(width)::value;
     const SomeRows<R> here(s, number, i, end);
     AddRows<Type, R, Scaled>(s, here, i, total);
     i += R;
   };
-  // The sums of several tokens no longer lie in the first cache: more rows are added to them at a time.
-  while (s.tokens >= 4 && i + 2 * kRowsTogether <= end) some(Width<2 * kRowsTogether>());
+  // The sums of many tokens do not lie in the first cache, and short rows are soon at an end: more are added at a time.
+  constexpr bool kShort = Type == RowType::kS8 || Type == RowType::kS4;
+  while ((s.tokens >= 4 || kShort) && i + 2 * kRowsTogether <= end) some(Width<2 * kRowsTogether>());
   while (i + kRowsTogether <= end) some(Width<kRowsTogether>());
   while (i < end) some(Width<1>());
 }
@@ -410,21 +533,17 @@ inline int64_t NotBelowAll(const float* values, int64_t n, float least, int32_t*
   constexpr int kTogether = 2;
   const F floor = Broadcast(least);
   int64_t count = 0, j = 0;
-  auto take = [&](int64_t end) {
-    for (; j < end; ++j) {
-      out[count] = static_cast<int32_t>(j);
-      count += !(values[j] < least);
-    }
-  };
   // Where few are taken, most are passed over together.
-  while (j + kTogether * kLanes <= n) {
+  for (; j + kTogether * kLanes <= n; j += kTogether * kLanes) {
     bool any = false;
     for (int k = 0; k < kTogether; ++k) any |= NotBelow(Load(values + j + k * kLanes), floor);
     if (any)
-      take(j + kTogether * kLanes);
-    else
-      j += kTogether * kLanes;
+      for (int k = 0; k < kTogether; ++k)
+        count += Places(Load(values + j + k * kLanes), floor, static_cast<int32_t>(j + k * kLanes), out + count);
   }
-  take(n);
+  for (; j < n; ++j) {
+    out[count] = static_cast<int32_t>(j);
+    count += !(values[j] < least);
+  }
   return count;
 }

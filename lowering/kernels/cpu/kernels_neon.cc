@@ -18,6 +18,7 @@ namespace hire {
 namespace neon {
 
 constexpr int64_t kLanes = 4;
+constexpr int kRegisters = 32;
 using F = float32x4_t;
 
 inline F Zero() { return vdupq_n_f32(0.0f); }
@@ -60,6 +61,14 @@ inline F Abs(F a) { return vabsq_f32(a); }
 inline F Max(F a, F b) { return vmaxq_f32(a, b); }
 inline F NaNs(F a, F b) { return vbslq_f32(vceqq_f32(b, b), a, b); }
 inline bool NotBelow(F a, F b) { return vminvq_u32(vcltq_f32(a, b)) == 0; }
+inline int64_t Places(F a, F b, int32_t first, int32_t* out) {
+  uint32_t below[kLanes];
+  vst1q_u32(below, vcltq_f32(a, b));
+  int64_t count = 0;
+  for (int i = 0; i < kLanes; ++i)
+    if (!below[i]) out[count++] = first + i;
+  return count;
+}
 inline float Sum(F a) { return vaddvq_f32(a); }
 
 constexpr int64_t kBytes = 16;
@@ -84,7 +93,7 @@ inline Bytes High(Bytes row) { return Low(vreinterpretq_s8_u8(vshrq_n_u8(vreinte
 }  // namespace neon
 
 const Kernels kNeon = {"NEON with dot products", neon::ScoresAll, neon::DotsAll,    neon::SumsAll,
-                       neon::ArgMaxAll,          neon::NotBelowAll};
+                       neon::ArgMaxAll,          neon::NotBelowAll, neon::QuantizeAll, neon::SumOf};
 
 }  // namespace hire
 

@@ -7,6 +7,7 @@ namespace hire {
 namespace portable {
 
 constexpr int64_t kLanes = 8;
+constexpr int kRegisters = 8;
 struct F {
   float v[kLanes];
 };
@@ -103,6 +104,12 @@ inline bool NotBelow(F a, F b) {
   for (int i = 0; i < kLanes; ++i) any |= !(a.v[i] < b.v[i]);
   return any;
 }
+inline int64_t Places(F a, F b, int32_t first, int32_t* out) {
+  int64_t count = 0;
+  for (int i = 0; i < kLanes; ++i)
+    if (!(a.v[i] < b.v[i])) out[count++] = first + i;
+  return count;
+}
 inline float Sum(F a) {
   for (int k = kLanes / 2; k > 0; k /= 2)
     for (int i = 0; i < k; ++i) a.v[i] += a.v[i + k];
@@ -146,6 +153,6 @@ inline Bytes High(Bytes row) {
 
 }  // namespace portable
 
-const Kernels kPortable = {"portable", portable::ScoresAll, portable::DotsAll, portable::SumsAll, portable::ArgMaxAll, portable::NotBelowAll};
+const Kernels kPortable = {"portable", portable::ScoresAll, portable::DotsAll, portable::SumsAll, portable::ArgMaxAll, portable::NotBelowAll, portable::QuantizeAll, portable::SumOf};
 
 }  // namespace hire

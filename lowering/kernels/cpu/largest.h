@@ -77,6 +77,27 @@ inline float LeastBySample(const float* scores, int64_t n, int64_t k) {
   return ValueOf(sample[static_cast<size_t>(rank)]);
 }
 
+// A number above `value` with none between them, going by a processor that takes denormals for zeros.
+inline float NextAbove(float value) {
+  constexpr float kNormal = std::numeric_limits<float>::min();
+  return std::fabs(value) < kNormal ? kNormal : ValueOf(KeyOf(value) + 1);
+}
+
+// Where the k largest are those above `least`, which `chosen` holds, and some of those that equal it, such as the zeros of
+// a ReLU: adds the first of these; whether that is so.
+inline bool FillWithEqual(const float* scores, int64_t n, int64_t k, float least, float above,
+                          std::vector<uint64_t>& chosen) {
+  const uint32_t key = KeyOf(least), between = KeyOf(above) - key - 1;
+  if (between > 0) {
+    bool odd = false;
+    for (int64_t i = 0; i < n; ++i) odd |= KeyOf(scores[i]) - key - 1 < between;
+    if (odd) return false;
+  }
+  for (int64_t i = 0; i < n && static_cast<int64_t>(chosen.size()) < k; ++i)
+    if (KeyOf(scores[i]) == key) chosen.push_back(Entry(scores[i], i));
+  return static_cast<int64_t>(chosen.size()) == k;
+}
+
 // The least score of the bin in which the k-th largest stands: scores are counted by the leading bits of their keys.
 template <typename Pool>
 float LeastByBins(Pool& pool, const float* scores, int64_t n, int64_t k) {
@@ -124,27 +145,32 @@ inline void SortByKey(std::vector<uint64_t>& entries) {
   }
 }
 
-// Writes the k largest of scores[0 .. n - 1] and where they stand, from the largest down; ties go to the lower index.
-// 1 <= k <= n < 2^31.
+// Writes the k largest of scores[0 .. n - 1] and where they stand, from the largest down or, if not `ordered`, in any
+// order; ties go to the lower index. 1 <= k <= n < 2^31.
 template <typename Pool>
-void Largest(Pool& pool, const Kernels& kernels, const float* scores, int64_t n, int64_t k, int64_t first,
+void Largest(Pool& pool, const Kernels& kernels, const float* scores, int64_t n, int64_t k, int64_t first, bool ordered,
              float* values, int32_t* indices) {
   std::vector<uint64_t> chosen;
+  auto enough = [&] { return static_cast<int64_t>(chosen.size()) >= k; };
   if (n >= kLeastSampled && k <= n / 4) {
     const float least = LeastBySample(scores, n, k);
-    if (least == least) chosen = NotBelow(pool, kernels, scores, n, least);
+    if (least == least) {
+      const float above = NextAbove(least);
+      chosen = NotBelow(pool, kernels, scores, n, above);
+      if (!enough()) FillWithEqual(scores, n, k, least, above, chosen);
+    }
   }
-  if (static_cast<int64_t>(chosen.size()) < k)
-    chosen = NotBelow(pool, kernels, scores, n, LeastByBins(pool, scores, n, k));
-  // A few too many cost less to sort than to tell from the others.
-  if (static_cast<int64_t>(chosen.size()) > 2 * k) {
+  if (!enough()) chosen = NotBelow(pool, kernels, scores, n, LeastByBins(pool, scores, n, k));
+  // To sort a few too many costs less than to tell them from the others.
+  const int64_t found = static_cast<int64_t>(chosen.size());
+  if (found > (ordered ? 2 * k : k)) {
     std::vector<uint64_t> ranked(chosen);
     std::nth_element(ranked.begin(), ranked.begin() + (k - 1), ranked.end(), std::greater<uint64_t>());
     const uint64_t last = ranked[static_cast<size_t>(k - 1)];
     chosen.erase(std::remove_if(chosen.begin(), chosen.end(), [=](uint64_t entry) { return entry < last; }),
                  chosen.end());
   }
-  SortByKey(chosen);
+  if (ordered) SortByKey(chosen);
   for (int64_t i = 0; i < k; ++i) {
     const uint64_t entry = chosen[static_cast<size_t>(i)];
     values[i] = ValueOf(KeyIn(entry));

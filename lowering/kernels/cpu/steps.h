@@ -4,9 +4,9 @@
 #define HIRE_STEPS_H_
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
-#include <limits>
 #include <memory>
 #include <string>
 #include <vector>
@@ -76,41 +76,6 @@ inline bool IsMatrix(const Array& array, Element element) { return array.element
 // How many units of so many bytes make a block.
 inline int64_t Together(int64_t bytes) { return std::max<int64_t>(1, kBlockBytes / std::max<int64_t>(bytes, 1)); }
 
-// One token in integers of 8 bits and a scale, as `quantize` in lowering/predict has it: all zero and of scale NaN where
-// an entry is not finite, and of scale zero where all are.
-inline float QuantizeToken(const float* x, int64_t d, int8_t* q) {
-  float peak = 0.0f;
-  bool finite = true;
-  for (int64_t i = 0; i < d; ++i) {
-    const float size = std::fabs(x[i]);
-    finite &= size <= std::numeric_limits<float>::max();
-    peak = size > peak ? size : peak;
-  }
-  const float scale = finite ? peak / 127.0f : std::numeric_limits<float>::quiet_NaN();
-  if (!(scale > 0.0f)) return scale;
-  // Adding and subtracting this rounds a number of up to 2^22 to the nearest integer, ties to even.
-  constexpr float kRound = 12582912.0f;
-  for (int64_t i = 0; i < d; ++i) {
-    const float rounded = (x[i] / scale + kRound) - kRound;
-    q[i] = static_cast<int8_t>(std::min(127.0f, std::max(-127.0f, rounded)));
-  }
-  return scale;
-}
-
-// What one limb lost, in steps of 1/254 of the scale; `kept` is what both keep.
-inline void QuantizeRest(const float* x, int64_t d, float scale, const int8_t* first, int8_t* second, float* kept) {
-  constexpr float kRound = 12582912.0f;
-  const float divisor = scale > 0.0f ? scale : 1.0f;
-  for (int64_t i = 0; i < d; ++i) {
-    const float one = static_cast<float>(first[i]);
-    const float rest = (x[i] - one * scale) / divisor;
-    const float rounded = (rest * 254.0f + kRound) - kRound;
-    const bool usable = scale > 0.0f;
-    second[i] = usable ? static_cast<int8_t>(std::min(127.0f, std::max(-127.0f, rounded))) : int8_t{0};
-    kept[i] = (one + static_cast<float>(second[i]) / 254.0f) * scale;
-  }
-}
-
 // A matrix of rows of any kind; those of four bits begin at whole bytes.
 inline std::string ReadRows(const char* name, const Array& rows, RowType* found) {
   if (rows.dims.size() != 2 || !TypeOf(rows.element, found))
@@ -163,25 +128,19 @@ std::string ScoreRows(Pool& pool, const Kernels& kernels, const Array& x, const 
   std::vector<float> scales(static_cast<size_t>(most));
   for (int64_t begin = 0; begin < tokens; begin += at_once) {
     const int64_t count = std::min(at_once, tokens - begin);
-    std::fill(entries.begin(), entries.end(), int8_t{0});
+    // Behind each row (or half of it) the entries stay the zeros that they are.
     auto place = [&](const int8_t* q, int64_t number) {
       int8_t* to = entries.data() + number * stride;
-      int32_t sum = 0;
-      for (int64_t i = 0; i < d; ++i) {
-        to[i < bytes ? i : half + i - bytes] = q[i];
-        sum += q[i];
-      }
-      sums[static_cast<size_t>(number)] = sum;
+      std::copy(q, q + bytes, to);
+      std::copy(q + bytes, q + d, to + half);
+      sums[static_cast<size_t>(number)] = kernels.sum(q, d);
     };
     for (int64_t t = 0; t < count; ++t) {
-      const float* token = x.As<float>() + (begin + t) * d;
-      std::fill(flat.begin(), flat.end(), int8_t{0});
-      scales[static_cast<size_t>(t)] = QuantizeToken(token, d, flat.data());
-      place(flat.data(), t);
-      if (limbs == 2) {
-        QuantizeRest(token, d, scales[static_cast<size_t>(t)], flat.data(), flat.data() + d, kept.data + (begin + t) * d);
-        place(flat.data() + d, count + t);
-      }
+      int8_t *first_limb = flat.data(), *second_limb = limbs == 2 ? first_limb + d : nullptr;
+      float* own = limbs == 2 ? kept.data + (begin + t) * d : nullptr;
+      scales[static_cast<size_t>(t)] = kernels.quantize(x.As<float>() + (begin + t) * d, d, first_limb, second_limb, own);
+      place(first_limb, t);
+      if (limbs == 2) place(second_limb, count + t);
     }
     Scores s;
     s.rows = rows.As<uint8_t>() + begin_row * bytes;
@@ -315,26 +274,33 @@ std::string CombineRows(Pool& pool, const Kernels& kernels, const Array& h, cons
   const int64_t sets = chosen.own ? tokens : 1, together = chosen.own ? 1 : tokens, size = together * d;
   const int64_t step = std::max(Together(group * BytesOf(type, d)), (chosen.entries + kMostParts - 1) / kMostParts);
   const int64_t parts = std::max<int64_t>(1, (chosen.entries + step - 1) / step);
+  // A part's numbers are added to those of its neighbour by whichever is ready last, then those of both to those of the
+  // next two, and so on: in an order that hangs on shapes alone, while both still lie in a cache.
   std::unique_ptr<float[]> totals(new float[static_cast<size_t>(sets * parts * size)]);
+  std::vector<std::atomic<bool>> waits(static_cast<size_t>(sets * parts));
   ForEachBlock(pool, sets * parts, [&](int64_t i) {
-    const int64_t t = i / parts, first = i % parts * step;
+    const int64_t t = i / parts, part = i % parts, first = part * step;
+    float* own = totals.get() + t * parts * size;
     const Sums s{rows.As<uint8_t>(), type, scaled, d, chosen.Of(t), group, h.As<float>() + t * h.dims[1], h.dims[1], together};
-    kernels.sums(s, first, std::min(chosen.entries, first + step), totals.get() + i * size);
+    kernels.sums(s, first, std::min(chosen.entries, first + step), own + part * size);
+    for (int64_t wide = 1; wide < parts; wide *= 2) {
+      const int64_t left = part / (2 * wide) * (2 * wide), right = left + wide;
+      if (right >= parts) continue;
+      if (!waits[static_cast<size_t>(t * parts + right)].exchange(true, std::memory_order_acq_rel)) return;
+      float* to = own + left * size;
+      const float* from = own + right * size;
+      for (int64_t j = 0; j < size; ++j) to[j] += from[j];
+    }
+    std::copy(own, own + size, out.data + t * size);
   });
-  for (int64_t t = 0; t < sets; ++t) {
-    float* to = out.data + t * size;
-    const float* from = totals.get() + t * parts * size;
-    std::copy(from, from + size, to);
-    for (int64_t part = 1; part < parts; ++part)
-      for (int64_t j = 0; j < size; ++j) to[j] += from[part * size + j];
-  }
   return "";
 }
 
-// The largest of each shard: scores f32 [..., n], of which `picked` of the last axis are written.
+// The largest of each shard: scores f32 [..., n], of which `picked` of the last axis are written, those of a shard from the
+// largest down or, if not `ordered`, in any order.
 template <typename Pool>
-std::string LargestOf(Pool& pool, const Kernels& kernels, const Array& scores, int64_t picked, int64_t shards, Result<float> values,
-                      Result<int32_t> indices) {
+std::string LargestOf(Pool& pool, const Kernels& kernels, const Array& scores, int64_t picked, int64_t shards,
+                      bool ordered, Result<float> values, Result<int32_t> indices) {
   if (scores.element != Element::kF32 || scores.dims.empty()) return "da_top_k takes scores [..., n] in f32";
   const int64_t n = scores.dims.back();
   if (shards < 1 || n % shards || picked % shards || picked > n || picked < shards || n > 0x7fffffff)
@@ -345,7 +311,7 @@ std::string LargestOf(Pool& pool, const Kernels& kernels, const Array& scores, i
   if (std::string wrong = NotOfSize("da_top_k", indices, lead * picked); !wrong.empty()) return wrong;
   const int64_t block = n / shards, own = picked / shards;
   auto pick = [&](auto& threads, int64_t i) {
-    Largest(threads, kernels, scores.As<float>() + i * block, block, own, i % shards * block, values.data + i * own,
+    Largest(threads, kernels, scores.As<float>() + i * block, block, own, i % shards * block, ordered, values.data + i * own,
             indices.data + i * own);
   };
   if (lead * shards < 4 * static_cast<int64_t>(pool.num_threads())) {

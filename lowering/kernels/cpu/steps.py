@@ -112,12 +112,12 @@ def _scale(scale: jax.Array | None) -> jax.Array:
     return jnp.zeros(0, jnp.float32) if scale is None else scale.astype(jnp.float32)
 
 
-def top_k(scores: jax.Array, k: int, shards: int = 1) -> tuple[jax.Array, jax.Array]:
-    """As ``da_top_k`` for f32 scores whose last axis the shards divide."""
+def top_k(scores: jax.Array, k: int, shards: int = 1, ordered: bool = True) -> tuple[jax.Array, jax.Array]:
+    """As ``da_top_k`` for f32 scores whose last axis the shards divide; each shard's in any order if not ``ordered``."""
     shape = (*scores.shape[:-1], shards * -(-k // shards))
     out = _f32(*shape), jax.ShapeDtypeStruct(shape, jnp.int32)
     call = jax.ffi.ffi_call("hire_largest", out, vmap_method="sequential")
-    values, indices = call(scores, shards=np.int64(shards))
+    values, indices = call(scores, shards=np.int64(shards), ordered=ordered)
     return values, indices
 
 

@@ -218,16 +218,18 @@ void FuzzRows(Threads& pool, const Kernels& kernels) {
 
 void FuzzLargest(Threads& pool, const Kernels& kernels) {
   const int64_t shards = Up(4), block = Up(Up(4) == 1 ? 40000 : 300), lead = Up(3), own = Up(block), n = shards * block;
+  const bool ordered = Up(2) == 1, many_zeros = Up(3) == 1;
   std::vector<float> scores = Floats(lead * n);
   for (float& score : scores) {
     if (Up(3) == 1) score = std::nearbyint(score);  // ties, and zeros of both signs
+    if (many_zeros && Up(20) > 1) score = Up(500) == 1 ? 1e-40f : 0.0f;  // as behind a ReLU, and denormals
     if (Up(200) == 1) score = std::numeric_limits<float>::quiet_NaN();
     if (Up(200) == 1) score = -std::numeric_limits<float>::infinity();
   }
   std::vector<float> values(static_cast<size_t>(lead * shards * own));
   std::vector<int32_t> indices(values.size());
   const auto size = static_cast<int64_t>(values.size());
-  Expect(hire::LargestOf(pool, kernels, F32(scores, {lead, n}), shards * own, shards, {values.data(), size},
+  Expect(hire::LargestOf(pool, kernels, F32(scores, {lead, n}), shards * own, shards, ordered, {values.data(), size},
                          {indices.data(), size}));
   for (int64_t part = 0; part < lead * shards; ++part) {
     const int64_t first = part % shards * block;
@@ -236,6 +238,19 @@ void FuzzLargest(Threads& pool, const Kernels& kernels) {
     const float* from = scores.data() + part * block;
     std::stable_sort(order.begin(), order.end(),
                      [&](int32_t a, int32_t b) { return hire::KeyOf(from[a]) > hire::KeyOf(from[b]); });
+    if (!ordered) {
+      // Each value beside its index, by rank.
+      std::vector<int32_t> rank(static_cast<size_t>(block));
+      for (int64_t i = 0; i < block; ++i) rank[order[i]] = static_cast<int32_t>(i);
+      std::vector<std::pair<int32_t, float>> found;
+      for (int64_t i = part * own; i < (part + 1) * own; ++i)
+        found.emplace_back(rank.at(static_cast<size_t>(indices[i] - first)), values[i]);
+      std::sort(found.begin(), found.end(), [](const auto& a, const auto& b) { return a.first < b.first; });
+      for (int64_t i = 0; i < own; ++i) {
+        indices[part * own + i] = static_cast<int32_t>(first + order[found[i].first]);
+        values[part * own + i] = found[i].second;
+      }
+    }
     for (int64_t i = 0; i < own; ++i) {
       Expect(indices[part * own + i] == first + order[i], "where the largest stand");
       Expect(hire::KeyOf(values[part * own + i]) == hire::KeyOf(from[order[i]]), "the largest");
@@ -306,7 +321,7 @@ void FuzzRefusals(Threads& pool, const Kernels& kernels) {
   refused(hire::Products(pool, kernels, given, matrix, Number(outside), 4, {out, 8}));
   refused(hire::Products(pool, kernels, given, matrix, fitting, 4, {out, 8}));
   refused(hire::ScoreRows(pool, kernels, given, narrow, F32(rows, {4}), Number(outside), 8, 1, {out, 8}, {nullptr, 0}));
-  refused(hire::LargestOf(pool, kernels, given, 4, 1, {out, 8}, {nullptr, 8}));
+  refused(hire::LargestOf(pool, kernels, given, 4, 1, true, {out, 8}, {nullptr, 8}));
   refused(hire::ArgMax(pool, kernels, given, {nullptr, 3}));
   refused(hire::ArgMax(pool, kernels, F32(x, {2, 0}), {nullptr, 2}));
   refused(hire::OpenRows(pool, kernels, given, {nullptr, 6}, {nullptr, 1}));

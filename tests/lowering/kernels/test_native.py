@@ -181,7 +181,10 @@ def test_the_largest(shape, k, shards):
     np.testing.assert_array_equal(got[0], want[0])
 
 
-@pytest.mark.parametrize("how", ["all equal", "mostly NaN", "not in a sample", "only in a sample", "falling"])
+SCORES = ["all equal", "mostly NaN", "not in a sample", "only in a sample", "falling", "mostly zero", "denormals too"]
+
+
+@pytest.mark.parametrize("how", SCORES)
 @pytest.mark.parametrize("n", [8_192, 40_960])
 def test_the_largest_where_a_sample_misleads(n, how):
     size = min(2_048, n // 16)
@@ -197,9 +200,17 @@ def test_the_largest_where_a_sample_misleads(n, how):
         scores[::step] = np.arange(size)
     elif how == "falling":
         scores = np.linspace(1.0, -1.0, n, dtype=np.float32)
+    elif how == "mostly zero":
+        scores[5:n:20] = np.arange(n // 20 + 1)[: len(scores[5:n:20])]
+    elif how == "denormals too":
+        scores[5:n:20] = 1.0
+        scores[7:n:40] = 1e-40
     got, want = steps.top_k(jnp.asarray(scores), 700), da_top_k(jnp.asarray(scores), 700)
     np.testing.assert_array_equal(got[1], want[1])
     np.testing.assert_array_equal(got[0], want[0])
+    values, index = steps.top_k(jnp.asarray(scores), 700, ordered=False)
+    np.testing.assert_array_equal(np.sort(index), np.sort(want[1]))
+    np.testing.assert_array_equal(values, scores[np.asarray(index)])
 
 
 @pytest.mark.parametrize("how", ["ties", "zeros of both signs", "NaN", "all masked", "the last"])
