@@ -113,7 +113,7 @@ def _scale(scale: jax.Array | None) -> jax.Array:
 
 
 def top_k(scores: jax.Array, k: int, shards: int = 1, ordered: bool = True) -> tuple[jax.Array, jax.Array]:
-    """As ``da_top_k`` for f32 scores whose last axis the shards divide; each shard's in any order if not ``ordered``."""
+    """As ``da_top_k`` for f32 scores whose last axis the shards divide; each in any order if not ``ordered``."""
     shape = (*scores.shape[:-1], shards * -(-k // shards))
     out = _f32(*shape), jax.ShapeDtypeStruct(shape, jnp.int32)
     call = jax.ffi.ffi_call("hire_largest", out, vmap_method="sequential")
