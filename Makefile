@@ -19,7 +19,7 @@ $(VENV)/.created:
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "hire_xform needs Python 3.11 or newer; this is " + sys.version.split()[0])'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet 'setuptools>=77' 'jaxlib>=0.10.2'
+	$(BIN)/python -m pip install --quiet 'setuptools>=77' 'jaxlib>=0.9.2'
 	touch $@
 
 $(VENV)/.examples: $(VENV)/.created $(BUILT)

@@ -7,7 +7,7 @@ from typing import Any
 from setuptools import build_meta
 from setuptools.build_meta import *  # noqa: F403 - the hooks that are as setuptools has them
 
-JAXLIB = "jaxlib>=0.10.2"
+JAXLIB = "jaxlib>=0.9.2"
 
 
 def compiler() -> str | None:

@@ -107,7 +107,10 @@ def check_fewer_shards_than_devices_is_refused_where_the_type_says_so():
 
 def check_fewer_shards_than_devices_under_automatic_axes():
     """No device holds a whole block: scores are gathered until some do, along no more axes than that takes."""
-    for count, data, axes, shards in ((8, 1, "model", 4), (4, 2, ("data", "model"), 2), (4, 2, ("model", "data"), 4)):
+    cases = [(4, 2, ("data", "model"), 2), (4, 2, ("model", "data"), 4)]
+    if not jax.__version__.startswith("0.9."):  # it has no name for how XLA leaves the results of four on eight devices
+        cases.append((8, 1, "model", 4))
+    for count, data, axes, shards in cases:
         given = placed(count, PartitionSpec(None, axes), AxisType.Auto, data=data)
         step = jax.jit(partial(da_top_k, k=K, shards=shards))
         same(step(given), shards)
