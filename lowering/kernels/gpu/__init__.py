@@ -29,6 +29,8 @@ _PORTABLE = {
     "hire_products": "XLA's own product of all rows reads them once",
     "hire_scores": "made of the steps of its predictor",
     "hire_bounds": "made of the steps of its predictor",
+    "hire_scores_in_two": "made of its two products",
+    "hire_chosen_block": "made of the steps of its block",
 }
 
 
