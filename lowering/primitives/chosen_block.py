@@ -28,7 +28,7 @@ class BlockForm:
     """How a block is computed: its equations, as a kernel reads them.
 
     Attributes:
-      jaxpr: its inputs are the first operands of the step, its constants the others.
+      jaxpr: its inputs are the operands of the step; it has no constants.
       ups: how many products it has.
       starts: whether its matrices begin at some row of what they are given as.
     """
@@ -129,7 +129,9 @@ def chosen_block(
         # What the activation closes over has become operands.
         return jaxpr_as_fun(ClosedJaxpr(traced.jaxpr, given[count:]))(*given[:count])
 
-    form = BlockForm(traced.jaxpr, ups, moved)
+    # Settings outlive a trace, and from 0.12 on a jaxpr holds what it closes over.
+    whole = jax.make_jaxpr(portable)(*operands, *traced.consts) if traced.consts else traced
+    form = BlockForm(whole.jaxpr, ups, moved)
     return bind_step(chosen_block_p, portable, *operands, *traced.consts, group_size=group_size, form=form)[0]
 
 

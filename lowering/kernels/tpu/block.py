@@ -58,8 +58,7 @@ class _Values:
     """Values of a block's equations, each made when it is asked for."""
 
     def __init__(self, form: BlockForm, operands: Sequence[Any]):
-        inputs = (*form.jaxpr.invars, *form.jaxpr.constvars)
-        self._form, self._known = form, dict(zip(inputs, operands, strict=True))
+        self._form, self._known = form, dict(zip(form.jaxpr.invars, operands, strict=True))
 
     def of(self, atom: Any) -> Any:
         """The value of a variable or a literal."""
@@ -82,7 +81,7 @@ class _Values:
 
 def _activation(form: BlockForm, hiddens: Sequence[Any], others: Sequence[Any]) -> Any:
     """What is summed up, from the products and from what else it takes."""
-    values = _Values(form, [None] * (len(form.jaxpr.invars) + len(form.jaxpr.constvars)))
+    values = _Values(form, [None] * len(form.jaxpr.invars))
     for eqn, hidden in zip(form.products, hiddens, strict=True):
         values.know(eqn.outvars[0], hidden)
     for var, value in zip(form.beside, others, strict=True):
