@@ -12,7 +12,7 @@ from jax.extend.core import primitives as prims
 
 from hire_xform.lowering.prove import searches
 from hire_xform.lowering.prove.intervals import Interval
-from hire_xform.passes.ir import compat
+from hire_xform.passes.ir.binary_search import SearchParts, search_parts
 from hire_xform.passes.ir.graph import Node, Operand, Value, dtype_of
 from hire_xform.passes.ir.pointwise import known_number, stretched_number
 from hire_xform.passes.prove.chains import moved_by
@@ -38,7 +38,7 @@ class Search:
     """
 
     node: Node
-    parts: compat.SearchParts
+    parts: SearchParts
     inputs: tuple[Operand, ...]
     share: bool = False
     moves: tuple[Node, ...] = ()
@@ -55,8 +55,8 @@ def is_search(node: Node) -> bool:
     return _parts_of(node) is not None
 
 
-def _parts_of(node: Node) -> compat.SearchParts | None:
-    parts = compat.search_parts(node.eqn)
+def _parts_of(node: Node) -> SearchParts | None:
+    parts = search_parts(node.eqn)
     if parts is None or len(node.inputs) != 2 + len(parts.state):
         return None
     started = all(stretched_number(o) == n for o, n in zip(node.inputs[2:], parts.state, strict=True))
