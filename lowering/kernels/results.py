@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 import jax
 
+from hire_xform.lowering.kernels.versions import along_no_axis
+
 __all__ = ["result"]
 
-# Along no mesh axis; JAX 0.9 has no such type, but sets of axes. (What knows of versions is above this package.)
-_KIND = getattr(jax.sharding, "ManualAxisType", None)
-_ALONG_NONE = {"vma": frozenset()} if _KIND is None else {"manual_axis_type": _KIND()}
+_ALONG_NONE = along_no_axis()
 
 
 def result(shape: Sequence[int], dtype: jax.typing.DTypeLike) -> jax.ShapeDtypeStruct:

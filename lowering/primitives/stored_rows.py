@@ -8,7 +8,7 @@ they take besides the integers is kept as small as it is: a matrix whose entries
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from jax import lax
 
 from hire_xform.lowering.xla.slabs import slabs_of
 
-__all__ = ["Operation", "StoredRows", "as_operands", "own_rows", "rows_at"]
+__all__ = ["Operation", "StoredRows", "as_operands", "own_rows", "rows_at", "scaled_in"]
 
 _BINARY = {"mul": lax.mul, "div": lax.div, "add": lax.add, "sub": lax.sub}
 
@@ -49,6 +49,16 @@ class Operation:
     def takes_rows(self) -> bool:
         """Whether its other operand is a matrix."""
         return self.name != "convert" and self.number is None
+
+
+def scaled_in(operations: Sequence[Operation], exact: Container[Any]) -> Any:
+    """The dtype in which stored values are multiplied with a scale, where conversions to ``exact`` dtypes are all else.
+
+    None where more is done. In 16 bits XLA may leave out the product's rounding, as kernels do that multiply in f32.
+    """
+    *before, last = operations
+    kept = all(each.name == "convert" and jnp.dtype(each.dtype) in exact for each in before)
+    return jnp.dtype(last.dtype) if kept and last.name == "mul" else None
 
 
 @jax.tree_util.register_dataclass

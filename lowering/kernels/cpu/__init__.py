@@ -17,6 +17,7 @@ from hire_xform.lowering.kernels.cpu import library, steps
 from hire_xform.lowering.kernels.rules import Rules
 from hire_xform.lowering.primitives.kernels import ENTRIES, no_built_in, register_built_in
 from hire_xform.lowering.primitives.stack_entry import StackEntry
+from hire_xform.lowering.primitives.stored_rows import scaled_in
 
 __all__ = ["MOST_TOKENS", "install"]
 
@@ -77,18 +78,12 @@ def _rows_served(x: Any, rows: Any, index: Any, **settings: Any) -> bool:
 
 
 def _stored_rows_served(x: Any, index: Any, values: Any, *others: Any, operations: Any, **settings: Any) -> bool:
-    """Rows of int8 or int4 times one scale, in blocks that the loops take; conversions before keep all of an int8.
-
-    The loops multiply in f32. Where a program multiplies in 16 bits, XLA may leave out that rounding as well, and no
-    site is certified.
-    """
+    """Rows of int8 or int4 times one scale, in blocks that the loops take. These multiply in f32; nothing is proved."""
     if jnp.dtype(values.dtype) not in _INTEGERS or len(others) != 1 or not _rows_served(x, values, index):
         return False
-    *before, last = operations
-    exact = all(each.name == "convert" and jnp.dtype(each.dtype) in _FLOATS for each in before)
     columns = values.shape[1] // others[0].shape[1]
     blocks = columns in (1, values.shape[1]) or columns % SCALED == 0
-    return exact and last.name == "mul" and jnp.dtype(last.dtype) in _FLOATS and blocks
+    return scaled_in(operations, _FLOATS) in _FLOATS and blocks
 
 
 def _largest_served(scores: Any, **settings: Any) -> bool:

@@ -9,20 +9,18 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
-from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
+from jax.sharding import AbstractMesh, use_abstract_mesh
 
 from hire_xform.lowering.kernels.results import result
+from hire_xform.lowering.kernels.versions import described_gpu, dot_of
 
 __all__ = ["as_float", "call", "dot", "padded", "row_of"]
 
-# In Pallas itself before JAX 0.10.2.
-dot = getattr(triton, "dot", None) or pl.dot
+dot = dot_of(triton, pl)
 
 # Newer JAX asks which GPU a kernel is lowered for, and that one be here or described. What is lowered is the same for
-# all that are served: XLA compiles it for the one that it runs on. A description has no platform before JAX 0.10.1.
-_H100: dict[str, Any] = {"device_kind": "NVIDIA H100", "num_cores": None, "platform": "gpu"}
-_STATED = {name: _H100[name] for name in AbstractDevice.__dataclass_fields__}
-_ANY = AbstractMesh((), (), abstract_device=AbstractDevice(**_STATED))
+# all that are served: XLA compiles it for the one that it runs on.
+_ANY = AbstractMesh((), (), abstract_device=described_gpu())
 
 
 def call(

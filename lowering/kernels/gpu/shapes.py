@@ -11,6 +11,8 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from hire_xform.lowering.primitives.stored_rows import scaled_in
+
 __all__ = [
     "COUNTED",
     "MOST_TOKENS",
@@ -126,9 +128,7 @@ def _stored_served(values: Any, others: Any, operations: Any) -> bool:
     """One scale in f32, after conversions that keep all of an int8."""
     if jnp.dtype(values.dtype) != jnp.int8 or len(others) != 1 or others[0].ndim != 2:
         return False
-    *before, last = operations
-    exact = all(each.name == "convert" and jnp.dtype(each.dtype) in _FLOATS for each in before)
-    return exact and (last.name, jnp.dtype(last.dtype)) == ("mul", jnp.float32)
+    return scaled_in(operations, _FLOATS) == jnp.float32
 
 
 def _fits(rows: Any, least: int = LEAST_BYTES) -> bool:

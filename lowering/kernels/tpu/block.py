@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -34,10 +35,16 @@ def chosen_block(*operands: jax.Array, form: BlockForm, group: int) -> jax.Array
         def fun(*operands: jax.Array) -> jax.Array:
             values = _Values(form, operands)
             others = [values.of(var) for var in form.beside]
-            index, xs, rows = operands[0], operands[1 : 1 + ups], operands[1 + ups : 2 + 2 * ups]
-            starts = operands[2 + 2 * ups : 3 + 3 * ups] if form.starts else ()
-            run = _apart if separately else _together
-            return run(index, xs, rows, starts, others, form=form, group=group)
+            given = _Given(
+                form=form,
+                group=group,
+                index=operands[0],
+                xs=operands[1 : 1 + ups],
+                rows=operands[1 + ups : 2 + 2 * ups],
+                starts=operands[2 + 2 * ups : 3 + 3 * ups] if form.starts else (),
+                others=others,
+            )
+            return (_apart if separately else _together)(given)
 
         return fun
 
@@ -52,6 +59,19 @@ def chosen_block(*operands: jax.Array, form: BlockForm, group: int) -> jax.Array
         return jax.vmap(blocks(True), axes, axis_size=size)(*operands), True
 
     return fold(*operands)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Given:
+    """A block, and what it is given: operands of the step, and ``others``, what its activation takes besides."""
+
+    form: BlockForm
+    group: int
+    index: jax.Array
+    xs: Sequence[jax.Array]
+    rows: Sequence[jax.Array]
+    starts: Sequence[jax.Array]
+    others: Sequence[jax.Array]
 
 
 class _Values:
@@ -91,34 +111,19 @@ def _activation(form: BlockForm, hiddens: Sequence[Any], others: Sequence[Any]) 
     return values.of(form.sums[0].invars[0])
 
 
-def _apart(
-    index: jax.Array,
-    xs: Sequence[jax.Array],
-    rows: Sequence[jax.Array],
-    starts: Sequence[jax.Array],
-    others: Sequence[jax.Array],
-    *,
-    form: BlockForm,
-    group: int,
-) -> jax.Array:
+def _apart(given: _Given) -> jax.Array:
     """A kernel for each product, and one for the sums."""
-    at = [index + start for start in starts] or [index] * len(rows)
-    made = [select_rows_dot(x, matrix, i, group, False) for x, matrix, i in zip(xs, rows, at, strict=False)]
+    form, rows, group = given.form, given.rows, given.group
+    at = [given.index + start for start in given.starts] or [given.index] * len(rows)
+    made = [select_rows_dot(x, matrix, i, group, False) for x, matrix, i in zip(given.xs, rows, at, strict=False)]
     hiddens = [h.astype(eqn.params["out_dtype"]) for h, eqn in zip(made, form.products, strict=True)]
-    return combine_rows(_activation(form, hiddens, others), rows[-1], at[-1], group)
+    return combine_rows(_activation(form, hiddens, given.others), rows[-1], at[-1], group)
 
 
-def _together(
-    index: jax.Array,
-    xs: Sequence[jax.Array],
-    rows: Sequence[jax.Array],
-    starts: Sequence[jax.Array],
-    others: Sequence[jax.Array],
-    *,
-    form: BlockForm,
-    group: int,
-) -> jax.Array:
+def _together(given: _Given) -> jax.Array:
     """One kernel for all."""
+    form, group, index, starts = given.form, given.group, given.index, given.starts
+    xs, rows, others = given.xs, given.rows, given.others
     tokens, ups, wanted = xs[0].shape[0], form.ups, index.shape[0] * group
     slabs = Slabs(index.shape[0], group, rows[0].shape[1], rows[0].dtype)
     size, d_out = slabs.steps * rows_a_step(group), rows[-1].shape[1]
@@ -135,8 +140,8 @@ def _together(
 
     def kernel(*refs: Any) -> None:
         numbers, refs = refs[: len(at)], refs[len(at) :]
-        given, (out, held, sent, hidden, factor) = refs[:-5], refs[-5:]
-        left, more, sources = given[: len(lefts)], given[len(lefts) : -ups - 1], given[-ups - 1 :]
+        inputs, (out, held, sent, hidden, factor) = refs[:-5], refs[-5:]
+        left, more, sources = inputs[: len(lefts)], inputs[len(lefts) : -ups - 1], inputs[-ups - 1 :]
         which, more = more[: len(picks)], more[len(picks) :]
 
         def block(number: int, step: Any, slot: Any) -> jax.Array:

@@ -25,6 +25,8 @@ from hire_xform.lowering.primitives.stack_entry import StackEntry
 
 __all__ = ["fine_scores", "quantized_scores", "scores_in_two"]
 
+Rows = jax.Array | StackEntry
+
 
 def quantized_scores(x: jax.Array, q: jax.Array | StackEntry, scale: jax.Array, bits: int) -> jax.Array:
     """As ``quantized_scores`` of ``lowering/predict/few_bits.py``."""
@@ -48,13 +50,7 @@ def fine_scores(x: jax.Array, q: jax.Array | StackEntry, scale: jax.Array, bits:
     return folded(step, x, scale, *_stacked(q))
 
 
-def scores_in_two(
-    x: jax.Array,
-    basis_q: jax.Array | StackEntry,
-    basis_scale: jax.Array,
-    q: jax.Array | StackEntry,
-    scale: jax.Array,
-) -> jax.Array:
+def scores_in_two(x: jax.Array, basis_q: Rows, basis_scale: jax.Array, q: Rows, scale: jax.Array) -> jax.Array:
     """As ``scores_in_two`` there: what the first rows make stays in VMEM, while the first of the others come."""
 
     def step(x: jax.Array, *arrays: jax.Array) -> jax.Array:

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import primitives
 
+from hire_xform.lowering.primitives.stored_rows import scaled_in
+
 __all__ = [
     "AHEAD",
     "LANES",
@@ -83,14 +85,11 @@ def stored_rows_served(
 ) -> bool:
     """Rows of int8 times one scale of each row or of each column, in slabs of whole words, or single ones.
 
-    The scale is multiplied in f32. Where a program multiplies in 16 bits, XLA may leave out that rounding as well, and
-    no site is certified.
+    The scale is multiplied in f32; no such site is certified.
     """
     if jnp.dtype(values.dtype) != jnp.int8 or len(others) != 1 or others[0].ndim != 2:
         return False
-    *before, last = operations
-    exact = all(each.name == "convert" and jnp.dtype(each.dtype) in _FLOATS for each in before)
-    exact = exact and last.name == "mul" and jnp.dtype(last.dtype) in _FLOATS
+    exact = scaled_in(operations, _FLOATS) in _FLOATS
     (n, d), (high, wide) = values.shape, others[0].shape
     together = n // high
     of_columns = wide == d and (high == 1 or (shared[0] and index.ndim == 1))
