@@ -1,4 +1,4 @@
-"""What kernels name of JAX that differs between versions. (For all else it is ``compat`` of ``passes/ir``, above this.)"""
+"""What kernels name of JAX that differs between versions. (For all else it is ``compat`` of ``passes/ir``, above.)"""
 
 from __future__ import annotations
 
